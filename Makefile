@@ -1,0 +1,69 @@
+# `make demo` and `make test` are all you need, with python3 (3.10 or newer, with venv), make and git.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# N: notebooks tested at a time. FLAGS: cells to run that are normally left out, e.g. FLAGS=slow. NB: notebooks for `make nbs`.
+N      ?= 2
+FLAGS  ?=
+NB     ?=
+
+export PATH := $(abspath $(BIN)):$(PATH)
+unexport PYTHONPATH PYTHONHOME
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test nbtest unit sync nbs readme house docs-check docs clean
+help:            ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo "Python 3.10 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot make a virtual environment: on Debian or Ubuntu run 'apt install python3-venv'"; exit 1; }
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.made settings.ini setup.py pyproject.toml
+	$(BIN)/python -m pip install -q -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.run       ## install the package and run its demonstration
+	$(BIN)/robustnb_demo
+
+test: $(VENV)/.dev       ## test the notebooks, then run the unit tests, and count both
+	@rc=0; $(MAKE) --no-print-directory nbtest || rc=1; $(MAKE) --no-print-directory unit || rc=1; exit $$rc
+
+nbtest: $(VENV)/.dev     ## test the notebooks only; one thread each, so that they do not fight for the cores
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python tools/nbtest.py --n_workers $(N) --flags "$(FLAGS)"
+
+unit: $(VENV)/.dev       ## run the unit tests only
+	@$(BIN)/python -m pytest
+
+SUMS = find nbs robustnb \( -name '*.ipynb' -o -name '*.py' \) -not -path '*/.*' | sort | xargs cksum
+sync: $(VENV)/.dev       ## clean and export the notebooks; fails if that changed anything
+	@before=$$($(SUMS)); $(BIN)/nbdev_clean && $(BIN)/nbdev_export && after=$$($(SUMS)) || exit 1; \
+	if [ "$$before" = "$$after" ]; then echo "sync: notebooks are clean, the library follows them"; \
+	else echo "sync: changed by 'make sync', commit the result:"; \
+	  printf '%s\n%s\n' "$$before" "$$after" | sort | uniq -u | cut -d' ' -f3 | sort -u; exit 1; fi
+
+nbs: $(VENV)/.dev        ## run the notebooks in place and save their outputs (NB=nbs/api/00_core.ipynb for one)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} FLAGS="$(FLAGS)" $(BIN)/python tools/nbrun.py $(NB)
+
+readme: $(VENV)/.dev     ## write README.md from nbs/index.ipynb
+	@$(BIN)/python -W ignore tools/readme.py
+
+house: $(VENV)/.dev      ## check the house limits (CONTRIBUTING.md)
+	@$(BIN)/python tools/house.py
+
+docs-check: $(VENV)/.dev ## build the docs without Quarto into _check/ and resolve every link
+	@$(BIN)/python -W ignore tools/docs_check.py
+
+docs: $(VENV)/.dev       ## render the site with Quarto into _docs/
+	@command -v quarto >/dev/null || { echo "Quarto is not installed: https://quarto.org"; exit 1; }
+	$(BIN)/nbdev_docs
+
+clean:           ## delete everything that can be made again
+	rm -rf $(VENV) _proc _docs _check build dist *.egg-info .pytest_cache
