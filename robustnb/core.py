@@ -6,8 +6,8 @@
 __all__ = ['check_images', 'check_labels', 'check_model', 'to_float', 'to_uint8', 'subseed', 'make_generator', 'pick_device',
            'batches', 'progress', 'predict', 'atomic_path', 'save_state', 'load_state', 'manifest', 'save_json']
 
-# %% ../nbs/api/00_core.ipynb #cedcbbe0
-import hashlib, json, os, pickle, platform, sys, tempfile, zipfile
+# %% ../nbs/api/00_core.ipynb #1bc2e1fd
+import hashlib, json, os, platform, sys, tempfile
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -82,6 +82,7 @@ def subseed(
 )->int:           # Seed in [0, 2**63), the same on every machine
     "A seed for one named part of a run."
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)): raise TypeError(f"`seed` must be an integer; got {seed!r}.")
+    names = [o.item() if isinstance(o, np.generic) else o for o in names]
     return int.from_bytes(hashlib.sha256(repr((int(seed), *names)).encode()).digest()[:8], 'big') >> 1
 
 def make_generator(
@@ -175,7 +176,8 @@ def load_state(
     "`torch.load` that never runs code and names the file when it is damaged."
     if not Path(path).is_file(): raise FileNotFoundError(f"`path` must be a file of saved weights; there is none at {path}.")
     try: return torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, KeyError, ValueError) as e:
+    except (PermissionError, MemoryError): raise
+    except Exception as e:
         raise ValueError(f"`path` must be a file of plain tensors written by torch.save; {path} is damaged or holds other objects "
                          f"({type(e).__name__}). Save `model.state_dict()` rather than the model, or copy the file again.") from e
 

@@ -354,8 +354,14 @@ def load_model(
     model.classes = held['classes']
     return model.eval()
 
-# %% ../nbs/api/20_models.ipynb #e1a1b792
+# %% ../nbs/api/20_models.ipynb #9beec980
 _kept = ('name', 'n_classes', 'width', 'classes')
+
+def _keep(graph, **facts):
+    "Gives `graph` attributes that a deep copy of it has too"
+    graph.meta['_user_preserved_attributes'] = {**graph.meta.get('_user_preserved_attributes', {}), **facts}
+    for k, v in facts.items(): setattr(graph, k, v)
+    return graph
 
 class _Tracer(fx.Tracer):
     "Keeps `Normalize` and other people's kinds of layers whole, and remembers where it was when something failed"
@@ -390,11 +396,10 @@ def trace(
     try: graph = fx.GraphModule(model, tracer.trace(model), type(model).__name__)
     except Exception as e:
         at = tracer.entered[-1] if tracer.entered else f"the model ({type(model).__name__})"
-        raise TypeError(f"`model` must be traceable by torch.fx; {at} is not: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''} "
+        raise TypeError(f"`model` must be traceable by torch.fx; {at} is not: {type(e).__name__}: {str(e).partition(chr(10))[0].rstrip('.')}. "
             "Its `forward` must not branch or loop on the values or the shape of a tensor; put that part in a function marked "
             "with `torch.fx.wrap`, or in a module of its own.") from e
-    for k in _kept: setattr(graph, k, getattr(model, k, None))
-    return graph.eval()
+    return _keep(graph.eval(), **{k: getattr(model, k, None) for k in _kept})
 
 # %% ../nbs/api/20_models.ipynb #a342088e
 _pairs = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d, nn.Linear: nn.BatchNorm1d}

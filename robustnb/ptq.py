@@ -5,24 +5,30 @@
 # %% auto #0
 __all__ = ['rounding_points', 'Rounder', 'quantize']
 
-# %% ../nbs/api/41_ptq.ipynb #ffb76daa
-import copy
+# %% ../nbs/api/41_ptq.ipynb #d0884d99
+from operator import getitem
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from .core import batches, check_images, check_model
-from .models import Normalize, fold_batchnorm
+from .models import Normalize, _keep, fold_batchnorm
 from .quant import QuantSpec, choose_scale, fake_quantize, quant_spec
 
 # %% ../nbs/api/41_ptq.ipynb #b89d1e63
 _clips = (nn.ReLU, nn.ReLU6, nn.Hardtanh, F.relu, F.relu6, F.hardtanh, torch.relu, torch.clamp, 'relu', 'clamp')
 _moves = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout2d, nn.Identity, nn.Flatten, F.max_pool2d, F.dropout, torch.flatten, torch.reshape,
-          torch.permute, torch.transpose, 'flatten', 'view', 'reshape', 'permute', 'transpose', 'contiguous', 'unsqueeze', 'squeeze', 'chunk', 'size', 'dim')
+          torch.permute, torch.transpose, torch.chunk, torch.split, 'flatten', 'view', 'reshape', 'permute', 'transpose', 'contiguous', 'unsqueeze', 'squeeze',
+          'chunk', 'split', 'size', 'dim')
 
 def _is(node, model, kinds):
     "Does `node` call one of `kinds`: module classes, functions or method names?"
     if node.op == 'call_module': return isinstance(model.get_submodule(node.target), tuple(k for k in kinds if isinstance(k, type)))
-    return node.op in ('call_function', 'call_method') and (node.target in kinds or getattr(node.target, '__name__', '') == 'getitem' and kinds is _moves)
+    return node.op in ('call_function', 'call_method') and node.target in kinds
+
+def _moves_only(node, model):
+    "Does `node` keep the levels as they are? An item does, unless it is the first sight of what a module returned in a tuple."
+    item = node.op == 'call_function' and node.target is getitem
+    return _is(node, model, _moves) or item and not (isinstance(node.args[1], int) and node.args[0].op == 'call_module')
 
 def rounding_points(
     model:fx.GraphModule,   # A folded graph, as `fold_batchnorm` gives it
@@ -30,10 +36,10 @@ def rounding_points(
     "The nodes whose output an engine would store."
     output = next(n for n in model.graph.nodes if n.op == 'output')
     logits = output.all_input_nodes
-    while any(_is(n, model, _moves) for n in logits): logits = [m for n in logits for m in (n.all_input_nodes if _is(n, model, _moves) else [n])]
+    while any(_moves_only(n, model) for n in logits): logits = [m for n in logits for m in (n.all_input_nodes if _moves_only(n, model) else [n])]
     points = []
     for node in model.graph.nodes:
-        computed = node.op in ('call_module', 'call_function', 'call_method') and not _is(node, model, _clips + _moves)
+        computed = node.op in ('call_module', 'call_function', 'call_method') and not (_is(node, model, _clips) or _moves_only(node, model))
         first = node.op == 'placeholder' and not all(_is(u, model, (Normalize,)) for u in node.users)
         if not (computed or first): continue
         while len(node.users) == 1 and _is(next(iter(node.users)), model, _clips): node = next(iter(node.users))
@@ -66,6 +72,7 @@ def _watch(model, points, images, batch_size=100):
         watch.run(images[s].to(like.device))
     return {node: torch.cat(parts) for node, parts in watch.seen.items()}
 
+# %% ../nbs/api/41_ptq.ipynb #38979904
 class Rounder(nn.Module):
     "Rounds a tensor to a format with a scale that never changes."
     def __init__(self,
@@ -107,6 +114,5 @@ def quantize(
             layer.weight.copy_(fake_quantize(layer.weight, spec.weights, scale))
             rounded.append(name)
     q.recompile()
-    q.spec = spec
-    q.left_float = tuple(sorted({n.rpartition('.')[0] or n for n, _ in q.named_parameters()} - set(rounded)))
+    _keep(q, spec=spec, left_float=tuple(sorted({n.rpartition('.')[0] or n for n, _ in q.named_parameters()} - set(rounded))))
     return q.requires_grad_(False).eval()

@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/api/40_quant.ipynb #8e22f0ef
-_usual_exponent = {3: 1, 4: 2, 5: 2, 6: 3, 7: 3, 8: 4}
-
 @dataclass(frozen=True)
 class NumberFormat:
     "A set of levels; make one with `number_format`."
-    kind:str            # 'INT', 'POT' or 'FLOAT'
-    bits:int            # Bits of a stored number
-    exponent:int=0      # Exponent bits, for FLOAT
+    kind:str               # 'INT', 'POT' or 'FLOAT'
+    bits:int               # Bits of a stored number
+    exponent:int=0         # Exponent bits, for FLOAT
     finite_only:bool=True  # False where codes are reserved, as in FP8_E4M3 and FP8_E5M2
 
     def __str__(self):
@@ -47,6 +45,8 @@ class NumberFormat:
         return (2-2.**-self.mantissa) * 2.**(2**self.exponent-1 - (2**(self.exponent-1)-1))
 
 # %% ../nbs/api/40_quant.ipynb #7d42d212
+_usual_exponent = {3: 1, 4: 2, 5: 2, 6: 3, 7: 3, 8: 4}
+
 def number_format(
     name:str,          # Like 'INT4', 'POT4', 'FLOAT6_E3', 'FLOAT4', 'FP8_E4M3'; a `NumberFormat` is returned as it is
 )->NumberFormat:       # The format
@@ -71,23 +71,27 @@ def all_formats()->list: # Names: INT2..INT16, POT2..POT8, FLOAT3_E1..FLOAT8_E6,
     return ([f'INT{b}' for b in range(2, 17)] + [f'POT{b}' for b in range(2, 9)] +
             [f'FLOAT{b}_E{e}' for b in range(3, 9) for e in range(1, b-1)] + ['FP8_E4M3', 'FP8_E5M2'])
 
-# %% ../nbs/api/40_quant.ipynb #80ef44fd
+# %% ../nbs/api/40_quant.ipynb #0dbfe42a
+def _exponent_part(v, carry=0):
+    "2**floor(log2|v|) by masking the bits of a float; `carry` is added to the mantissa first."
+    whole, mask = {torch.float32: (torch.int32, 0x7f800000), torch.float64: (torch.int64, 0x7ff << 52)}[v.dtype]
+    return ((v.view(whole) + carry) & mask).view(v.dtype)
+
 def to_levels(
-    v:Tensor,              # Values in units of the levels (already divided by the scale)
+    v:Tensor,              # Values in units of the levels (already divided by the scale), float32 or float64
     fmt:NumberFormat,      # Format
     signed:bool=True,      # False for unsigned INT: negative values become 0
 )->Tensor:                 # The nearest level, same shape
     "Round to the nearest level of `fmt` and saturate at the largest."
     top = fmt.top(signed)
     if fmt.kind == 'INT': return v.round().clamp(-top if signed else 0, top)
-    mantissa, power = torch.frexp(v.clamp(-top, top))
+    v = v.clamp(-top, top)
     if fmt.kind == 'FLOAT':
-        step = torch.ldexp(torch.ones_like(v), (power-1).clamp_min(fmt.lowest) - fmt.mantissa)
-        return ((v.clamp(-top, top)/step).round()*step).clamp(-top, top)
-    k = power - 1 + (mantissa.abs() >= .75).to(power.dtype)
-    smallest = torch.tensor(2., dtype=torch.float64)**(fmt.lowest-1)
-    power_of_two = torch.ldexp(torch.ones_like(v), k.clamp(fmt.lowest, 0)) * v.sign()
-    return torch.where(v.abs() < smallest.to(v.dtype), torch.zeros_like(v), power_of_two)
+        step = _exponent_part(v).clamp_min(2.**fmt.lowest).mul_(2.**-fmt.mantissa)
+        return (v/step).round_().mul_(step).clamp_(-top, top)
+    half = 1 << (22 if v.dtype == torch.float32 else 51)
+    power = _exponent_part(v, half).clamp_min(2.**fmt.lowest)
+    return torch.where(v.abs() < 2.**(fmt.lowest-1), 0., power.copysign(v))
 
 # %% ../nbs/api/40_quant.ipynb #18d450cd
 def levels(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Recipe', 'crop_and_flip', 'fast_bf16', 'train']
 
-# %% ../nbs/api/21_training.ipynb #b6f547fa
-import copy, dataclasses, hashlib, time
+# %% ../nbs/api/21_training.ipynb #3b4c9fd5
+import copy, dataclasses, hashlib, platform, time
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
@@ -40,12 +40,16 @@ class Recipe:
             if not getattr(self, k) >= 0: raise ValueError(f"`{k}` must not be negative; got {getattr(self, k)}.")
         object.__setattr__(self, 'milestones', tuple(self.milestones))
 
-    def shortened(self, epochs:int)->'Recipe':
+    def shortened(self,
+        epochs:int,              # Passes over the training set, >= 1
+    )->'Recipe':
         "The same recipe in `epochs` epochs, its milestones at the same shares of the run."
         return dataclasses.replace(self, epochs=epochs, milestones=tuple(round(m*epochs/self.epochs) for m in self.milestones))
 
-    def rate(self, epoch:float)->float:
-        "Learning rate at a moment of the run, in epochs; fractions are moments inside an epoch."
+    def rate(self,
+        epoch:float,             # Moment of the run, >= 0; fractions are moments inside an epoch
+    )->float:
+        "Learning rate at a moment of the run."
         if epoch < self.warmup: return self.lr*epoch/self.warmup
         return self.lr*self.gamma**sum(epoch >= m for m in self.milestones)
 
@@ -72,7 +76,8 @@ def fast_bf16(
     "Does `device` have bfloat16 arithmetic?"
     device = torch.device(device)
     if device.type == 'cuda': return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == 'cpu' and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type != 'cpu' or not torch.ops.mkldnn._is_mkldnn_bf16_supported(): return False
+    return platform.machine().lower() not in ('x86_64', 'amd64') or torch.cpu._is_avx512_bf16_supported()
 
 # %% ../nbs/api/21_training.ipynb #f15d9649
 def _train_epoch(model, x, targets, recipe, epoch, seed, optimizer, bf16):
@@ -138,7 +143,7 @@ def train(
     for epoch in range(start, recipe.epochs):
         began = time.time()
         with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
-            torch.manual_seed(subseed(seed, 'dropout', epoch))
+            (torch.cuda if device.type == 'cuda' else torch.default_generator).manual_seed(subseed(seed, 'dropout', epoch))
             loss, acc = _train_epoch(model.train(), x, targets, recipe, epoch, seed, optimizer, bf16)
         row = dict(epoch=epoch+1, lr=optimizer.param_groups[0]['lr'], loss=loss, accuracy=acc)
         if val is not None: row['val_accuracy'] = (predict(model.eval(), val.x).argmax(1).numpy() == val.y).mean().item()
