@@ -81,7 +81,7 @@ def assess_command(
     eps:str='1/255',         # Radius of the threat, pixels in [0,1]
     norm:str='Linf',         # Linf or L2
     test:str='',             # Labelled images to measure on: as --data of robustnb_train; none by default
-    n_test:int=1000,         # Test images at most, balanced over the classes
+    n_test:int=500,          # Test images at most, balanced over the classes
     out:str='assessment',    # Folder for the report
     seed:int=0,              # Everything random
 ):
@@ -103,15 +103,16 @@ def demo_command(
     seed:int=0,          # Everything random
     epochs:int=25,       # Passes over the 1,297 training digits
     steps:int=250,       # Steps of the generator
+    n:int=300,           # Generated images to probe with, and test digits to check on
 ):
     "Train on digits, forget them, predict what quantisation will cost, and check."
-    data, test = load_data('digits', 'train'), load_data('digits', 'test')
+    data, test = load_data('digits', 'train'), subset(load_data('digits', 'test'), n, seed)
     std, mean = torch.std_mean(data.x, (0, 2, 3))
     net = build_model('ResNet_18', 10, .25, mean.tolist(), std.tolist(), seed=seed)
     net, _ = train(Recipe(flip=False, lr=.05, batch_size=64).shortened(epochs), net, data, seed=seed)
     save_model(net, Path(out)/'weights.pt')
     generator, _ = train_generator(net, steps=steps, batch_size=64, width=32, seed=seed)
-    report = assess(net, ('INT8', 'INT4', 'INT3', 'POT4', 'FP8', 'FLOAT4'), Linf(8/255), test, generator=generator, n=300, seed=seed)
+    report = assess(net, ('INT8', 'INT4', 'INT3', 'POT4', 'FP8', 'FLOAT4'), Linf(8/255), test, generator=generator, n=n, seed=seed)
     report.save(Path(out)/'report.html')
     save_json(report.facts, Path(out)/'manifest.json')
     _show(report, out)

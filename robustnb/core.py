@@ -187,7 +187,7 @@ def manifest(
 )->dict:          # `facts` with the command, versions, processor and threads
     "What somebody needs to know to run it again."
     packages = {k: version(k) for k in ('torch', 'torchvision', 'numpy', 'pandas')}
-    command = ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = ' '.join(Path(o).name if Path(o).is_absolute() else o for o in sys.argv)
     return dict(command=command, python=platform.python_version(), **packages, machine=platform.machine(),
                 cpu_capability=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads()) | facts
 

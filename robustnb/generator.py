@@ -139,8 +139,8 @@ def match_energy(
 # %% ../nbs/api/50_generator.ipynb #03750c1c
 def train_generator(
     model:nn.Module,      # Classifier with normalisation inside (`normalize.mean`, `normalize.std`), in eval mode; not changed
-    steps:int=400,        # Optimiser steps
-    batch_size:int=128,   # Images in a step
+    steps:int=300,        # Optimiser steps
+    batch_size:int=64,    # Images in a step
     size:int=32,          # Height and width of the images
     width:int=64,         # Channels of the generator's body
     boundary:float=.4,    # Share of samples between two classes

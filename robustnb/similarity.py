@@ -70,7 +70,7 @@ def _features(rows, features):
 
 def _fit(f, cap, loss):
     "Least squares for the coefficients of the link; slopes are kept positive through softplus."
-    f, cap, loss = (torch.as_tensor(np.asarray(o, float)) for o in (f, cap, loss))
+    f, cap, loss = (torch.tensor(np.array(o, float)) for o in (f, cap, loss))
     theta = torch.zeros(f.shape[1]+1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([theta], max_iter=500, line_search_fn='strong_wolfe')
     def error():

@@ -78,7 +78,7 @@ def measure(
 
 # %% ../nbs/api/70_transfer.ipynb #bb0bcfb7
 def predict_losses(
-    table:pd.DataFrame,   # Rows with n_classes, js, flips, robust_flips
+    table:pd.DataFrame,   # Rows with n_classes and js, as `probe` gives it
 )->pd.DataFrame:          # The rows with predicted_loss and predicted_robust_loss, each with _lo, _hi and _outside
     "Losses from measured change, by the links that ship with the package."
     for name in ('loss', 'robust_loss'):
@@ -125,7 +125,7 @@ def _page(report):
     layers = layers.assign(**{'noise at the logits': layers.logit_noise, 'layer': layers.layer + ' (' + layers.kind.str[0] + ')'}).nlargest(30, 'logit_noise').sort_index()
     best = report.recommend()
     advice = f'The smallest format whose whole predicted interval stays below 2 % for both losses is <b>{best}</b>.' if best else 'No format keeps both losses below 2 % with its whole interval; look at the layers that need more bits.'
-    measured = '' if 'measured_loss' not in t else _figure(plot_predicted(t, 'measured_loss', 'predicted_loss', label='format', caption=f"n = {facts['test_images']} test images"), 'Predicted against measured loss of accuracy (shares). On the diagonal the prediction is right.')
+    measured = '' if 'measured_loss' not in t or t.measured_loss.isna().all() else _figure(plot_predicted(t, 'measured_loss', 'predicted_loss', label='format', caption=f"n = {facts['test_images']} test images"), 'Predicted against measured loss of accuracy (shares). On the diagonal the prediction is right.')
     notes = ''.join(f'<li>{html.escape(o)}</li>' for o in facts['notes'])
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(facts['model'])}: what quantisation will cost</title><style>{_style}</style></head><body>
@@ -159,7 +159,7 @@ class Report:
         max_loss:float=.02,  # Share of the accuracy, clean and robust, that may be lost
     ):
         "The smallest format whose predicted losses stay below `max_loss` with their whole interval, or None."
-        upper = self.table[['predicted_loss_hi', 'predicted_robust_loss_hi']].max(axis=1)
+        upper = self.table[['predicted_loss_hi', 'predicted_robust_loss_hi']].max(axis=1, skipna=False)
         fine = self.table[upper <= max_loss].sort_values('size_kb')
         return None if fine.empty else fine.format.iloc[0]
 
@@ -183,15 +183,17 @@ def _probe_images(model, unlabelled, generator, n, seed):
     x, _ = generate(generator, n, seed=seed)
     return x, f'{n} images generated from the model alone ({generator.knows})', energy(generator, model, seed=seed)
 
-def _notes(probes, facts, quantised, before):
+def _notes(probes, facts, quantised, before, before_test):
     "What a reader has to keep in mind, in sentences."
     notes = ['The links were fitted on narrow CIFAR-10 networks; their interval is the error on a network that was left out, not a guarantee for yours.',
              'Robust accuracy is what survives projected gradient descent, white-box and transferred from the original; a stronger attack will find more.',
+             'The robust link was fitted at Linf 1/255; for another threat look at robust_flips in the table too: what the same attack does to the probes.',
              'Logits are returned in full precision and biases kept in 32 bits; every other stored tensor is rounded.']
     if 'no batch norm' in probes: notes.append('The network has no batch norm, so the generator knew only channel means and deviations: trust the predictions less.')
     if facts.get('clip_rate', 0) > .2: notes.append(f"{facts['clip_rate']:.0%} of the generated pixels are black or white at the clamp.")
     if quantised.left_float: notes.append('Left in full precision: ' + ', '.join(quantised.left_float) + '.')
-    if before is not None and worst(before).correct.sum() < 20: notes.append('The original itself is right on fewer than 20 attacked images, so no robust loss can be stated: choose a smaller eps.')
+    for rows, images in ((before, 'probes'), (before_test, 'test images')):
+        if rows is not None and worst(rows).correct.sum() < 20: notes.append(f'The original itself is right on fewer than 20 attacked {images}, so no robust loss can be stated from them: choose a smaller eps or give more images.')
     return notes
 
 def _originals(before, before_test):
@@ -208,7 +210,7 @@ def assess(
     test:ImageSet|None=None,     # Labelled images: adds measured losses
     unlabelled:Tensor|None=None, # Real images (N,C,H,W) without labels: probes in place of generated ones
     generator:Generator|None=None, # From `train_generator`; None trains one if it is needed
-    n:int=500,                   # Images to probe with
+    n:int=300,                   # Images to probe with
     seed:int=0,                  # Everything random
 )->Report:                       # Tables, figures, page
     "Predict what quantisation will cost a classifier, without its training data."
@@ -226,6 +228,6 @@ def assess(
         table.append(row)
         layers.append(layer_sensitivity(model, q, x[:50]).assign(format=str(spec)))
     table = predict_losses(pd.DataFrame(table))
-    facts = manifest(model=getattr(model, 'name', None) or type(model).__name__, threat=repr(threat), probes=probes, seed=seed, notes=_notes(probes, facts, q, before_test),
+    facts = manifest(model=getattr(model, 'name', None) or type(model).__name__, threat=repr(threat), probes=probes, seed=seed, notes=_notes(probes, facts, q, before, before_test),
                      test_images=0 if test is None else len(test), **facts, **_originals(before, before_test), seconds=round(time.time()-started))
     return Report(table, pd.concat(layers, ignore_index=True), x[:16], facts)

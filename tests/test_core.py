@@ -165,6 +165,15 @@ def test_a_failed_write_changes_nothing(tmp_path, fault):
     if isinstance(fault, OSError): assert e.value.errno == errno.ENOSPC and str(f) in str(e.value) and 'Nothing was left half written' in str(e.value)
 
 
+def test_whoever_is_reading_keeps_the_old_file(tmp_path):
+    f = tmp_path/'table.csv'
+    f.write_text('old'*100_000)
+    with open(f) as reader:
+        assert reader.read(3) == 'old'
+        with atomic_path(f) as tmp: tmp.write_text('new')
+        assert reader.read() == 'old'*99_999 and f.read_text() == 'new'
+
+
 def test_a_write_cut_off_by_the_system_changes_nothing(tmp_path):
     f, limits = tmp_path/'w.pt', resource.getrlimit(resource.RLIMIT_FSIZE)
     save_state(dict(w=torch.zeros(10)), f)

@@ -8,6 +8,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
+from robustnb import ptq
 from robustnb.core import make_generator, predict
 from robustnb.models import Normalized, build_model, fold_batchnorm, model_names, wrap_model
 from robustnb.ptq import Rounder, quantize, rounding_points
@@ -206,6 +207,18 @@ def test_calibration_reads_all_images_and_only_the_extremes_matter_to_minmax():
         if n in ('normalize', 'net.2', 'net.3', 'net.4', 'net.5'): m.register_forward_hook(lambda m, a, out, n=n: values.update({n: max(values.get(n, 0), out.abs().max().item())}))
     predict(seen, x)
     assert scales == pytest.approx([v/(255 if n == 'net.2' else 127) for n, v in values.items()], rel=1e-5)
+
+
+def test_every_calibration_image_counts_the_same(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(ptq, '_sample_size', 30_000)
+    monkeypatch.setattr(ptq, 'choose_scale', lambda x, *args, **kw: seen.setdefault(x.numel(), x).new_ones(()) if x.ndim == 1 else choose_scale(x, *args, **kw))
+    x = .5 + 0*images(230)
+    x[200:] = 1.
+    quantize(small(), 'INT8', x)
+    first = next(iter(seen.values()))
+    assert 29_000 < len(first) < 33_000, 'the sample is as large as it is said to be, whatever the number of batches'
+    assert abs((first == 2).float().mean() - 30/230) < .005
 
 
 def test_values_between_the_extremes_decide_the_mse_scale():
