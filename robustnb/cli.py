@@ -29,6 +29,10 @@ def _readable(job):
         except (ValueError, TypeError, OSError, FloatingPointError) as e: sys.exit(f'{type(e).__name__}: {e}')
     return command
 
+def _images(source, split):
+    "The images a command names; naming CIFAR on a command line is the request to fetch it."
+    return load_data(source, split, download=source in ('cifar10', 'cifar100'))
+
 @call_parse
 @_readable
 def train_command(
@@ -43,7 +47,7 @@ def train_command(
 ):
     "Train one of the nine networks and write it to `out`."
     started, out = time.time(), Path(out)
-    images, val = load_data(data, 'train'), load_data(data, 'test')
+    images, val = _images(data, 'train'), _images(data, 'test')
     std, mean = torch.std_mean(images[::1 + len(images)//10_000].x, (0, 2, 3))
     rounded = lambda t: [round(o, 4) for o in t.tolist()]
     net = build_model(model, len(images.classes), width, rounded(mean), rounded(std), seed=seed)
@@ -88,7 +92,7 @@ def assess_command(
     "Predict what quantisation will cost a classifier, without its training data."
     model, threat, images = load_model(weights), _threat(norm, eps), None
     if test:
-        images = load_data(test, 'test')
+        images = _images(test, 'test')
         if len(images) > n_test: images = subset(images, n_test, seed=seed)
     report = assess(model, formats.split(','), threat, images, seed=seed)
     report.save(Path(out)/'report.html')
@@ -103,7 +107,7 @@ def demo_command(
     seed:int=0,          # Everything random
     epochs:int=25,       # Passes over the 1,297 training digits
     steps:int=250,       # Steps of the generator
-    n:int=300,           # Generated images to probe with, and test digits to check on
+    n:int=200,           # Generated images to probe with, and test digits to check on
 ):
     "Train on digits, forget them, predict what quantisation will cost, and check."
     data, test = load_data('digits', 'train'), subset(load_data('digits', 'test'), n, seed)

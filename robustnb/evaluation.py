@@ -23,10 +23,14 @@ def crafted_on(
     "A transfer attack: crafted on `source`, judged on the model that is evaluated."
     made = []
     def transferred(model, x, y, threat, *, generator=None):
-        for seen, under, x_adv in made:
-            if under == threat and seen.shape == x.shape and torch.equal(seen, x): return x_adv
-        made.append((x, threat, attack(source, x, y, threat, generator=generator)))
-        return made[-1][2]
+        state = lambda: torch.empty(0) if generator is None else generator.get_state()
+        begun = state()
+        for under, *asked, x_adv, ended in made:
+            if under == threat and all(map(torch.equal, asked, (x, y, begun))):
+                if generator is not None: generator.set_state(ended)
+                return x_adv
+        made.append((threat, x, y, begun, attack(source, x, y, threat, generator=generator), state()))
+        return made[-1][-2]
     return transferred
 
 # %% ../nbs/api/60_evaluation.ipynb #98a3e050
@@ -48,14 +52,13 @@ def in_turn(
 @torch.no_grad()
 def _judge(model, x, x_adv, y, threat, name, first):
     "One row per image."
-    like = next(model.parameters(), x)
-    logits = model(x_adv.to(like.device)).float().cpu()
+    logits, x, x_adv, y = model(x_adv).float().cpu(), x.cpu(), x_adv.cpu(), y.cpu()
     if not logits.isfinite().all(): raise ValueError(f"`model` must answer with finite logits; it gave NaN or infinity for image {first + int((~logits.isfinite().all(1)).nonzero()[0])} under {name}.")
-    inside = threat.allows(x, x_adv.cpu()) if name != 'clean' else torch.ones(len(x), dtype=torch.bool)
+    inside = threat.allows(x, x_adv) if name != 'clean' else torch.ones(len(x), dtype=torch.bool)
     if not inside.all(): raise ValueError(f"attack {name!r} left its threat model {threat} on {int((~inside).sum())} images. Return `threat.project(x, x_adv)`.")
     return pd.DataFrame(dict(image=np.arange(first, first+len(x)), attack=name, threat=repr(threat) if name != 'clean' else 'none', label=y.numpy(),
                              prediction=logits.argmax(1).numpy(), correct=(logits.argmax(1) == y).numpy(), margin=-margin(logits, y).numpy(),
-                             distance=threat.distance(x, x_adv.cpu()).numpy()))
+                             distance=threat.distance(x, x_adv).numpy()))
 
 def evaluate(
     model:nn.Module,        # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
@@ -68,15 +71,16 @@ def evaluate(
 )->pd.DataFrame:            # One row per image and attack, 'clean' first
     "Attack every image and keep every prediction."
     check_model(model); check_images(x)
-    with torch.no_grad(): n_classes = model(x[:1].to(next(model.parameters(), x).device)).shape[1]
+    device = next(model.parameters(), x).device
+    with torch.no_grad(): n_classes = model(x[:1].to(device)).shape[1]
     check_labels(y, len(x), n_classes)
     if 'clean' in attacks: raise ValueError("`attacks` must not hold 'clean': the clean images are always evaluated.")
     rows = []
     jobs = [('clean', lambda model, x, y, threat, generator: x), *attacks.items()]
     for name, attack in jobs:
         for s in progress(batches(len(x), batch_size), name):
-            xs = x[s].contiguous(memory_format=torch.channels_last)
-            x_adv = attack(model, xs, y[s], threat, generator=make_generator(seed, name, s.start))
+            xs = x[s].to(device, memory_format=torch.channels_last)
+            x_adv = attack(model, xs, y[s].to(device), threat, generator=make_generator(seed, name, s.start))
             rows.append(_judge(model, xs, x_adv, y[s], threat, name, s.start))
     return pd.concat(rows, ignore_index=True)
 

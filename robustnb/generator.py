@@ -148,7 +148,7 @@ def train_generator(
     device=None,          # Where to train; None takes CUDA if there is one
 )->tuple[Generator, pd.DataFrame]:  # Generator in eval mode on the CPU; history, one row per step
     "A conditional generator from the model alone, with data-free losses as in Xu et al. 2020 (GDFQ, arXiv:2003.03603)."
-    check_model(model)
+    if not hasattr(check_model(model), 'normalize'): raise TypeError(f"`model` must have its normalisation inside; this {type(model).__name__} has none. Use `wrap_model`.")
     device, g = pick_device(device), make_generator(seed, 'generator')
     home, flags = next(model.parameters()).device, [p.requires_grad for p in model.parameters()]
     embedding, normalize = last_linear(model).weight.flatten(1), model.normalize

@@ -388,6 +388,7 @@ def _split_activations(model):
             model.set_submodule(name, nn.Sequential(OrderedDict(norm=bn, act=m.act)))
     return model
 
+# %% ../nbs/api/20_models.ipynb #4addbfe0
 def trace(
     model:nn.Module,   # Takes one batch of images
 )->fx.GraphModule:     # A copy of the model as a graph, in evaluation mode; `Normalize` is one node

@@ -18,9 +18,8 @@ from .attacks import pgd
 from .core import atomic_path, check_images, check_model, manifest, predict, progress, to_float
 from .cost import cost, model_bytes
 from .data import ImageSet
-from .evaluation import evaluate, in_turn, quantised_attacks, summarize, worst
+from .evaluation import evaluate, in_turn, loss_of, quantised_attacks, summarize, worst
 from .generator import Generator, energy, generate, train_generator
-from .metrics import bootstrap
 from .plots import figure_svg, plot_layers, plot_predicted, show_images
 from .ptq import quantize
 from .quant import quant_spec
@@ -33,12 +32,10 @@ def share_lost(
     after:pd.DataFrame,    # `evaluate` rows of the copy on the same images
     attack:str='worst',    # 'clean', or 'worst' for the per-image worst of all attacks
 )->tuple[float, float, float]: # Share of the original's accuracy that is gone, and its 95% interval; NaN if the original is right on fewer than 20 images
-    "Relative loss of accuracy on the same images, with a paired bootstrap interval."
-    pick = lambda rows: (worst(rows) if attack == 'worst' else rows[rows.attack == attack]).set_index('image').correct
-    a, b = pick(before), pick(after)
-    if not a.index.equals(b.index): raise ValueError(f"`before` and `after` must hold the same images; got {len(a)} and {len(b)}. Evaluate both on the same `x`.")
-    if a.sum() < 20: return (np.nan,)*3
-    return bootstrap(lambda a, b: 1 - b.mean()/a.mean(), a.to_numpy(float), b.to_numpy(float))
+    "Loss as a share of what there was to lose; the interval is the paired one of `loss_of`."
+    right = worst(before).correct if attack == 'worst' else before[before.attack == attack].correct
+    if right.sum() < 20: return (np.nan,)*3
+    return tuple(float(o/right.mean()) for o in loss_of(before, after, attack))
 
 # %% ../nbs/api/70_transfer.ipynb #c6234266
 def _both_roads(model, attack):
@@ -228,6 +225,6 @@ def assess(
         table.append(row)
         layers.append(layer_sensitivity(model, q, x[:50]).assign(format=str(spec)))
     table = predict_losses(pd.DataFrame(table))
-    facts = manifest(model=getattr(model, 'name', None) or type(model).__name__, threat=repr(threat), probes=probes, seed=seed, notes=_notes(probes, facts, q, before, before_test),
+    facts = manifest(model=getattr(model, 'name', None) or type(model).__name__, threat=f'{type(threat).__name__} {255*threat.eps:g}/255', probes=probes, seed=seed, notes=_notes(probes, facts, q, before, before_test),
                      test_images=0 if test is None else len(test), **facts, **_originals(before, before_test), seconds=round(time.time()-started))
     return Report(table, pd.concat(layers, ignore_index=True), x[:16], facts)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from robustnb.attacks import fgsm, pgd
 from robustnb.core import make_generator, predict
-from robustnb.evaluation import evaluate, quantised_attacks, summarize, worst
+from robustnb.evaluation import crafted_on, evaluate, in_turn, quantised_attacks, summarize, worst
 from robustnb.generator import energy, generate, train_generator
 from robustnb.models import Normalized, build_model, fold_batchnorm
 from robustnb.ptq import Rounder, quantize
@@ -200,6 +200,22 @@ def test_6_ranges_are_frozen_and_order_does_not_matter():
     assert first.equals(second)
     assert q.state_dict().keys() == state.keys() and all(torch.equal(v, state[k]) for k, v in q.state_dict().items())
     assert any('scale' in k for k in state), 'ranges are part of the state'
+
+
+def test_6_kept_images_do_not_make_the_order_matter():
+    model, x = make_net(), images(30)
+    y = answers(model, x)
+    one, two = quantize(model, 'INT4', x), quantize(model, 'INT3', x)
+    runs = dict(a=(one, y, 0), b=(two, y, 0), c=(two, y.roll(1), 0), d=(one, y, 1))
+    found = {}
+    for order in ('abcd', 'dcba', 'bdac'):
+        both, apart = in_turn(crafted_on(model, pgd), pgd), quantised_attacks(model)
+        for k in order:
+            q, labels, seed = runs[k]
+            rows = evaluate(q, x, labels, dict(both=both, **apart), Linf(4/255), seed=seed, batch_size=20)
+            assert rows.equals(found.setdefault(k, rows)), f'{k} in the order {order}'
+    fresh = evaluate(two, x, y, dict(both=in_turn(crafted_on(model, pgd), pgd), **quantised_attacks(model)), Linf(4/255), batch_size=20)
+    assert fresh.equals(found['b'])
 
 
 # 7. Their straight-through gradient was not masked, and nothing stood beside it: robust accuracy rose as bits fell.
