@@ -30,7 +30,7 @@ class Generator(nn.Module):
         rows = embedding.detach().float().flatten(1)
         rows = (rows-rows.mean(1, keepdim=True))/rows.std(1, keepdim=True).clamp_min(1e-8)
         for k, v in dict(embedding=rows, mean=mean, std=std, contrast=torch.ones(())).items(): self.register_buffer(k, v.detach().clone())
-        self.size, low = size, size//4
+        self.size, self.knows, low = size, 'nothing: it was not trained', size//4
         conv = lambda i, o: [nn.Upsample(scale_factor=2), nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.LeakyReLU(.2)]
         self.body = nn.Sequential(nn.Linear(rows.shape[1], width*low*low), nn.Unflatten(1, (width, low, low)), nn.BatchNorm2d(width),
                                   *conv(width, width), *conv(width, width//2), nn.Conv2d(width//2, len(mean), 3, padding=1), nn.BatchNorm2d(len(mean), affine=False))

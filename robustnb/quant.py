@@ -83,6 +83,7 @@ def to_levels(
     signed:bool=True,      # False for unsigned INT: negative values become 0
 )->Tensor:                 # The nearest level, same shape
     "Round to the nearest level of `fmt` and saturate at the largest."
+    if v.dtype not in (torch.float32, torch.float64): raise TypeError(f"`v` must be float32 or float64; got {v.dtype}. Convert the model with `model.float()`.")
     top = fmt.top(signed)
     if fmt.kind == 'INT': return v.round().clamp(-top if signed else 0, top)
     v = v.clamp(-top, top)

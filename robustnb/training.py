@@ -130,6 +130,8 @@ def train(
     "Train a copy of `model` by `recipe` with cross-entropy on soft labels."
     device, bf16 = pick_device(device), fast_bf16(pick_device(device))
     if len(data) < data.labels.shape[1]: raise ValueError(f"`data` must have at least one image per class; got {len(data)} images for {data.labels.shape[1]} classes.")
+    if getattr(model, 'n_classes', None) not in (None, data.labels.shape[1]):
+        raise ValueError(f"`model` must have one logit per class of `data`; got {model.n_classes} logits for {data.labels.shape[1]} classes. Build it with `n_classes={data.labels.shape[1]}`.")
     mark, history, start = _fingerprint(model, data, recipe, seed), [], 0
     model = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0)

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from .attacks import pgd
-from .core import atomic_path, check_images, check_model, manifest, predict, progress, to_float
+from .core import atomic_path, check_images, check_labels, check_model, manifest, predict, progress
 from .cost import cost, model_bytes
 from .data import ImageSet
 from .evaluation import evaluate, in_turn, loss_of, quantised_attacks, summarize, worst
@@ -193,6 +193,8 @@ def _notes(probes, facts, quantised, before, before_test):
         if rows is not None and worst(rows).correct.sum() < 20: notes.append(f'The original itself is right on fewer than 20 attacked {images}, so no robust loss can be stated from them: choose a smaller eps or give more images.')
     return notes
 
+def _words(threat): return f'Linf {255*threat.eps:g}/255' if isinstance(threat, Linf) else repr(threat)
+
 def _originals(before, before_test):
     "Accuracies of the full-precision model."
     found = dict(survivors_among_probes=worst(before).correct.mean())
@@ -211,8 +213,10 @@ def assess(
     seed:int=0,                  # Everything random
 )->Report:                       # Tables, figures, page
     "Predict what quantisation will cost a classifier, without its training data."
-    started, specs = time.time(), [quant_spec(f) for f in formats]
+    started, specs = time.time(), [quant_spec(f) for f in (formats.split(',') if isinstance(formats, str) else formats)]
+    if not specs: raise ValueError(f"`formats` must name at least one number format, such as {default_formats}; got {formats!r}.")
     check_model(model)
+    if test is not None: check_labels(torch.as_tensor(test.y), len(test), predict(model, test[:1].x).shape[1], 'test')
     x, probes, facts = _probe_images(model, unlabelled, generator, n, seed)
     logits, attack = predict(model, x), partial(pgd, steps=10)
     attacks, table, layers = _both_roads(model, attack), [], []
@@ -225,6 +229,6 @@ def assess(
         table.append(row)
         layers.append(layer_sensitivity(model, q, x[:50]).assign(format=str(spec)))
     table = predict_losses(pd.DataFrame(table))
-    facts = manifest(model=getattr(model, 'name', None) or type(model).__name__, threat=f'{type(threat).__name__} {255*threat.eps:g}/255', probes=probes, seed=seed, notes=_notes(probes, facts, q, before, before_test),
+    facts = manifest(model=getattr(model, 'name', None) or type(model).__name__, threat=_words(threat), probes=probes, seed=seed, notes=_notes(probes, facts, q, before, before_test),
                      test_images=0 if test is None else len(test), **facts, **_originals(before, before_test), seconds=round(time.time()-started))
     return Report(table, pd.concat(layers, ignore_index=True), x[:16], facts)
