@@ -37,13 +37,15 @@ def crafted_on(
 def in_turn(
     *attacks:Callable,  # Attacks (model, x, y, threat, *, generator) -> x_adv, the cheapest first
 )->Callable:            # One attack with the same contract
-    "Each attack works on the images that survived those before it."
+    "Each attack works on the images that survived those before it; the first sees all, so that `crafted_on` can reuse them."
     @torch.no_grad()
     def all_of_them(model, x, y, threat, *, generator=None):
         x_adv, left = x.clone(), (model(x).argmax(1) == y).nonzero().flatten()
-        for attack in attacks:
+        for i, attack in enumerate(attacks):
             if not len(left): break
-            x_adv[left] = attack(model, x[left], y[left], threat, generator=generator)
+            on = slice(None) if i == 0 else left
+            found = attack(model, x[on], y[on], threat, generator=generator)
+            x_adv[left] = found[left] if i == 0 else found
             left = left[model(x_adv[left]).argmax(1) == y[left]]
         return x_adv
     return all_of_them

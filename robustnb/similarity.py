@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['layer_sensitivity', 'output_change', 'Link', 'fit_link', 'load_link']
 
-# %% ../nbs/api/43_similarity.ipynb #0f75bc67
+# %% ../nbs/api/43_similarity.ipynb #621dd5df
 import copy, json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from .attacks import pgd
 from .core import atomic_path, check_images, check_labels, check_model, manifest, predict, progress
-from .cost import cost, model_bytes
+from .cost import model_bytes
 from .data import ImageSet
 from .evaluation import evaluate, in_turn, loss_of, quantised_attacks, summarize, worst
 from .generator import Generator, energy, generate, train_generator

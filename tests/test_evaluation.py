@@ -76,11 +76,23 @@ def test_only_survivors_are_given_to_the_next_attack():
     weak, strong = partial(fgsm), partial(pgd, steps=10)
     rows = evaluate(model, x, y, dict(weak=weak, both=in_turn(noted(0, weak), noted(1, strong), noted(2, strong))), threat)
     survivors = int((rows.pivot(index='image', columns='attack', values='correct')[['clean', 'weak']]).all(axis=1).sum())
-    assert asked[0] == (0, int(rows[rows.attack == 'clean'].correct.sum())) and asked[1] == (1, survivors) and asked[2][1] <= survivors
+    assert asked[0] == (0, len(x)) and asked[1] == (1, survivors) and asked[2][1] <= survivors
     table = summarize(rows).set_index('attack').accuracy
     assert table['both'] <= table['weak'] < table['clean']
     nothing_left = in_turn(noted(3, fgsm))(model, x, (y+1+torch.randint(1, (40,))) % 4, threat)
     assert threat.allows(x, nothing_left).all()
+
+
+def test_transferred_images_are_crafted_once_for_several_copies():
+    calls = []
+    def counted(model, x, y, threat, *, generator=None):
+        calls.append(len(x))
+        return fgsm(model, x, y, threat)
+    both = in_turn(crafted_on(model, counted), fgsm)
+    for shift in (0, 1):
+        other = torch.nn.Sequential(model, torch.nn.LayerNorm(4, elementwise_affine=False)).eval() if shift else model
+        evaluate(other, x, y, dict(both=both), threat)
+    assert calls == [len(x)]
 
 
 def test_kept_images_belong_to_their_question():

@@ -85,3 +85,9 @@ def test_rules_that_do_not_exist():
     with pytest.raises(ValueError, match="`rule` must be 'minmax' or 'mse'; got 'max'"): choose_scale(torch.ones(3), number_format('INT8'), 'max')
     for value in (float('nan'), float('inf')):
         with pytest.raises(ValueError, match='1 of 3 values are not'): choose_scale(torch.tensor([1., value, 2.]), number_format('INT8'))
+
+
+@pytest.mark.parametrize('name', ('INT8', 'POT4', 'FP8'))
+@pytest.mark.parametrize('dtype', (torch.float16, torch.bfloat16, torch.int64))
+def test_half_precision_is_refused(name, dtype):
+    with pytest.raises(TypeError, match=r'float32 or float64; got torch.*`model.float'): to_levels(torch.ones(2, dtype=dtype), number_format(name))

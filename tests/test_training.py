@@ -283,3 +283,7 @@ def test_a_run_that_diverges_says_so():
 
 def test_too_few_images_are_refused():
     with pytest.raises(ValueError, match='at least one image per class; got 2 images for 3 classes'): train(Recipe(epochs=1), Tiny(), soft_set()[:2], device='cpu')
+
+
+def test_a_network_of_other_classes_is_refused():
+    with pytest.raises(ValueError, match='got 7 logits for 10 classes. Build it with `n_classes=10`'): train(job(1)[0], build_model('AlexNet', 7, width=.0625), job(1)[2], device='cpu')
