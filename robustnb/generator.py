@@ -155,7 +155,7 @@ def train_generator(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(subseed(seed, 'weights'))
         net = Generator(embedding.cpu(), normalize.mean.flatten().cpu(), normalize.std.flatten().cpu(), size, width)
-    net = net.to(device, memory_format=torch.channels_last).train()
+    net = net.to(device).train()
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, betas=(.5, .999))
     history = []
     model.to(device).requires_grad_(False)

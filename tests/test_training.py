@@ -287,3 +287,13 @@ def test_too_few_images_are_refused():
 
 def test_a_network_of_other_classes_is_refused():
     with pytest.raises(ValueError, match='got 7 logits for 10 classes. Build it with `n_classes=10`'): train(job(1)[0], build_model('AlexNet', 7, width=.0625), job(1)[2], device='cpu')
+
+
+def test_narrow_networks_and_odd_batches_do_not_corrupt_memory():
+    "torch 2.15 did, in channels-last memory with two threads: a crash, so it runs in a process of its own"
+    code = ("import numpy as np, torch; torch.set_num_threads(2)\n"
+            "from robustnb import ImageSet, Recipe, build_model, train\n"
+            "images = np.random.default_rng(0).integers(0, 256, (99, 32, 32, 3), dtype=np.uint8)\n"
+            "train(Recipe(batch_size=33, flip=False).shortened(6), build_model('ResNet_18', width=.125), ImageSet(images, np.arange(99) % 10, 10), device='cpu')")
+    ran = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr[-500:]
