@@ -69,8 +69,10 @@ def _threat(norm, eps):
     except (ValueError, ZeroDivisionError): raise ValueError(f"`eps` must be a number or a fraction such as 8/255; got {eps!r}.") from None
     return dict(Linf=Linf, L2=L2)[norm](eps)
 
-def _show(report, out):
-    "The table as a terminal shows it."
+def _deliver(report, out):
+    "Write the report and its manifest, and print the table."
+    report.save(Path(out)/'report.html')
+    save_json(report.facts, Path(out)/'manifest.json')
     columns = dict(predicted_loss='predicted', measured_loss='measured', predicted_robust_loss='robust predicted', measured_robust_loss='robust measured')
     table = report.table.set_index('format')[[c for c in columns if c in report.table]].mul(100).round(1).rename(columns=columns)
     known = {k: report.facts[k] for k in ('accuracy', 'robust_accuracy') if k in report.facts}
@@ -94,10 +96,8 @@ def assess_command(
     if test:
         images = _images(test, 'test')
         if len(images) > n_test: images = subset(images, n_test, seed=seed)
-    report = assess(model, formats.split(','), threat, images, seed=seed)
-    report.save(Path(out)/'report.html')
-    save_json(report.facts, Path(out)/'manifest.json')
-    _show(report, out)
+    report = assess(model, formats, threat, images, seed=seed)
+    _deliver(report, out)
 
 # %% ../nbs/api/81_cli.ipynb #3cb14f09
 @call_parse
@@ -117,6 +117,4 @@ def demo_command(
     save_model(net, Path(out)/'weights.pt')
     generator, _ = train_generator(net, steps=steps, batch_size=64, width=32, seed=seed)
     report = assess(net, ('INT8', 'INT4', 'INT3', 'POT4', 'FP8', 'FLOAT4'), Linf(8/255), test, generator=generator, n=n, seed=seed)
-    report.save(Path(out)/'report.html')
-    save_json(report.facts, Path(out)/'manifest.json')
-    _show(report, out)
+    _deliver(report, out)

@@ -37,16 +37,17 @@ def layer_sensitivity(
     for m in rounders.values(): m.on = False
     for n, p in partial.named_parameters(): p.copy_(floats[n])
     signal, rows, heard = predict(clean, x), [], {}
-    hooks = [m.register_forward_hook(lambda m, args, out, n=n: heard.__setitem__(n, out)) for n, m in rounders.items()]
-    row = lambda layer, kind, nsr: rows.append(dict(layer=layer, kind=kind, nsr=nsr, logit_noise=_noise_ratio(signal, predict(partial, x))))
-    changed = [n for n in floats if not torch.equal(floats[n], rounded[n])]
-    for n in progress(changed, 'weights'):
+    hooks = [m.register_forward_hook(lambda m, args, out, n=n: heard.update({n: (args[0], out)})) for n, m in rounders.items()]
+    arriving = lambda: _noise_ratio(signal, predict(partial, x))
+    for n in progress([n for n in floats if not torch.equal(floats[n], rounded[n])], 'weights'):
         partial.get_parameter(n).copy_(rounded[n])
-        row(n.removesuffix('.weight'), 'weights', ((rounded[n]-floats[n]).square().sum()/floats[n].square().sum().clamp_min(1e-30)).item())
+        nsr = ((rounded[n]-floats[n]).square().sum()/floats[n].square().sum().clamp_min(1e-30)).item()
+        rows.append(dict(layer=n.removesuffix('.weight'), kind='weights', nsr=nsr, logit_noise=arriving()))
         partial.get_parameter(n).copy_(floats[n])
     for n, m in progress(rounders.items(), 'activations'):
-        m.on = False; predict(partial, x[-250:]); before = heard[n]
-        m.on = True; row(n.removeprefix('round_'), 'activations', 0.); rows[-1]['nsr'] = _noise_ratio(before, m(before))
+        m.on = True
+        noise = arriving()
+        rows.append(dict(layer=n.removeprefix('round_'), kind='activations', nsr=_noise_ratio(*heard[n]), logit_noise=noise))
         m.on = False
     for h in hooks: h.remove()
     return pd.DataFrame(rows)
@@ -85,7 +86,8 @@ def _fit(f, cap, loss):
 
 def _odds(loss, cap):
     "Log-odds of a loss, away from 0 and from the cap."
-    return np.log((loss/cap).clip(.01, .99)/(1-(loss/cap).clip(.01, .99)))
+    share = (loss/cap).clip(.01, .99)
+    return np.log(share/(1-share))
 
 # %% ../nbs/api/43_similarity.ipynb #877d83c7
 @dataclass(frozen=True)
