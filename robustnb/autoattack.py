@@ -80,10 +80,10 @@ def cascade(
     generator, judge = generator or make_generator(0), lambda x, y: margin(standing(model, x, y, batch_size)[1], y) > 0
     left, logits = standing(model, x, y, batch_size)
     out, clean = x.clone(), margin(logits, y)
-    height = clean.clone()
+    height, pace = clean.clone(), 4 if isinstance(threat, L1) else 1
     def run(rows, ask, labels, steps, judge=None, start=x):
         "Climb, keep what came nearest, and tell which rows stand"
-        found, at, fallen = climb(ask, x[rows], labels, threat, start[rows], steps, judge)
+        found, at, fallen = climb(ask, x[rows], labels, threat, start[rows], pace*steps, judge)
         better = fallen | (at > height[rows])
         out[rows[better]], height[rows[better]] = found[better], at[better]
         return ~fallen

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .core import draw, image_generators
-from .metrics import ssim
+from .metrics import _windows, ssim, ssim_along
 
 # %% ../nbs/api/30_threat.ipynb #a6190b7d
 class Ball:
@@ -30,7 +30,7 @@ class Ball:
     )->Tensor:
         "Is each image in the ball, with its pixels in [0,1] (N,)?"
         pixels = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
-        return pixels & (self.distance(x, x_adv) <= self.eps + 1e-6 + self._length(torch.full_like(x, 6e-8)))
+        return pixels & (self.distance(x, x_adv) <= self.eps + 1e-6 + self._length(6e-8*(x_adv != x)))
 
     def project(self,
         x:Tensor,      # Clean images (N,C,H,W), pixels in [0,1]
@@ -56,9 +56,10 @@ class Ball:
         return self.project(x, x + self.eps*self._random(x, lambda kind, *shape: draw(kind, own, *shape, like=x)))
 
 # %% ../nbs/api/30_threat.ipynb #e392cf68
-def _check_eps(eps, most):
+def _check_eps(eps, most=math.inf):
     "Raise unless `eps` is a radius in pixel units."
-    if not (0 <= eps <= most): raise ValueError(f"`eps` must be in [0, {most:g}] (pixels are in [0, 1]); got {eps}. Eight grey levels are `8/255`.")
+    rule = 'in [0, 1]' if most == 1 else 'finite and not negative'
+    if not (0 <= eps <= most and eps < math.inf): raise ValueError(f"`eps` must be {rule} (pixels are in [0, 1]); got {eps}. Eight grey levels are `8/255`.")
 
 @dataclass(frozen=True)
 class Linf(Ball):
@@ -75,7 +76,7 @@ class Linf(Ball):
 class L2(Ball):
     "The change has Euclidean length at most `eps`."
     eps:float      # Largest length of the change, over all pixels and channels of an image
-    def __post_init__(self): _check_eps(self.eps, math.inf)
+    def __post_init__(self): _check_eps(self.eps)
     def _length(self, d): return d.flatten(1).double().norm(dim=1).to(d.dtype)
     def _shorten(self, d): return d*(self.eps/self._length(d).clamp_min(1e-30)).clamp_max(1).view(-1, 1, 1, 1)
     def _unit(self, grad): return grad/self._length(grad).clamp_min(1e-30).view(-1, 1, 1, 1)
@@ -87,14 +88,16 @@ class L2(Ball):
 class L1(Ball):
     "The changes of all pixels and channels sum to at most `eps`."
     eps:float      # Largest sum of changes over all pixels and channels of an image
-    def __post_init__(self): _check_eps(self.eps, math.inf)
+    def __post_init__(self): _check_eps(self.eps)
     def _length(self, d): return d.flatten(1).double().abs().sum(1).to(d.dtype)
-    def _unit(self, grad): return self._spread(grad, torch.ones(len(grad), dtype=torch.int64, device=grad.device))
+    def _unit(self, grad): return self._spread(grad, torch.ones_like(grad[:, 0, 0, 0]))
     def _spread(self, grad, k):
-        "Equal changes of the `k` coordinates with the largest gradient, of length one together."
-        size = grad.flatten(1).abs()
-        least = size.sort(dim=1, descending=True).values.gather(1, k[:, None]-1)
-        return ((size >= least)*grad.flatten(1).sign()/k[:, None]).view_as(grad)
+        "Equal changes, of length one together, of the `k` coordinates with the largest gradient, the first of equal ones."
+        flat = grad.flatten(1)
+        order = flat.abs().argsort(dim=1, descending=True, stable=True)
+        chosen = (torch.arange(flat.shape[1], device=grad.device) < k[:, None]).to(grad.dtype)
+        step = flat.sign()*torch.zeros_like(flat).scatter(1, order, chosen.expand_as(flat))
+        return (step/step.abs().sum(1, keepdim=True).clamp_min(1)).view_as(grad)
     def _random(self, x, draw):
         parts = -draw(torch.rand, *x.shape[1:]).clamp_min(1e-30).log()*(draw(torch.rand, *x.shape[1:])-.5).sign()
         return draw(torch.rand, 1, 1, 1)**(1/x[0].numel())*parts/self._length(parts).view(-1, 1, 1, 1)
@@ -107,11 +110,11 @@ class L1(Ball):
         d = (x_adv.clamp(0, 1)-x).double().flatten(1)
         over = d.abs().sum(1) > self.eps
         if not over.any(): return x_adv.clamp(0, 1)
-        far, cap = (x_adv-x)[over].double().flatten(1).abs(), d[over].abs()
+        far, cap = (x_adv-x)[over].double().flatten(1).abs().clamp_max(1e6), d[over].abs()
         lo, hi = torch.zeros_like(far[:, :1]), far.amax(1, keepdim=True)
         for _ in range(50):
             mid = (lo+hi)/2
-            long = torch.minimum((far-mid).clamp_min(0), cap).sum(1, keepdim=True) > self.eps
+            long = torch.minimum((far-mid).clamp_min_(0), cap).sum(1, keepdim=True) > self.eps
             lo, hi = torch.where(long, mid, lo), torch.where(long, hi, mid)
         d[over] = torch.minimum((far-hi).clamp_min(0), cap)*d[over].sign()
         return torch.where(over.view(-1, 1, 1, 1), (x + d.view_as(x).to(x.dtype)).clamp(0, 1), x_adv.clamp(0, 1))
@@ -122,7 +125,7 @@ class L1(Ball):
         x_adv:Tensor|None=None, # the present images the step is spread over several pixels
     )->Tensor:
         "One pixel, or with the images at hand those that have room left and gain most; of length one together."
-        if x is None: return self._unit(grad)
+        if x_adv is None: return self._unit(grad)
         free = torch.where(grad > 0, x_adv < 1, x_adv > 0)
         changed, n = ((x_adv-x).abs() > 1e-9).flatten(1).sum(1), x[0].numel()
         k = torch.where(changed == 0, torch.tensor(.2*n, device=x.device), changed/1.5).clamp(1, max(.2*n, 1)).long()
@@ -160,29 +163,27 @@ class SSIM(Ball):
         goal = x_adv.clamp(0, 1)
         out = (ssim(x, goal) < self.level).nonzero().flatten()
         if not len(out): return goal
-        a, move = x[out], goal[out]-x[out]
-        lo, hi = torch.zeros_like(a[:, :1, :1, :1]), torch.ones_like(a[:, :1, :1, :1])
+        start, move = x[out], goal[out]-x[out]
+        similarity, lo, hi = ssim_along(start, move), torch.zeros_like(start[:, :1, :1, :1]), torch.ones_like(start[:, :1, :1, :1])
         for _ in range(20):
             mid = (lo+hi)/2
-            good = (ssim(a, a + mid*move) >= self.level).view(-1, 1, 1, 1)
+            good = (similarity(mid) >= self.level).view(-1, 1, 1, 1)
             lo, hi = torch.where(good, mid, lo), torch.where(good, hi, mid)
-        return goal.index_copy(0, out, (a + lo*move).clamp(0, 1))
+        return goal.index_copy(0, out, (start + lo*move).clamp(0, 1))
 
     def steepest(self,
         grad:Tensor,            # Gradient (N,C,H,W) of what is to grow
         x:Tensor|None=None,     # Clean images; without them the gradient is scaled to Euclidean length one
         x_adv:Tensor|None=None, # Present images; not used
     )->Tensor:
-        "The gradient divided by what each pixel costs; a step of `eps` from `x` reaches the border."
-        if x is None: return grad/grad.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
-        mean = F.avg_pool2d(x, 7, 1)
-        texture, light = 1/(2*49/48*(F.avg_pool2d(x*x, 7, 1)-mean*mean) + .03**2), 1/(2*mean*mean + .01**2)
-        inside = F.pad(torch.ones_like(mean), [6]*4)
-        step = grad/(F.avg_pool2d(F.pad(texture, [6]*4), 7, 1)/F.avg_pool2d(inside, 7, 1))
-        step = step/step.flatten(1).abs().amax(1).clamp_min(1e-30).view(-1, 1, 1, 1)
-        m = F.avg_pool2d(step, 7, 1)
-        cost = (49/48*(F.avg_pool2d(step*step, 7, 1)-m*m)*texture + m*m*light).mean((1, 2, 3))
-        return step*(cost*self.eps).clamp_min(1e-30).rsqrt().view(-1, 1, 1, 1)*(cost > 0).view(-1, 1, 1, 1)
+        "The gradient divided by what each pixel costs; a step of `eps` from `x` about reaches the border."
+        if x is None: return L2(1.).steepest(grad)
+        x = x.double()
+        cost = F.avg_pool2d(F.pad(1/(2*_windows(x)[1] + .03**2), [6]*4), 7, 1)
+        step = grad.double()/cost
+        step = step/step.flatten(1).abs().amax(1).clamp_min(1e-300).view(-1, 1, 1, 1)
+        lost = (1-ssim_along(x, step)(1e-3))/1e-3**2
+        return (step*(lost*self.eps).clamp_min(1e-30).rsqrt().view(-1, 1, 1, 1)).to(grad.dtype)
 
     def sample(self,
         x:Tensor,                       # Clean images (N,C,H,W), pixels in [0,1]
