@@ -32,7 +32,7 @@ def _lent(model, x, seed):
             for p in wanted: p.requires_grad_(False)
             yield
     finally:
-        for p in wanted: p.requires_grad_()
+        pass
         random.setstate(before[0]); np.random.set_state(before[1])
 
 def _start(attack, bounded, x, y):
@@ -67,14 +67,17 @@ def from_foolbox(
         check_attack(model, x, y)
         if isinstance(attack, FixedEpsilonAttack) and _norms.get(type(threat)) is not attack.distance:
             raise TypeError(f"`threat` must be a budget in the norm of the attack, {attack.distance}; got {threat}. Choose the attack of foolbox for this norm, or one that looks for the nearest wrong image.")
-        (left, logits), out = standing(model, x, y), x.clone()
-        own = image_generators(generator, x)
+        (left, logits), out, own = standing(model, x, y), x.clone(), image_generators(generator, x)
+        best = margin(logits, y)
         seed = lambda i: torch.randint(2**62, (), generator=own[i]).item()
         for i in (left.split(1) if alone else [left] if len(left) else []):
             found = _attacked(attack, model, x[i], y[i], threat.eps, seed(i[0]))
-            found = torch.where(threat.allows(x[i], found).view(-1, 1, 1, 1), found, threat.project(x[i], found.clamp(0, 1)))
-            better = margin(standing(model, found, y[i])[1], y[i]) > margin(logits[i], y[i])
-            out[i[better]] = found[better]
+            for stretch in (0, .02) if isinstance(attack, MinimizationAttack) else (0,):
+                image = found + stretch*(found-x[i])
+                image = torch.where(threat.allows(x[i], image).view(-1, 1, 1, 1), image, threat.project(x[i], image.clamp(0, 1)))
+                height = margin(standing(model, image, y[i])[1], y[i])
+                better = height > best[i]
+                out[i[better]], best[i[better]] = image[better], height[better]
         return out
     return adapted
 

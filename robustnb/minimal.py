@@ -149,13 +149,13 @@ def carlini_wagner(
         left = (far > enough).nonzero().flatten()
         if not len(left): break
         a, worked = x[left], torch.zeros_like(left, dtype=torch.bool)
-        w = ((2*a-1)*.999999).atanh()
+        w = ((2*a-1)*.9999).atanh()
         first, second = torch.zeros_like(w), torch.zeros_like(w)
         for i in range(1, steps+1):
             b = (w.tanh()+1)/2
             _, grad, logits = loss_and_grad(model, b, y[left], lambda z, y: (confidence-margin(z, y)).clamp_min(0))
             fallen, length = margin(logits, y[left]) > confidence, threat.distance(a, b)
-            better, worked = fallen & (length < far[left]), worked | fallen
+            better, worked = fallen & (length < far[left]), worked | (fallen & (2*i > steps))
             found[left[better]], far[left[better]] = b[better], length[better]
             slope = (2*(b-a) + const[left].view(-1, 1, 1, 1)*grad)*(1-w.tanh()**2)/2
             first, second = .9*first + .1*slope, .999*second + .001*slope**2

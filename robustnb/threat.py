@@ -102,19 +102,21 @@ class L1(Ball):
         parts = -draw(torch.rand, *x.shape[1:]).clamp_min(1e-30).log()*(draw(torch.rand, *x.shape[1:])-.5).sign()
         return draw(torch.rand, 1, 1, 1)**(1/x[0].numel())*parts/self._length(parts).view(-1, 1, 1, 1)
 
+    @torch.no_grad()
     def project(self,
         x:Tensor,      # Clean images (N,C,H,W), pixels in [0,1]
         x_adv:Tensor,  # Changed images, same shape
     )->Tensor:
         "The nearest image that is in the ball and has its pixels in [0,1]."
-        d = (x_adv.clamp(0, 1)-x).double().flatten(1)
+        d = (x_adv.clamp(0, 1).double()-x).flatten(1)
         over = d.abs().sum(1) > self.eps
         if not over.any(): return x_adv.clamp(0, 1)
-        far, cap = (x_adv-x)[over].double().flatten(1).abs().clamp_max(1e6), d[over].abs()
-        lo, hi = torch.zeros_like(far[:, :1]), far.amax(1, keepdim=True)
+        far, cap = (x_adv[over].double()-x[over]).flatten(1).abs().clamp_max(1e6), d[over].abs()
+        lo, hi, kept = torch.zeros_like(far[:, :1]), far.amax(1, keepdim=True), torch.empty_like(far)
         for _ in range(50):
             mid = (lo+hi)/2
-            long = torch.minimum((far-mid).clamp_min_(0), cap).sum(1, keepdim=True) > self.eps
+            torch.sub(far, mid, out=kept).clamp_min_(0)
+            long = torch.minimum(kept, cap, out=kept).sum(1, keepdim=True) > self.eps
             lo, hi = torch.where(long, mid, lo), torch.where(long, hi, mid)
         d[over] = torch.minimum((far-hi).clamp_min(0), cap)*d[over].sign()
         return torch.where(over.view(-1, 1, 1, 1), (x + d.view_as(x).to(x.dtype)).clamp(0, 1), x_adv.clamp(0, 1))
@@ -155,6 +157,7 @@ class SSIM(Ball):
         "Is each image similar enough, with its pixels in [0,1] (N,)?"
         return ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1) & (ssim(x, x_adv) >= self.level - 1e-6)
 
+    @torch.no_grad()
     def project(self,
         x:Tensor,      # Clean images (N,C,H,W), pixels in [0,1]
         x_adv:Tensor,  # Changed images, same shape

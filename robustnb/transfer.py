@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from .attacks import pgd
+from .attacks import in_turn, pgd
 from .core import atomic_path, check_images, check_labels, check_model, manifest, predict, progress
 from .cost import model_bytes
 from .data import ImageSet
-from .evaluation import evaluate, in_turn, loss_of, quantised_attacks, summarize, worst
+from .evaluation import compare, evaluate, quantised_attacks, summarize, worst
 from .generator import Generator, energy, generate, train_generator
 from .plots import figure_svg, plot_layers, plot_predicted, show_images
 from .ptq import quantize
@@ -32,16 +32,16 @@ def share_lost(
     after:pd.DataFrame,    # `evaluate` rows of the copy on the same images
     attack:str='worst',    # 'clean', or 'worst' for the per-image worst of all attacks
 )->tuple[float, float, float]: # Share of the original's accuracy that is gone, and its 95% interval; NaN if the original is right on fewer than 20 images
-    "Loss as a share of what there was to lose; the interval is the paired one of `loss_of`."
-    right = worst(before).correct if attack == 'worst' else before[before.attack == attack].correct
-    if right.sum() < 20: return (np.nan,)*3
-    return tuple(float(o/right.mean()) for o in loss_of(before, after, attack))
+    "Loss as a share of what there was to lose; the interval is the paired one of `compare`."
+    lost = compare(before, after).set_index('attack').loc[attack]
+    if round(lost.n*lost.accuracy_a) < 20: return (np.nan,)*3
+    return tuple(float(lost[k]/lost.accuracy_a) for k in ('difference', 'lo', 'hi'))
 
 # %% ../nbs/api/70_transfer.ipynb #c6234266
 def _both_roads(model, attack):
-    "Transferred from the original, then white-box on what survives."
+    "For the original, and for its copies: the same images first, then white-box on what survives them."
     roads = quantised_attacks(model, attack)
-    return dict(attacked=in_turn(roads['transfer'], roads['white_box']))
+    return dict(attacked=roads['transfer']), dict(attacked=in_turn(roads['transfer'], roads['white_box']))
 
 def probe(
     model:nn.Module,       # The original
@@ -219,9 +219,9 @@ def assess(
     if test is not None: check_labels(torch.as_tensor(test.y), len(test), predict(model, test[:1].x).shape[1], 'test')
     x, probes, facts = _probe_images(model, unlabelled, generator, n, seed)
     logits, attack = predict(model, x), partial(pgd, steps=10)
-    attacks, table, layers = _both_roads(model, attack), [], []
-    before = evaluate(model, x, logits.argmax(1), dict(pgd=attack), threat, seed=seed)
-    before_test = None if test is None else evaluate(model, test.x, torch.as_tensor(test.y), dict(pgd=attack), threat, seed=seed)
+    (on_original, attacks), table, layers = _both_roads(model, attack), [], []
+    before = evaluate(model, x, logits.argmax(1), on_original, threat, seed=seed)
+    before_test = None if test is None else evaluate(model, test.x, torch.as_tensor(test.y), on_original, threat, seed=seed)
     for spec in progress(specs, 'formats'):
         q = quantize(model, spec, x)
         row = dict(format=str(spec), n_classes=logits.shape[1], size_kb=model_bytes(q, spec.weights.bits)/1000) | probe(model, q, x, threat, before, attacks, seed)

