@@ -18,7 +18,7 @@ import torch
 
 from robustnb.apgd import gradients
 from robustnb.attacks import cross_entropy, pgd
-from robustnb.autoattack import autoattack, cascade, search_copy
+from robustnb.autoattack import cascade, search_copy
 from robustnb.core import make_generator, manifest, predict, save_json
 from robustnb.data import load_data, subset
 from robustnb.models import build_model, load_model
@@ -76,13 +76,14 @@ def timed(tool, attack, model, x, y, threat):
     return dict(tool=tool, seconds=round(seconds, 3), cpu_seconds=round(cpu, 3), n=len(x), robust=float(stands.mean())), stands
 
 
-def compare(nets, x, y, cases, repeats, ours='robustnb cascade'):
+def compare(nets, x, y, cases, repeats, args, ours='robustnb cascade'):
     "All tools on all networks and threats, in turn; `only_it` and `only_ours` count images that one of the two finds alone"
     rows = []
     for name, model in nets.items():
         for threat, tools in cases:
+            if args.threat not in (None, type(threat).__name__): continue
             for attack in tools.values():
-                if attack not in (autoattack, standard_autoattack): attack(model, x[:10], y[:10], threat)
+                if attack is not standard_autoattack: attack(model, x[:10], y[:10], threat)
             for rep in range(max(repeats.values())):
                 for tool, attack in tools.items():
                     if rep >= repeats.get(tool, max(repeats.values())): continue
@@ -96,14 +97,14 @@ def compare(nets, x, y, cases, repeats, ours='robustnb cascade'):
 def part_pgd(nets, x, y, args):
     def tools(step):
         peers = dict(foolbox=foolbox_pgd, torchattacks=torchattacks_pgd, ART=art_pgd)
-        return {'robustnb cascade': cascade, 'robustnb quick look': partial(cascade, targets=0), 'robustnb pgd': in_batches(lambda m, x, y, t: pgd(m, x, y, t, make_generator(0), steps=40, step_size=step))} | {
+        return {'robustnb cascade': cascade, 'robustnb quick look': partial(cascade, targets=0)} | {
             f'{k} PGD-40': in_batches(partial(f, step_size=step)) if k != 'ART' else partial(f, step_size=step) for k, f in peers.items()}
-    return compare(nets, x, y, ((Linf(8/255), tools(1/255)), (L2(.5), tools(2.5*.5/40))), {'': args.repeats})
+    return compare(nets, x, y, ((Linf(8/255), tools(1/255)), (L2(.5), tools(2.5*.5/40))), {'': args.repeats}, args)
 
 
 def part_autoattack(nets, x, y, args):
-    tools = {'robustnb cascade': cascade, 'robustnb autoattack': autoattack, 'AutoAttack standard': standard_autoattack}
-    return compare(nets, x, y, ((Linf(8/255), tools), (L2(.5), tools)), {'robustnb cascade': args.repeats, 'robustnb autoattack': 1, 'AutoAttack standard': 1})
+    tools = {'robustnb cascade': cascade, 'AutoAttack standard': standard_autoattack}
+    return compare(nets, x, y, ((Linf(8/255), tools), (L2(.5), tools)), {'robustnb cascade': args.repeats, 'AutoAttack standard': 1}, args)
 
 
 def part_growth(nets, x, y, args):
@@ -149,6 +150,8 @@ def main():
     parser.add_argument('data', help='folder or zip of test images')
     parser.add_argument('--standard', required=True, help='weights of the normally trained network')
     parser.add_argument('--adversarial', required=True, help='weights of the adversarially trained network')
+    parser.add_argument('--only', choices=('standard', 'adversarial'), help='one network; rows are added to those of the other')
+    parser.add_argument('--threat', choices=('Linf', 'L2'), help='one threat model; as with --only')
     parser.add_argument('--n', type=int, default=500)
     parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--threads', type=int, default=2)
@@ -158,10 +161,14 @@ def main():
     torch.set_num_threads(args.threads)
     part = subset(load_data(args.data, 'test'), args.n, seed=0)
     x, y = part.x, torch.as_tensor(part.y)
-    nets = {k: load_model('ResNet_18', getattr(args, k), n_classes=10, width=.25) for k in ('adversarial', 'standard')}
+    nets = {k: load_model('ResNet_18', getattr(args, k), n_classes=10, width=.25) for k in ('adversarial', 'standard') if args.only in (None, k)}
     began = time.time()
     rows = globals()[f'part_{args.part}'](nets, x, y, args)
     path = Path(args.out)/f'attacks_{args.part}.csv'
+    if (args.only or args.threat) and path.exists():
+        old = pd.read_csv(path)
+        again = old[['network', 'threat']].apply(tuple, axis=1).isin({*rows[['network', 'threat']].itertuples(index=False, name=None)})
+        rows = pd.concat([old[~again], rows])
     rows.to_csv(path, index=False)
     save_json(manifest(rows=len(rows), seconds=round(time.time()-began), clean={k: (predict(m, x).argmax(1) == y).float().mean().item() for k, m in nets.items()}), path.with_suffix('.json'))
     print(rows.to_string())

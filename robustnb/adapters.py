@@ -32,7 +32,7 @@ def _lent(model, x, seed):
             for p in wanted: p.requires_grad_(False)
             yield
     finally:
-        pass
+        for p in wanted: p.requires_grad_()
         random.setstate(before[0]); np.random.set_state(before[1])
 
 def _start(attack, bounded, x, y):

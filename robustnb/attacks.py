@@ -82,6 +82,7 @@ def loss_and_grad(
     loss:Callable,     # (logits, y) -> loss per image
 )->tuple:              # Loss (N,), its gradient (N,C,H,W), logits (N,K)
     "Loss per image, its gradient with respect to the image, and the logits that came with it."
+    if hasattr(model, 'loss_and_grad'): return model.loss_and_grad(x, y, loss)
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(x)

@@ -57,7 +57,7 @@ def search_copy(
 def _confirm(model, x, y, threat, generator, out, height, clean):
     "Ask without gradients about the images nearest to the border; where that finds what the gradients missed, take the long way."
     near, normed = height.argsort(descending=True)[:16], isinstance(threat, (Linf, L2, L1))
-    found = (partial(square, queries=40) if normed else partial(random_search, tries=40))(model, x[near], y[near], threat, generator)
+    found = (partial(square, queries=32) if normed else partial(random_search, tries=32))(model, x[near], y[near], threat, generator)
     fallen = torch.ones(len(near), dtype=torch.bool, device=x.device).index_fill(0, standing(model, found, y[near])[0], False)
     out[near[fallen]] = found[fallen]
     if fallen.sum() < 2 and (height > clean).float().mean() > .9: return out
@@ -77,6 +77,7 @@ def cascade(
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "Cheap attacks first, survivors only, low precision for the search and full precision for every verdict."
     check_attack(model, x, y)
+    x = x.contiguous(memory_format=torch.channels_last)
     generator, judge = generator or make_generator(0), lambda x, y: margin(standing(model, x, y, batch_size)[1], y) > 0
     left, logits = standing(model, x, y, batch_size)
     out, clean = x.clone(), margin(logits, y)
@@ -87,14 +88,14 @@ def cascade(
         better = fallen | (at > height[rows])
         out[rows[better]], height[rows[better]] = found[better], at[better]
         return ~fallen
-    search = search_copy(model, x[:batch_size], y[:batch_size])
+    search = search_copy(model, x[:32], y[:32])
     if len(left): left = left[run(left, gradients(search, margin, batch_size), y[left], 5, judge)]
     wanted = logits.scatter(1, y[:, None], -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :min(targets, logits.shape[1]-1)]
     for k in range(wanted.shape[1]):
         both = torch.stack([y[left], wanted[left, k]], 1)
         hope = margin_to(logits[left], both) + 5*(height-clean)[left] > 0
         if hope.any(): left = torch.cat([left[~hope], left[hope][run(left[hope], gradients(search, margin_to, batch_size), both[hope], 6, judge)]])
-    near = -height[left] < .2*(height-clean)[left]
+    near = -height[left] < .1*(height-clean)[left]
     if near.any(): left = torch.cat([left[~near], left[near][run(left[near], gradients(model, margin, batch_size), y[left[near]], 10, start=out)]])
     if len(left) and threat.eps > 0: out[left] = _confirm(model, x[left], y[left], threat, generator, out[left], height[left], clean[left])
     return out

@@ -37,6 +37,7 @@ def _changes(before, after):
     same = lambda a, b: torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or type(a) is type(b) and a == b
     return [k for k in before | after if k not in before or k not in after or not same(before[k], after[k])]
 
+# %% ../nbs/api/61_checks.ipynb #61ac3160
 @dataclass(frozen=True)
 class _Case:
     "What is in doubt; answers that several checks need are asked for once."
@@ -57,23 +58,19 @@ class _Case:
 
     @torch.no_grad()
     def logits(self, x): return torch.cat([self.model(x[s]) for s in batches(len(x), 125)])
-
     def right(self, x, on=slice(None)): return self.logits(x).argmax(1) == self.y[on]
-
     @cached_property
     def clean(self): return self.logits(self.x)
-
     @cached_property
     def noise(self): return ((self.logits(self.x) - self.clean).abs().max()/self.clean.std()).item()
+    @cached_property
+    def left(self): return ((self.clean.argmax(1) == self.y) & self.right(self.attacked[0])).nonzero().flatten()
 
     @cached_property
     def attacked(self):
         before = _state(self.model)
         x_adv = self.run(self.attack)
         return x_adv, _changes(before, _state(self.model))
-
-    @cached_property
-    def left(self): return ((self.clean.argmax(1) == self.y) & self.right(self.attacked[0])).nonzero().flatten()
 
     def falls(self, *attacks):
         "How many of the images that survived the attack fall to one of others."

@@ -21,7 +21,7 @@ class Ball:
         x:Tensor,      # Clean images (N,C,H,W), pixels in [0,1]
         x_adv:Tensor,  # Changed images, same shape
     )->Tensor:
-        "Length of the change, per image (N,)."
+        "How far apart the images are, per image (N,)."
         return self._length(x_adv-x)
 
     def allows(self,
@@ -29,8 +29,8 @@ class Ball:
         x_adv:Tensor,  # Changed images, same shape
     )->Tensor:
         "Is each image in the ball, with its pixels in [0,1] (N,)?"
-        pixels = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
-        return pixels & (self.distance(x, x_adv) <= self.eps + 1e-6 + self._length(6e-8*(x_adv != x)))
+        return ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1) & (self.distance(x, x_adv) <= self.eps + 1e-6 + self._rounding(x, x_adv))
+    def _rounding(self, x, x_adv): return self._length(6e-8*(x_adv != x))
 
     def project(self,
         x:Tensor,      # Clean images (N,C,H,W), pixels in [0,1]
@@ -45,7 +45,8 @@ class Ball:
         x_adv:Tensor|None=None, # the present images the direction may also mind what is left to change
     )->Tensor:
         "The change of length one that gains most; none where the gradient is zero."
-        return self._unit(grad)
+        return self._unit(grad) if x_adv is None else self._search(grad, x, x_adv)
+    def _search(self, grad, x, x_adv): return self._unit(grad)
 
     def sample(self,
         x:Tensor,                       # Clean images (N,C,H,W), pixels in [0,1]
@@ -53,7 +54,7 @@ class Ball:
     )->Tensor:
         "A random image: uniform in the ball, then its pixels clamped to [0,1]."
         own = image_generators(generator, x)
-        return self.project(x, x + self.eps*self._random(x, lambda kind, *shape: draw(kind, own, *shape, like=x)))
+        return self.project(x, x + self._random(x, lambda kind, *shape: draw(kind, own, *shape, like=x)))
 
 # %% ../nbs/api/30_threat.ipynb #e392cf68
 def _check_eps(eps, most=math.inf):
@@ -69,7 +70,7 @@ class Linf(Ball):
     def _length(self, d): return d.abs().flatten(1).amax(1)
     def _shorten(self, d): return d.clamp(-self.eps, self.eps)
     def _unit(self, grad): return grad.sign()
-    def _random(self, x, draw): return 2*draw(torch.rand, *x.shape[1:])-1
+    def _random(self, x, draw): return self.eps*(2*draw(torch.rand, *x.shape[1:])-1)
 
 # %% ../nbs/api/30_threat.ipynb #7d93a1ee
 @dataclass(frozen=True)
@@ -81,7 +82,26 @@ class L2(Ball):
     def _shorten(self, d): return d*(self.eps/self._length(d).clamp_min(1e-30)).clamp_max(1).view(-1, 1, 1, 1)
     def _unit(self, grad): return grad/self._length(grad).clamp_min(1e-30).view(-1, 1, 1, 1)
     def _random(self, x, draw):
-        return draw(torch.rand, 1, 1, 1)**(1/x[0].numel())*self._unit(draw(torch.randn, *x.shape[1:]))
+        return self.eps*draw(torch.rand, 1, 1, 1)**(1/x[0].numel())*self._unit(draw(torch.randn, *x.shape[1:]))
+
+# %% ../nbs/api/30_threat.ipynb #a913a96c
+def _largest(grad, k):
+    "Equal changes, of length one together, of the `k` coordinates with the largest gradient, the first of equal ones."
+    flat = grad.flatten(1)
+    order = flat.abs().argsort(dim=1, descending=True, stable=True)
+    chosen = (torch.arange(flat.shape[1], device=grad.device) < k[:, None]).to(grad.dtype)
+    step = flat.sign()*torch.zeros_like(flat).scatter(1, order, chosen.expand_as(flat))
+    return (step/step.abs().sum(1, keepdim=True).clamp_min(1)).view_as(grad)
+
+def _shrink(size, cap, total):
+    "Rows of `size` (N,D), all less the same amount but in [0, cap], so that each row sums to `total`."
+    lo, hi, kept = torch.zeros_like(size[:, :1]), size.amax(1, keepdim=True), torch.empty_like(size)
+    for _ in range(50):
+        mid = (lo+hi)/2
+        torch.sub(size, mid, out=kept).clamp_min_(0)
+        long = torch.minimum(kept, cap, out=kept).sum(1, keepdim=True) > total
+        lo, hi = torch.where(long, mid, lo), torch.where(long, hi, mid)
+    return torch.minimum((size-hi).clamp_min(0), cap)
 
 # %% ../nbs/api/30_threat.ipynb #c30f01a4
 @dataclass(frozen=True)
@@ -90,17 +110,14 @@ class L1(Ball):
     eps:float      # Largest sum of changes over all pixels and channels of an image
     def __post_init__(self): _check_eps(self.eps)
     def _length(self, d): return d.flatten(1).double().abs().sum(1).to(d.dtype)
-    def _unit(self, grad): return self._spread(grad, torch.ones_like(grad[:, 0, 0, 0]))
-    def _spread(self, grad, k):
-        "Equal changes, of length one together, of the `k` coordinates with the largest gradient, the first of equal ones."
-        flat = grad.flatten(1)
-        order = flat.abs().argsort(dim=1, descending=True, stable=True)
-        chosen = (torch.arange(flat.shape[1], device=grad.device) < k[:, None]).to(grad.dtype)
-        step = flat.sign()*torch.zeros_like(flat).scatter(1, order, chosen.expand_as(flat))
-        return (step/step.abs().sum(1, keepdim=True).clamp_min(1)).view_as(grad)
+    def _unit(self, grad): return _largest(grad, torch.ones_like(grad[:, 0, 0, 0]))
+    def _search(self, grad, x, x_adv):
+        free = torch.where(grad > 0, x_adv < 1, x_adv > 0)
+        changed, most = ((x_adv-x).abs() > 1e-9).flatten(1).sum(1), .2*x[0].numel()
+        return _largest(grad*free, torch.where(changed == 0, most, changed/1.5).clamp(1, max(most, 1)).long())
     def _random(self, x, draw):
         parts = -draw(torch.rand, *x.shape[1:]).clamp_min(1e-30).log()*(draw(torch.rand, *x.shape[1:])-.5).sign()
-        return draw(torch.rand, 1, 1, 1)**(1/x[0].numel())*parts/self._length(parts).view(-1, 1, 1, 1)
+        return self.eps*draw(torch.rand, 1, 1, 1)**(1/x[0].numel())*parts/self._length(parts).view(-1, 1, 1, 1)
 
     @torch.no_grad()
     def project(self,
@@ -111,27 +128,9 @@ class L1(Ball):
         d = (x_adv.clamp(0, 1).double()-x).flatten(1)
         over = d.abs().sum(1) > self.eps
         if not over.any(): return x_adv.clamp(0, 1)
-        far, cap = (x_adv[over].double()-x[over]).flatten(1).abs().clamp_max(1e6), d[over].abs()
-        lo, hi, kept = torch.zeros_like(far[:, :1]), far.amax(1, keepdim=True), torch.empty_like(far)
-        for _ in range(50):
-            mid = (lo+hi)/2
-            torch.sub(far, mid, out=kept).clamp_min_(0)
-            long = torch.minimum(kept, cap, out=kept).sum(1, keepdim=True) > self.eps
-            lo, hi = torch.where(long, mid, lo), torch.where(long, hi, mid)
-        d[over] = torch.minimum((far-hi).clamp_min(0), cap)*d[over].sign()
+        size = (x_adv[over].double()-x[over]).flatten(1).abs().clamp_max(1e6)
+        d[over] = _shrink(size, d[over].abs(), self.eps)*d[over].sign()
         return torch.where(over.view(-1, 1, 1, 1), (x + d.view_as(x).to(x.dtype)).clamp(0, 1), x_adv.clamp(0, 1))
-
-    def steepest(self,
-        grad:Tensor,            # Gradient (N,C,H,W) of what is to grow
-        x:Tensor|None=None,     # Clean images; with them and
-        x_adv:Tensor|None=None, # the present images the step is spread over several pixels
-    )->Tensor:
-        "One pixel, or with the images at hand those that have room left and gain most; of length one together."
-        if x_adv is None: return self._unit(grad)
-        free = torch.where(grad > 0, x_adv < 1, x_adv > 0)
-        changed, n = ((x_adv-x).abs() > 1e-9).flatten(1).sum(1), x[0].numel()
-        k = torch.where(changed == 0, torch.tensor(.2*n, device=x.device), changed/1.5).clamp(1, max(.2*n, 1)).long()
-        return self._spread(grad*free, k)
 
 # %% ../nbs/api/30_threat.ipynb #e0937f9c
 @dataclass(frozen=True)
@@ -142,6 +141,14 @@ class SSIM(Ball):
         if not 0 < self.level <= 1: raise ValueError(f"`level` must be in (0, 1], the least similarity allowed; got {self.level}. A usual limit is .95.")
     @property
     def eps(self): return 1-self.level
+    def _rounding(self, x, x_adv): return 0
+    def _unit(self, grad): return L2(1.)._unit(grad)
+    def _search(self, grad, x, x_adv):
+        step = grad.double()/F.avg_pool2d(F.pad(1/(2*_windows(x.double())[1] + .03**2), [6]*4), 7, 1)
+        step = step/step.flatten(1).abs().amax(1).clamp_min(1e-300).view(-1, 1, 1, 1)
+        lost = (1-ssim_along(x.double(), step)(1e-3))/1e-3**2
+        return (step*(lost*self.eps).clamp_min(1e-30).rsqrt().view(-1, 1, 1, 1)).to(grad.dtype)
+    def _random(self, x, draw): return draw(torch.rand, 1, 1, 1)*(self.project(x, x + .3*draw(torch.randn, *x.shape[1:]))-x)
 
     def distance(self,
         x:Tensor,      # Clean images (N,C,H,W), pixels in [0,1]
@@ -149,13 +156,6 @@ class SSIM(Ball):
     )->Tensor:
         "One minus the structural similarity, per image (N,)."
         return 1-ssim(x, x_adv)
-
-    def allows(self,
-        x:Tensor,      # Clean images (N,C,H,W), pixels in [0,1]
-        x_adv:Tensor,  # Changed images, same shape
-    )->Tensor:
-        "Is each image similar enough, with its pixels in [0,1] (N,)?"
-        return ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1) & (ssim(x, x_adv) >= self.level - 1e-6)
 
     @torch.no_grad()
     def project(self,
@@ -173,26 +173,3 @@ class SSIM(Ball):
             good = (similarity(mid) >= self.level).view(-1, 1, 1, 1)
             lo, hi = torch.where(good, mid, lo), torch.where(good, hi, mid)
         return goal.index_copy(0, out, (start + lo*move).clamp(0, 1))
-
-    def steepest(self,
-        grad:Tensor,            # Gradient (N,C,H,W) of what is to grow
-        x:Tensor|None=None,     # Clean images; without them the gradient is scaled to Euclidean length one
-        x_adv:Tensor|None=None, # Present images; not used
-    )->Tensor:
-        "The gradient divided by what each pixel costs; a step of `eps` from `x` about reaches the border."
-        if x is None: return L2(1.).steepest(grad)
-        x = x.double()
-        cost = F.avg_pool2d(F.pad(1/(2*_windows(x)[1] + .03**2), [6]*4), 7, 1)
-        step = grad.double()/cost
-        step = step/step.flatten(1).abs().amax(1).clamp_min(1e-300).view(-1, 1, 1, 1)
-        lost = (1-ssim_along(x, step)(1e-3))/1e-3**2
-        return (step*(lost*self.eps).clamp_min(1e-30).rsqrt().view(-1, 1, 1, 1)).to(grad.dtype)
-
-    def sample(self,
-        x:Tensor,                       # Clean images (N,C,H,W), pixels in [0,1]
-        generator:torch.Generator|None, # One number is drawn from it; the rest follows from the image
-    )->Tensor:
-        "White noise, shortened to a random share of what is allowed."
-        own = image_generators(generator, x)
-        share, noise = draw(torch.rand, own, 1, 1, 1, like=x), draw(torch.randn, own, *x.shape[1:], like=x)
-        return self.project(x, x + share*(self.project(x, x + .3*noise)-x))

@@ -26,7 +26,7 @@ fixed = {
     'contrast': (fa.L2ContrastReductionAttack(), L2(1.))}
 minimal = {
     'LinfDeepFool': (fa.LinfDeepFoolAttack(steps=10), Linf(6/255)), 'L2DeepFool': (fa.L2DeepFoolAttack(steps=10), L2(.3)), 'DDN': (fa.DDNAttack(steps=40), L2(.6)),
-    'CarliniWagner': (fa.L2CarliniWagnerAttack(binary_search_steps=2, steps=15, stepsize=.05), L2(.3)), 'EAD': (fa.EADAttack(binary_search_steps=3, steps=30, initial_stepsize=.05), L1(1.)),
+    'CarliniWagner': (fa.L2CarliniWagnerAttack(binary_search_steps=2, steps=15, stepsize=.05), L2(.3)), 'EAD': (fa.EADAttack(binary_search_steps=5, steps=25, initial_stepsize=.05), L1(1.)),
     'NewtonFool': (fa.NewtonFoolAttack(steps=8), L2(.3))}
 drawn = {
     'LinfPGD start': (fa.LinfPGD(steps=3), Linf(6/255)), 'L2 noise': (fa.L2RepeatedAdditiveGaussianNoiseAttack(repeats=5), L2(2.)), 'SaltAndPepper': (fa.SaltAndPepperNoiseAttack(steps=20), L2(2.)),

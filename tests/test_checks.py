@@ -148,12 +148,16 @@ def leaves(change):
     return lambda model, *a, generator=None: (change(model), pgd(model.eval(), *a, generator=generator))[1]
 
 
+def short(model, x, y, threat, *, generator=None, steps=2): return pgd(model, x, y, threat, generator=generator, steps=steps, step_size=threat.eps/8)
+
+
 def broken(x): raise ArithmeticError('at this budget I cannot')
 
 
 faulty_attacks = {
     'too few steps': (partial(pgd, steps=1, step_size=threat.eps/4), {'more steps', 'black box'}),
     'tiny steps': (partial(pgd, steps=30, step_size=threat.eps/2000), {'more steps', 'black box'}),
+    'two short steps': (short, {'more steps', 'black box'}),
     'just over the border': (to_the_border, {'8-bit rounding'}),
     'moves without a budget': (otherwise(lambda eps: eps == 0, lambda x: (x + .01).clamp(0, 1)), {'zero budget'}),
     'fails without a budget': (otherwise(lambda eps: eps == 0, broken), {'zero budget'}),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from robustnb.core import (atomic_path, batches, check_images, check_labels, check_model, load_state, make_generator, manifest, pick_device, predict,
+from robustnb.core import (atomic_path, batches, check_images, check_labels, check_model, draw, image_generators, load_state, make_generator, manifest, pick_device, predict,
                            progress, save_json, save_state, subseed, to_float, to_uint8)
 
 good = torch.linspace(0, 1, 2*3*4*4).view(2, 3, 4, 4)
@@ -217,3 +217,22 @@ def test_manifest_is_readable_json(tmp_path):
     assert read['seed'] == 0 and read['torch'] == 'mine' and read['path'] == str(tmp_path)
     assert read['python'] == sys.version.split()[0] and read['numpy'] == np.__version__ and read['threads'] == torch.get_num_threads()
     assert '/' not in read['command'].split()[0], 'the name of the program, not where it lies'
+
+
+def test_random_numbers_belong_to_the_image():
+    x = torch.rand(9, 3, 4, 4, generator=make_generator(0))
+    numbers = lambda x, seed=5, kind=torch.rand: draw(kind, image_generators(None if seed is None else make_generator(seed), x), 2, 3, like=x)
+    whole = numbers(x)
+    assert whole.shape == (9, 2, 3) and len(whole.unique()) == 54 and whole.dtype == torch.float32
+    order = torch.randperm(9, generator=make_generator(1))
+    assert torch.equal(numbers(x[order]), whole[order]) and torch.equal(torch.cat([numbers(x[i:i+1]) for i in range(9)]), whole)
+    assert torch.equal(numbers(x.contiguous(memory_format=torch.channels_last)), whole) and torch.equal(numbers(x.double()), whole.double())
+    assert torch.equal(numbers(x[[0, 0]])[0], numbers(x[[0, 0]])[1]), 'copies of an image draw the same'
+    changed = x.clone()
+    changed[3, 0, 0, 0] += 1e-6
+    assert (numbers(changed) != whole).flatten(1).any(1).tolist() == [i == 3 for i in range(9)]
+    assert not torch.equal(numbers(x, 6), whole) and torch.equal(numbers(x, None), numbers(x, 0))
+    one, many = make_generator(5), make_generator(5)
+    image_generators(one, x[:1]), image_generators(many, x)
+    assert torch.equal(one.get_state(), many.get_state()), 'the caller\'s generator moves on by one number, whatever the batch'
+    assert numbers(x, kind=torch.randn).min() < 0 <= whole.min()
