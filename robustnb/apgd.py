@@ -34,6 +34,7 @@ def _move(s, threat, first):
     if not first: goal = threat.project(s['x'], s['now'] + .75*(goal-s['now']) + .25*(s['now']-s['old']))
     return s | dict(now=goal, old=s['now'])
 
+# %% ../nbs/api/36_apgd.ipynb #91e09b95
 def gradients(
     model:nn.Module,      # Model whose gradient is followed
     loss:Callable,        # (logits, y) -> loss per image
@@ -49,6 +50,7 @@ def gradients(
         return [torch.cat(o) for o in zip(*parts)]
     return ask
 
+# %% ../nbs/api/36_apgd.ipynb #54d8787b
 def climb(
     ask:Callable,      # From `gradients`
     x:Tensor,          # Clean images (N,C,H,W)
@@ -98,6 +100,7 @@ def apgd(
     if len(left): out[left] = climb(gradients(model, loss), x[left], y[left], threat, start[left], steps)[0]
     return out
 
+# %% ../nbs/api/36_apgd.ipynb #eb6ee0d5
 def apgd_targeted(
     model:nn.Module,            # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,                   # Clean images (N,C,H,W), float, pixels in [0,1]

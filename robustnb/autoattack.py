@@ -66,6 +66,7 @@ def _confirm(model, x, y, threat, generator, out, height, clean):
     if left.any(): out[left] = long_way(model, x[left], y[left], threat, generator)
     return out
 
+# %% ../nbs/api/37_autoattack.ipynb #e5426117
 def cascade(
     model:nn.Module,       # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,              # Clean images (N,C,H,W), float, pixels in [0,1]
