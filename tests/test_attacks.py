@@ -136,7 +136,7 @@ def test_precision_of_the_images_is_kept(name, threat, dtype):
     x, y = make_batch(dtype, model=model)
     out = attacks[name](model, x, y, threat, generator=make_generator(0))
     assert out.dtype == dtype and threat.allows(x, out).all()
-    assert (out.double() - attacks[name](make_net(), x.double(), y, threat)).abs().max() <= 2*threat.eps
+    assert (out.double() - attacks[name](make_net(), x.double(), y, threat)).abs().max() <= 2*threat.eps + 1e-6
 
 
 @pytest.mark.parametrize('name', ('fgsm', 'pgd', 'pgd_margin', 'in_turn'))

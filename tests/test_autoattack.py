@@ -1,12 +1,11 @@
 "The cascade against the long way, on honest models and on models that hide their gradient."
-import copy
+import copy, importlib
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-import robustnb.autoattack as module
 from robustnb.apgd import apgd, apgd_targeted
 from robustnb.attacks import in_turn, margin, pgd
 from robustnb.autoattack import autoattack, cascade, search_copy
@@ -15,6 +14,8 @@ from robustnb.data import digits, subset
 from robustnb.models import build_model
 from robustnb.threat import L1, L2, SSIM, Linf
 from robustnb.training import Recipe, train
+
+module = importlib.import_module('robustnb.autoattack')      # the package has a function of the same name
 
 
 @pytest.fixture(scope='module')
