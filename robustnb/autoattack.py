@@ -82,7 +82,7 @@ def cascade(
     generator, judge = generator or make_generator(0), lambda x, y: margin(standing(model, x, y, batch_size)[1], y) > 0
     left, logits = standing(model, x, y, batch_size)
     out, clean = x.clone(), margin(logits, y)
-    height, pace = clean.clone(), 4 if isinstance(threat, L1) else 1
+    height, pace = clean.clone(), 12 if isinstance(threat, L1) else 1
     def run(rows, ask, labels, steps, judge=None, start=x):
         "Climb, keep what came nearest, and tell which rows stand"
         found, at, fallen = climb(ask, x[rows], labels, threat, start[rows], pace*steps, judge)
@@ -97,6 +97,6 @@ def cascade(
         hope = margin_to(logits[left], both) + 5*(height-clean)[left] > 0
         if hope.any(): left = torch.cat([left[~hope], left[hope][run(left[hope], gradients(search, margin_to, batch_size), both[hope], 6, judge)]])
     near = -height[left] < .1*(height-clean)[left]
-    if near.any(): left = torch.cat([left[~near], left[near][run(left[near], gradients(model, margin, batch_size), y[left[near]], 10, start=out)]])
+    if near.any(): left = torch.cat([left[~near], left[near][run(left[near], gradients(model, margin, batch_size), y[left[near]], 10+targets, start=out)]])
     if len(left) and threat.eps > 0: out[left] = _confirm(model, x[left], y[left], threat, generator, out[left], height[left], clean[left])
     return out
