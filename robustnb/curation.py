@@ -120,7 +120,7 @@ def build_training_set(
     select=everything,   # Policy from `selection`, or one for each source by name; `everything` for the rest
     candidates=1,        # Candidates for each image wanted, >= 1, or a number for each source by name; 1 for the rest
     seed:int=0,          # Everything random
-    batch_size:int=500,  # Images a transform sees at a time; part of the result, as transforms draw for a batch
+    batch_size:int=1000, # Images a transform sees at a time; part of the result, as transforms draw for a batch
 )->TrainingSet:          # `n` images in mixed order
     "Images from several sources in given shares."
     _check_plan(sources, shares, n, dict(select=select, candidates=candidates))
@@ -131,7 +131,7 @@ def build_training_set(
         policy = select.get(name, everything) if isinstance(select, dict) else select
         if not c >= 1: raise ValueError(f"`candidates` must be at least 1; got {c} for {name!r}.")
         try: images, labels, rows = _offer(name, sources[name], pool, int(np.ceil(q*c)), int(c), seed, batch_size)
-        except Exception as e: raise type(e)(f"source {name!r} failed: {e}") from e
+        except (ValueError, TypeError) as e: raise ValueError(f"source {name!r} failed: {e}") from e
         kept = policy(images, labels, rows, q, make_generator(seed, 'select', name))
         if len(kept) < q: raise ValueError(f"source {name!r} must give {q} images; {describe(policy)} lets {len(kept)} of {len(images)} candidates through. Raise `candidates` (now {c}), or lower its share.")
         parts.append((images[kept], labels[kept], rows.iloc[kept]))

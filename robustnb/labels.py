@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['label_smoothing', 'mixup', 'cutmix', 'teacher_labels']
 
-# %% ../nbs/api/22_labels.ipynb #fd7ff6e5
+# %% ../nbs/api/22_labels.ipynb #b8b7a8a3
+import numpy as np
 import torch
 from torch import Tensor
 from .core import predict

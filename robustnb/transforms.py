@@ -7,16 +7,18 @@ __all__ = ['gaussian_noise', 'uniform_noise', 'salt_and_pepper', 'dropout', 'coa
            'median_blur', 'multiply', 'add', 'gamma', 'photometric', 'posterize', 'affine', 'chain', 'sometimes',
            'some_of', 'one_of', 'from_imgaug', 'from_torchvision', 'imgaug_pipeline', 'fast_pipeline', 'describe']
 
-# %% ../nbs/api/10_transforms.ipynb #2f3dc10b
+# %% ../nbs/api/10_transforms.ipynb #a2f402ef
 import copy, math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 import cv2
 import imgaug.augmenters as iaa
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from .core import check_images, to_float, to_uint8
+from .core import to_float, to_uint8
 
 # %% ../nbs/api/10_transforms.ipynb #352807b3
 def _between(span, n, generator, name):
@@ -25,10 +27,22 @@ def _between(span, n, generator, name):
     if not (math.isfinite(low) and low <= high < math.inf): raise ValueError(f"`{name}` must be a finite number or a pair (low, high) with low <= high; got {span!r}.")
     return low + (high-low)*torch.rand(n, 1, 1, 1, generator=generator)
 
-def _shared(values, per_channel, generator):
-    "Values (N,C,H,W) as they are for a share of the images; for the others those of the first channel everywhere"
-    own = torch.rand(len(values), 1, 1, 1, generator=generator) < per_channel
-    return torch.where(own, values, values[:, :1])
+def _shared(kind, n, c, h, w, per_channel, generator):
+    "Draws (n,c,h,w) of `kind(*shape, generator)`, one for each channel in a share of the images; in the others all channels have the same"
+    own = torch.rand(n, generator=generator) < per_channel
+    if own.all(): return kind(n, c, h, w, generator)
+    out = kind(n, 1, h, w, generator).expand(n, c, h, w)
+    if own.any(): out = out.contiguous(); out[own] = kind(int(own.sum()), c, h, w, generator)
+    return out
+
+def _normal(*shape): return torch.randn(shape[:-1], generator=shape[-1])
+
+def _lots(*shape):
+    "Whole numbers from -2**15 to 2**15-1, all equally likely; a lot below `_odds(p)` has probability p"
+    rng = np.random.Generator(np.random.SFC64(torch.randint(2**62, (), generator=shape[-1]).item()))
+    return torch.from_numpy(np.frombuffer(bytearray(rng.bytes(2*math.prod(shape[:-1]))), np.int16)).view(shape[:-1])
+
+def _odds(p): return (p*2**16).round() - 2**15
 
 def _not_negative(span, name):
     if not (min(span) if isinstance(span, (tuple, list)) else span) >= 0: raise ValueError(f"`{name}` must not be negative; got {span!r}.")
@@ -43,8 +57,8 @@ def gaussian_noise(
     per_channel:float=.5,        # Share of the images with coloured noise; the others get grey noise
 )->tuple:                        # Images and labels
     "Add normal noise."
-    noise = _shared(torch.randn(x.shape, generator=generator), per_channel, generator)
-    return (x + _between(_not_negative(sigma, 'sigma'), len(x), generator, 'sigma')*noise).clamp(0, 1), y
+    noise = _shared(_normal, *x.shape, per_channel, generator)
+    return torch.addcmul(x, noise, _between(_not_negative(sigma, 'sigma'), len(x), generator, 'sigma')).clamp_(0, 1), y
 
 def uniform_noise(
     x:Tensor,                    # Images (N,C,H,W), pixels in [0,1]
@@ -54,8 +68,8 @@ def uniform_noise(
     per_channel:float=1,         # Share of the images with coloured noise
 )->tuple:                        # Images and labels
     "Add noise uniform between minus and plus `width`."
-    noise = _shared(2*torch.rand(x.shape, generator=generator)-1, per_channel, generator)
-    return (x + _between(_not_negative(width, 'width'), len(x), generator, 'width')*noise).clamp(0, 1), y
+    noise = _shared(_lots, *x.shape, per_channel, generator)
+    return torch.addcmul(x, noise.to(x), _between(_not_negative(width, 'width'), len(x), generator, 'width')/2**15).clamp_(0, 1), y
 
 def salt_and_pepper(
     x:Tensor,                    # Images (N,C,H,W), pixels in [0,1]
@@ -65,9 +79,8 @@ def salt_and_pepper(
     per_channel:float=0,         # Share of the images whose channels are hit separately
 )->tuple:                        # Images and labels
     "Replace pixels by black or white."
-    lot = _shared(torch.rand(x.shape, generator=generator), per_channel, generator)
-    share = _between(_not_negative(share, 'share'), len(x), generator, 'share')
-    return torch.where(lot < share, (lot < share/2).to(x), x), y
+    lot, share = _shared(_lots, *x.shape, per_channel, generator), _between(_not_negative(share, 'share'), len(x), generator, 'share')
+    return x.masked_fill(lot < _odds(share), 0).masked_fill_(lot < _odds(share/2), 1), y
 
 # %% ../nbs/api/10_transforms.ipynb #5c8d6e57
 def dropout(
@@ -78,8 +91,8 @@ def dropout(
     per_channel:float=.5,        # Share of the images whose channels are hit separately
 )->tuple:                        # Images and labels
     "Turn pixels black."
-    lost = _shared(torch.rand(x.shape, generator=generator), per_channel, generator) < _between(_not_negative(share, 'share'), len(x), generator, 'share')
-    return x.masked_fill(lost, 0), y
+    lot = _shared(_lots, *x.shape, per_channel, generator)
+    return x.masked_fill(lot < _odds(_between(_not_negative(share, 'share'), len(x), generator, 'share')), 0), y
 
 def coarse_dropout(
     x:Tensor,                    # Images (N,C,H,W), pixels in [0,1]
@@ -91,21 +104,27 @@ def coarse_dropout(
 )->tuple:                        # Images and labels
     "Turn rectangles black."
     n, c, h, w = x.shape
-    cells = (_between(_not_negative(size, 'size'), n, generator, 'size')*h).round().clamp(3, h).view(n, 1)
-    lot = _shared(torch.rand(n, c, h, w, generator=generator), per_channel, generator)
-    row, col = ((torch.arange(s)*cells/s).long() for s in (h, w))
-    coarse = lot[torch.arange(n)[:, None, None, None], torch.arange(c)[:, None, None], row[:, None, :, None], col[:, None, None, :]]
-    return x.masked_fill(coarse < _between(_not_negative(share, 'share'), n, generator, 'share'), 0), y
+    cells = (_between(_not_negative(size, 'size'), n, generator, 'size')*h).round().clamp(3, h).long().flatten()
+    most = int(cells.max())
+    coarse = _shared(_lots, n, c, most, most, per_channel, generator) < _odds(_between(_not_negative(share, 'share'), n, generator, 'share'))
+    kept = torch.empty_like(x)
+    for k in cells.unique().tolist():
+        at = cells == k
+        kept[at] = F.interpolate(1-coarse[at, :, :k, :k].to(x), size=(h, w), mode='nearest')
+    return x*kept, y
 
 # %% ../nbs/api/10_transforms.ipynb #554d5d52
 def _mirrored(weights, size):
     "Blur matrices (N,size,size) from kernels (N,2r+1), borders mirrored without repeating the edge"
     r = weights.shape[1]//2
     at = (torch.arange(size)[:, None] + torch.arange(-r, r+1)).abs() % max(2*size-2, 1)
-    at = torch.where(at < size, at, 2*size-2-at).expand(len(weights), -1, -1)
-    return torch.zeros(len(weights), size, size).scatter_add(2, at, weights[:, None].expand(-1, size, -1).contiguous())
+    at = torch.where(at < size, at, 2*size-2-at)
+    return (weights @ F.one_hot(at, size).permute(1, 0, 2).reshape(-1, size*size).to(weights)).view(-1, size, size)
 
-def _blurred(x, weights): return torch.einsum('nij,ncjk,nlk->ncil', _mirrored(weights, x.shape[2]).to(x), x, _mirrored(weights, x.shape[3]).to(x))
+def _blurred(x, weights):
+    n, c, h, w = x.shape
+    across = x.reshape(n, c*h, w) @ _mirrored(weights, w).to(x).mT
+    return _mirrored(weights, h).to(x).repeat_interleave(c, 0).bmm(across.view(n*c, h, w)).view(x.shape)
 
 def gaussian_blur(
     x:Tensor,                    # Images (N,C,H,W), pixels in [0,1]
@@ -116,8 +135,8 @@ def gaussian_blur(
     "Blur with a Gaussian."
     sigma = _between(_not_negative(sigma, 'sigma'), len(x), generator, 'sigma').view(-1, 1).clamp_min(1e-3)
     reach = torch.arange(-math.ceil(4*sigma.max()), math.ceil(4*sigma.max())+1)
-    weights = torch.exp(-reach**2/(2*sigma**2))
-    return _blurred(x, weights/weights.sum(1, keepdim=True)).clamp(0, 1), y
+    weights = torch.exp((-reach**2/(2*sigma**2)).clamp_min(-16)).masked_fill(reach.abs() > 4*sigma, 0)
+    return _blurred(x, weights/weights.sum(1, keepdim=True)).clamp_(0, 1), y
 
 def average_blur(
     x:Tensor,                    # Images (N,C,H,W), pixels in [0,1]
@@ -130,7 +149,7 @@ def average_blur(
     if not 1 <= low <= high: raise ValueError(f"`size` must be whole pixels, at least 1; got {size!r}.")
     k, r = torch.randint(low, high+1, (len(x), 1), generator=generator), high//2
     reach = torch.arange(-r, r+1)
-    return _blurred(x, ((reach >= -(k//2)) & (reach < k-k//2))/k), y
+    return _blurred(x, ((reach >= -(k//2)) & (reach < k-k//2))/k).clamp_(0, 1), y
 
 # %% ../nbs/api/10_transforms.ipynb #0dcdccc1
 def median_blur(
@@ -143,8 +162,10 @@ def median_blur(
     low, high = size if isinstance(size, (tuple, list)) else (size, size)
     if not (1 <= low <= high and low % 2): raise ValueError(f"`size` must be odd pixels, at least 1; got {size!r}.")
     k = low + 2*torch.randint((high-low)//2+1, (len(x),), generator=generator)
-    out = [cv2.medianBlur(o, int(s)).reshape(o.shape) for o, s in zip(to_uint8(x), k)]
-    return to_float(np.stack(out)).to(x), y
+    images, threads = to_uint8(x), torch.get_num_threads()
+    def some(part): return [cv2.medianBlur(images[i], int(k[i])) for i in part]
+    with ThreadPoolExecutor(threads) as pool: out = [o for part in pool.map(some, np.array_split(np.arange(len(x)), threads)) for o in part]
+    return to_float(np.stack(out).reshape(images.shape)).to(x), y
 
 # %% ../nbs/api/10_transforms.ipynb #e105f95a
 def multiply(
@@ -157,7 +178,7 @@ def multiply(
     "Make images lighter or darker."
     n, c, *_ = x.shape
     each = _between(_not_negative(factor, 'factor'), n*c, generator, 'factor').view(n, c, 1, 1)
-    return (x*_shared(each, per_channel, generator)).clamp(0, 1), y
+    return (x*torch.where(torch.rand(n, 1, 1, 1, generator=generator) < per_channel, each, each[:, :1])).clamp_(0, 1), y
 
 def add(
     x:Tensor,                    # Images (N,C,H,W), pixels in [0,1]
@@ -166,7 +187,7 @@ def add(
     value=(-.1, .1),             # What is added to the pixels: a number or (low, high)
 )->tuple:                        # Images and labels
     "Shift all pixels by the same amount."
-    return (x + _between(value, len(x), generator, 'value')).clamp(0, 1), y
+    return (x + _between(value, len(x), generator, 'value')).clamp_(0, 1), y
 
 def gamma(
     x:Tensor,                    # Images (N,C,H,W), pixels in [0,1]
@@ -227,17 +248,13 @@ def affine(
     size, move = _between(scale, n, generator, 'scale').flatten(), _between(shift, 2*n, generator, 'shift').view(n, 2, 1)
     if not (size > 0).all(): raise ValueError(f"`scale` must be above 0; got {scale!r}.")
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(n, 2, 2)/size.view(n, 1, 1)
-    grid = torch.nn.functional.affine_grid(torch.cat([turn, -turn@(2*move)], 2).to(x), list(x.shape), align_corners=False)
-    return torch.nn.functional.grid_sample(x, grid, padding_mode='border', align_corners=False).clamp(0, 1), y
+    grid = F.affine_grid(torch.cat([turn, -turn@(2*move)], 2).to(x), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode='border', align_corners=False).clamp(0, 1), y
 
-# %% ../nbs/api/10_transforms.ipynb #b59f3954
-def _apply_where(chosen, transform, x, y, generator):
-    "`transform` on the chosen images only"
-    if not chosen.any(): return x, y
-    a, b = transform(x[chosen], y[chosen], generator)
-    x, y = x.clone(), y.clone()
-    x[chosen], y[chosen] = a.to(x), b.to(y)
-    return x, y
+# %% ../nbs/api/10_transforms.ipynb #fa7cc07f
+def _change_(chosen, transform, x, y, generator):
+    "Put `transform` of the chosen images in their place"
+    if chosen.any(): x[chosen], y[chosen] = (new.to(old) for new, old in zip(transform(x[chosen], y[chosen], generator), (x, y)))
 
 def chain(
     *transforms:Callable,   # Transforms (x, y, generator) -> (x, y), the first first
@@ -254,7 +271,10 @@ def sometimes(
 )->Callable:                # One transform
     "Each image gets it with probability `p`."
     if not 0 <= p <= 1: raise ValueError(f"`p` must be in [0, 1]; got {p}.")
-    def perhaps(x, y, generator): return _apply_where(torch.rand(len(x), generator=generator) < p, transform, x, y, generator)
+    def perhaps(x, y, generator):
+        x, y = x.clone(), y.clone()
+        _change_(torch.rand(len(x), generator=generator) < p, transform, x, y, generator)
+        return x, y
     perhaps.said = 'sometimes', p, transform
     return perhaps
 
@@ -269,9 +289,9 @@ def some_of(
     def some(x, y, generator):
         wanted = torch.randint(least, most+1, (len(x), 1), generator=generator)
         order = torch.rand(len(x), len(transforms), generator=generator).argsort(1)
-        order = torch.where(torch.arange(len(transforms)) < wanted, order, -1)
+        order, x, y = torch.where(torch.arange(len(transforms)) < wanted, order, -1), x.clone(), y.clone()
         for place in range(most):
-            for k, t in enumerate(transforms): x, y = _apply_where(order[:, place] == k, t, x, y, generator)
+            for k, t in enumerate(transforms): _change_(order[:, place] == k, t, x, y, generator)
         return x, y
     some.said = 'some_of', least, most, *transforms
     return some
