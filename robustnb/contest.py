@@ -96,7 +96,7 @@ def _literal(node):
     if isinstance(node, ast.Constant) and isinstance(node.value, (str, float, type(None))): return node.value
     if isinstance(node, ast.Constant) and isinstance(node.value, int) and node.value.bit_length() < 64: return node.value
     if isinstance(node, (ast.List, ast.Tuple)): return (list if isinstance(node, ast.List) else tuple)(map(_literal, node.elts))
-    if isinstance(node, ast.Dict) and None not in node.keys and all(isinstance(k, ast.Constant) for k in node.keys):
+    if isinstance(node, ast.Dict) and all(isinstance(k, ast.Constant) for k in node.keys):
         return {_literal(k): _literal(v) for k, v in zip(node.keys, node.values)}
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and type(getattr(node.operand, 'value', None)) in (int, float):
         return -_literal(node.operand)

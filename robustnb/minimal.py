@@ -31,7 +31,7 @@ def onto_plane(
         order = (room/speed.clamp_min(1e-300)).argsort(dim=1)
         each, rate = (size*room).gather(1, order), (size*speed).gather(1, order)
         lengths = (gain-each.cumsum(1)+each)/rate.flip(1).cumsum(1).flip(1).clamp_min(1e-300)
-        change = (lengths.amax(1, keepdim=True)*speed).minimum(room)
+        change = torch.where(speed > 0, lengths.amax(1, keepdim=True)*speed, 0).minimum(room)
     return (change*slope.sign()).view_as(x).to(x.dtype)
 
 # %% ../nbs/api/33_minimal.ipynb #d39d7549
@@ -54,7 +54,7 @@ def _check_counts(**counts):
     "Raise unless each count is a whole number within its range."
     for name, n in counts.items():
         least = int(name != 'steps')
-        if not n >= least: raise ValueError(f"`{name}` must be at least {least}; got {n}.")
+        if not (isinstance(n, int) and n >= least): raise ValueError(f"`{name}` must be a whole number, at least {least}; got {n}.")
 
 # %% ../nbs/api/33_minimal.ipynb #97f4ee7d
 def deepfool(
@@ -117,7 +117,7 @@ def fab(
             if not len(left): break
             a, b = x[left], now[left]
             gap, grad, _ = loss_and_grad(model, b, torch.stack([y[left], other[left]], 1), margin_to)
-            step, home = onto_plane(b, grad, -gap, threat), onto_plane(a, grad, -gap - (grad*(a-b)).flatten(1).sum(1), threat)
+            step, home = onto_plane(b, grad, 1e-6-gap, threat), onto_plane(a, grad, 1e-6-gap - (grad*(a-b)).flatten(1).sum(1), threat)
             near, away = threat.distance(b, b+step), threat.distance(a, a+home)
             bias = (near/(near+away).clamp_min(1e-30)).clamp_max(.1).view(-1, 1, 1, 1)
             b = ((1-bias)*(b + 1.05*step) + bias*(a + 1.05*home)).clamp(0, 1)

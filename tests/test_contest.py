@@ -237,6 +237,8 @@ def test_settings_that_the_trainer_would_choke_on(rule):
         rows = {r['rule']: r for r in C._config_rows(default_config() | {'wideresnet': default_config()['wideresnet'] | case})}
         assert {k for k, r in rows.items() if r['verdict'] == 'broken'} == {rule}, (case, rows)
         assert 'args_wideresnet' in rows[rule]['found'] and 'args_pre' not in rows[rule]['found'] and rows[rule]['what_to_do']
+    known = {k: C._settings_rows('n', SGD | {f'{k}_name': 'x'})[i]['what_to_do'] for k, i in (('optimizer', 3), ('scheduler', 4))}
+    assert 'SGD' in known['optimizer'] and ' Optimizer' not in known['optimizer'] and 'StepLR' in known['scheduler'] and ' LRScheduler' not in known['scheduler']
     for case in settings[rule][1]:
         rows = C._config_rows(changed(**case))
         assert all(r['verdict'] == 'ok' and r['what_to_do'] == '' for r in rows), (case, rows)
@@ -376,6 +378,16 @@ def test_arrays_from_strangers_are_neither_unpickled_nor_believed(raw, data, tmp
         assert broken(tmp_path) & {'data.npy', 'image dtype', 'image shape', 'image count', 'label.npy', 'label dtype', 'label shape', 'lengths'}
         with pytest.raises(ValueError): load_set(tmp_path)
     assert not (tmp_path/'ran').exists()
+
+
+@pytest.mark.parametrize('header, rule', [(dict(descr='|O', shape=(50, 32, 32, 3)), 'image dtype'), (dict(descr='|u1', shape=(10**9, 32, 32, 3)), 'image count')])
+def test_objects_and_giants_are_judged_by_their_header_alone(header, rule, data, tmp_path, monkeypatch):
+    good_set(tmp_path, data)
+    (tmp_path/'data.npy').write_bytes(npy(header | dict(fortran_order=False), b'x'*100))
+    read, seen = np.lib.format.read_array, []
+    monkeypatch.setattr(np.lib.format, 'read_array', lambda f, **k: (seen.append(k), read(f, **k))[1])
+    assert rule in broken(tmp_path) and 'data.npy' not in broken(tmp_path)
+    assert seen == [dict(allow_pickle=False)]*2                    # the labels, twice
 
 
 # ---- zip files

@@ -15,12 +15,13 @@ from robustnb.attacks import cross_entropy, margin, pgd
 from robustnb.core import make_generator, predict
 from robustnb.data import digits, subset
 from robustnb.models import build_model
+from robustnb.momentum import ensemble
 from robustnb.perceptual import _at_colours, _dct, _hats, _idct, advdrop, recolor, wasserstein
 from robustnb.threat import L1, L2, SSIM, Linf
 from robustnb.training import Recipe, train
 
 family = dict(advdrop=partial(advdrop, tables=(5, 120)), wasserstein=partial(wasserstein, mass=.03), recolor=recolor)
-threats = (Linf(0), Linf(8/255), Linf(1), L2(0), L2(.4), L1(6), SSIM(.95))
+threats = (Linf(0), Linf(8/255), Linf(1), L2(0), L2(.4), L1(0), L1(6), SSIM(.95))
 free, nan, inf = Linf(1.), float('nan'), float('inf')
 
 
@@ -81,22 +82,30 @@ def slow_advdrop(model, image, label, steps, tables, y_of=margin):
         if i == steps: return torch.tensor(best)
         inside, gain, new = grad*((raw >= 0) & (raw <= 1)), np.zeros_like(used), used.copy()
         pad = np.pad(inside, ((0, 0), (0, -inside.shape[1] % 8), (0, -inside.shape[2] % 8)))
-        clean = {}
-        slow_blocks(image, lambda c, k, a, b: clean.setdefault((k, a, b), c))
-        for (k, u, v) in np.ndindex(used.shape):
+        blocks = []
+        slow_blocks(image, lambda c, k, a, b: blocks.append((k, c, scipy.fft.dctn(pad[k, 8*a:8*a+8, 8*b:8*b+8], norm='ortho')/255)) or c)
+        for at in np.ndindex(used.shape):
             for t in every:
-                g = 0
-                for (channel, a, b), c in clean.items():
-                    if channel == k: g += scipy.fft.dctn(pad[k, 8*a:8*a+8, 8*b:8*b+8], norm='ortho')[u, v]*(rounded(c[u, v], t) - rounded(c[u, v], used[k, u, v]))/255
-                if g > gain[k, u, v] + 1e-15: gain[k, u, v], new[k, u, v] = g, t
+                g = sum(slope[at[1:]]*(rounded(c[at[1:]], t) - rounded(c[at[1:]], used[at])) for channel, c, slope in blocks if channel == at[0])
+                if g > gain[at] + 1e-15: gain[at], new[at] = g, t
         for at in sorted(np.ndindex(used.shape), key=lambda o: -gain[o])[:math.ceil(2/(i+2)*used.size)]: used[at] = new[at]
 
 
-def test_advdrop_is_its_slow_version():
-    model, (x, y) = make_net(), make_batch()
-    for n, steps, tables, loss in ((0, 3, (5, 120), margin), (1, 2, (10, 60), cross_entropy)):
-        ours = advdrop(model, x[n:n+1], y[n:n+1], free, steps=steps, tables=tables, loss=loss)[0]
-        assert (ours-x[n]).abs().max() > .02 and (ours - slow_advdrop(model, x[n], y[n].item(), steps, tables, loss)).abs().max() < 1e-9
+class Bent(nn.Module):
+    "Three logits of images of any size, with slopes that change"
+    def forward(self, x):
+        w = 4*torch.randn(3, *x.shape[1:], generator=make_generator(0), dtype=torch.float64)
+        return torch.stack([(k*x).sin().flatten(1).sum(1) for k in w], 1)
+
+
+@pytest.mark.parametrize('shape, steps, tables, loss', (((1, 10, 13), 7, (5, 60), margin), ((2, 8, 8), 5, (10, 120), cross_entropy), ((1, 16, 16), 3, (5, 40), margin)))
+def test_advdrop_is_its_slow_version(shape, steps, tables, loss):
+    model, x = Bent().eval(), rand(2, *shape)
+    y = model(x).argmax(1)
+    ours = advdrop(model, x, y, free, steps=steps, tables=tables, loss=loss)
+    theirs = [[slow_advdrop(model, a, b.item(), n, tables, loss) for a, b in zip(x, y)] for n in (steps, 1)]
+    assert (ours-x).abs().max() > .02 and (ours-torch.stack(theirs[0])).abs().max() < 1e-9
+    assert (ours-torch.stack(theirs[1])).abs().max() > 1e-3, 'more than the first step counts'
 
 
 def test_the_transform_is_rounded_with_one_table_for_all_blocks():
@@ -237,6 +246,16 @@ def test_recolor_finds_the_best_filter_of_a_linear_model(channels, knots):
     with pytest.raises(AssertionError): assert abs(gain(steps=0)-exact) < 1e-9
 
 
+@pytest.mark.parametrize('knots', (2, 4))
+def test_recolor_finds_the_best_curve_of_a_linear_model(knots):
+    "Greys between the points of the curve: each point moves by eps against the weights that it shares in"
+    eps, w, x = .06, torch.randn(1, 5, 5, generator=make_generator(2), dtype=torch.float64), .1 + .8*rand(1, 1, 5, 5)
+    parts = [np.interp(x.flatten(), np.linspace(0, 1, knots), row) @ w.flatten().numpy() for row in np.eye(knots)]
+    assert len({bool(p > 0) for p in parts}) == 2, 'the curve bends'
+    out = recolor(Linear(w).eval(), x, torch.tensor([0]), Linf(eps), knots=knots)
+    assert abs((w*(out-x)).sum().item() - eps*np.abs(parts).sum()) < 1e-9
+
+
 @pytest.mark.parametrize('threat', threats, ids=repr)
 def test_equal_colours_stay_equal(threat):
     model = make_net()
@@ -307,6 +326,14 @@ def test_no_gradient_no_move(name):
     for threat in threats: assert torch.equal(family[name](Still().eval(), x, torch.full((len(x),), 9), threat, steps=2), x)
 
 
+@pytest.mark.parametrize('name', family)
+def test_an_ensemble_with_a_gradient_of_its_own(name):
+    model, x = ensemble([make_net(seed=s) for s in (0, 1)], combine='gradients'), make_batch()[0]
+    y = model(x).argmax(1)
+    out = family[name](model, x, y, Linf(8/255), steps=6)
+    assert Linf(8/255).allows(x, out).all() and (margin(model(out), y) > margin(model(x), y) + .01).all()
+
+
 @pytest.fixture(scope='module')
 def trained():
     "A small network that knows its digits, and test images"
@@ -316,7 +343,8 @@ def trained():
     return net, test.x, torch.as_tensor(test.y)
 
 
-budgets = dict(advdrop=[partial(advdrop, steps=20, tables=(5, t)) for t in (5, 40, 80, 160)], wasserstein=[partial(wasserstein, steps=15, mass=m) for m in (0, .02, .05, .1)],
+budgets = dict(advdrop=[partial(advdrop, steps=20, tables=(5, t)) for t in (5, 40, 80, 160)],
+               wasserstein=[partial(wasserstein, steps=15, mass=m) for m in (0, .02, .05, .1)],
                recolor=[lambda m, x, y, t, e=e: recolor(m, x, y, Linf(e/255)) for e in (0, 16, 32, 64)])
 
 
