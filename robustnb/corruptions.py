@@ -98,11 +98,12 @@ def _smooth(x, sigma, truncate=4, mirror=False):
     rows, columns = (_gauss(n, s, truncate, mirror) for n,s in zip(x.shape[2:], sigma))
     return _apply(rows, x, columns)
 
-def _zoom(n, factor, centred=True):
-    "Matrix (n,n) that enlarges the centre of a row by linear interpolation; what is too long is cut at both ends or only at the last."
+def _zoom(n, factor, cut=True):
+    "Matrix (n,n) that enlarges the centre of a row by linear interpolation; without the `cut` the result may be longer."
     crop = int(np.ceil(n/factor))
     size = round(crop*factor)
-    at = ((n-crop)//2 + torch.linspace(0, crop-1, size).double())[(size-n)//2*centred:][:n]
+    at = (n-crop)//2 + torch.linspace(0, crop-1, size).double()
+    if cut: at = at[(size-n)//2:][:n]
     return (1 - (at[:, None]-torch.arange(n)).abs()).clamp_min(0)
 
 def _boxes(n, share):
@@ -163,11 +164,11 @@ def _glass_blur(x, c, generator):
 def _grey(x): return (x*torch.tensor([.299, .587, .114]).to(x).view(3, 1, 1)).sum(1, keepdim=True)
 
 def _snow(x, c, generator):
-    mean, std, factor, least, radius, sigma, keep, centred = c
+    mean, std, factor, least, radius, sigma, keep, cut = c
     n, _, h, w = x.shape
-    flakes = _apply(_zoom(h, factor, centred), mean + std*_normal(x, generator, n, 1, h, w), _zoom(w, factor, centred))
+    flakes = _apply(_zoom(h, factor, cut), mean + std*_normal(x, generator, n, 1, h, w), _zoom(w, factor, cut))
     flakes = torch.where(flakes < least, 0, flakes).clamp(0, 1)
-    flakes = _motion(flakes, radius, sigma, torch.pi/4*_uniform(x, generator, n) - torch.pi/2)
+    flakes = _motion(flakes, radius, sigma, torch.pi/4*_uniform(x, generator, n) - torch.pi/2)[:, :, :h, :w]
     return keep*x + (1-keep)*torch.maximum(x, 1.5*_grey(x) + .5) + flakes + flakes.rot90(2, (2, 3))
 
 # %% ../nbs/api/11_corruptions.ipynb #2dbbbbb9
