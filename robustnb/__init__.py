@@ -5,20 +5,28 @@ from .attacks import fgsm, in_turn, pgd, restarts
 from .autoattack import autoattack, cascade
 from .blackbox import square
 from .checks import red_flags
+from .contest import contest_train, validate_set
 from .core import predict
+from .corruptions import corruption
 from .cost import cost
+from .curation import attacked, build_training_set, load_training_set, TrainingSet
 from .data import ImageSet, digits, load_data, split_data, subset
 from .evaluation import compare, evaluate, robustness_curve, summarize
 from .generator import generate, train_generator
+from .hidden import hidden_set, score_training_sets, standings
 from .models import build_model, load_model, model_names, save_model, wrap_model
 from .ptq import quantize
 from .quant import all_formats, number_format, quant_spec
+from .recipes import recipe
+from .search import mine_errors, mix, successive_halving
 from .similarity import layer_sensitivity
 from .threat import L1, L2, SSIM, Linf
 from .training import Recipe, train
 from .transfer import Report, assess
 
-__all__ = ['ImageSet', 'L1', 'L2', 'Linf', 'Recipe', 'Report', 'SSIM', 'all_formats', 'apgd', 'apgd_targeted', 'assess', 'autoattack', 'build_model',
-           'cascade', 'compare', 'cost', 'digits', 'evaluate', 'fgsm', 'generate', 'in_turn', 'layer_sensitivity', 'load_data', 'load_model',
-           'model_names', 'number_format', 'pgd', 'predict', 'quant_spec', 'quantize', 'red_flags', 'restarts', 'robustness_curve', 'save_model',
-           'split_data', 'square', 'subset', 'summarize', 'train', 'train_generator', 'wrap_model']
+__all__ = ['ImageSet', 'L1', 'L2', 'Linf', 'Recipe', 'Report', 'SSIM', 'TrainingSet', 'all_formats', 'apgd', 'apgd_targeted', 'assess', 'attacked',
+           'autoattack', 'build_model', 'build_training_set', 'cascade', 'compare', 'contest_train', 'corruption', 'cost', 'digits', 'evaluate',
+           'fgsm', 'generate', 'hidden_set', 'in_turn', 'layer_sensitivity', 'load_data', 'load_model', 'load_training_set', 'mine_errors', 'mix',
+           'model_names', 'number_format', 'pgd', 'predict', 'quant_spec', 'quantize', 'recipe', 'red_flags', 'restarts', 'robustness_curve',
+           'save_model', 'score_training_sets', 'split_data', 'square', 'standings', 'subset', 'successive_halving', 'summarize', 'train',
+           'train_generator', 'validate_set', 'wrap_model']
