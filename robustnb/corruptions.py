@@ -29,7 +29,8 @@ _imagenet = dict(
     glass_blur=((.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
     motion_blur=((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
     zoom_blur=((1.11, .01), (1.16, .01), (1.21, .02), (1.26, .02), (1.31, .03)),
-    snow=((.1, .3, 3, .5, 10, 4, .8, 0), (.2, .3, 2, .5, 12, 4, .7, 0), (.55, .3, 4, .9, 12, 8, .7, 0), (.55, .3, 4.5, .85, 12, 8, .65, 0), (.55, .3, 2.5, .85, 12, 12, .55, 0)),
+    snow=((.1, .3, 3, .5, 10, 4, .8, 0), (.2, .3, 2, .5, 12, 4, .7, 0),
+          (.55, .3, 4, .9, 12, 8, .7, 0), (.55, .3, 4.5, .85, 12, 8, .65, 0), (.55, .3, 2.5, .85, 12, 12, .55, 0)),
     frost=((1, .4, 1.1, 6), (.8, .6, 1.1, 6), (.7, .7, 1.1, 6), (.65, .7, 1.1, 6), (.6, .75, 1.1, 6)),
     fog=((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
     brightness=(.1, .2, .3, .4, .5),
@@ -51,7 +52,8 @@ _cifar = dict(
     glass_blur=((.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2)),
     motion_blur=((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
     zoom_blur=((1.06, .01), (1.11, .01), (1.16, .01), (1.21, .01), (1.26, .01)),
-    snow=((.1, .2, 1, .6, 8, 3, .95, 1), (.1, .2, 1, .5, 10, 4, .9, 1), (.15, .3, 1.75, .55, 10, 4, .9, 1), (.25, .3, 2.25, .6, 12, 6, .85, 1), (.3, .3, 1.25, .65, 14, 12, .8, 1)),
+    snow=((.1, .2, 1, .6, 8, 3, .95, 1), (.1, .2, 1, .5, 10, 4, .9, 1), (.15, .3, 1.75, .55, 10, 4, .9, 1),
+          (.25, .3, 2.25, .6, 12, 6, .85, 1), (.3, .3, 1.25, .65, 14, 12, .8, 1)),
     frost=((1, .2, .2, 5), (1, .3, .2, 5), (.9, .4, .2, 5), (.85, .4, .2, 5), (.75, .45, .2, 5)),
     fog=((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75)),
     brightness=(.05, .1, .15, .2, .3),
@@ -296,7 +298,8 @@ def _check_name(name, severity):
 def _check_batch(x, generator, name, side):
     check_images(x)
     if x.shape[1] != 3 or min(x.shape[2:]) < side:
-        raise ValueError(f"`x` must be RGB images (N,3,H,W) of at least {side}x{side} pixels; got shape {tuple(x.shape)}. Repeat a grey channel with `x.repeat(1, 3, 1, 1)`.")
+        raise ValueError(f"`x` must be RGB images (N,3,H,W) of at least {side}x{side} pixels; got shape {tuple(x.shape)}. "
+                         "Repeat a grey channel with `x.repeat(1, 3, 1, 1)`.")
     if name not in _exact and not isinstance(generator, torch.Generator):
         raise TypeError(f"`generator` must be a torch.Generator, as {name} is random; got {type(generator).__name__}. Use `make_generator(seed)`.")
 

@@ -86,6 +86,8 @@ def test_the_constants_are_the_packages_and_the_authors(name):
     cut = lambda c: [o[:-1] if name == 'snow' else o[:2] if name == 'frost' else o for o in c]
     assert cut(corruptions._imagenet[name]) == ast.literal_eval(literal)
     assert name == 'frost' or cut(corruptions._cifar[name]) == cifar[name]
+    rest = dict(snow=([(0,), (1,)], -1), frost=([(1.1, 6), (.2, 5)], 2))
+    if name in rest: assert [{c[rest[name][1]:] for c in t[name]} for t in (corruptions._imagenet, corruptions._cifar)] == [{o} for o in rest[name][0]]
 
 
 @both
