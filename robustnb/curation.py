@@ -83,10 +83,14 @@ def _interleaved(y, K, rng):
     for k in range(K): rank[order[y[order] == k]] = np.arange((y == k).sum())
     return order[np.lexsort((rng.permutation(K)[y[order]], rank[order]))]
 
+def _versions(source, pool):
+    "The pool of a source and its transforms"
+    pool, source = source if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], ImageSet) else (pool, source)
+    return pool, list(source) if isinstance(source, (list, tuple)) else [source]
+
 def _offer(name, source, pool, m, candidates, seed, batch_size):
     "`m` candidates of one source: images, labels, rows"
-    pool, source = source if isinstance(source, tuple) and isinstance(source[0], ImageSet) else (pool, source)
-    versions = list(source) if isinstance(source, (list, tuple)) else [source]
+    pool, versions = _versions(source, pool)
     per = min(candidates, len(versions))
     place, turn = np.divmod(np.arange(m), per)
     version, rng = (place + turn) % len(versions), np.random.default_rng(subseed(seed, 'order', name))
@@ -114,6 +118,8 @@ def _check_plan(sources, shares, n, options):
     "Raise unless the shares can be built"
     unknown = [k for k in shares if k not in sources]
     if unknown: raise ValueError(f"`shares` must name sources; {unknown[0]!r} is none of {', '.join(sources)}.")
+    empty = [k for k in shares if not _versions(sources[k], None)[1]]
+    if empty: raise ValueError(f"source {empty[0]!r} must hold at least one transform; it is empty.")
     bad = [k for k, v in shares.items() if not (isinstance(v, (int, float)) and 0 <= v <= 1)]
     if bad: raise ValueError(f"`shares` must be numbers in [0, 1]; {bad[0]!r} has {shares[bad[0]]!r}.")
     if not abs(sum(shares.values())-1) <= 1e-6: raise ValueError(f"`shares` must sum to 1; got {sum(shares.values()):.6g}. Divide each by the sum.")

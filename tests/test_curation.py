@@ -142,7 +142,7 @@ def test_labels_attacked_are_the_likeliest():
 
 @pytest.mark.parametrize('change, words', (
     (dict(shares=dict(clean=.9)), 'must sum to 1; got 0.9'), (dict(shares=dict(clean=.5, other=.5)), "'other' is none of clean"), (dict(shares=dict(clean=float('nan'))), r'numbers in \[0, 1\]'),
-    (dict(shares=dict(clean=1.2)), r'numbers in \[0, 1\]'), (dict(n=50_001), '50,000'), (dict(n=0), 'between 1'), (dict(select=dict(nobody=S.everything)), '`select` must name sources'),
+    (dict(shares=dict(clean=1.2)), r'numbers in \[0, 1\]'), (dict(sources=dict(clean=[])), "'clean' must hold at least one transform"), (dict(sources=dict(clean=(pool, []))), 'at least one transform'), (dict(n=50_001), '50,000'), (dict(n=0), 'between 1'), (dict(select=dict(nobody=S.everything)), '`select` must name sources'),
     (dict(candidates=dict(clean=0)), '`candidates` must be at least 1'), (dict(sources=dict(clean=lambda x, y, g: (x+1, y))), "source 'clean' failed: `x` must hold pixels"),
     (dict(select=partial(S.misclassified, models=nets, by=all), sources=dict(clean=lambda x, y, g: (x*0, torch.eye(3)[y.argmax(1)*0]))), "source 'clean' must give 30 images; misclassified.* lets 0 of 30"),
     (dict(sources=dict(clean=lambda x, y, g: (x, y-1))), '`labels` must be rows of probabilities')))
