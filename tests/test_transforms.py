@@ -67,11 +67,11 @@ def test_noise_has_its_distribution():
 
 
 def test_rectangles_cover_whole_cells():
-    out = T.coarse_dropout(torch.ones(200, 3, 12, 16), y, seeded(), share=.5, size=.25, per_channel=0)[0][:, 0]
+    out = T.coarse_dropout(torch.ones(200, 3, 12, 16), y, seeded(), share=.2, size=.25, per_channel=0)[0][:, 0]
     cells = torch.stack([out[:, 4*i:4*i+4] for i in range(3)], 1)
     columns = (torch.arange(16)*3//16)
     for k in range(3): assert (cells[..., columns == k].flatten(2).std(2) == 0).all()
-    assert abs((out == 0).float().mean()-.5) < .05
+    assert abs((out == 0).float().mean()-.2) < .05
 
 
 def slow_blur(image, kernel, anchor):
@@ -115,7 +115,8 @@ def test_hue_turns_around_grey_and_keeps_the_mean():
     dull = .3 + .4*x
     turned = T.photometric(dull, y, seeded(), brightness=1, contrast=1, saturation=1, hue=.13)[0]
     back = T.photometric(turned, y, seeded(), brightness=1, contrast=1, saturation=1, hue=-.13)[0]
-    grey = torch.full((2, 3, 4, 4), .6)
+    grey, red = torch.full((2, 3, 4, 4), .6), torch.tensor([.8, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    assert torch.allclose(T.photometric(red, y, seeded(), brightness=1, contrast=1, saturation=1, hue=1/3)[0], red.roll(1, 1), atol=1e-6)
     inside = ((turned > 0) & (turned < 1)).all(1)
     assert torch.allclose(turned.mean(1)[inside], dull.mean(1)[inside], atol=1e-5) and torch.allclose(back.permute(0, 2, 3, 1)[inside], dull.permute(0, 2, 3, 1)[inside], atol=1e-5)
     assert (turned-dull).abs().mean() > .02 and torch.allclose(T.photometric(grey, y, seeded(), brightness=1, contrast=1, saturation=3, hue=.4)[0], grey, atol=1e-6)
