@@ -193,3 +193,11 @@ def test_teachers_by_hand():
     (lambda: teacher_labels(x, y, models=Fixed(torch.zeros(10)).eval(), share=2), '`share`')))
 def test_bad_input(job, words):
     with pytest.raises(ValueError, match=words): job()
+
+
+def test_levels_shares_and_eight_bits():
+    few = T.posterize(x, y, seeded(), levels=5)[0]
+    assert torch.allclose(few, (4*x).round()/4) and few.unique().numel() == 5
+    changed = (T.sometimes(.2, partial(T.add, value=.1))(torch.zeros(2000, 1, 2, 2), torch.ones(2000, 2), seeded())[0] > 0).flatten(1).all(1)
+    assert abs(changed.float().mean()-.2) < .03
+    assert torch.equal(to_uint8(T.from_torchvision(lambda o: 255-o)(x, y, seeded())[0]).astype(int), 255-to_uint8(x).astype(int)) and torch.allclose(T.from_torchvision(lambda o: o)(x, y, seeded())[0], (255*x).round()/255)
