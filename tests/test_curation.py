@@ -62,6 +62,11 @@ def test_draws_are_random_and_without_repetition():
     assert len({*a}) == 20 and {*a} != {*b} and a.tolist() == candidates(S.everything).tolist() and {*candidates(S.everything, 90)} == {*range(90)}
 
 
+def test_success_is_read_from_the_table():
+    rows = pd.DataFrame(dict(image=np.arange(90), success=[True, None, False]*30))
+    assert {*candidates(S.succeeded, 90, rows=rows)} == {*range(0, 90, 3)} and len(candidates(S.succeeded, 7, rows=rows)) == 7
+
+
 def test_equal_scores_come_in_random_order():
     dull = np.zeros((40, 8, 8, 3), np.uint8)
     orders = [S.most_wrong(dull, np.eye(3)[np.ones(40, int)], None, 10, make_generator(s), models=nets).tolist() for s in (0, 1)]
@@ -108,6 +113,11 @@ def test_images_labels_and_rows_stay_together():
     assert counts.max() == 1 and np.bincount(made.y[(made.rows.source == 'clean').to_numpy()]).tolist() == [15]*3
 
 
+@pytest.mark.parametrize('seed', (3, 5, 7))
+def test_every_beginning_is_balanced(seed):
+    assert np.bincount(build_training_set(pool, dict(clean=unchanged), dict(clean=1), 46, seed=seed).y).max() == 16
+
+
 def test_a_small_pool_is_gone_through_again():
     made = build_training_set(pool[:30], dict(clean=unchanged), dict(clean=1), 75)
     assert made.rows['image'].value_counts().isin((2, 3)).all() and len(made) == 75
@@ -120,7 +130,7 @@ def test_versions_take_turns_or_are_all_made(candidates, images, versions):
     build_training_set(pool, dict(a=[flipped(k) for k in (1, 2, 3)]), dict(a=1), 12, select=look, candidates=candidates)
     rows = seen[0]
     each = rows.groupby('image')['transform'].nunique()
-    assert len(rows) == 12*candidates and rows['image'].nunique() == images and (each == versions).all() and rows['transform'].value_counts().nunique() == 1
+    assert len(rows) == 12*candidates and rows['image'].nunique() == images and (each == versions).all() and rows['transform'].value_counts().nunique() == 1 and rows['transform'].nunique() == 3
 
 
 def test_sources_with_their_own_pool_and_history():
@@ -225,15 +235,17 @@ def test_a_run_is_found_again_only_if_nothing_changed(tmp_path, monkeypatch):
     rows = pd.DataFrame(dict(family='clean', slice='final', image=0), index=range(90))
     hidden, config = TrainingSet(pool.images, pool.labels, 3, rows), dict(net=dict(epochs=1))
     score = lambda data=pool, hidden=hidden, config=config, seeds=(0, 1), build=lambda seed: Brightness(): len(H.score_training_sets(dict(s=data), hidden, dict(net=build), config, seeds, tmp_path)) and len(trained)
-    assert score() == 2 and score() == 2 and score(seeds=(0, 1, 2)) == 3
+    assert score() == 2 and trained == [0, 1] and score() == 2 and score(seeds=(0, 1, 2)) == 3
     assert score(data=pool[:60]) == 5 and score(config=dict(net=dict(epochs=2))) == 7 and score(hidden=hidden[:50]) == 9 and score(build=lambda seed: nn.Sequential(Brightness())) == 11 and score() == 11
-    assert not [*tmp_path.glob('*/checkpoint.pt')]
+    dark = TrainingSet(pool.images//2, pool.labels, 3, rows)
+    assert score(hidden=dark) == 13 and not [*tmp_path.glob('*/checkpoint.pt')]
 
 
 def test_mixing_and_joining():
     bank = build_bank(pool, dict(a=flipped(1), b=flipped(2)), 40, seed=1)
     made = mix(bank, dict(a=.25, b=.75), 40)
     assert (made.images[:, 0, 0, 0] == 1).sum() == 10 and (made.rows.source == 'a').sum() == 10 and set(mix(bank, dict(a=1.), 40).rows['image']) == set(bank['a'].rows['image'])
+    assert {*mix(bank, dict(a=.5, b=.5), 20).rows['image'][:10]} <= {*mix(bank, dict(a=1.), 30).rows['image']}
     assert len(join([made, bank['a']])) == 80 and (join([made, bank['a']]).images[40:] == bank['a'].images).all()
     one = {k: build_bank(pool, dict(a=unchanged), 5, select=dict(a=partial(S.by_entropy, models=nets)), candidates=dict(a=18))['a'] for k in (0,)}[0]
     assert set(one.rows['image']) == set(candidates(S.by_entropy, 5, models=nets))

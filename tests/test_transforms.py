@@ -168,6 +168,13 @@ def test_mixtures_by_hand():
     assert torch.allclose(b[torch.arange(40), torch.arange(40) % 10][b.max(1).values < .999], kept[b.max(1).values < .999], atol=1e-5)
 
 
+def test_rectangles_have_the_area_drawn():
+    many, label = torch.rand(3000, 1, 32, 32), torch.eye(3000)
+    kept = cutmix(many, label, seeded(), alpha=1000)[1].diagonal()
+    side = .5**.5
+    assert abs(1-kept.mean() - (side-side**2/4)**2) < .01          # a rectangle around a uniform centre, cut at the borders
+
+
 class Fixed(torch.nn.Module):
     def __init__(self, logits): super().__init__(); self.logits = logits
     def forward(self, x): return self.logits.expand(len(x), -1)
@@ -200,4 +207,4 @@ def test_levels_shares_and_eight_bits():
     assert torch.allclose(few, (4*x).round()/4) and few.unique().numel() == 5
     changed = (T.sometimes(.2, partial(T.add, value=.1))(torch.zeros(2000, 1, 2, 2), torch.ones(2000, 2), seeded())[0] > 0).flatten(1).all(1)
     assert abs(changed.float().mean()-.2) < .03
-    assert torch.equal(to_uint8(T.from_torchvision(lambda o: 255-o)(x, y, seeded())[0]).astype(int), 255-to_uint8(x).astype(int)) and torch.allclose(T.from_torchvision(lambda o: o)(x, y, seeded())[0], (255*x).round()/255)
+    assert (to_uint8(T.from_torchvision(lambda o: 255-o)(x, y, seeded())[0]) == 255-to_uint8(x)).all() and torch.allclose(T.from_torchvision(lambda o: o)(x, y, seeded())[0], (255*x).round()/255)
