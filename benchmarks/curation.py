@@ -4,7 +4,7 @@
     python benchmarks/curation.py ladder cifar10-images.zip --hidden vgg/weights.pt,mobilenet/weights.pt
     python benchmarks/curation.py teams ...    python benchmarks/curation.py search ...    python benchmarks/curation.py final ...
 
-Everything is scaled by one factor (a tenth by default): test images, training images, images in a set. Two regimes: `leaky`, where the pool of the builder is the clean test images, and
+Everything is scaled by one factor (1/25 by default): test images, training images, images in a set. Two regimes: `leaky`, where the pool of the builder is the clean test images, and
 `held-out`, where it is training images; the hidden images are the same. Networks are the competition's, narrow and shortly trained (`--width`, `--epochs`). Finished trainings are kept in --work and found
 again. To share the work between processes give each its --seeds or --networks, then call once more without. Rows go to results/curation_<part>.csv with a manifest beside them.
 """
@@ -155,11 +155,11 @@ def main():
     parser.add_argument('part', choices=('ladder', 'teams', 'search', 'final'))
     parser.add_argument('data', help='folder or zip with the splits train and test')
     parser.add_argument('--hidden', required=True, help='weights of the networks that make the hidden images, separated by commas')
-    parser.add_argument('--scale', type=float, default=.1)
+    parser.add_argument('--scale', type=float, default=.04)
     parser.add_argument('--n_hidden', type=int, default=4000)
     parser.add_argument('--width', type=float, default=.25)
-    parser.add_argument('--epochs', type=int, default=12)
-    parser.add_argument('--builder_epochs', type=int, default=20)
+    parser.add_argument('--epochs', type=int, default=40)
+    parser.add_argument('--builder_epochs', type=int, default=60)
     parser.add_argument('--effort', type=float, default=.25, help='share of the published attack steps, for the teams')
     parser.add_argument('--random', type=int, default=8, help='random mixtures in the search')
     parser.add_argument('--seeds', type=lambda s: tuple(map(int, s.split(','))), default=(0, 1, 2))
