@@ -46,7 +46,7 @@ def kept(path, make):
 
 def builders(args, pools, regime):
     "The two networks trained on the clean pool of the regime: those that the builder attacks and asks"
-    networks, config = proxies(2, args.width, args.builder_epochs)
+    networks, config = proxies(2, args.width, args.builder_epochs, batch_size=args.batch)
     out = {}
     for name, build in networks.items():
         path, net = args.work/f'builder-{regime}-{name}.pt', build(100)
@@ -65,7 +65,7 @@ def begin(args):
     surrogates = {f'{Path(p).parent.name}/{Path(p).stem}': load_model(p) for p in args.hidden.split(',')}
     hidden = kept(args.work/'hidden', lambda: hidden_set(test, surrogates, args.n_hidden))
     hidden.rows = hidden.rows.astype({'slice': str})
-    networks, config = proxies(2, args.width, args.epochs)
+    networks, config = proxies(2, args.width, args.epochs, batch_size=args.batch)
     networks = {k: v for k, v in networks.items() if k in args.networks}
     def score(sets, seeds=args.seeds, config=config): return score_training_sets(sets, hidden, networks, config, seeds, args.work/'runs')
     return pools, n, score
@@ -75,7 +75,7 @@ def deliver(args, rows, **facts):
     path = Path(args.out)/f'curation_{args.part}.csv'
     path.parent.mkdir(parents=True, exist_ok=True)
     rows.to_csv(path, index=False)
-    save_json(manifest(scale=args.scale, width=args.width, epochs=args.epochs, n_hidden=args.n_hidden, seeds=list(args.seeds), hidden=args.hidden) | facts, path.with_suffix('.json'))
+    save_json(manifest(scale=args.scale, width=args.width, epochs=args.epochs, batch=args.batch, n_hidden=args.n_hidden, seeds=list(args.seeds), hidden=args.hidden) | facts, path.with_suffix('.json'))
 
 
 def part_ladder(args):
@@ -126,7 +126,7 @@ def banks(args, pools, n, regime):
 def part_search(args):
     pools, n, score = begin(args)
     bank = banks(args, pools, n, 'held-out')
-    quick = proxies(2, args.width, max(1, args.epochs//3))[1]
+    quick = proxies(2, args.width, max(1, args.epochs//3), batch_size=args.batch)[1]
     tried = plans | random_shares([*bank], args.random, seed=1)
     table = successive_halving(tried, lambda shares: mix(bank, shares, n), [partial(score, seeds=(0,), config=quick), partial(score, seeds=(0,))])
     for k in bank: table[f'share {k}'] = [tried[p].get(k, 0.) for p in table.plan]
@@ -160,6 +160,7 @@ def main():
     parser.add_argument('--width', type=float, default=.25)
     parser.add_argument('--epochs', type=int, default=40)
     parser.add_argument('--builder_epochs', type=int, default=60)
+    parser.add_argument('--batch', type=int, default=64, help='images in a step')
     parser.add_argument('--effort', type=float, default=.25, help='share of the published attack steps, for the teams')
     parser.add_argument('--random', type=int, default=8, help='random mixtures in the search')
     parser.add_argument('--seeds', type=lambda s: tuple(map(int, s.split(','))), default=(0, 1, 2))
