@@ -23,7 +23,7 @@ from robustnb.corruptions import corruption, corruption_names
 from robustnb.curation import attacked, build_training_set, load_training_set, unchanged
 from robustnb.data import ImageSet, load_data, subset
 from robustnb.hidden import hidden_set, proxies, score_training_sets, standings
-from robustnb.labels import label_smoothing, mixup
+from robustnb.labels import mixup
 from robustnb.models import load_model
 from robustnb.momentum import ensemble, mi_fgsm
 from robustnb.recipes import recipe
@@ -64,7 +64,6 @@ def begin(args):
     pools, n = {'leaky': test, 'held-out': train}, round(50_000*args.scale)
     surrogates = {f'{Path(p).parent.name}/{Path(p).stem}': load_model(p) for p in args.hidden.split(',')}
     hidden = kept(args.work/'hidden', lambda: hidden_set(test, surrogates, args.n_hidden))
-    hidden.rows = hidden.rows.astype({'slice': str})
     networks, config = proxies(2, args.width, args.epochs, batch_size=args.batch)
     networks = {k: v for k, v in networks.items() if k in args.networks}
     def score(sets, seeds=args.seeds, config=config): return score_training_sets(sets, hidden, networks, config, seeds, args.work/'runs')

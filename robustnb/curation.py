@@ -10,6 +10,7 @@ __all__ = ['attacked', 'unchanged', 'TrainingSet', 'load_training_set', 'build_t
 import html
 from collections.abc import Callable
 from pathlib import Path
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -107,7 +108,8 @@ def _offer(name, source, pool, m, candidates, seed, batch_size):
     return images, labels, pd.DataFrame(dict(source=name, image=image, transform=[said[v] for v in version], surrogate=[surrogate[v] for v in version], success=success))
 
 def _quotas(shares, n):
-    "Whole numbers that sum to `n`, by largest remainder"
+    "Whole numbers that sum to `n`, by largest remainder, from shares that sum to 1"
+    if not abs(sum(shares.values())-1) <= 1e-6: raise ValueError(f"`shares` must sum to 1; got {sum(shares.values()):.6g}. Divide each by the sum.")
     exact = np.array([*shares.values()])*n
     whole = np.floor(exact + 1e-9).astype(int)
     whole[np.argsort(whole-exact, kind='stable')[:n-whole.sum()]] += 1
@@ -122,7 +124,6 @@ def _check_plan(sources, shares, n, options):
     if empty: raise ValueError(f"source {empty[0]!r} must hold at least one transform; it is empty.")
     bad = [k for k, v in shares.items() if not (isinstance(v, (int, float)) and 0 <= v <= 1)]
     if bad: raise ValueError(f"`shares` must be numbers in [0, 1]; {bad[0]!r} has {shares[bad[0]]!r}.")
-    if not abs(sum(shares.values())-1) <= 1e-6: raise ValueError(f"`shares` must sum to 1; got {sum(shares.values()):.6g}. Divide each by the sum.")
     if not 1 <= n <= 50_000: raise ValueError(f"`n` must be between 1 and 50,000 images, the competition's limit; got {n}.")
     for name, option in options.items():
         lost = [k for k in option if k not in sources] if isinstance(option, dict) else []
@@ -197,7 +198,6 @@ def set_card(
 <style>body{{font:15px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}}div{{overflow-x:auto}}td,th{{padding:.2em .7em;text-align:left}}img{{max-width:100%}}</style>
 <h1>{html.escape(title)}</h1><p>{html.escape(note)}</p><p>{html.escape(repr(ImageSet(data.images, data.labels, data.classes)))}</p>
 <div>{as_html(shown)}</div><h2>What made them</h2><div>{as_html(made)}</div><h2>Classes</h2><div>{as_html(counts)}</div><h2>Images</h2><img alt="images of each source" src="{figure_png(sheet)}"></html>'''
-    from matplotlib.pyplot import close
-    close(sheet.figure)
+    plt.close(sheet.figure)
     with atomic_path(path) as tmp: tmp.write_text(page, encoding='utf-8')
     return Path(path)

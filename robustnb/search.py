@@ -42,7 +42,6 @@ def mix(
     seed:int=0,         # Which images; those of a larger share contain those of a smaller one
 )->TrainingSet:         # `n` images
     "A set with given shares from a bank."
-    if not abs(sum(shares.values())-1) <= 1e-6: raise ValueError(f"`shares` must sum to 1; got {sum(shares.values()):.6g}. Divide each by the sum.")
     quotas = _quotas(shares, n)
     for k, q in quotas.items():
         if k not in bank or q > len(bank[k]): raise ValueError(f"`bank` must hold {q} images of {k!r}; it has {len(bank.get(k, ()))}. Build a larger bank, or lower the share.")
