@@ -2,7 +2,7 @@
 
     robustnb_train DATA --model VGG_16 --width .15 --out vgg ...       # surrogates of the hidden set, which no builder sees
     python benchmarks/curation.py ladder cifar10-images.zip --hidden vgg/weights.pt,mobilenet/weights.pt
-    python benchmarks/curation.py teams ...    python benchmarks/curation.py search ...    python benchmarks/curation.py final ...
+    python benchmarks/curation.py proxy ...    python benchmarks/curation.py teams ...    python benchmarks/curation.py search ...    python benchmarks/curation.py final ...
 
 Everything is scaled by one factor (1/25 by default): test images, training images, images in a set. Two regimes: `leaky`, where the pool of the builder is the clean test images, and
 `held-out`, where it is training images; the hidden images are the same. Networks are the competition's, narrow and shortly trained (`--width`, `--epochs`). Finished trainings are kept in --work and found
@@ -90,6 +90,12 @@ def part_ladder(args):
     deliver(args, rows)
 
 
+def part_proxy(args):
+    "The ladder again, after `ladder`: half as wide, a quarter of the epochs"
+    args.width, args.epochs = args.width/2, args.epochs//4
+    part_ladder(args)
+
+
 def part_teams(args):
     pools, n, score = begin(args)
     parts = []
@@ -151,7 +157,7 @@ def part_final(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('part', choices=('ladder', 'teams', 'search', 'final'))
+    parser.add_argument('part', choices=('ladder', 'proxy', 'teams', 'search', 'final'))
     parser.add_argument('data', help='folder or zip with the splits train and test')
     parser.add_argument('--hidden', required=True, help='weights of the networks that make the hidden images, separated by commas')
     parser.add_argument('--scale', type=float, default=.04)

@@ -130,11 +130,18 @@ def score_training_sets(
 def standings(
     rows:pd.DataFrame,        # From `score_training_sets`
     slices=('public_a', 'public_b'), # Which images count; ('final',) at the end
+    shares:dict|None=None,    # Family -> weight of its accuracy, >= 0, not all 0; None counts every image alike
 )->pd.DataFrame:              # One row for each set, best first: `score`, `se`, `clean`, `worst`, `worst_family`, and each family
     "What each training set is worth: mean accuracy of the networks over the hidden images."
     rows = rows[rows['slice'].isin([slices] if isinstance(slices, str) else list(slices))]
     if not len(rows): raise ValueError(f"`slices` must name slices of the rows; got {slices!r}. There are: public_a, public_b, final.")
     share = lambda by: (lambda g: g.correct/g.n)(rows.groupby(by)[['correct', 'n']].sum())
-    score, each = share(['set', 'network', 'seed']).groupby(['set', 'seed']).mean().groupby('set'), share(['set', 'family']).unstack()
+    each, runs = share(['set', 'family']).unstack(), ['set', 'network', 'seed']
+    if shares is None: right = share(runs)
+    else:
+        if set(shares) - set(each) or not (min(shares.values(), default=0) >= 0 and 0 < sum(shares.values()) < float('inf')):
+            raise ValueError(f"`shares` must be weights of {', '.join(each)}, not negative and not all 0; got {shares}.")
+        right = share(runs + ['family']).unstack()[list(shares)] @ (pd.Series(shares)/sum(shares.values()))
+    score = right.groupby(['set', 'seed']).mean().groupby('set')
     table = pd.DataFrame(dict(score=score.mean(), se=score.std()/score.size()**.5, clean=each.get('clean'), worst=each.min(axis=1), worst_family=each.idxmin(axis=1)))
     return table.join(each.drop(columns='clean', errors='ignore')).sort_values('score', ascending=False)

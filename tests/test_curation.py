@@ -216,6 +216,18 @@ def test_standings_by_hand():
     assert H.standings(answers_table(lambda s, n, k, f, c: 5 + (c == 'final')), ('final',)).score.eq(.6).all()
 
 
+def test_standings_with_other_weights():
+    rows = answers_table(lambda s, n, k, f, c: (8 if (f == 'noise') == (s == 'a') else 3) + (n == 'u') + k)
+    rows.loc[rows.family == 'clean', ['n', 'correct']] *= 3
+    assert H.standings(rows, 'public_a').index[0] == 'b' and H.standings(rows, 'public_a', dict(noise=3, clean=1)).index[0] == 'a'
+    table = H.standings(rows, 'public_a', dict(noise=3, clean=1))
+    by_seed = [np.mean([(3*(8+u+k) + 3+u+k)/40 for u in (1, 0)]) for k in (0, 1)]
+    assert np.isclose(table.score['a'], np.mean(by_seed)) and np.isclose(table.se['a'], np.std(by_seed, ddof=1)/2**.5)
+    assert np.allclose(H.standings(rows, 'public_a', dict(noise=7)).score, H.standings(rows, 'public_a').noise.loc[['a', 'b']])
+    for bad in (dict(fog=1), dict(noise=0), dict(noise=-1, clean=2), dict(noise=float('nan')), {}):
+        with pytest.raises(ValueError, match='`shares`'): H.standings(rows, 'public_a', bad)
+
+
 def test_answers_count_families_and_slices():
     rows = pd.DataFrame(dict(family=np.where(np.arange(90) < 30, 'dark', 'rest'), slice=np.array(['public_a', 'final'])[np.arange(90) % 2], image=0))
     table = H.answers(nets[0], TrainingSet(pool.images, pool.labels, 3, rows)).set_index(['family', 'slice'])
