@@ -74,7 +74,7 @@ def deliver(args, rows, **facts):
     path = Path(args.out)/f'curation_{args.part}.csv'
     path.parent.mkdir(parents=True, exist_ok=True)
     rows.to_csv(path, index=False)
-    save_json(manifest(scale=args.scale, width=args.width, epochs=args.epochs, batch=args.batch, n_hidden=args.n_hidden, seeds=list(args.seeds), hidden=args.hidden) | facts, path.with_suffix('.json'))
+    save_json(manifest(scale=args.scale, width=args.width, epochs=args.epochs, batch=args.batch, n_hidden=args.n_hidden, seeds=list(args.seeds), hidden=[f'{Path(p).parent.name}/{Path(p).name}' for p in args.hidden.split(',')]) | facts, path.with_suffix('.json'))
 
 
 def part_ladder(args):
@@ -129,14 +129,17 @@ def banks(args, pools, n, regime):
 
 
 def part_search(args):
+    "Successive halving on the public slices, every plan judged in all regimes"
     pools, n, score = begin(args)
-    bank = banks(args, pools, n, 'held-out')
+    bank = {r: banks(args, pools, n, r) for r in args.regimes}
     quick = proxies(2, args.width, max(1, args.epochs//3), batch_size=args.batch)[1]
-    tried = plans | random_shares([*bank], args.random, seed=1)
-    table = successive_halving(tried, lambda shares: mix(bank, shares, n), [partial(score, seeds=(0,), config=quick), partial(score, seeds=(0,))])
-    for k in bank: table[f'share {k}'] = [tried[p].get(k, 0.) for p in table.plan]
+    def level(plans, **options): return pd.concat([score({k: mix(bank[r], shares, n) for k, shares in plans.items()}, seeds=(0,), **options) for r in args.regimes])
+    names = [*next(iter(bank.values()))]
+    tried = plans | random_shares(names, args.random, seed=1)
+    table = successive_halving(tried, lambda shares: shares, [partial(level, config=quick), level])
+    for k in names: table[f'share {k}'] = [tried[p].get(k, 0.) for p in table.plan]
     print(table.round(3).to_string())
-    deliver(args, table)
+    deliver(args, table, regimes=args.regimes)
 
 
 def part_final(args):

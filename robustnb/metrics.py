@@ -150,6 +150,7 @@ def _windows(x):
 def ssim_along(
     x:Tensor,        # Images (N,C,H,W), pixels in [0,1], at least 7 pixels high and wide
     change:Tensor,   # Changes of the same shape
+    data_range:float=1., # Largest possible difference of two pixels, > 0
 )->Callable:         # t, a number or a tensor (N,1,1,1) -> similarity of `x` and `x + t*change` per image (N,)
     "Structural similarity as a function of the length of the change."
     if x.shape != change.shape: raise ValueError(f"`x` and the images compared with it must have the same shape; got {tuple(x.shape)} and {tuple(change.shape)}.")
@@ -157,15 +158,16 @@ def ssim_along(
     (mean, var), (mean_d, var_d) = _windows(x64), _windows(d)
     cov = 49/48*(F.avg_pool2d(x64*d, 7, 1) - mean*mean_d)
     def similarity(t):
-        light = 1 - (t*mean_d)**2/(mean**2 + (mean + t*mean_d)**2 + .01**2)
-        texture = 1 - t*t*var_d/(2*var + 2*t*cov + t*t*var_d + .03**2)
+        light = 1 - (t*mean_d)**2/(mean**2 + (mean + t*mean_d)**2 + (.01*data_range)**2)
+        texture = 1 - t*t*var_d/(2*var + 2*t*cov + t*t*var_d + (.03*data_range)**2)
         return (light*texture).mean((1, 2, 3)).to(x.dtype)
     return similarity
 
 def ssim(
     x:Tensor,        # Images (N,C,H,W), pixels in [0,1], at least 7 pixels high and wide
     x_adv:Tensor,    # Images of the same shape
+    data_range:float=1., # Largest possible difference of two pixels, > 0; anything but 1 is for repeating the mistakes of others
 )->Tensor:           # Similarity per image (N,), at most 1; 1 for equal images
     "Structural similarity (Wang et al. 2004, doi:10.1109/TIP.2003.819861) as scikit-image defines it."
     if x.shape != x_adv.shape: raise ValueError(f"`x` and `x_adv` must have the same shape; got {tuple(x.shape)} and {tuple(x_adv.shape)}.")
-    return ssim_along(x, x_adv.double()-x.double())(1)
+    return ssim_along(x, x_adv.double()-x.double(), data_range)(1)
