@@ -120,7 +120,7 @@ def sources(nets):
 
 
 plans = dict(everything=dict(clean=.1, noise=.2, corrupted=.25, light=.1, linf=.2, l2=.15), corrupted=dict(clean=.2, corrupted=.8), mild=dict(clean=.3, noise=.15, corrupted=.25, light=.1, linf=.1, l2=.1),
-    strong=dict(clean=.05, noise=.2, corrupted=.25, light=.05, linf=.3, l2=.15), twice=dict(clean=.1, noise=.15, corrupted=.3, corrupted_linf=.3, l2=.15), mixed=dict(clean=.05, noise=.2, corrupted=.25, linf=.2, l2=.15, mixed=.15))
+    strong=dict(clean=.05, noise=.2, corrupted=.25, light=.05, linf=.3, l2=.15), twice=dict(clean=.1, noise=.15, corrupted=.3, corrupted_linf=.3, l2=.15), mixed=dict(clean=.05, noise=.2, corrupted=.25, linf=.2, l2=.15, mixed=.15), light=dict(clean=.1, noise=.2, corrupted=.25, light=.25, l2=.2))
 
 
 def banks(args, pools, n, regime):
@@ -136,7 +136,7 @@ def part_search(args):
     def level(plans, **options): return pd.concat([score({k: mix(bank[r], shares, n) for k, shares in plans.items()}, seeds=(0,), **options) for r in args.regimes])
     names = [*next(iter(bank.values()))]
     tried = plans | random_shares(names, args.random, seed=1)
-    table = successive_halving(tried, lambda shares: shares, [partial(level, config=quick), level])
+    table = successive_halving(tried, lambda shares: shares, [partial(level, config=quick), level], keep=.6)
     for k in names: table[f'share {k}'] = [tried[p].get(k, 0.) for p in table.plan]
     print(table.round(3).to_string())
     deliver(args, table, regimes=args.regimes)

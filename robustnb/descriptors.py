@@ -24,25 +24,23 @@ def allows_saved(
 )->Tensor:          # True where the file of `x_adv` is allowed (N,)
     "Does the rule allow the 8-bit images?"
     grey = lambda o: (o.double()*255).round()/255
-    return threat.distance(grey(x), grey(x_adv)) <= threat.eps + 1e-9
+    return threat.distance(grey(x), grey(x_adv)) <= threat.eps + 1e-12
 
+@torch.no_grad()
 def fit_eight_bit(
-    x:Tensor,       # Clean images (N,C,H,W), pixels k/255
-    x_adv:Tensor,   # Images like `x`
+    x:Tensor,       # Clean images (N,C,H,W), pixels in [0,1]; they are rounded first
+    x_adv:Tensor,   # Images of the same shape, finite; they may leave `threat` and [0,1]
     threat,         # Threat model, e.g. `SSIM(.95)`
 )->Tensor:          # Images with pixels k/255, allowed by `threat`
-    "The 8-bit image on the way to `x_adv`, as far as the rule allows."
-    change, out = x_adv.clamp(0, 1)-x, eight_bit(x_adv.clamp(0, 1))
-    far = (~allows_saved(x, out, threat)).nonzero().flatten()
-    if not len(far): return out
-    start, move, out[far] = x[far], change[far], x[far]
-    lo, hi = torch.zeros_like(start[:, :1, :1, :1]), torch.ones_like(start[:, :1, :1, :1])
-    for _ in range(10):
-        mid = (lo+hi)/2
-        here = eight_bit(start + mid*move)
-        good = allows_saved(start, here, threat).view(-1, 1, 1, 1)
-        out[far] = torch.where(good, here, out[far])
-        lo, hi = torch.where(good, mid, lo), torch.where(good, hi, mid)
+    "The 8-bit images on the way to `x_adv`, as far as the rule allows."
+    if check_images(x).shape != x_adv.shape: raise ValueError(f"`x_adv` must have the shape of `x`; got {tuple(x_adv.shape)} and {tuple(x.shape)}.")
+    if not x_adv.isfinite().all(): raise ValueError("`x_adv` must be finite; got NaN or infinite pixels. Was a step divided by zero?")
+    x = eight_bit(x)
+    goal, left, out = threat.project(x, x_adv.to(x)), torch.arange(len(x), device=x.device), torch.empty_like(x)
+    for share in (1, *(1-2**k/256 for k in range(9))):
+        out[left] = eight_bit((x[left] + share*(goal[left]-x[left])).clamp(0, 1))
+        left = left[~allows_saved(x[left], out[left], threat)]
+        if not len(left): break
     return out
 
 # %% ../nbs/api/76_descriptors.ipynb #6d359c24

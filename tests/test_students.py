@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from robustnb.core import load_state, make_generator, predict
+from robustnb.core import load_state, make_generator, predict, save_state
 from robustnb.data import digits, subset
 from robustnb.students import (Descriptor, DescriptorRecipe, cosface, descriptor_losses, descriptor_model, descriptor_names, distill_descriptor, fidelity,
-                               split_groups, student_recipes, train_teacher)
+                               load_descriptor, save_descriptor, split_groups, student_recipes, train_teacher)
 
 FAST = DescriptorRecipe(epochs=3, batch_size=16, lr=3e-3)
 
@@ -94,6 +94,19 @@ def test_timm_by_name():
 @pytest.mark.parametrize('args,words', [(dict(name='ResNet_19'), '`name`'), (dict(name='ResNet_18', dim=1), '`dim`'), (dict(name='ResNet_18', width=float('nan')), '`width`'), (dict(name='ResNet_18', size=8), '`size`')])
 def test_bad_networks(args, words):
     with pytest.raises(ValueError, match=words): descriptor_model(**args)
+
+
+def test_saved_and_read_again(tmp_path, data):
+    net, _ = train_teacher(descriptor_model('ResNet_18', 12, .125, 32, seed=3), data.images, data.y, DescriptorRecipe(epochs=1, batch_size=30))
+    again = load_descriptor(save_descriptor(net, tmp_path/'net.pt'))
+    assert same(net, again) and not again.training and again.made == dict(name='ResNet_18', dim=12, width=.125, size=32)
+    with pytest.raises(ValueError, match='must come from `descriptor_model`'): save_descriptor(Tiny(), tmp_path/'other.pt')
+    assert not (tmp_path/'other.pt').exists()
+    state = load_state(tmp_path/'net.pt')
+    save_state(state | dict(made=state['made'] | dict(dim=13)), tmp_path/'wrong.pt')
+    with pytest.raises(ValueError, match='does not'): load_descriptor(tmp_path/'wrong.pt')
+    save_state(dict(a=1), tmp_path/'else.pt')
+    with pytest.raises(ValueError, match='something else'): load_descriptor(tmp_path/'else.pt')
 
 
 # ---- losses
