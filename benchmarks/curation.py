@@ -29,7 +29,7 @@ from robustnb.momentum import ensemble, mi_fgsm
 from robustnb.recipes import recipe
 from robustnb.search import build_bank, mix, random_shares, successive_halving
 from robustnb.threat import L2, Linf
-from robustnb.transforms import affine, chain, gamma, gaussian_noise, one_of, photometric, posterize, salt_and_pepper, uniform_noise
+from robustnb.transforms import affine, chain, fast_pipeline, gamma, gaussian_noise, one_of, photometric, posterize, salt_and_pepper, uniform_noise
 
 rungs = dict(all_clean=.60, test_only=.78, noise=.92, augmented=.93, fgsm_l2=.95, mission=.9743)     # published scores of stage I
 teams = ('mission', 'mission_last', 'mission_smoothed', 'mission_mixup', 'kanra', 'second', 'yoyo', 'hncszyq', 'eighth', 'tenth', 'ciki000', 'lz_ch')
@@ -91,9 +91,14 @@ def part_ladder(args):
 
 
 def part_proxy(args):
-    "The ladder again, after `ladder`: half as wide, a quarter of the epochs"
-    args.width, args.epochs = args.width/2, args.epochs//4
-    part_ladder(args)
+    "The sets of the ladder, after `ladder`, with shorter trainings of one network"
+    (pools, n, _), hidden, parts = begin(args), load_training_set(args.work/'hidden'), []
+    sets = dict(all_clean=subset(together(*pools.values()), n, seed=1), test_only=pools['leaky']) | {k: load_training_set(args.work/f'leaky-{k}') for k in rungs if k not in ('all_clean', 'test_only')}
+    for width, epochs in ((1, .4), (.5, .25)):
+        networks, config = proxies(2, args.width*width, round(args.epochs*epochs), batch_size=args.batch)
+        rows = score_training_sets(sets, hidden, {k: networks[k] for k in args.networks}, config, args.seeds, args.work/'runs')
+        parts.append(rows.assign(width=args.width*width, epochs=round(args.epochs*epochs)))
+    deliver(args, pd.concat(parts))
 
 
 def part_teams(args):
@@ -113,14 +118,15 @@ def sources(nets):
     on = lambda attack, *threats: [attacked(attack, net, t, k) for t in threats for k, net in nets.items()]
     both = ensemble([*nets.values()])
     return dict(clean=unchanged, noise=[partial(gaussian_noise, sigma=(.02, .12), per_channel=1), partial(salt_and_pepper, share=(.02, .3)), partial(uniform_noise, width=(.04, .2))],
-        corrupted=[corruption(k, s) for s in (1, 2, 3) for k in corruption_names], light=[gamma, photometric, posterize],
+        corrupted=[corruption(k, s) for s in (1, 2, 3) for k in corruption_names], light=[gamma, photometric, posterize], pipeline=fast_pipeline(),
         linf=on(partial(pgd, steps=10), *(Linf(e/255) for e in (4, 8, 12))) + [attacked(mi_fgsm, both, Linf(e/255), 'both') for e in (8, 16)] + on(fgsm, Linf(12/255)),
         l2=on(partial(pgd, steps=10), L2(.5), L2(1.5)) + [attacked(partial(pgd, steps=10), both, L2(2.5), 'both')],
         corrupted_linf=[chain(one_of(*(corruption(k, 1) for k in corruption_names[:15])), t) for t in on(partial(pgd, steps=5), Linf(6/255))], moved=affine, mixed=mixup)
 
 
 plans = dict(everything=dict(clean=.1, noise=.2, corrupted=.25, light=.1, linf=.2, l2=.15), corrupted=dict(clean=.2, corrupted=.8), mild=dict(clean=.3, noise=.15, corrupted=.25, light=.1, linf=.1, l2=.1),
-    strong=dict(clean=.05, noise=.2, corrupted=.25, light=.05, linf=.3, l2=.15), twice=dict(clean=.1, noise=.15, corrupted=.3, corrupted_linf=.3, l2=.15), mixed=dict(clean=.05, noise=.2, corrupted=.25, linf=.2, l2=.15, mixed=.15), light=dict(clean=.1, noise=.2, corrupted=.25, light=.25, l2=.2))
+    strong=dict(clean=.05, noise=.2, corrupted=.25, light=.05, linf=.3, l2=.15), twice=dict(clean=.1, noise=.15, corrupted=.3, corrupted_linf=.3, l2=.15), mixed=dict(clean=.05, noise=.2, corrupted=.25, linf=.2, l2=.15, mixed=.15), light=dict(clean=.1, noise=.2, corrupted=.25, light=.25, l2=.2),
+    pipeline=dict(clean=.15, pipeline=.45, corrupted=.15, light=.1, l2=.15))
 
 
 def banks(args, pools, n, regime):
@@ -172,7 +178,7 @@ def main():
     parser.add_argument('--effort', type=float, default=.25, help='share of the published attack steps, for the teams')
     parser.add_argument('--random', type=int, default=8, help='random mixtures in the search')
     parser.add_argument('--seeds', type=lambda s: tuple(map(int, s.split(','))), default=(0, 1, 2))
-    parser.add_argument('--networks', default='preactresnet18,wideresnet')
+    parser.add_argument('--networks', type=lambda s: s.split(','), default=['preactresnet18', 'wideresnet'])
     parser.add_argument('--regimes', type=lambda s: s.split(','), default=['leaky', 'held-out'])
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--work', type=Path, default=Path('curation_work'))
