@@ -66,7 +66,7 @@ def begin(args):
     hidden = kept(args.work/'hidden', lambda: hidden_set(test, surrogates, args.n_hidden))
     networks, config = proxies(2, args.width, args.epochs, batch_size=args.batch)
     networks = {k: v for k, v in networks.items() if k in args.networks}
-    def score(sets, seeds=args.seeds, config=config): return score_training_sets(sets, hidden, networks, config, seeds, args.work/'runs')
+    def score(sets, seeds=args.seeds, config=config, networks=networks): return score_training_sets(sets, hidden, networks, config, seeds, args.work/'runs')
     return pools, n, score
 
 
@@ -77,13 +77,17 @@ def deliver(args, rows, **facts):
     save_json(manifest(scale=args.scale, width=args.width, epochs=args.epochs, batch=args.batch, n_hidden=args.n_hidden, seeds=list(args.seeds), hidden=[f'{Path(p).parent.name}/{Path(p).name}' for p in args.hidden.split(',')]) | facts, path.with_suffix('.json'))
 
 
-def part_ladder(args):
-    pools, n, score = begin(args)
+def ladder(args, pools, n):
+    "The training sets of the six rungs"
     nets = builders(args, pools, 'leaky')
     make = lambda k: build_training_set(pools['leaky'], **recipe(k, nets), n=n)
     sets = dict(all_clean=subset(together(*pools.values()), n, seed=1), test_only=pools['leaky'])
-    sets |= {k: kept(args.work/f'leaky-{k}', partial(make, k)) for k in rungs if k not in sets}
-    rows = score(sets)
+    return sets | {k: kept(args.work/f'leaky-{k}', partial(make, k)) for k in rungs if k not in sets}
+
+
+def part_ladder(args):
+    pools, n, score = begin(args)
+    rows = score(ladder(args, pools, n))
     table = standings(rows, ('public_a', 'public_b', 'final'))
     table['published'] = pd.Series(rungs)
     print(table.round(3).to_string(), '\nSpearman', table.score.corr(table.published, method='spearman'))
@@ -91,13 +95,12 @@ def part_ladder(args):
 
 
 def part_proxy(args):
-    "The sets of the ladder, after `ladder`, with shorter trainings of one network"
-    (pools, n, _), hidden, parts = begin(args), load_training_set(args.work/'hidden'), []
-    sets = dict(all_clean=subset(together(*pools.values()), n, seed=1), test_only=pools['leaky']) | {k: load_training_set(args.work/f'leaky-{k}') for k in rungs if k not in ('all_clean', 'test_only')}
-    for width, epochs in ((1, .4), (.5, .25)):
-        networks, config = proxies(2, args.width*width, round(args.epochs*epochs), batch_size=args.batch)
-        rows = score_training_sets(sets, hidden, {k: networks[k] for k in args.networks}, config, args.seeds, args.work/'runs')
-        parts.append(rows.assign(width=args.width*width, epochs=round(args.epochs*epochs)))
+    "The sets of the ladder with shorter trainings"
+    pools, n, score = begin(args)
+    sets, parts = ladder(args, pools, n), []
+    for width, epochs in ((args.width, round(.4*args.epochs)), (args.width/2, args.epochs//4)):
+        networks, config = proxies(2, width, epochs, batch_size=args.batch)
+        parts.append(score(sets, config=config, networks={k: networks[k] for k in args.networks}).assign(width=width, epochs=epochs))
     deliver(args, pd.concat(parts))
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from .blackbox import _paint, _side, _window
 from .core import batches, check_images, draw, image_generators
-from .descriptors import allows_saved, fit_eight_bit
+from .descriptors import _spent, allows_saved, fit_eight_bit
 from .oracle import descriptor_distance, eight_bit
 
 # %% ../nbs/api/77_descriptor_search.ipynb #e8a8ebd7
@@ -23,7 +23,7 @@ _MEMBERS, _GENERATIONS = 150, 4
 def _ask(oracle, x, targets):
     "Descriptors (N,D) of images and their distances (N,) to the targets; infinite without an answer."
     d = torch.full((len(x), targets.shape[2]), torch.nan).to(targets)
-    if len(x) and getattr(oracle, 'left', 1) > 0:
+    if len(x) and not _spent(oracle):
         answer = oracle(x)
         if answer.shape != d.shape: raise ValueError(f"`oracle` must answer one descriptor of the length of the targets per image, {tuple(d.shape)}; got {tuple(answer.shape)}.")
         d = answer.detach().to(d)
@@ -89,7 +89,7 @@ def pixel_evolution(
     own, double = image_generators(generator, out), torch.empty(0, dtype=torch.float64, device=x.device)
     own = [own[i] for i in on.tolist()]
     for _ in range(pixels):
-        if not getattr(oracle, 'left', 1) > 0: break
+        if _spent(oracle): break
         u = draw(torch.rand, own, 1+_GENERATIONS, _MEMBERS, 2*(2+x.shape[1]), like=double)
         genes, best = _evolve(partial(_heights, oracle, x[on], out[on], targets[on], threat, batch), u)
         better = best < value[on]
@@ -117,7 +117,7 @@ def square_descriptor(
     own, x, targets, now, value = [own[i] for i in on.tolist()], x[on], targets[on], out[on], value[on]
     pattern, again = torch.zeros_like(x), torch.zeros(len(on), dtype=torch.bool, device=x.device)
     for at in range(1, queries):
-        if not getattr(oracle, 'left', 1) > 0: break
+        if _spent(oracle): break
         if at % 100 == 1: u = draw(torch.rand, own, 100, 2+x.shape[1], like=x)
         v, side, fresh = u[:, (at-1) % 100], _side(at, queries, p, x), torch.zeros_like(x)
         fresh[_window(x, side, v[:, :2])] = torch.where(v[:, 2:] < .5, -1., 1.).to(x)[:, :, None, None]
@@ -187,7 +187,7 @@ def nes_descriptor(
     own, x, targets, d, value, best = [own[i] for i in on.tolist()], x[on], targets[on], d[on], value[on], out[on]
     now, used, rows, zeros = best, 1, min(_ROWS, queries), lambda *shape: x.new_zeros(len(x), *shape)
     memory = dict(count=0, steps=zeros(rows, x[0].numel()), changes=zeros(rows, d.shape[1]), gram=zeros(rows, rows))
-    while used < queries and getattr(oracle, 'left', 1) > 0:
+    while used < queries and not _spent(oracle):
         pairs = min(samples, queries-used-1)//2
         if pairs:
             z = draw(torch.randn, own, pairs, x.shape[1], *(-(-k//_GRID) for k in x.shape[2:]), like=x)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from .core import check_images, check_model, make_generator, progress
 from .metrics import ssim
+from .momentum import _even
 from .oracle import descriptor_distance, eight_bit
 
 # %% ../nbs/api/76_descriptors.ipynb #6e52b4d2
@@ -68,12 +69,15 @@ def _ask(oracle, x, targets):
 
 def _spent(oracle): return getattr(oracle, 'left', 1) <= 0
 
-def _gradient(students, weights, x, loss):
-    "Gradient of `loss` at the weighted mean of the students' descriptors"
+def _gradient(students, x, loss):
+    "Gradient of `loss` at the mean of the students' descriptors"
     x = x.detach().requires_grad_(True)
     with torch.enable_grad():
-        d = sum(w*s(x) for w, s in zip(weights, students))/sum(weights)
-        return torch.autograd.grad(loss(d).sum(), x)[0]
+        return torch.autograd.grad(loss(sum(s(x) for s in students)/len(students)).sum(), x)[0]
+
+def _cut(grad):
+    "The second place's step: the gradient in units of its deviation, cut at two"
+    return .016*_std*(grad/grad.flatten(1).std(1).clamp_min(1e-30).view(-1, 1, 1, 1)).clamp(-2, 2)
 
 # %% ../nbs/api/76_descriptors.ipynb #3a6b951f
 def baseline(
@@ -90,7 +94,7 @@ def baseline(
     first, distance, _ = _begin(oracle, x, targets, threat, students, start)
     now, kept, left = first.clone(), first.clone(), torch.arange(len(x), device=x.device)
     for _ in range(1000):
-        step = sum(_gradient(students[:1], [1.], now[left], lambda d: (d-targets[left, j]).square().mean(1)).sign() for j in range(targets.shape[1]))
+        step = sum(_gradient(students[:1], now[left], lambda d: (d-targets[left, j]).square().mean(1)).sign() for j in range(targets.shape[1]))
         now[left] = now[left] - .01*_std*step
         new = eight_bit(now[left].clamp(0, 1))
         passed = allows_saved(x[left], new, threat)
@@ -124,9 +128,8 @@ def fgvm(
     live = torch.arange(len(x), device=x.device)
     for _ in range(queries-1):
         goal = goals[live, k[live] % goals.shape[1]]
-        grad = _gradient(students, [1.]*len(students), now[live], lambda d: (d-goal).square().mean(1))
-        step = (grad/grad.flatten(1).std(1).clamp_min(1e-30).view(-1, 1, 1, 1)).clamp(-2, 2)
-        new = now[live] - .016*_std*step
+        grad = _gradient(students, now[live], lambda d: (d-goal).square().mean(1))
+        new = now[live] - _cut(grad)
         asked = eight_bit(new.clamp(0, 1))
         legal = allows_saved(x[live], asked, threat)
         live, new, asked = live[legal], new[legal], asked[legal]
@@ -144,14 +147,14 @@ def fgvm(
 # %% ../nbs/api/76_descriptors.ipynb #4cd67c49
 @dataclass(frozen=True)
 class Plan:
-    "How `attack_descriptor` spends its questions; each of the last four can be switched off."
+    "How `attack_descriptor` spends its questions; momentum and the last three can be switched off."
     queries:int=100          # Most questions about an image, >= 2
     inner:int=4              # Steps along the students' gradient between two questions, >= 1
     decay:float=.9           # Momentum between two questions, in [0,1); 0 is none
     first:float=.4           # Length of the first steps, as a share of what the rule allows
     last:float=.05           # Length of the last steps
     shaped:bool=True         # Follow the measure of the rule; False takes the gradient cut at two deviations
-    pulled_back:bool=True    # Pull a step back to the edge of the rule; False ends an image there
+    pulled_back:bool=True    # Pull a step back to the edge of the rule; False leaves such a step out
     refresh:int=10           # Training steps of each student after a question, >= 0
 
     def __post_init__(self):
@@ -169,11 +172,9 @@ def _descend(students, x, now, targets, threat, plan, at):
     "`plan.inner` steps along the students' gradient from `now`"
     total = torch.zeros_like(x)
     for _ in range(plan.inner):
-        grad = _gradient(students, [1.]*len(students), now, lambda d: descriptor_distance(d, targets))
-        total = plan.decay*total + grad/grad.abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-30)
-        if plan.shaped: step = plan.length(at)*threat.eps*threat.steepest(total, x, now)
-        else: step = .016*_std*(total/total.flatten(1).std(1).clamp_min(1e-30).view(-1, 1, 1, 1)).clamp(-2, 2)
-        new = now - step
+        grad = _gradient(students, now, lambda d: descriptor_distance(d, targets))
+        total = plan.decay*total + _even(grad)
+        new = now - (plan.length(at)*threat.eps*threat.steepest(total, x, now) if plan.shaped else _cut(total))
         now = threat.project(x, new) if plan.pulled_back else torch.where(threat.allows(x, new.clamp(0, 1)).view(-1, 1, 1, 1), new.clamp(0, 1), now)
     return now
 
@@ -202,12 +203,13 @@ def attack_descriptor(
 )->Tensor:                   # Images like `x`, allowed by `threat`
     "Steepest descent under the rule on students that learn from every answer."
     kept, best, answers = _begin(oracle, x, targets, threat, students, start)
+    asked = kept
     generator, students = generator or make_generator(0), [copy.deepcopy(s) for s in students]
     optimizers, seen = [torch.optim.Adam(s.parameters(), 5e-4) for s in students], collections.deque(maxlen=50)
     bar = progress(range(1, plan.queries), 'questions')
     for q in bar:
         heard = answers.isfinite().all(1)
-        if heard.any(): seen.append(((asked if q > 1 else kept)[heard].mul(255).round().byte(), answers[heard]))
+        if heard.any(): seen.append((asked[heard].mul(255).round().byte(), answers[heard]))
         if plan.refresh and seen: _learn(students, optimizers, seen, plan.refresh, generator)
         if _spent(oracle): break
         asked = fit_eight_bit(x, _descend(students, x, kept, targets, threat, plan, q/plan.queries), threat)

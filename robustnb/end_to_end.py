@@ -5,33 +5,21 @@
 # %% auto #0
 __all__ = ['carlini_wagner_ssim', 'LinkNetAttacker', 'AttackerRecipe', 'train_attacker', 'end_to_end']
 
-# %% ../nbs/api/78_end_to_end.ipynb #e50df3ee
-import copy, hashlib, math, time
+# %% ../nbs/api/78_end_to_end.ipynb #3cbbd969
+import copy, math, time
 from dataclasses import dataclass
-from pathlib import Path
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .core import batches, check_images, check_model, draw, image_generators, load_state, make_generator, progress, save_state
+from .core import batches, check_images, check_model, draw, image_generators, make_generator, progress, save_state
+from .descriptors import _spent, fit_eight_bit
 from .momentum import _place
 from .oracle import descriptor_distance, eight_bit
+from .students import _digest, _found
 from .threat import Ball
 
-# %% ../nbs/api/78_end_to_end.ipynb #02c3c5e1
-def _fit(x, x_adv, threat):
-    "The last 8-bit image found on the way from `x`, itself 8-bit, to `x_adv` that `threat` allows."
-    exact = lambda o: (o.double()*255).round()/255
-    clean, move, lo, hi = exact(x), x_adv.double().clamp(0, 1)-x, torch.zeros_like(x[:, :1, :1, :1]), torch.ones_like(x[:, :1, :1, :1])
-    allowed = lambda t: (threat.distance(clean, exact(x + t*move)) <= threat.eps + 1e-12).view(-1, 1, 1, 1)
-    lo = torch.where(allowed(hi), hi, lo)
-    for _ in range(12 if (lo < 1).any() else 0):
-        mid = (lo+hi)/2
-        good = allowed(mid)
-        lo, hi = torch.where(good, mid, lo), torch.where(good, hi, mid)
-    return torch.where(lo > 0, eight_bit((x + lo*move).to(x.dtype)), x)
-
+# %% ../nbs/api/78_end_to_end.ipynb #8761b088
 def _begin(oracle, x, targets, threat, start):
     "Clean 8-bit images, the targets beside them, the images to improve on and what the oracle says about them; after a look at everything."
     check_images(x)
@@ -43,10 +31,8 @@ def _begin(oracle, x, targets, threat, start):
     if start is not None and check_images(start, 'start').shape != x.shape:
         raise ValueError(f"`start` must have the shape of `x`, {tuple(x.shape)}; got {tuple(start.shape)}.")
     x, targets = eight_bit(x), targets.to(x)
-    best = x.clone() if start is None else _fit(x, start, threat)
-    return x, targets, best, _ask(oracle, best, targets) if _left(oracle) else torch.full_like(x[:, 0, 0, 0], torch.nan)
-
-def _left(oracle): return getattr(oracle, 'left', math.inf) > 0
+    best = x.clone() if start is None else fit_eight_bit(x, start, threat)
+    return x, targets, best, torch.full_like(x[:, 0, 0, 0], torch.nan) if _spent(oracle) else _ask(oracle, best, targets)
 
 # %% ../nbs/api/78_end_to_end.ipynb #920080c6
 def _ask(oracle, x, targets):
@@ -110,14 +96,14 @@ def carlini_wagner_ssim(
     change, multiplier, weight = best-x, torch.zeros_like(x[:, 0, 0, 0]), 1.
     first, second, offers = torch.zeros_like(x), torch.zeros_like(x), {math.ceil(steps*k/10) for k in range(1, 11)}
     for i in range(1, steps+1):
-        if not _left(oracle): break
+        if _spent(oracle): break
         u = draw(torch.rand, own, 3, like=x) if own else None
         grad = torch.cat([_slope(students, x[s], change[s], targets[s], threat, multiplier[s], weight, None if u is None else u[s]) for s in batches(len(x), 100)])
         first, second = .9*first + .1*grad, .99*second + .01*grad**2
         rate = .01*(1 + math.cos(math.pi*(i-1)/steps))/2
         change = (x + change - rate*first/(1-.9**i)/((second/(1-.99**i)).sqrt() + 1e-8)).clamp(0, 1) - x
         if i in offers:
-            best, value = _offer(oracle, _fit(x, x+change, threat), best, value, targets)
+            best, value = _offer(oracle, fit_eight_bit(x, x+change, threat), best, value, targets)
             multiplier = (multiplier + weight*_excess(threat, x, x+change)).clamp_min(0)
     return best
 
@@ -223,26 +209,12 @@ class AttackerRecipe:
         if not (self.epochs >= 1 and self.batch_size >= 1 and 0 < self.lr < math.inf and 0 < self.smallest <= 1):
             raise ValueError(f"`epochs` and `batch_size` must be at least 1, `lr` positive, `smallest` in (0, 1]; got {self}.")
 
-# %% ../nbs/api/78_end_to_end.ipynb #f25c1a47
-def _digest(*tensors):
-    h = hashlib.sha256()
-    for o in tensors: h.update(repr(o.shape).encode() + o.detach().cpu().contiguous().numpy().tobytes())
-    return h.hexdigest()[:16]
-
+# %% ../nbs/api/78_end_to_end.ipynb #7ead3b0b
 def _mark(attacker, students, sources, target_images, threat, recipe):
     "What a checkpoint must agree with before a run may continue from it."
     return dict(format='robustnb.end_to_end/1', attacker=_digest(*attacker.state_dict().values(), torch.tensor(attacker.k)),
                 students=_digest(*(v for s in students for v in s.state_dict().values())),
                 images=_digest(sources, target_images), threat=repr(threat), recipe=repr(recipe))
-
-def _resume(path, mark, device):
-    "The state in `path`, if it belongs to the run that `mark` describes."
-    state = load_state(path, device)
-    found = state.get('mark', {}) if isinstance(state, dict) else {}
-    for k, want in mark.items():
-        if found.get(k) != want: raise ValueError(f"`checkpoint` belongs to another run: its {k} is {found.get(k)}, this run's is {want} ({path}). "
-                                                    f"Give the same {k}, or another path.")
-    return state
 
 def _check_pairs(x, target_images, name='x'):
     "Raise unless these are RGB images and the images of the wanted person of each."
@@ -299,9 +271,7 @@ def train_attacker(
     attacker = copy.deepcopy(LinkNetAttacker(seed=recipe.seed) if attacker is None else attacker).to(device).eval()
     mark, history, means = _mark(attacker, students, sources, target_images, threat, recipe), [], None
     optimizer = torch.optim.Adam(attacker.parameters(), recipe.lr)
-    if checkpoint and Path(checkpoint).exists():
-        if not resume: raise ValueError(f"`checkpoint` already exists: {checkpoint}. Pass `resume=True` to continue that run, or choose another path.")
-        state = _resume(checkpoint, mark, device)
+    if state := _found(checkpoint, resume, device, mark):
         attacker.load_state_dict(state['attacker']); optimizer.load_state_dict(state['optimizer'])
         history, means = state['history'], state['means']
     for epoch in range(len(history), recipe.epochs):
@@ -327,7 +297,7 @@ def end_to_end(
     if not isinstance(attacker, nn.Module): raise TypeError(f"`attacker` must be a network from `train_attacker`; got {type(attacker).__name__}.")
     check_images(x); _check_pairs(x, target_images)
     x, targets, best, value = _begin(oracle, x, targets, threat, start)
-    if not _left(oracle): return best
+    if _spent(oracle): return best
     device = next(attacker.parameters()).device
     found = torch.cat([attacker(x[s].to(device), target_images[s].to(device), threat).to(x) for s in batches(len(x), 50)])
-    return _offer(oracle, _fit(x, found, threat), best, value, targets)[0]
+    return _offer(oracle, fit_eight_bit(x, found, threat), best, value, targets)[0]

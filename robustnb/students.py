@@ -157,19 +157,25 @@ class DescriptorRecipe:
 
 student_recipes = dict(Caffe34=DescriptorRecipe(lr=2e-3), ResNet_18=DescriptorRecipe(lr=3e-3), ResNet_34=DescriptorRecipe(lr=3e-3), DenseNet=DescriptorRecipe(lr=3e-3), Xception=DescriptorRecipe(lr=4e-3))
 
-# %% ../nbs/api/24_students.ipynb #56d02423
+# %% ../nbs/api/24_students.ipynb #6ce10e0f
+def _digest(*tensors):
+    "A name for what tensors hold"
+    h = hashlib.sha256()
+    for o in tensors: h.update(repr((o.dtype, tuple(o.shape))).encode() + o.detach().cpu().contiguous().numpy().tobytes())
+    return h.hexdigest()[:16]
+
 def _mark(model, images, targets, recipe, seed, *more):
     "What a checkpoint must agree with before a run may continue from it"
-    digest = lambda *arrays: hashlib.sha256(b''.join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()[:16]
-    network = digest(*(v.detach().cpu().numpy() for v in model.state_dict().values()))
-    return dict(network=network, data=digest(images, targets), recipe=repr(recipe), seed=int(seed), options=repr(more))
+    return dict(network=_digest(*model.state_dict().values()), data=_digest(*map(torch.as_tensor, (images, targets))), recipe=repr(recipe), seed=int(seed), options=repr(more))
 
 def _found(checkpoint, resume, device, mark):
     "The state in `checkpoint`, if there is one and it belongs to this run"
     if not checkpoint or not Path(checkpoint).exists(): return None
     if not resume: raise ValueError(f"`checkpoint` already exists: {checkpoint}. Pass `resume=True` to continue that run, or choose another path.")
     state = load_state(checkpoint, device)
-    if not isinstance(state, dict) or state.get('mark') != mark: raise ValueError(f"`checkpoint` belongs to another run: {checkpoint}. Give the same network, data, recipe and seed, or another path.")
+    found = state.get('mark', {}) if isinstance(state, dict) else {}
+    for k, want in mark.items():
+        if found.get(k) != want: raise ValueError(f"`checkpoint` belongs to another run: its {k} is {found.get(k)}, this run's is {want} ({checkpoint}). Give the same {k}, or another path.")
     return state
 
 # %% ../nbs/api/24_students.ipynb #23060dd1

@@ -1,4 +1,15 @@
-"Counts in the words that the notebook tests use too"
+"Counts in the words that the notebook tests use too, and what several test files share"
+import pytest
+import torch
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    "Sums are added in another order by another number of threads"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -18,12 +18,7 @@ from robustnb.models import Normalized, trace
 SGD = dict(epochs=4, optimizer_name='SGD', optimizer_hyperparameters=dict(lr=.05, momentum=.9), scheduler_name=None, scheduler_hyperparameters={}, batch_size=16)
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')

@@ -16,12 +16,7 @@ from robustnb.threat import L2, SSIM, Linf
 RULE = SSIM(.95)
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 class Linear(nn.Module):

@@ -16,13 +16,7 @@ from robustnb.oracle import Queries
 from robustnb.threat import L2, SSIM, Linf
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "Sums are added in another order by another number of threads"
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 class Net(nn.Module):
@@ -240,8 +234,8 @@ def test_linear_student_reaches_projected_gradient():
 def test_the_multiplier_finds_the_rule(monkeypatch):
     "A penalty without it ends 15 to 35% beyond the rule"
     many, x, targets = Line(6).eval(), pictures(4, 12), 4*torch.randn(4, 3, 6, generator=make_generator(5))
-    far, fit = [], E._fit
-    monkeypatch.setattr(E, '_fit', lambda x, x_adv, threat: (far.append(threat.distance(x, x_adv)/.05), fit(x, x_adv, threat))[1])
+    far, fit = [], E.fit_eight_bit
+    monkeypatch.setattr(E, 'fit_eight_bit', lambda x, x_adv, threat: (far.append(threat.distance(x, x_adv)/.05), fit(x, x_adv, threat))[1])
     carlini_wagner_ssim(many, x, targets, rule, students=many, steps=200)
     assert ((far[-1]-1).abs() < .03).all() and (far[0] - 1).abs().max() > .05
 
@@ -277,12 +271,12 @@ def test_fit():
     x = (pictures(8)*255).round()/255
     near = x + .01*torch.randn(x.shape, generator=make_generator(0))
     inside = (near.clamp(0, 1)*255).round()/255
-    loose = E._fit(x, near, SSIM(.5))
+    loose = E.fit_eight_bit(x, near, SSIM(.5))
     assert torch.allclose(loose, inside, atol=1e-6)
-    far = E._fit(x, x + torch.randn(x.shape, generator=make_generator(0)), rule)
+    far = E.fit_eight_bit(x, x + torch.randn(x.shape, generator=make_generator(0)), rule)
     lost = [1-windowed(a, b) for a, b in zip(to_uint8(x), to_uint8(far))]
     assert max(lost) <= .05 and min(lost) > .04 and torch.equal(far, (far*255).round()/255)
-    assert torch.equal(E._fit(x, far, rule), far) and torch.equal(E._fit(x, far, SSIM(1.)), x)
+    assert torch.equal(E.fit_eight_bit(x, far, rule), far) and torch.equal(E.fit_eight_bit(x, far, SSIM(1.)), x)
 
 
 def test_vary():
@@ -432,7 +426,7 @@ def test_a_trained_attacker_beats_noise_on_images_it_has_never_seen(trained):
     targets = teacher(people.flatten(0, 1)).detach().unflatten(0, (30, 2))
     clean = (x*255).round()/255
     out = end_to_end(teacher, x, targets, rule, attacker=net, target_images=people)
-    noise = [E._fit(clean, clean + torch.randn(x.shape, generator=make_generator(i)), rule) for i in range(3)]
+    noise = [E.fit_eight_bit(clean, clean + torch.randn(x.shape, generator=make_generator(i)), rule) for i in range(3)]
     gain = [distance(teacher(clean), targets)-distance(teacher(o).detach(), targets) for o in (out, *noise)]
     assert gain[0].mean() > .2 and all(gain[0].mean() > 5*o.mean().abs() for o in gain[1:])
     alone = net(clean, people, rule).detach()

@@ -15,12 +15,7 @@ from robustnb.students import (Descriptor, DescriptorRecipe, cosface, descriptor
 FAST = DescriptorRecipe(epochs=3, batch_size=16, lr=3e-3)
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')

@@ -13,13 +13,7 @@ from robustnb.models import build_model, save_model
 from robustnb.training import Recipe, crop_and_flip, train
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "Sums are added in another order by another number of threads"
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def job(epochs=12):
