@@ -129,7 +129,7 @@ def sources(nets):
 
 plans = dict(everything=dict(clean=.1, noise=.2, corrupted=.25, light=.1, linf=.2, l2=.15), corrupted=dict(clean=.2, corrupted=.8), mild=dict(clean=.3, noise=.15, corrupted=.25, light=.1, linf=.1, l2=.1),
     strong=dict(clean=.05, noise=.2, corrupted=.25, light=.05, linf=.3, l2=.15), twice=dict(clean=.1, noise=.15, corrupted=.3, corrupted_linf=.3, l2=.15), mixed=dict(clean=.05, noise=.2, corrupted=.25, linf=.2, l2=.15, mixed=.15), light=dict(clean=.1, noise=.2, corrupted=.25, light=.25, l2=.2),
-    pipeline=dict(clean=.15, pipeline=.45, corrupted=.15, light=.1, l2=.15))
+    blend=dict(clean=.2, noise=.1, corrupted=.2, light=.15, pipeline=.25, l2=.1))
 
 
 def banks(args, pools, n, regime):

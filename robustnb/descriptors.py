@@ -147,47 +147,46 @@ def fgvm(
 # %% ../nbs/api/76_descriptors.ipynb #4cd67c49
 @dataclass(frozen=True)
 class Plan:
-    "How `attack_descriptor` spends its questions; momentum and the last three can be switched off."
+    "How `attack_descriptor` spends its questions; momentum and the last four can be switched off."
     queries:int=100          # Most questions about an image, >= 2
     inner:int=4              # Steps along the students' gradient between two questions, >= 1
     decay:float=.9           # Momentum between two questions, in [0,1); 0 is none
-    first:float=.4           # Length of the first steps, as a share of what the rule allows
-    last:float=.05           # Length of the last steps
+    length:float=.4          # Length of the first steps, as a share of what the rule allows, in (0,1]; it grows by a fifth when the box agrees, and shrinks by 15 % when not
     shaped:bool=True         # Follow the measure of the rule; False takes the gradient cut at two deviations
     pulled_back:bool=True    # Pull a step back to the edge of the rule; False leaves such a step out
     refresh:int=10           # Training steps of each student after a question, >= 0
+    differences:float=.1     # Weight of what two answers about an image differ by, beside the answers themselves, >= 0
 
     def __post_init__(self):
-        if not (self.queries >= 2 and self.inner >= 1 and 0 <= self.decay < 1 and self.refresh >= 0): raise ValueError(f"`queries` must be at least 2, `inner` at least 1, `decay` in [0, 1) and `refresh` not negative; got {self}.")
-        if not 0 < self.last <= self.first <= 1: raise ValueError(f"`first` and `last` must be in (0, 1], `last` not above `first`; got {self.first} and {self.last}.")
-
-    def length(self,
-        at:float,            # Share of the questions asked, in [0,1]
-    )->float:
-        "Length of a step at a moment of the attack."
-        return self.first*(self.last/self.first)**at
+        if not (self.queries >= 2 and self.inner >= 1 and 0 <= self.decay < 1 and self.refresh >= 0 and 0 <= self.differences < float('inf')): raise ValueError(f"`queries` must be at least 2, `inner` at least 1, `decay` in [0, 1), `refresh` and `differences` not negative; got {self}.")
+        if not 0 < self.length <= 1: raise ValueError(f"`length` must be in (0, 1]; got {self.length}.")
 
 # %% ../nbs/api/76_descriptors.ipynb #b3d58951
-def _descend(students, x, now, targets, threat, plan, at):
-    "`plan.inner` steps along the students' gradient from `now`"
+def _descend(students, x, now, targets, threat, plan, length):
+    "`plan.inner` steps of `length` (N,1,1,1) along the students' gradient from `now`"
     total = torch.zeros_like(x)
     for _ in range(plan.inner):
         grad = _gradient(students, now, lambda d: descriptor_distance(d, targets))
         total = plan.decay*total + _even(grad)
-        new = now - (plan.length(at)*threat.eps*threat.steepest(total, x, now) if plan.shaped else _cut(total))
+        new = now - (length*threat.eps*threat.steepest(total, x, now) if plan.shaped else _cut(total))
         now = threat.project(x, new) if plan.pulled_back else torch.where(threat.allows(x, new.clamp(0, 1)).view(-1, 1, 1, 1), new.clamp(0, 1), now)
     return now
 
-def _learn(students, optimizers, seen, steps, generator):
-    "Train the students on what the box answered: half of each batch from the last question, half from earlier ones"
-    pick = lambda part: torch.randint(len(part[1]), (32,), generator=generator)
-    for _ in range(steps):
-        parts = [seen[-1], seen[torch.randint(len(seen), (1,), generator=generator).item()]]
-        rows = [pick(p) for p in parts]
-        xb = torch.cat([p[0][i] for p, i in zip(parts, rows)]).float()/255
-        db = torch.cat([p[1][i] for p, i in zip(parts, rows)])
+def _learn(students, optimizers, seen, plan, generator):
+    "Train the students on the box's last answers, on earlier ones about the same images, and on how the two differ"
+    (images, answers), pick = seen[-1], lambda most: torch.randint(most, (32,), generator=generator).tolist()
+    for _ in range(plan.refresh):
+        rows, earlier = pick(len(images)), pick(len(seen))
+        xb = torch.cat([images[rows], torch.stack([seen[k][0][i] for k, i in zip(earlier, rows)])]).float()/255
+        db = torch.cat([answers[rows], torch.stack([seen[k][1][i] for k, i in zip(earlier, rows)])])
+        known = db.isfinite().all(1)
+        both, step = known[:32] & known[32:], db[:32] - db[32:]
+        if not known.any(): continue
         for s, o in zip(students, optimizers):
-            with torch.enable_grad(): loss = (1 - F.cosine_similarity(s(xb), db, dim=1)).mean()
+            with torch.enable_grad():
+                d = s(xb)
+                off = (d[:32] - d[32:] - step)[both].square().sum(1)/step[both].square().sum(1).clamp_min(1e-6)
+                loss = (1 - F.cosine_similarity(d[known], db[known], dim=1)).mean() + plan.differences*off.sum()/32
             o.zero_grad(set_to_none=True); loss.backward(); o.step()
 
 # %% ../nbs/api/76_descriptors.ipynb #80bd29d9
@@ -203,18 +202,17 @@ def attack_descriptor(
 )->Tensor:                   # Images like `x`, allowed by `threat`
     "Steepest descent under the rule on students that learn from every answer."
     kept, best, answers = _begin(oracle, x, targets, threat, students, start)
-    asked = kept
+    asked, length = kept, torch.full_like(x[:, :1, :1, :1], plan.length)
     generator, students = generator or make_generator(0), [copy.deepcopy(s) for s in students]
-    optimizers, seen = [torch.optim.Adam(s.parameters(), 5e-4) for s in students], collections.deque(maxlen=50)
+    optimizers, seen = [torch.optim.Adam(s.parameters(), 1e-3) for s in students], collections.deque(maxlen=50)
     bar = progress(range(1, plan.queries), 'questions')
-    for q in bar:
-        heard = answers.isfinite().all(1)
-        if heard.any(): seen.append((asked[heard].mul(255).round().byte(), answers[heard]))
-        if plan.refresh and seen: _learn(students, optimizers, seen, plan.refresh, generator)
+    for _ in bar:
+        seen.append((asked.mul(255).round().byte(), answers))
+        _learn(students, optimizers, seen, plan, generator)
         if _spent(oracle): break
-        asked = fit_eight_bit(x, _descend(students, x, kept, targets, threat, plan, q/plan.queries), threat)
+        asked = fit_eight_bit(x, _descend(students, x, kept, targets, threat, plan, length), threat)
         answers, distance = _ask(oracle, asked, targets)
-        better = distance < best
-        kept, best = torch.where(better.view(-1, 1, 1, 1), asked, kept), torch.where(better, distance, best)
+        better = (distance < best).view(-1, 1, 1, 1)
+        kept, best, length = torch.where(better, asked, kept), torch.minimum(distance, best), torch.where(better, 1.2*length, .85*length).clamp(.01, 1)
         bar.set_postfix(score=f'{best.mean():.4f}')
     return kept

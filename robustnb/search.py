@@ -39,14 +39,21 @@ def mix(
     bank:dict,          # Name -> `TrainingSet`
     shares:dict,        # Name -> share of the images, sum 1
     n:int,              # Images wanted
-    seed:int=0,         # Which images; those of a larger share contain those of a smaller one
+    seed:int=0,         # Which images, where there is a choice
 )->TrainingSet:         # `n` images
-    "A set with given shares from a bank."
+    "A set with given shares from a bank, which uses the images of the pool as evenly as it can."
     quotas = _quotas(shares, n)
     for k, q in quotas.items():
         if k not in bank or q > len(bank[k]): raise ValueError(f"`bank` must hold {q} images of {k!r}; it has {len(bank.get(k, ()))}. Build a larger bank, or lower the share.")
-    draw = {k: np.random.default_rng(subseed(seed, 'mix', k)).permutation(len(bank[k]))[:q] for k, q in quotas.items() if q}
-    return join(bank[k][at] for k, at in draw.items())
+    used, parts = pd.Series(dtype=float), []
+    for k, q in quotas.items():
+        if not q: continue
+        part = bank[k][np.random.default_rng(subseed(seed, 'mix', k)).permutation(len(bank[k]))]
+        image = part.rows['image'].reset_index(drop=True)
+        turn = image.map(used).fillna(0) + image.groupby(image).cumcount()
+        parts.append(part[np.argsort(turn, kind='stable')[:q]])
+        used = used.add(parts[-1].rows['image'].value_counts(), fill_value=0)
+    return join(parts)
 
 # %% ../nbs/api/75_search.ipynb #83588ec6
 def mine_errors(

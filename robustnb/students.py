@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['descriptor_names', 'student_recipes', 'descriptor_losses', 'Descriptor', 'descriptor_model', 'save_descriptor',
-           'load_descriptor', 'DescriptorRecipe', 'cosface', 'train_teacher', 'distill_descriptor', 'fidelity',
+           'load_descriptor', 'DescriptorRecipe', 'cosface', 'train_teacher', 'distill_descriptor', 'fidelity', 'views',
            'split_groups']
 
 # %% ../nbs/api/24_students.ipynb #b91a3b06
@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.densenet import DenseNet
-from .core import load_state, make_generator, pick_device, predict, progress, save_state, to_float
+from .core import batches, load_state, make_generator, pick_device, predict, progress, save_state, to_float, to_uint8
 from .models import Normalize, _conv, _he_init, _Residual
 from .training import crop_and_flip, fast_bf16, memory_layout
+from .transforms import affine, gamma
 
 # %% ../nbs/api/24_students.ipynb #7bdfb49c
 class Descriptor(nn.Module):
@@ -290,6 +291,23 @@ def fidelity(
     hit = torch.cdist(d, t).argmin(1) == torch.cdist(t, t).argmin(1)
     return pd.Series(dict(cosine=F.cosine_similarity(d, t).mean().item(), distance=(d-t).norm(dim=1).mean().item(), mse=F.mse_loss(d, t).item(),
                           **{'within_0.01': ((d-t).abs() < .01).float().mean().item()}, nearest=hit.float().mean().item()))
+
+# %% ../nbs/api/24_students.ipynb #f6a5eb6e
+def views(
+    images:np.ndarray,       # uint8 images (N,H,W,3)
+    n:int,                   # Versions of each image, >= 1; one is the image itself
+    seed:int=0,              # Alterations
+)->np.ndarray:               # uint8 images (n*N,H,W,3): all images, then all of them altered, ...
+    "Images and altered copies to ask a black box about: mirrored, turned, moved, larger or smaller, lighter or darker."
+    if not n >= 1: raise ValueError(f"`n` must be at least 1 version of each image; got {n}.")
+    out = [images]
+    for k in range(1, n):
+        for s in batches(len(images), 500):
+            g = make_generator(seed, 'views', k, s.start)
+            x = crop_and_flip(to_float(images[s]), 0, True, g)
+            for alter in (partial(affine, degrees=(-10, 10), shift=(-.06, .06), scale=(.9, 1.15)), partial(gamma, power=(.7, 1.4))): x, _ = alter(x, torch.zeros(len(x), 1), g)
+            out.append(to_uint8(x))
+    return np.concatenate(out)
 
 # %% ../nbs/api/24_students.ipynb #1176b48d
 def split_groups(

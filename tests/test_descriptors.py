@@ -1,4 +1,5 @@
 "Attacks on descriptors: the saved image, the second place's rules step by step, and students that learn from what was paid for."
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -188,15 +189,38 @@ def test_learning_helps_and_students_are_left_alone(case):
     assert torch.equal(before, student.w) and student.w.grad is None
 
 
+def learnt(case, seen, **options):
+    "A student after thirty steps on what was seen"
+    learner = copy.deepcopy(case[3])
+    D._learn([learner], [torch.optim.Adam(learner.parameters(), 1e-2)], seen, Plan(refresh=30, **options), make_generator(0))
+    return learner.requires_grad_(False)
+
+
+def seen_at(box, *images):
+    with torch.no_grad(): return [((x*255).round().byte(), box(x)) for x in images]
+
+
 def test_learning_brings_students_nearer(case):
-    x, targets, box, student = case
-    import copy
-    learner = copy.deepcopy(student)
-    seen = [((x*255).round().byte(), box(x).detach())]
-    gap = lambda: (1 - torch.cosine_similarity(learner(x), box(x))).mean().item()
-    before = gap()
-    D._learn([learner], [torch.optim.Adam(learner.parameters(), 1e-2)], seen, 30, make_generator(0))
-    assert gap() < .5*before
+    x, _, box, student = case
+    gap = lambda o: (1 - torch.cosine_similarity(o(x), box(x))).mean().item()
+    assert gap(learnt(case, seen_at(box, x))) < .5*gap(student)
+
+
+def test_learning_from_how_answers_differ(case):
+    x, _, box, student = case
+    moved = eight_bit((x + .02*torch.randn(x.shape, generator=make_generator(3))).clamp(0, 1))
+    off = lambda o: (o(moved) - o(x) - box(moved) + box(x)).norm(dim=1).mean().item()
+    seen = seen_at(box, moved, x)
+    assert off(learnt(case, seen, differences=1.)) < .3*off(learnt(case, seen, differences=0.)) and off(learnt(case, seen, differences=0.)) > .5*off(student)
+
+
+def test_learning_passes_over_what_was_not_answered(case):
+    x, _, box, student = case
+    first, last = seen_at(box, eight_bit(.9*x), x)
+    first[1][::2], last[1][1::2] = float('nan'), float('nan')     # no image has two answers
+    assert torch.equal(learnt(case, [first, last]).w, learnt(case, [first, last], differences=0.).w) and not torch.equal(learnt(case, [first, last]).w, student.w)
+    first[1].fill_(float('nan')); last[1].fill_(float('nan'))
+    assert torch.equal(learnt(case, [first, last]).w, student.w)
 
 
 def test_shaped_steps_gain_more(case):
@@ -206,7 +230,7 @@ def test_shaped_steps_gain_more(case):
     assert score() < score(shaped=False)
 
 
-@pytest.mark.parametrize('change', [dict(shaped=False), dict(pulled_back=False), dict(decay=0), dict(inner=1), dict(refresh=0)])
+@pytest.mark.parametrize('change', [dict(shaped=False), dict(pulled_back=False), dict(decay=0), dict(inner=1), dict(length=.2), dict(refresh=0), dict(differences=0.)])
 def test_every_switch_does_something(case, change):
     x, targets, box, student = case
     plan, targets = Plan(queries=8), 10*targets     # so far away that no step is too long
@@ -282,11 +306,15 @@ def test_bad_input(case, name, change, words):
     with pytest.raises((ValueError, TypeError), match=words): ATTACKS[name](args['oracle'], args['x'], args['targets'], RULE, students=args['students'], start=args['start'])
 
 
-@pytest.mark.parametrize('bad', [dict(queries=1), dict(inner=0), dict(decay=1), dict(decay=float('nan')), dict(refresh=-1), dict(last=0), dict(first=.1, last=.2), dict(first=2), dict(first=float('nan'))])
+@pytest.mark.parametrize('bad', [dict(queries=1), dict(inner=0), dict(decay=1), dict(decay=float('nan')), dict(refresh=-1), dict(differences=-1), dict(differences=float('nan')), dict(length=0), dict(length=2), dict(length=float('nan'))])
 def test_bad_plans(bad):
     with pytest.raises(ValueError, match='got'): Plan(**bad)
 
 
-def test_lengths_fall_evenly():
-    steps = np.array([Plan(first=.4, last=.1).length(t) for t in (0, .25, .5, .75, 1)])
-    assert np.allclose(steps[1:]/steps[:-1], 4**-.25) and np.isclose(steps[0], .4) and np.isclose(steps[-1], .1)
+def test_length_follows_the_box(case, monkeypatch):
+    x, targets, box, student = case
+    lengths, descend = [], D._descend
+    monkeypatch.setattr(D, '_descend', lambda *a: lengths.append(a[-1].flatten()) or descend(*a))
+    answers = iter([1., .5, 2., .4])            # kept, left out, kept: distances to a target at zero
+    attack_descriptor(lambda o: torch.full((len(o), 6), next(answers)), x, 0*targets, RULE, students=[student], plan=Plan(queries=4, length=.2, refresh=0))
+    assert np.allclose(torch.stack(lengths), [[.2]*6, [.24]*6, [.204]*6])
