@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from fastcore.script import call_parse
 from .cli import _images, _readable
-from .core import atomic_path, batches, manifest, save_json, to_float
+from .core import atomic_path, batches, manifest, save_json, subseed, to_float
 from .descriptors import Plan, attack_descriptor
 from .faces import NamedSet, load_faces
 from .oracle import Queries, http_box
@@ -95,7 +95,7 @@ def distill_command(
     fit, held = split_groups(np.tile(np.arange(len(images)), copies)[known])
     for k in models.split(','):
         recipe = replace(student_recipes.get(k, DescriptorRecipe()), epochs=epochs)
-        student = descriptor_model(k, said.shape[1], width, images.images.shape[1])
+        student = descriptor_model(k, said.shape[1], width, images.images.shape[1], subseed(0, 'student', k))   # not the weights that a teacher of one's own began with
         student, _ = distill_descriptor(student, asked[fit], said[fit], recipe=recipe, checkpoint=out/f'{k}-checkpoint.pt', resume=True)
         save_descriptor(student, out/f'{k}.pt')
         rows[k] = fidelity(student, asked[held], said[held])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['descriptor_names', 'student_recipes', 'descriptor_losses', 'Descriptor', 'descriptor_model', 'save_descriptor',
            'load_descriptor', 'DescriptorRecipe', 'cosface', 'train_teacher', 'distill_descriptor', 'fidelity', 'views',
-           'split_groups']
+           'split_groups', 'Mixture']
 
 # %% ../nbs/api/24_students.ipynb #b91a3b06
 import copy, hashlib, math
@@ -321,3 +321,25 @@ def split_groups(
     if not 0 < n < len(names): raise ValueError(f"`share` must leave groups on both sides; got {share} of {len(names)} groups.")
     out = np.isin(inverse, np.random.default_rng(seed).permutation(len(names))[:n])
     return np.flatnonzero(~out), np.flatnonzero(out)
+
+# %% ../nbs/api/24_students.ipynb #385b0a6a
+class Mixture(nn.Module):
+    "Several students that answer as one: the weighted mean of their descriptors, whose weights can be trained."
+    def __init__(self,
+        students:list,       # Networks: images (N,3,H,W) -> descriptors (N,D)
+        weights=None,        # One weight for each, not negative, not all 0; None counts them alike
+        mirror:bool=False,   # Whether each is also asked about the mirror image
+    ):
+        super().__init__()
+        weights = torch.ones(len(students)) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
+        if not students or weights.shape != (len(students),) or not (weights >= 0).all() or not 0 < weights.sum() < float('inf'):
+            raise ValueError(f"`weights` must be one number for each of at least one student, not negative and not all 0; got {weights.tolist()} for {len(students)}.")
+        self.students, self.weights, self.mirror = nn.ModuleList(students), nn.Parameter(weights/weights.sum()), mirror
+        self.train(any(s.training for s in students))
+
+    def forward(self,
+        x:Tensor,            # Images (N,3,H,W), pixels in [0,1]
+    )->Tensor:               # Vectors (N,D), at most of length 1
+        "The mean of the descriptors."
+        both = [x, x.flip(3)] if self.mirror else [x]
+        return sum(w*s(o) for w, s in zip(self.weights, self.students) for o in both)/(len(both)*self.weights.sum())

@@ -9,7 +9,7 @@ from torch import nn
 
 from robustnb import descriptors as D
 from robustnb.core import make_generator
-from robustnb.descriptors import Plan, allows_saved, attack_descriptor, baseline, fgvm, fit_eight_bit, target_combinations
+from robustnb.descriptors import Plan, allows_saved, attack_descriptor, baseline, fgsm_masked, fgvm, fit_eight_bit, target_combinations
 from robustnb.metrics import ssim
 from robustnb.oracle import Queries, descriptor_distance, eight_bit
 from robustnb.threat import L2, SSIM, Linf
@@ -50,7 +50,7 @@ def distance(box, x, targets):
     with torch.no_grad(): return descriptor_distance(box(eight_bit(x)), targets)
 
 
-ATTACKS = dict(baseline=baseline, fgvm=lambda *a, **k: fgvm(*a, queries=12, **k), ours=lambda *a, **k: attack_descriptor(*a, plan=Plan(queries=12), **k))
+ATTACKS = dict(baseline=baseline, fgvm=lambda *a, **k: fgvm(*a, queries=12, **k), masked=lambda *a, **k: fgsm_masked(*a, queries=12, **k), ours=lambda *a, **k: attack_descriptor(*a, plan=Plan(queries=12), **k))
 
 
 # ---- the saved image
@@ -94,7 +94,15 @@ def test_goals():
     assert len(wanted) == 28 and torch.allclose(target_combinations(t), torch.stack([t[:, list(c)].mean(1) for c in wanted], 1), atol=1e-6)
 
 
-def slow_fgvm(box, x, targets, students, queries):
+def cut(g): return (g/g.std()).clamp(-2, 2)
+
+
+def masked(g):
+    size = g.abs()
+    return torch.where(size > size.mean() + size.std(), g.sign(), 0.)
+
+
+def slow_fgvm(box, x, targets, students, queries, step=cut):
     "One image, as the second place wrote it"
     goals, now, kept = target_combinations(targets[None])[0], x.clone(), x.clone()
     best, k, patience = descriptor_distance(box(x[None]), targets[None]).item(), 0, 5
@@ -102,7 +110,7 @@ def slow_fgvm(box, x, targets, students, queries):
         at = now[None].detach().requires_grad_(True)
         d = sum(s(at) for s in students)/len(students)
         g, = torch.autograd.grad((d-goals[k % 28]).square().mean(), at)
-        new = now - .016*.225*(g[0]/g.std()).clamp(-2, 2)
+        new = now - .016*.225*step(g[0])
         file = eight_bit(new.clamp(0, 1)[None])
         if ssim(x[None].double(), file.double()) < .95: break
         s = descriptor_distance(box(file), targets[None]).item()
@@ -113,13 +121,14 @@ def slow_fgvm(box, x, targets, students, queries):
     return kept
 
 
-def test_fgvm_is_the_slow_one(case):
+@pytest.mark.parametrize('attack,step', [(fgvm, cut), (fgsm_masked, masked)])
+def test_fgvm_is_the_slow_one(case, attack, step):
     x, targets, box, _ = case
     students = [Linear(noise=2.5), Linear(noise=2.5, seed=4)]
-    with torch.no_grad(): found = fgvm(box, x, targets, RULE, students=students, queries=40)
+    with torch.no_grad(): found = attack(box, x, targets, RULE, students=students, queries=40)
     for i in range(len(x)):
         with torch.no_grad(): wanted = None
-        wanted = slow_fgvm(lambda o: box(o).detach(), x[i], targets[i], students, 40)
+        wanted = slow_fgvm(lambda o: box(o).detach(), x[i], targets[i], students, 40, step)
         assert torch.allclose(found[i], wanted, atol=1e-6), i
     assert not torch.equal(found, x)
 
@@ -223,6 +232,38 @@ def test_learning_passes_over_what_was_not_answered(case):
     assert torch.equal(learnt(case, [first, last]).w, student.w)
 
 
+def test_residual_repairs_a_student_that_is_off_by_a_constant(case):
+    x, targets, box, _ = case
+    score = lambda student, **o: distance(box, attack_descriptor(box, x, targets, RULE, students=[student], plan=Plan(queries=12, refresh=0, **o)), targets)
+    assert torch.allclose(score(Shifted(2.), residual=True), score(box), atol=1e-5) and score(Shifted(2.)).mean() > score(box).mean() + .01
+
+
+class Shifted(Linear):
+    "The box, off by a constant"
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+
+    def forward(self, x): return super().forward(x) + self.by*torch.linspace(-1, 1, 6)
+
+
+def test_nesterov_looks_ahead(case):
+    "On one target, the gradient of the second step is taken a momentum further than the first step went"
+    x, targets, box, student = case
+    asked, plan = [], Plan(inner=2, decay=.5, nesterov=True, length=.1)
+
+    class Watched(Linear):
+        def forward(self, o):
+            asked.append(o.detach().clone())
+            return super().forward(o)
+    watched, length = Watched(noise=.8), torch.full((6, 1, 1, 1), .1)
+    D._descend([watched], x, x, targets, RULE, plan, length)
+    ahead = asked.copy(); asked.clear()
+    D._descend([watched], x, x, targets, RULE, replace(plan, nesterov=False), length)
+    first, second = (asked[1]-x).norm().item(), (ahead[1]-x).norm().item()
+    assert torch.equal(asked[0], ahead[0]) and 1.3*first < second
+
+
 def test_shaped_steps_gain_more(case):
     x, targets, box, _ = case
     x = eight_bit(torch.cat([x[:, :, :8], .5 + .1*x[:, :, 8:]], 2))     # one half rough, one half flat
@@ -230,7 +271,7 @@ def test_shaped_steps_gain_more(case):
     assert score() < score(shaped=False)
 
 
-@pytest.mark.parametrize('change', [dict(shaped=False), dict(pulled_back=False), dict(decay=0), dict(inner=1), dict(length=.2), dict(refresh=0), dict(differences=0.)])
+@pytest.mark.parametrize('change', [dict(shaped=False), dict(pulled_back=False), dict(decay=0), dict(inner=1), dict(length=.2), dict(refresh=0), dict(differences=0.), dict(residual=True), dict(nesterov=True)])
 def test_every_switch_does_something(case, change):
     x, targets, box, student = case
     plan, targets = Plan(queries=8), 10*targets     # so far away that no step is too long

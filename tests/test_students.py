@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from robustnb.core import load_state, make_generator, predict, save_state
 from robustnb.data import digits, subset
-from robustnb.students import (Descriptor, DescriptorRecipe, cosface, descriptor_losses, descriptor_model, descriptor_names, distill_descriptor, fidelity,
-                               load_descriptor, save_descriptor, split_groups, student_recipes, train_teacher)
+from robustnb.students import (Descriptor, DescriptorRecipe, Mixture, cosface, descriptor_losses, descriptor_model, descriptor_names, distill_descriptor, fidelity,
+                               load_descriptor, save_descriptor, split_groups, student_recipes, train_teacher, views)
 
 FAST = DescriptorRecipe(epochs=3, batch_size=16, lr=3e-3)
 
@@ -248,3 +248,30 @@ def test_groups_stay_together():
     assert list(split_groups(groups, .25, seed=2)[1]) != list(out)
     for bad in (0, 1, float('nan'), .01):
         with pytest.raises(ValueError, match='`share`'): split_groups(groups, bad)
+
+
+def test_mixtures():
+    nets = [descriptor_model('ResNet_18', 8, .125, 16, seed=k) for k in (0, 1)]
+    x = torch.rand(4, 3, 16, 16, generator=make_generator(0))
+    with torch.no_grad():
+        a, b, ra, rb = *(n(x) for n in nets), *(n(x.flip(3)) for n in nets)
+        mix = Mixture(nets, [1, 3], mirror=True)
+        assert torch.allclose(mix(x), (a + ra + 3*b + 3*rb)/8, atol=1e-6) and torch.allclose(Mixture(nets)(x), (a+b)/2, atol=1e-6)
+        assert torch.allclose(Mixture(nets, [5e3, 5e3])(x), (a+b)/2, atol=1e-6)
+    assert not mix.training and Mixture([nets[0].train()]).training
+    nets[0].eval()
+    mix = Mixture(nets)
+    (mix(x)[:, 0].sum()).backward()
+    assert mix.weights.grad.abs().max() > 0 and nets[1].net[0].weight.grad is not None
+    for bad in ([], [1], [1, -1], [0, 0], [1, float('nan')], [1, float('inf')]):
+        with pytest.raises(ValueError, match='`weights`'): Mixture(nets, bad)
+    with pytest.raises(ValueError, match='`weights`'): Mixture([])
+
+
+def test_views_are_altered_one_by_one(data):
+    images = data.images[:30]
+    asked = views(images, 3, seed=4)
+    assert asked.dtype == np.uint8 and asked.shape == (90, *images.shape[1:]) and (asked[:30] == images).all()
+    assert (views(images, 3, seed=4) == asked).all() and not (views(images, 3, seed=5)[30:] == asked[30:]).all() and (views(images, 1) == images).all()
+    one = views(np.repeat(images[:1], 30, 0), 2)[30:]
+    assert len(np.unique(one, axis=0)) == 30 and np.corrcoef(asked[30:60].mean((1, 2, 3)), images.mean((1, 2, 3)))[0, 1] > .5, 'a copy is of its own image'
