@@ -19,9 +19,9 @@ import torch
 from robustnb.core import make_generator, manifest, predict, save_json, to_float
 from robustnb.descriptor_cli import _named
 from robustnb.descriptor_search import nes_descriptor, pixel_evolution, square_descriptor
-from robustnb.descriptors import Plan, allows_saved, attack_descriptor, baseline, fgvm, fit_eight_bit
+from robustnb.descriptors import Plan, allows_saved, attack_descriptor, baseline, fgsm_masked, fgvm, fit_eight_bit
 from robustnb.oracle import Queries, descriptor_distance
-from robustnb.students import load_descriptor
+from robustnb.students import Mixture, load_descriptor
 from robustnb.threat import SSIM
 from robustnb.verification import ablation, attack_table, compare_attacks, make_pairs
 
@@ -50,6 +50,17 @@ def second_place(oracle, x, targets, threat, generator=None, students=(), querie
     return now
 
 
+def white_box(oracle, x, targets, threat, generator=None, box=None, steps=300):
+    "The box's own gradient, followed with momentum in ever shorter steps"
+    now, total = x, torch.zeros_like(x)
+    for k in range(steps):
+        at = now.detach().requires_grad_(True)
+        gradient, = torch.autograd.grad(descriptor_distance(box(at), targets).sum(), at)
+        total = .9*total + gradient/gradient.abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-30)
+        now = threat.project(x, now - .2*.05**(k/steps)*threat.eps*threat.steepest(total, x, now))
+    return fit_eight_bit(x, now, threat)
+
+
 def deliver(args, rows, **facts):
     path = Path(args.out)/f'descriptors_{args.part}_{args.name}.csv'
     rows.to_csv(path, index=False)
@@ -59,7 +70,8 @@ def deliver(args, rows, **facts):
 
 def compare(args, attacks, queries, teacher, x, targets):
     group = len(x) if args.group is None else args.group
-    return compare_attacks(attacks, lambda: Queries(teacher, queries*min(group, len(x))), x, targets, rule, args.seed, args.work/args.name/str(queries), group).assign(budget=queries)
+    rows = compare_attacks(attacks, lambda: Queries(teacher, queries*min(group, len(x))), x, targets, rule, args.seed, args.work/args.name/str(queries), group)
+    return rows.assign(budget=queries, group=rows.image//5)     # intervals over pairs
 
 
 def part_compare(args):
@@ -68,11 +80,11 @@ def part_compare(args):
     free = {'noise': noise, 'baseline, fault': partial(baseline, students=students[:1], range_fault=True), 'baseline': partial(baseline, students=students[:1])}
     parts = [compare(args, free, 2, teacher, x, targets)]
     for q in args.budgets:
-        attacks = {'second place': partial(second_place, students=students, queries=min(q, 500)), 'square': partial(square_descriptor, queries=q), 'nes': partial(nes_descriptor, queries=q)}
+        attacks = {'second place': partial(second_place, students=students, queries=min(q, 500)), 'masked signs': partial(fgsm_masked, students=students, queries=min(q, 500)), 'square': partial(square_descriptor, queries=q), 'nes': partial(nes_descriptor, queries=q)}
         if q <= args.most: attacks['robustnb'] = ours(q)
         parts.append(compare(args, attacks, q, teacher, x, targets))
         print(q, attack_table(parts[-1], 'second place').round(4).to_string(), flush=True)
-    parts.append(compare(args, {'white box': partial(attack_descriptor, students=[teacher], plan=Plan(300, refresh=0))}, 300, teacher, x, targets))
+    parts.append(compare(args, {'white box': partial(white_box, box=teacher)}, 300, teacher, x, targets))
     deliver(args, pd.concat(parts))
 
 
@@ -82,7 +94,9 @@ def part_ablation(args):
     plan = lambda **o: dict(plan=Plan(q, **o))
     off = {'learning': plan(refresh=0), 'differences': plan(differences=0.), 'momentum': plan(decay=0.), 'the shape of the rule': plan(shaped=False), 'pulling back': plan(pulled_back=False)}
     if students[1:]: off['several students'] = dict(students=students[:1])
-    rows = compare(args, ablation(partial(attack_descriptor, students=students, plan=Plan(q)), off), q, teacher, x, targets)
+    attack = partial(attack_descriptor, students=students)
+    more = {'with residual': partial(attack, plan=Plan(q, residual=True)), 'with Nesterov': partial(attack, plan=Plan(q, nesterov=True)), 'with mirrors': partial(attack, students=[Mixture([s], mirror=True) for s in students], plan=Plan(q))}
+    rows = compare(args, ablation(partial(attack, plan=Plan(q)), off) | more, q, teacher, x, targets)
     print(attack_table(rows).round(4).to_string())
     deliver(args, rows)
 
@@ -120,7 +134,7 @@ def main():
     parser.add_argument('--name', required=True, help='of the table, e.g. cifar10')
     parser.add_argument('--teacher', required=True, help='the black box')
     parser.add_argument('--students', required=True, help='files of robustnb_distill, separated by commas')
-    parser.add_argument('--n_pairs', type=int, default=4)
+    parser.add_argument('--n_pairs', type=int, default=6)
     parser.add_argument('--budgets', type=lambda s: [int(o) for o in s.split(',')], default=[50, 100, 500, 5000])
     parser.add_argument('--most', type=int, default=500, help="largest budget of this project's attack")
     parser.add_argument('--group', type=int, help='images attacked together; all by default')

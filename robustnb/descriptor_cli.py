@@ -105,6 +105,8 @@ def distill_command(
     print(table.round(4).to_string(), f'\n\nOn images held back; {known.sum()} of {len(known)} answered. Written to {out}/')
 
 # %% ../nbs/api/82_descriptor_cli.ipynb #5665c727
+_TOGETHER = 25     # images attacked at a time, whose answers teach the same students
+
 @call_parse
 @_readable
 def attack_descriptors_command(
@@ -125,9 +127,9 @@ def attack_descriptors_command(
     at, goals = images.at(wanted.sources), images.at(wanted.targets)
     shown, place = np.unique(goals, return_inverse=True)
     targets = _answers(ask, images.images[shown], out/'asked.db')[place.reshape(goals.shape)].repeat_interleave(at.shape[1], 0)
-    x, group = images.x[at.ravel()], at.size
+    x = images.x[at.ravel()]
     attack = partial(attack_descriptor, students=nets, plan=Plan(queries))
-    rows = compare_attacks(dict(attack=attack), lambda: Queries(ask, queries*group), x, targets, SSIM(.95 + 2e-6), seed, out/'runs', group)
+    rows = compare_attacks(dict(attack=attack), lambda: Queries(ask, queries*_TOGETHER), x, targets, SSIM(.95 + 2e-6), seed, out/'runs', _TOGETHER)
     changed = attacked_images(out/'runs', 'attack')
     write_submission(out/'submission.zip', wanted.files, changed, images.images[at.ravel()], _answers(ask, changed, out/'asked.db'))
     _write(rows, out/'rows.csv')
