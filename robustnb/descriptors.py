@@ -188,9 +188,9 @@ class Plan:
         if not 0 < self.length <= 1: raise ValueError(f"`length` must be in (0, 1]; got {self.length}.")
 
 # %% ../nbs/api/76_descriptors.ipynb #068a452d
-def _step(x, now, total, threat, plan, length):
-    "A step of `length` (N,1,1,1) against `total`, back inside the rule"
-    new = now - (length*threat.eps*threat.steepest(total, x, now) if plan.shaped else _cut(total))
+def _step(x, now, total, threat, plan, length, share=1):
+    "A share of a step of `length` (N,1,1,1) against `total`, back inside the rule"
+    new = now - share*(length*threat.eps*threat.steepest(total, x, now) if plan.shaped else _cut(total))
     if plan.pulled_back: return threat.project(x, new)
     new = new.clamp(0, 1)
     return torch.where(_each(threat.allows(x, new)), new, now)
@@ -199,7 +199,7 @@ def _descend(students, x, now, targets, threat, plan, length):
     "`plan.inner` steps along the students' gradient from `now`"
     total = torch.zeros_like(x)
     for i in range(plan.inner):
-        at = _step(x, now, plan.decay*total, threat, plan, length) if plan.nesterov and i else now
+        at = _step(x, now, total, threat, plan, length, plan.decay) if plan.nesterov and i else now
         total = plan.decay*total + _even(_gradient(students, at, lambda d: descriptor_distance(d, targets)))
         now = _step(x, now, total, threat, plan, length)
     return now

@@ -258,6 +258,9 @@ def test_mixtures():
         mix = Mixture(nets, [1, 3], mirror=True)
         assert torch.allclose(mix(x), (a + ra + 3*b + 3*rb)/8, atol=1e-6) and torch.allclose(Mixture(nets)(x), (a+b)/2, atol=1e-6)
         assert torch.allclose(Mixture(nets, [5e3, 5e3])(x), (a+b)/2, atol=1e-6)
+    with torch.no_grad():
+        mix.weights.mul_(7)
+        assert torch.allclose(mix(x), (a + ra + 3*b + 3*rb)/8, atol=1e-6), 'weights are shares, trained or not'
     assert not mix.training and Mixture([nets[0].train()]).training
     nets[0].eval()
     mix = Mixture(nets)
