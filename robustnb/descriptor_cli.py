@@ -71,7 +71,8 @@ def _box(box):
 def _answers(box, images, cache):
     "Descriptors (N,D) of uint8 images, asked in batches, each image twice at most; rows without an answer are NaN"
     oracle = Queries(box, 2*len(images) + 1000, cache, batch_size=100)
-    return torch.cat([oracle(to_float(images[s])) for s in batches(len(images), 1000)])
+    try: return torch.cat([oracle(to_float(images[s])) for s in batches(len(images), 1000)])
+    except RuntimeError as e: raise ValueError(f"`box` must answer. {e}") from e
 
 @call_parse
 @_readable
@@ -114,7 +115,7 @@ def attack_descriptors_command(
     students:str,          # Files of robustnb_distill, separated by commas
     data:str,              # Images of the pairs, e.g. faces.zip[30:40]
     pairs:str='',          # Pairs file; without one, pairs of different persons are drawn
-    n_pairs:int=10,        # How many are drawn, five images to change and five to imitate in each
+    n_pairs:int=10,        # How many are drawn at most, five images to change and five to imitate in each
     queries:int=100,       # Questions about each image
     out:str='attacked',    # Folder for pairs.csv, rows.csv, submission.zip, manifest.json
     seed:int=0,            # Pairs and attack
@@ -122,7 +123,8 @@ def attack_descriptors_command(
     "Attack a descriptor model with students, and pack the submission."
     started, out, nets = time.time(), Path(out), [load_descriptor(o) for o in students.split(',')]
     images, ask = _named(data, nets[0].made['size']), _box(box)
-    wanted = read_pairs(pairs, images) if pairs else make_pairs(images, seed=seed, limit=n_pairs)
+    people = len(set(images.y))
+    wanted = read_pairs(pairs, images) if pairs else make_pairs(images, seed=seed, limit=min(n_pairs, people*(people-1)) if people > 1 else None)
     write_pairs(wanted, out/'pairs.csv')
     at, goals = images.at(wanted.sources), images.at(wanted.targets)
     shown, place = np.unique(goals, return_inverse=True)
