@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['train_descriptor_command', 'distill_command', 'attack_descriptors_command', 'check_submission_command']
 
-# %% ../nbs/api/82_descriptor_cli.ipynb #ce4b6030
-import re, sys, time
+# %% ../nbs/api/82_descriptor_cli.ipynb #71a733b9
+import hashlib, re, sys, time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -68,9 +68,15 @@ def _box(box):
     "The black box behind a file or an address"
     return http_box(box) if box.startswith(('http://', 'https://')) else load_descriptor(box)
 
-def _answers(box, images, cache):
-    "Descriptors (N,D) of uint8 images, asked in batches, each image twice at most; rows without an answer are NaN"
-    oracle = Queries(box, 2*len(images) + 1000, cache, batch_size=100)
+def _name(*sources):
+    "A short name for what is in files or behind addresses"
+    h = hashlib.blake2b(digest_size=4)
+    for o in sources: h.update(o.encode() if o.startswith(('http://', 'https://')) else Path(o).read_bytes())
+    return h.hexdigest()
+
+def _answers(box, images, out):
+    "Descriptors (N,D) of uint8 images, asked in batches and kept in the folder `out`; rows without an answer are NaN"
+    oracle = Queries(_box(box), 2**31, Path(out)/f'asked-{_name(box)}.db', batch_size=100)
     try: return torch.cat([oracle(to_float(images[s])) for s in batches(len(images), 1000)])
     except RuntimeError as e: raise ValueError(f"`box` must answer. {e}") from e
 
@@ -80,7 +86,7 @@ def distill_command(
     box:str,                 # descriptor.pt of robustnb_train_descriptor, or an http address
     data:str,                # Images to ask about, not those to attack, e.g. faces.zip[0:30]
     models:str='ResNet_18',  # Architectures, separated by commas
-    out:str='students',      # Folder for one file per student, fidelity.csv, asked.db, manifest.json
+    out:str='students',      # Folder for one file per student, fidelity.csv, manifest.json, and what was asked
     width:float=1.,          # Multiplier of the channels
     epochs:int=20,           # Passes over what was asked
     copies:int=4,            # Versions of each image that are asked about
@@ -89,7 +95,7 @@ def distill_command(
     "Train students that answer like a black box."
     started, out, images = time.time(), Path(out), _named(data, size)
     asked = views(images.images, copies)
-    said = _answers(_box(box), asked, out/'asked.db')
+    said = _answers(box, asked, out)
     known = said.isfinite().all(1).numpy()
     if not known.any(): raise ValueError("`box` must answer; it did not once.")
     asked, said, rows = asked[known], said[known], {}
@@ -128,12 +134,12 @@ def attack_descriptors_command(
     write_pairs(wanted, out/'pairs.csv')
     at, goals = images.at(wanted.sources), images.at(wanted.targets)
     shown, place = np.unique(goals, return_inverse=True)
-    targets = _answers(ask, images.images[shown], out/'asked.db')[place.reshape(goals.shape)].repeat_interleave(at.shape[1], 0)
+    targets = _answers(box, images.images[shown], out)[place.reshape(goals.shape)].repeat_interleave(at.shape[1], 0)
     x = images.x[at.ravel()]
-    attack = partial(attack_descriptor, students=nets, plan=Plan(queries))
-    rows = compare_attacks(dict(attack=attack), lambda: Queries(ask, queries*_TOGETHER), x, targets, SSIM(.95 + 2e-6), seed, out/'runs', _TOGETHER)
-    changed = attacked_images(out/'runs', 'attack')
-    write_submission(out/'submission.zip', wanted.files, changed, images.images[at.ravel()], _answers(ask, changed, out/'asked.db'))
+    attack, runs = partial(attack_descriptor, students=nets, plan=Plan(queries)), out/f"runs-{_name(*students.split(','))}"
+    rows = compare_attacks(dict(attack=attack), lambda: Queries(ask, queries*_TOGETHER), x, targets, SSIM(.95 + 2e-6), seed, runs, _TOGETHER)
+    changed = attacked_images(runs, 'attack')
+    write_submission(out/'submission.zip', wanted.files, changed, images.images[at.ravel()], _answers(box, changed, out))
     _write(rows, out/'rows.csv')
     save_json(manifest(box=box, students=students, data=data, pairs=pairs, n_pairs=len(wanted), queries=queries, seed=seed, seconds=round(time.time()-started)), out/'manifest.json')
     print(attack_table(rows)[['images', 'before', 'after', 'lowest_ssim', 'queries', 'seconds']].round(4).to_string(), f'\n\nWritten to {out}/submission.zip')
