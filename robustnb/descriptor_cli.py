@@ -24,11 +24,11 @@ from .threat import SSIM
 from .verification import attack_table, attacked_images, check_submission, compare_attacks, make_pairs, read_pairs, write_pairs, write_submission
 
 # %% ../nbs/api/82_descriptor_cli.ipynb #3ec9d58e
-def _named(data, size):
-    "The images that `data` names, all of them or the part in brackets"
-    source, split, first, last = re.fullmatch(r'(.+?)(?::(train|test|val))?(?:\[(\d*):(\d*)\])?', data).groups()
+def _named(data, size=112):
+    "The images that `data` names, all of them or the part in brackets; faces of `size`, unless a number behind @ says otherwise"
+    source, split, first, last, other = re.fullmatch(r'(.+?)(?::(train|test|val))?(?:\[(\d*):(\d*)\])?(?:@(\d+))?', data).groups()
     if not split:
-        images = load_faces(source, size=size)
+        images = load_faces(source, size=int(other or size))
         which = images.y
     else:
         images = _images(source, split)
@@ -50,14 +50,13 @@ def train_descriptor_command(
     width:float=1.,        # Multiplier of the channels
     epochs:int=30,         # Passes over the images and their altered copies
     copies:int=1,          # Versions of each image: itself and altered ones
-    size:int=112,          # Height and width of faces in pixels
     seed:int=0,            # Weights, order, crops, mirrors
 ):
     "Train a network whose answer is a descriptor of 512 numbers."
-    started, out, images = time.time(), Path(out), _named(data, size)
+    started, out, images = time.time(), Path(out), _named(data)
     y = np.unique(images.y, return_inverse=True)[1]
     net = descriptor_model(model, width=width, size=images.images.shape[1], seed=seed)
-    net, history = train_teacher(net, views(images.images, copies, seed), np.tile(y, copies), DescriptorRecipe(epochs=epochs, crop=max(2, images.images.shape[1]//28), flip=True, lr=3e-3), seed, out/'checkpoint.pt', resume=True)
+    net, history = train_teacher(net, views(images.images, copies, seed, 0), np.tile(y, copies), DescriptorRecipe(epochs=epochs, crop=max(2, images.images.shape[1]//28), flip=True, lr=3e-3), seed, out/'checkpoint.pt', resume=True)
     save_descriptor(net, out/'descriptor.pt')
     _write(history, out/'history.csv')
     save_json(manifest(data=data, images=len(images), persons=int(y.max())+1, model=model, width=width, epochs=epochs, copies=copies, seed=seed, seconds=round(time.time()-started)), out/'manifest.json')
@@ -90,11 +89,11 @@ def distill_command(
     width:float=1.,          # Multiplier of the channels
     epochs:int=20,           # Passes over what was asked
     copies:int=4,            # Versions of each image that are asked about
-    size:int=112,            # Height and width of faces in pixels
+    noise:float=.08,         # Largest deviation of the noise in these copies, in pixels; 0 blends none with another either
 ):
     "Train students that answer like a black box."
-    started, out, images = time.time(), Path(out), _named(data, size)
-    asked = views(images.images, copies)
+    started, out, images = time.time(), Path(out), _named(data)
+    asked = views(images.images, copies, noise=noise)
     said = _answers(box, asked, out)
     known = said.isfinite().all(1).numpy()
     if not known.any(): raise ValueError("`box` must answer; it did not once.")
@@ -108,7 +107,7 @@ def distill_command(
         rows[k] = fidelity(student, asked[held], said[held])
     table = pd.DataFrame(rows).T.rename_axis('student')
     _write(table.reset_index(), out/'fidelity.csv')
-    save_json(manifest(box=box, data=data, models=models, width=width, epochs=epochs, copies=copies, asked=len(known), answered=int(known.sum()), seconds=round(time.time()-started)), out/'manifest.json')
+    save_json(manifest(box=box, data=data, models=models, width=width, epochs=epochs, copies=copies, noise=noise, asked=len(known), answered=int(known.sum()), seconds=round(time.time()-started)), out/'manifest.json')
     print(table.round(4).to_string(), f'\n\nOn images held back; {known.sum()} of {len(known)} answered. Written to {out}/')
 
 # %% ../nbs/api/82_descriptor_cli.ipynb #5665c727
@@ -152,10 +151,9 @@ def check_submission_command(
     data:str,       # Images of the pairs
     pairs:str,      # Pairs file
     box:str='',     # As for robustnb_distill; without one, no descriptor is checked
-    size:int=112,   # Height and width of faces in pixels
 ):
     "Judge a submission from its files."
-    images = _named(data, size)
+    images = _named(data)
     table = check_submission(path, images, read_pairs(pairs, images), _box(box) if box else None)
     print(table.drop(columns='value').to_string(index=False))
     if (table.verdict == 'broken').any(): sys.exit(1)

@@ -292,21 +292,34 @@ def fidelity(
     return pd.Series(dict(cosine=F.cosine_similarity(d, t).mean().item(), distance=(d-t).norm(dim=1).mean().item(), mse=F.mse_loss(d, t).item(),
                           **{'within_0.01': ((d-t).abs() < .01).float().mean().item()}, nearest=hit.float().mean().item()))
 
-# %% ../nbs/api/24_students.ipynb #f6a5eb6e
+# %% ../nbs/api/24_students.ipynb #0448409b
+def _strange(x, noise, generator):
+    "Images of which half are blended with another one, under noise of five sizes"
+    n, c, h, w = x.shape
+    u = torch.rand(7, n, 1, 1, 1, generator=generator)
+    share = torch.where(u[0] < .5, .5*u[1], 0)
+    x = (1-share)*x + share*x[torch.randperm(n, generator=generator)]
+    for k in range(5):
+        z = F.interpolate(torch.randn(n, c, max(2, h >> k), max(2, w >> k), generator=generator), size=(h, w), mode='bilinear')
+        x = x + noise*u[2+k]**2*z/z.flatten(1).std(1).view(-1, 1, 1, 1)
+    return x.clamp(0, 1)
+
 def views(
     images:np.ndarray,       # uint8 images (N,H,W,3)
     n:int,                   # Versions of each image, >= 1; one is the image itself
     seed:int=0,              # Alterations
+    noise:float=.08,         # Largest deviation of noise of each of five sizes, in pixels, >= 0; 0 blends no images either
 )->np.ndarray:               # uint8 images (n*N,H,W,3): all images, then all of them altered, ...
-    "Images and altered copies to ask a black box about: mirrored, turned, moved, larger or smaller, lighter or darker."
+    "Images and altered copies to ask a black box about: mirrored, turned, moved, larger or smaller, lighter or darker, noisy, and blended with each other."
     if not n >= 1: raise ValueError(f"`n` must be at least 1 version of each image; got {n}.")
+    if not 0 <= noise <= 1: raise ValueError(f"`noise` must be in [0, 1]; got {noise}.")
     out = [images]
     for k in range(1, n):
         for s in batches(len(images), 500):
             g = make_generator(seed, 'views', k, s.start)
             x = crop_and_flip(to_float(images[s]), 0, True, g)
             for alter in (partial(affine, degrees=(-10, 10), shift=(-.06, .06), scale=(.9, 1.15)), partial(gamma, power=(.7, 1.4))): x, _ = alter(x, torch.zeros(len(x), 1), g)
-            out.append(to_uint8(x))
+            out.append(to_uint8(_strange(x, noise, g) if noise else x))
     return np.concatenate(out)
 
 # %% ../nbs/api/24_students.ipynb #1176b48d

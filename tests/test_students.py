@@ -273,8 +273,23 @@ def test_mixtures():
 
 def test_views_are_altered_one_by_one(data):
     images = data.images[:30]
-    asked = views(images, 3, seed=4)
+    asked = views(images, 3, seed=4, noise=0)
     assert asked.dtype == np.uint8 and asked.shape == (90, *images.shape[1:]) and (asked[:30] == images).all()
-    assert (views(images, 3, seed=4) == asked).all() and not (views(images, 3, seed=5)[30:] == asked[30:]).all() and (views(images, 1) == images).all()
+    assert (views(images, 3, seed=4, noise=0) == asked).all() and not (views(images, 3, seed=5, noise=0)[30:] == asked[30:]).all() and (views(images, 1) == images).all()
     one = views(np.repeat(images[:1], 30, 0), 2)[30:]
     assert len(np.unique(one, axis=0)) == 30 and np.corrcoef(asked[30:60].mean((1, 2, 3)), images.mean((1, 2, 3)))[0, 1] > .5, 'a copy is of its own image'
+
+
+def test_noisy_views():
+    flat = np.full((400, 32, 32, 3), 128, np.uint8)
+    plain, noisy = (views(flat, 2, noise=o)[400:].astype(float) for o in (0, .05))
+    move = (noisy - plain)/255
+    inside = move[:, 6:-6, 6:-6]        # away from what turning brings in
+    assert abs(inside.std() - .05) < .01 and abs(inside.mean()) < .01      # five noises whose variances are .05**2 u**4, and the mean of u**4 is a fifth
+    coarse = inside.reshape(400, 5, 4, 5, 4, 3).mean((2, 4))
+    assert coarse.std() > .5*inside.std()       # fine noise alone would leave a quarter
+    half = np.concatenate([np.zeros((200, 32, 32, 3), np.uint8), np.full((200, 32, 32, 3), 200, np.uint8)])
+    level = views(half, 2, noise=1e-6)[400:].mean((1, 2, 3))[:200]
+    assert .1 < (level > 5).mean() < .4, 'half are blended, half of these with a bright one'
+    for bad in (-.1, 2, float('nan')):
+        with pytest.raises(ValueError, match='`noise`'): views(flat[:2], 2, noise=bad)
