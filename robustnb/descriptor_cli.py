@@ -79,6 +79,7 @@ def _answers(box, images, out):
     try: return torch.cat([oracle(to_float(images[s])) for s in batches(len(images), 1000)])
     except RuntimeError as e: raise ValueError(f"`box` must answer. {e}") from e
 
+# %% ../nbs/api/82_descriptor_cli.ipynb #6733a5dc
 @call_parse
 @_readable
 def distill_command(

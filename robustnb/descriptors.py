@@ -119,6 +119,7 @@ def target_combinations(
     mean = lambda k, most=None: [targets[:, c].mean(1) for c in itertools.islice(itertools.combinations(range(targets.shape[1]), k), most)]
     return torch.stack(mean(targets.shape[1]) + mean(1) + mean(2) + mean(4, 4) + mean(3, 8), 1)
 
+# %% ../nbs/api/76_descriptors.ipynb #42877d85
 def _second_place(step, oracle, x, targets, threat, start, students, queries):
     "Its loop: one step a question, another goal after a failure, a step all the same after five"
     kept, best, _ = _begin(oracle, x, targets, threat, students, start)
@@ -155,6 +156,7 @@ def fgvm(
     "Fast gradient value method with the second place's heuristics, its questions asked about the 8-bit image."
     return _second_place(_cut, oracle, x, targets, threat, start, students, queries)
 
+# %% ../nbs/api/76_descriptors.ipynb #ec049627
 def fgsm_masked(
     oracle:Callable,         # Asked once a step: images (N,C,H,W) -> descriptors (N,D)
     x:Tensor,                # Clean images (N,C,H,W), pixels k/255
