@@ -112,7 +112,7 @@ def distill_command(
     print(table.round(4).to_string(), f'\n\nOn images held back; {known.sum()} of {len(known)} answered. Written to {out}/')
 
 # %% ../nbs/api/82_descriptor_cli.ipynb #5665c727
-_TOGETHER = 25     # images attacked at a time, whose answers teach the same students
+_TOGETHER = 10     # images attacked at a time, whose answers teach the same students
 
 @call_parse
 @_readable
