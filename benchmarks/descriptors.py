@@ -64,7 +64,7 @@ def white_box(oracle, x, targets, threat, generator=None, box=None, steps=300):
 def deliver(args, rows, **facts):
     path = Path(args.out)/f'descriptors_{args.part}_{args.name}.csv'
     rows.to_csv(path, index=False)
-    said = {k: getattr(args, k) for k in ('name', 'n_pairs', 'seed', 'budgets')} | dict(data=Path(args.data.split(':')[0]).name, students=[Path(o).stem for o in args.students.split(',')])
+    said = {k: getattr(args, k) for k in ('name', 'n_pairs', 'seed', 'budgets')} | dict(data=Path(args.data).name, students=[Path(o).stem for o in args.students.split(',')])
     save_json(manifest(**said) | facts, path.with_suffix('.json'))
 
 
