@@ -74,7 +74,7 @@ def to_uint8(
     x:Tensor,      # Images (N,C,H,W), float, pixels in [0,1]
 )->np.ndarray:     # uint8 images (N,H,W,C), rounded to the nearest grey level
     "Pixels as files want them."
-    return (check_images(x).detach()*255).round_().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return (check_images(x).detach()*255).round_().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 # %% ../nbs/api/00_core.ipynb #765cfd28
 def subseed(
