@@ -1,7 +1,7 @@
 """Attacks on a black box that answers with descriptors, side by side on the same images, with the same number of questions.
 
     robustnb_train_descriptor PHOTOS:train[0:12000] --width .25 --epochs 8 --out cifar/teacher
-    robustnb_distill cifar/teacher/descriptor.pt PHOTOS:train[12000:24000] --models ResNet_18,... --width .25 --epochs 12 --copies 2 --out cifar/students
+    robustnb_distill cifar/teacher/descriptor.pt PHOTOS:train[12000:24000] --models ResNet_18,... --width .25 --epochs 12 --copies 2 --noise 0 --out cifar/students
     python benchmarks/descriptors.py compare PHOTOS:test --name cifar10 --teacher cifar/teacher/descriptor.pt --students cifar/students/ResNet_18.pt,...
     python benchmarks/descriptors.py ablation ...     python benchmarks/descriptors.py pixels ...
 
@@ -19,7 +19,8 @@ import torch
 from robustnb.core import make_generator, manifest, predict, save_json, to_float
 from robustnb.descriptor_cli import _named
 from robustnb.descriptor_search import nes_descriptor, pixel_evolution, square_descriptor
-from robustnb.descriptors import Plan, allows_saved, attack_descriptor, baseline, fgsm_masked, fgvm, fit_eight_bit
+from robustnb.descriptors import Plan, _gradient, allows_saved, attack_descriptor, baseline, fgsm_masked, fgvm, fit_eight_bit
+from robustnb.momentum import _even
 from robustnb.oracle import Queries, descriptor_distance
 from robustnb.students import Mixture, load_descriptor
 from robustnb.threat import SSIM
@@ -55,9 +56,7 @@ def white_box(oracle, x, targets, threat, generator=None, box=None, steps=300):
     "The box's own gradient, followed with momentum in ever shorter steps"
     now, total = x, torch.zeros_like(x)
     for k in range(steps):
-        at = now.detach().requires_grad_(True)
-        gradient, = torch.autograd.grad(descriptor_distance(box(at), targets).sum(), at)
-        total = .9*total + gradient/gradient.abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-30)
+        total = .9*total + _even(_gradient([box], now, lambda d: descriptor_distance(d, targets)))
         now = threat.project(x, now - .2*.05**(k/steps)*threat.eps*threat.steepest(total, x, now))
     return fit_eight_bit(x, now, threat)
 

@@ -33,6 +33,10 @@ def _readable(job):
         except (ValueError, TypeError, OSError, FloatingPointError) as e: sys.exit(f'{type(e).__name__}: {e}')
     return command
 
+def _write(table, path):
+    "A table as CSV, completely or not at all"
+    with atomic_path(path) as tmp: table.to_csv(tmp, index=False)
+
 def _images(source, split):
     "The images a command names; naming CIFAR on a command line is the request to fetch it."
     return load_data(source, split, download=source in ('cifar10', 'cifar100'))
@@ -59,7 +63,7 @@ def train_command(
     net, history = train(recipe, net, images, val, seed=seed, checkpoint=out/'checkpoint.pt', resume=True)
     net.classes = images.classes
     save_model(net, out/'weights.pt')
-    with atomic_path(out/'history.csv') as tmp: history.to_csv(tmp, index=False)
+    _write(history, out/'history.csv')
     save_json(manifest(data=str(data), images=len(images), model=model, width=width, recipe=repr(recipe), seed=seed,
                        parameters=sum(p.numel() for p in net.parameters()), test_accuracy=history.val_accuracy.iloc[-1],
                        seconds=round(time.time()-started)), out/'manifest.json')
@@ -162,8 +166,7 @@ def score_set_command(
     else: hidden = hidden_set(_images(data, 'test'), _networks(surrogates), n); hidden.save(out/'hidden')
     rows = score_training_sets(named, hidden, *proxies(2, width, epochs), seeds=range(seeds), folder=out/'runs')
     table = standings(rows)
-    for name, o in (('answers.csv', rows), ('standings.csv', table.reset_index())):
-        with atomic_path(out/name) as tmp: o.to_csv(tmp, index=False)
+    _write(rows, out/'answers.csv'); _write(table.reset_index(), out/'standings.csv')
     save_json(manifest(sets=sets, surrogates=surrogates, data=str(data), n=len(hidden), width=width, epochs=epochs, seeds=seeds), out/'manifest.json')
     print(table.round(4).to_string())
 

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.script import call_parse
-from .cli import _images, _readable
-from .core import atomic_path, batches, manifest, save_json, subseed, to_float
+from .cli import _images, _readable, _write
+from .core import batches, manifest, save_json, subseed, to_float
 from .descriptors import Plan, attack_descriptor
 from .faces import NamedSet, load_faces
 from .oracle import Queries, http_box
@@ -37,9 +37,6 @@ def _named(data, size=112):
     keep = np.flatnonzero((which >= int(first or 0)) & (which < int(last or which.max()+1)))
     if not len(keep): raise ValueError(f"`data` must name at least one image; got {data!r}, and there are {which.max()+1} {'images' if split else 'persons'}.")
     return images[keep]
-
-def _write(table, path):
-    with atomic_path(path) as tmp: table.to_csv(tmp, index=False)
 
 @call_parse
 @_readable
@@ -73,9 +70,9 @@ def _name(*sources):
     for o in sources: h.update(o.encode() if o.startswith(('http://', 'https://')) else Path(o).read_bytes())
     return h.hexdigest()
 
-def _answers(box, images, out):
-    "Descriptors (N,D) of uint8 images, asked in batches and kept in the folder `out`; rows without an answer are NaN"
-    oracle = Queries(_box(box), 2**31, Path(out)/f'asked-{_name(box)}.db', batch_size=100)
+def _answers(ask, images, book):
+    "Descriptors (N,D) of uint8 images, asked in batches and kept in the file `book`; rows without an answer are NaN"
+    oracle = Queries(ask, 2**31, book, batch_size=100)
     try: return torch.cat([oracle(to_float(images[s])) for s in batches(len(images), 1000)])
     except RuntimeError as e: raise ValueError(f"`box` must answer. {e}") from e
 
@@ -95,7 +92,7 @@ def distill_command(
     "Train students that answer like a black box."
     started, out, images = time.time(), Path(out), _named(data)
     asked = views(images.images, copies, noise=noise)
-    said = _answers(box, asked, out)
+    said = _answers(_box(box), asked, out/f'asked-{_name(box)}.db')
     known = said.isfinite().all(1).numpy()
     if not known.any(): raise ValueError("`box` must answer; it did not once.")
     asked, said, rows = asked[known], said[known], {}
@@ -128,18 +125,18 @@ def attack_descriptors_command(
 ):
     "Attack a descriptor model with students, and pack the submission."
     started, out, nets = time.time(), Path(out), [load_descriptor(o) for o in students.split(',')]
-    images, ask = _named(data, nets[0].made['size']), _box(box)
+    images, ask, book = _named(data, nets[0].made['size']), _box(box), out/f'asked-{_name(box)}.db'
     people = len(set(images.y))
     wanted = read_pairs(pairs, images) if pairs else make_pairs(images, seed=seed, limit=min(n_pairs, people*(people-1)) if people > 1 else None)
     write_pairs(wanted, out/'pairs.csv')
     at, goals = images.at(wanted.sources), images.at(wanted.targets)
     shown, place = np.unique(goals, return_inverse=True)
-    targets = _answers(box, images.images[shown], out)[place.reshape(goals.shape)].repeat_interleave(at.shape[1], 0)
+    targets = _answers(ask, images.images[shown], book)[place.reshape(goals.shape)].repeat_interleave(at.shape[1], 0)
     x = images.x[at.ravel()]
     attack, runs = partial(attack_descriptor, students=nets, plan=Plan(queries)), out/f"runs-{_name(*students.split(','))}"
     rows = compare_attacks(dict(attack=attack), lambda: Queries(ask, queries*_TOGETHER), x, targets, SSIM(.95 + 2e-6), seed, runs, _TOGETHER)
     changed = attacked_images(runs, 'attack')
-    write_submission(out/'submission.zip', wanted.files, changed, images.images[at.ravel()], _answers(box, changed, out))
+    write_submission(out/'submission.zip', wanted.files, changed, images.images[at.ravel()], _answers(ask, changed, book))
     _write(rows, out/'rows.csv')
     save_json(manifest(box=box, students=students, data=data, pairs=pairs, n_pairs=len(wanted), queries=queries, seed=seed, seconds=round(time.time()-started)), out/'manifest.json')
     print(attack_table(rows)[['images', 'before', 'after', 'lowest_ssim', 'queries', 'seconds']].round(4).to_string(), f'\n\nWritten to {out}/submission.zip')

@@ -48,10 +48,10 @@ def mix(
     used, parts = pd.Series(dtype=float), []
     for k, q in quotas.items():
         if not q: continue
-        part = bank[k][np.random.default_rng(subseed(seed, 'mix', k)).permutation(len(bank[k]))]
-        image = part.rows['image'].reset_index(drop=True)
+        order = np.random.default_rng(subseed(seed, 'mix', k)).permutation(len(bank[k]))
+        image = bank[k].rows['image'].iloc[order].reset_index(drop=True)
         turn = image.map(used).fillna(0) + image.groupby(image).cumcount()
-        parts.append(part[np.argsort(turn, kind='stable')[:q]])
+        parts.append(bank[k][order[np.argsort(turn, kind='stable')[:q]]])
         used = used.add(parts[-1].rows['image'].value_counts(), fill_value=0)
     return join(parts)
 
