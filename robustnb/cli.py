@@ -24,7 +24,7 @@ from .threat import L2, Linf
 from .training import Recipe, train
 from .transfer import assess, default_formats
 
-# %% ../nbs/api/81_cli.ipynb #49f24fe0
+# %% ../nbs/api/81_cli.ipynb #5e2a81c4
 def _readable(job):
     "A broken rule ends a command with one line on standard error, not with a traceback."
     @wraps(job)
@@ -41,6 +41,7 @@ def _images(source, split):
     "The images a command names; naming CIFAR on a command line is the request to fetch it."
     return load_data(source, split, download=source in ('cifar10', 'cifar100'))
 
+# %% ../nbs/api/81_cli.ipynb #49f24fe0
 @call_parse
 @_readable
 def train_command(
