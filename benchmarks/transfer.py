@@ -17,13 +17,12 @@ import torch
 
 from robustnb.attacks import in_turn, pgd
 from robustnb.core import atomic_path, manifest, predict, save_json
-from robustnb.cost import cost
 from robustnb.data import load_data, subset
 from robustnb.evaluation import crafted_on, robustness_curve
 from robustnb.generator import generate, train_generator
-from robustnb.metrics import js_divergence
-from robustnb.models import fold_batchnorm, load_model
-from robustnb.ptq import Rounder, quantize
+from robustnb.models import load_model
+from robustnb.predictors import noise_sum, softmax_js
+from robustnb.ptq import quantize
 from robustnb.threat import Linf
 
 formats = [f'INT{b}' for b in range(2, 9)] + [f'POT{b}' for b in range(2, 9)] + [f'FLOAT{b}_E{e}' for b in range(3, 9) for e in range(1, b-1)]
@@ -49,31 +48,18 @@ def begin(path, args):
                 before={k: standing(v) for k, v in before.items()}, right=predict(model, images.x).argmax(1) == images.labels)
 
 
-def layer_noise(model, quantised, x):
-    "Noise power of every rounding, and the mission's divergence of softmaxed weights, with the size of each layer"
-    clean, arrived = fold_batchnorm(model), []
-    sizes, floats = cost(clean, tuple(x.shape[1:])).groupby('name').macs.sum(), dict(clean.named_parameters())
-    rows = []
-    for n, p in quantised.named_parameters():
-        a, b = floats[n].double(), p.double()
-        if n.endswith('weight') and n[:-7] in sizes.index: rows.append((((b-a).square().sum()/a.square().sum()).item(), js_divergence(a.softmax(1).movedim(1, -1).flatten(0, -2).numpy(), b.softmax(1).movedim(1, -1).flatten(0, -2).numpy()).sum(), sizes[n[:-7]], a.numel()))
-    hooks = [m.register_forward_hook(lambda m, args, out: arrived.append(((out-args[0]).square().mean()/args[0].var(correction=0).clamp_min(1e-30)).item())) for m in quantised.modules() if isinstance(m, Rounder)]
-    predict(quantised, x)
-    for h in hooks: h.remove()
-    return dict(weights=np.array(rows), activations=np.array(arrived))
-
-
 def measured(net, fmt, args):
     "Answers of one format's copy on probes, unlabelled and labelled photographs, clean and attacked"
     began, model, test = time.perf_counter(), net['model'], args.test
     q = quantize(model, fmt, net['x'])
+    layers = {f'noise_{k}': v for k, v in noise_sum(model, q, net['x'][:100]).items()} | {f'softmax_js_{k}': v for k, v in softmax_js(model, q, tuple(test.x.shape[1:])).items()}
     answers, real = predict(q, net['x']), predict(q, args.unlabelled)
     right = predict(q, test.x).argmax(1) == test.labels
     seconds = time.perf_counter()-began
     seen = robustness_curve(q, net['few'], net['own'], net['roads']['probes'], net['threats'], args.seed)
     both = in_turn(net['roads']['test'], net['attack'])
     held = robustness_curve(q, test.x[:args.attacked], test.labels[:args.attacked], both, net['threats'], args.seed)
-    return dict(answers=answers.numpy(), real=real.numpy(), right=right.numpy(), probes_standing=standing(seen), test_standing=standing(held), seconds=seconds, all_seconds=time.perf_counter()-began, **layer_noise(model, q, net['x'][:100]))
+    return dict(answers=answers.numpy(), real=real.numpy(), right=right.numpy(), probes_standing=standing(seen), test_standing=standing(held), seconds=seconds, all_seconds=time.perf_counter()-began, **layers)
 
 
 def main():
