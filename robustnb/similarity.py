@@ -107,6 +107,7 @@ class Link:
         loss = lambda z: cap/(1+np.exp(-z))
         return pd.DataFrame(dict(predicted=loss(z), lo=loss(z-self.spread), hi=loss(z+self.spread), outside=(z < self.seen[0]) | (z > self.seen[1])), index=rows.index)
 
+# %% ../nbs/api/43_similarity.ipynb #052ad1c3
 def _left_out(f, cap, loss, models, keep):
     "Rows whose model is not in `keep`, and their log-odds as predicted from the models in it"
     out = ~np.isin(models, keep)
