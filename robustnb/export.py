@@ -103,9 +103,11 @@ def _round_in_float(w, base, x, rounder):
     near = op('Where', op('Less', op('Abs', v), const(2.**fmt.lowest)), tiny, normal)
     return op('Mul', op('Clip', near, *ends), scale)
 
+def _grid(rounder): return rounder.scale.item(), 128 if rounder.signed else 0
+
 def _rounder(w, node, rounder, x):
     if not rounder.on: return w.same(node)
-    if w.integer: return w.keep(node, x, (rounder.scale.item(), 128 if rounder.signed else 0))
+    if w.integer: return w.keep(node, x, _grid(rounder))
     w.keep(node, _round_in_float(w, node.name, x, rounder))
 
 # %% ../nbs/api/44_export.ipynb #66b5dad6
@@ -142,10 +144,9 @@ def _linear(w, node, m, x):
 # %% ../nbs/api/44_export.ipynb #78527f12
 def _clip(w, node, m, x):
     low, high = (0., math.inf) if isinstance(m, nn.ReLU) else (m.min_val, m.max_val)
-    def does_it(o):
-        if not (w.integer and isinstance(o, Rounder) and o.on): return False
-        return (-127*o.scale.item() if o.signed else 0) >= low and 255*o.scale.item() <= high + o.scale.item()/2
-    if all(does_it(o) for o in _readers(w, node)): return w.same(node)
+    behind = [_grid(o) if w.integer and isinstance(o, Rounder) and o.on else None for o in _readers(w, node)]
+    if all(g and (-127*g[0] if g[1] else 0) >= low and (127 if g[1] else 255)*g[0] <= high + g[0]/2 for g in behind): return w.same(node)
+    if all(behind): x = w.pair(f'{node.name}.before', x, behind[0])
     if (low, high) == (0, math.inf): return w.move(node, w.op('Relu', node.name, x))
     w.move(node, w.op('Clip', node.name, x, w.const(f'{node.name}.low', low), w.const(f'{node.name}.high', high)))
 
