@@ -399,14 +399,15 @@ class _Attention(nn.Module):
             layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias is not None)
             layer.weight, layer.bias = (o if o is None else nn.Parameter(o.detach().clone()) for o in (weight, bias))
             self.add_module(name, layer)
-        self.out_proj, self.heads, self.batch_first = m.out_proj, m.num_heads, m.batch_first
+        self.out_proj = m.out_proj
+        for name in ('embed_dim', 'kdim', 'vdim', 'num_heads', 'head_dim', 'batch_first', 'dropout'): setattr(self, name, getattr(m, name))
 
     def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
         if key_padding_mask is not None or attn_mask is not None or is_causal: raise NotImplementedError("attention with a mask")
         q, k, v = (f(x) if self.batch_first else f(x).transpose(0, 1) for f, x in ((self.q, query), (self.k, key), (self.v, value)))
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         if need_weights:
-            shares = (q @ k.transpose(-2, -1) * (self.q.out_features//self.heads)**-.5).softmax(-1)
+            shares = (q @ k.transpose(-2, -1) * self.head_dim**-.5).softmax(-1)
             out = shares @ v
         else: shares, out = None, F.scaled_dot_product_attention(q, k, v)
         out = self.out_proj(out.transpose(1, 2).flatten(2))

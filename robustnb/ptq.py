@@ -54,6 +54,13 @@ def _moves_only(node, model):
     item = node.op == 'call_function' and node.target is getitem
     return _is(node, model, _moves) or item and not (isinstance(node.args[1], int) and node.args[0].op == 'call_module')
 
+def _of_image(model):
+    "The nodes that depend on the image, not on weights alone."
+    found = set()
+    for node in model.graph.nodes:
+        if node.op == 'placeholder' or not found.isdisjoint(node.all_input_nodes): found.add(node)
+    return found
+
 def rounding_points(
     model:fx.GraphModule,   # A folded graph, as `fold_batchnorm` gives it
 )->list:                    # Nodes after which a tensor is rounded, in the order of the calls
@@ -61,9 +68,8 @@ def rounding_points(
     output = next(n for n in model.graph.nodes if n.op == 'output')
     logits = output.all_input_nodes
     while any(_moves_only(n, model) for n in logits): logits = [m for n in logits for m in (n.all_input_nodes if _moves_only(n, model) else [n])]
-    points, of_image = [], set()
+    points, of_image = [], _of_image(model)
     for node in model.graph.nodes:
-        if node.op == 'placeholder' or not of_image.isdisjoint(node.all_input_nodes): of_image.add(node)
         if node not in of_image or not node.users: continue
         computed = node.op in ('call_module', 'call_function', 'call_method') and not (_is(node, model, _clips) or _moves_only(node, model))
         first = node.op == 'placeholder' and not all(_is(u, model, (Normalize,)) for u in node.users)
@@ -85,6 +91,7 @@ def _sample(x, room):
 
 def _derives(layer, x):
     "Does `layer` compute with something else than its weight, a standardised one for example? Then doubling the weight does not double the answer."
+    if 'weight' not in dict(layer.named_parameters(recurse=False)): return True
     if type(layer).forward in [kind.forward for kind in _weighted]: return False
     one = copy.deepcopy(layer)
     if one.bias is not None: one.bias.zero_()
@@ -184,12 +191,13 @@ def _unrounded(model, done):
 
 _seen_through = ('torch', '_operator', 'operator', 'math', 'builtins', 'robustnb', '__main__')
 
-def _opaque(model):
-    "Names of the calls that hide several steps."
-    hides = lambda n: any(True for _ in model.get_submodule(n.target).children()) or isinstance(model.get_submodule(n.target), (nn.RNNBase, nn.MultiheadAttention)) \
-        if n.op == 'call_module' else n.op == 'call_function' and n.target is F.scaled_dot_product_attention or \
-        n.op == 'call_function' and (getattr(n.target, '__module__', None) or 'torch').partition('.')[0] not in _seen_through and not _is(n, model, _moves)
-    return tuple(n.name for n in model.graph.nodes if hides(n))
+def _hides(node, model):
+    "Does the call take several steps that the graph does not show?"
+    if node.op == 'call_module':
+        layer = model.get_submodule(node.target)
+        return any(True for _ in layer.children()) or isinstance(layer, (nn.RNNBase, nn.MultiheadAttention))
+    if node.op != 'call_function' or _is(node, model, _moves): return False
+    return node.target is F.scaled_dot_product_attention or (getattr(node.target, '__module__', None) or 'torch').partition('.')[0] not in _seen_through
 
 # %% ../nbs/api/41_ptq.ipynb #b1f0c006
 @torch.no_grad()
@@ -202,7 +210,7 @@ def quantize(
     spec, seen = quant_spec(spec), images if isinstance(images, Calibration) else calibrate(model, images)
     if seen.model is not model: raise ValueError("`images` must be images, or the `Calibration` of this very `model`; got that of another. Call `calibrate(model, images)`.")
     q, done = copy.deepcopy(seen.graph), set()
-    nodes = {n.name: n for n in q.graph.nodes}
+    nodes, of_image = {n.name: n for n in q.graph.nodes}, _of_image(q)
     for name, values in seen.values.items():
         q.add_submodule(f'round_{name}', Rounder(spec, values))
         with q.graph.inserting_after(nodes[name]): new = q.graph.call_module(f'round_{name}', (nodes[name],))
@@ -213,5 +221,5 @@ def quantize(
         weight.copy_(fake_quantize(weight, spec.weights, choose_scale(weight, spec.weights, spec.rule, spec.per_channel)))
         done |= {name, bias}
     q.recompile()
-    _keep(q, spec=spec, left_float=_unrounded(q, done), opaque=_opaque(q))
+    _keep(q, spec=spec, left_float=_unrounded(q, done), opaque=tuple(n.name for n in nodes.values() if n in of_image and _hides(n, q)))
     return q.requires_grad_(False).eval()
