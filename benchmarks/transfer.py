@@ -22,7 +22,7 @@ from robustnb.evaluation import crafted_on, robustness_curve
 from robustnb.generator import generate, train_generator
 from robustnb.models import load_model
 from robustnb.predictors import noise_sum, softmax_js
-from robustnb.ptq import quantize
+from robustnb.ptq import calibrate, quantize
 from robustnb.threat import Linf
 
 formats = [f'INT{b}' for b in range(2, 9)] + [f'POT{b}' for b in range(2, 9)] + [f'FLOAT{b}_E{e}' for b in range(3, 9) for e in range(1, b-1)]
@@ -38,20 +38,21 @@ def begin(path, args):
     model, name = load_model(path), Path(path).parent.name
     generator, _ = train_generator(model, seed=args.seed)
     x, targets = generate(generator, args.probes, seed=args.seed)
+    ranges = calibrate(model, x)
     logits = predict(model, x)
     threats = [Linf(float(e)/255) for e in args.eps.split(',')]
     few, own, images = x[:args.attacked], logits[:args.attacked].argmax(1), args.test
     attack = partial(pgd, steps=10)
     roads = dict(probes=crafted_on(model, attack), test=crafted_on(model, attack))
     before = dict(probes=robustness_curve(model, few, own, roads['probes'], threats, args.seed), test=robustness_curve(model, images.x[:args.attacked], images.labels[:args.attacked], roads['test'], threats, args.seed))
-    return dict(model=model, name=name, x=x, targets=targets, logits=logits, threats=threats, few=few, own=own, roads=roads, attack=attack,
+    return dict(model=model, name=name, x=x, ranges=ranges, targets=targets, logits=logits, threats=threats, few=few, own=own, roads=roads, attack=attack,
                 before={k: standing(v) for k, v in before.items()}, right=predict(model, images.x).argmax(1) == images.labels)
 
 
 def measured(net, fmt, args):
     "Answers of one format's copy on probes, unlabelled and labelled photographs, clean and attacked"
     began, model, test = time.perf_counter(), net['model'], args.test
-    q = quantize(model, fmt, net['x'])
+    q = quantize(model, fmt, net['ranges'])
     layers = {f'noise_{k}': v for k, v in noise_sum(model, q, net['x'][:100]).items()} | {f'softmax_js_{k}': v for k, v in softmax_js(model, q, tuple(test.x.shape[1:])).items()}
     answers, real = predict(q, net['x']), predict(q, args.unlabelled)
     right = predict(q, test.x).argmax(1) == test.labels
