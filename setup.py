@@ -19,7 +19,8 @@ setup(
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path']+'.*']),
     package_data={cfg['lib_path']: ['*.json']},
     python_requires='>='+cfg['min_python'],
-    install_requires=lines('requirements'), extras_require={'dev': lines('dev_requirements')},
+    install_requires=lines('requirements'),
+    extras_require={'dev': lines('dev_requirements'), 'export': lines('export_requirements')},
     entry_points={'console_scripts': lines('console_scripts'),
                   'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
 )
