@@ -158,18 +158,30 @@ def levels(
 
 # %% ../nbs/api/40_quant.ipynb #f8fc3cf3
 @torch.no_grad()
-def _errors(rows, full, shares, fmt, signed):
-    "Squared error of each row when the largest level stands for each share of `full`, as (shares, rows, 1)."
-    found, wide = torch.zeros(len(shares), len(rows), 1, dtype=torch.float64, device=rows.device), _piece if rows.device.type == 'cpu' else rows.numel()
+def _errors(rows, scales, fmt, signed):
+    "Squared error of each row for each of the scales, as (scales, rows, 1)."
+    found, wide = torch.zeros(len(scales), len(rows), 1, dtype=torch.float64, device=rows.device), _piece if rows.device.type == 'cpu' else rows.numel()
     high = max(1, wide//rows.shape[1])
     for i in range(0, len(rows), high):
         for a in rows[i:i+high].split(wide, 1):
             v, t = torch.empty_like(a), torch.empty_like(a)
-            for k, share in enumerate(shares):
-                s = full[i:i+high]*share
+            for k, s in enumerate(scales[:, i:i+high].unbind()):
                 found[k, i:i+high] += _snap_(torch.div(a, s, out=v), t, fmt, signed).mul_(s).sub_(a).square_().sum(1, keepdim=True)
     return found
 
+_many = 2**20
+
+def _least_error(rows, full, fmt, signed):
+    "The share of `full` with the least error, of 33; among many values a quarter of the shares first, then the neighbours of the best."
+    shares, coarse = torch.linspace(1, .2, 33).to(full), 1 if rows.numel() <= _many else 4
+    best = coarse*_errors(rows, full*shares[::coarse, None, None], fmt, signed).argmin(0)
+    while coarse > 1:
+        coarse //= 2
+        near = torch.stack([best, (best-coarse).clamp(min=0), (best+coarse).clamp(max=32)])
+        best = near.gather(0, _errors(rows, full*shares[near], fmt, signed).argmin(0, keepdim=True))[0]
+    return full*shares[best]
+
+# %% ../nbs/api/40_quant.ipynb #a1f0c003
 _rules = ('mse', 'minmax', 'percentile')
 
 def choose_scale(
@@ -189,9 +201,7 @@ def choose_scale(
         inner = rows.abs().kthvalue(math.ceil(.999*rows.shape[1]), 1, keepdim=True).values
         most = torch.where(inner > 0, inner, most)
     scale = torch.where(most > 0, most, torch.ones_like(most)) / fmt.top(signed)
-    if rule == 'mse':
-        shares = torch.linspace(1, .2, 33)
-        scale = scale*shares.to(scale)[_errors(rows, scale, shares.tolist(), fmt, signed).argmin(0)]
+    if rule == 'mse': scale = _least_error(rows, scale, fmt, signed)
     return scale.view(-1, *[1]*(x.ndim-1)) if per_channel else scale.reshape([1]*x.ndim)
 
 # %% ../nbs/api/40_quant.ipynb #fb7bb6d5
