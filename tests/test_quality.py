@@ -81,6 +81,15 @@ def test_survivors_withstand_both_losses(small):
     assert torch.equal(survivors(model, x[:7], y[:7], (1/255,), steps=5)[1], survivors(model, x, y, (1/255,), steps=5)[1][:7]), 'an image does not know its batch'
 
 
+def test_a_classifier_too_sure_for_the_cross_entropy_falls_to_the_margin():
+    model = Reader(scale=1e5).eval()
+    x = .3 + .4*torch.rand(50, 3, 4, 4, generator=make_generator(1))
+    y = predict(model, x).argmax(1)
+    gap = -margin(predict(model, x), y)
+    assert gap.median() > 500, 'its softmax is one exactly'
+    assert torch.equal(survivors(model, x, y, (.01,))[1], gap > 2e5*.01)
+
+
 @pytest.mark.parametrize('name', ('Inception_BN', 'AlexNet', 'MobileNetV2'))
 def test_features_are_what_makes_the_logits(name):
     model = build_model(name, width=.0625, n_classes=7)
@@ -134,6 +143,8 @@ def test_best_shares_are_those_of_least_squares():
 def test_unlabelled_images_are_matched_in_their_margins(pair):
     g, model = pair
     real = compose(g, model, 400, Shares(.6, 0., spread=.5), seed=9)[0]
+    noise = torch.rand(1000, 3, 4, 4, generator=make_generator(0))
+    assert torch.allclose(Q._statistic(model, noise, 1/255, 0)[1], torch.arange(1, 10)/10, atol=2e-3), 'deciles'
     shares, history = adjust(g, model, real, n=300, rounds=8)
     assert shares.boundary == pytest.approx(.6, abs=.1) and shares.adversarial < .1 and shares.spread in (.25, .5, 1.)
     kept = history[history.kept]
@@ -179,6 +190,7 @@ def test_batch_norm_is_a_target_of_its_own(small):
     g, model = small
     value, wanted = Q._statistic(model, None, 1/255, 0)
     bns = [bn for _, bn in batchnorms(model)]
+    for bn in bns: bn.running_var.uniform_(.3, 3, generator=make_generator(7)), bn.running_mean.uniform_(-.3, .3, generator=make_generator(8))
     x = torch.rand(50, 3, 16, 16, generator=make_generator(0))
     with torch.no_grad(), bn_inputs(model) as seen: model(x)
     slow = []
@@ -212,7 +224,7 @@ def test_what_is_not_a_target(pair):
 def test_quality_table_against_slow_versions(pair):
     g, model = pair
     x, t = generate(g, 60, .5)
-    x = x.clone(); x[:6] = 0.
+    x = x.clone(); x[:4], x[4:6] = 0., 1.
     real = ImageSet((torch.rand(50, 4, 4, 3, generator=make_generator(0))*255).byte().numpy(), np.arange(50) % 4, 4)
     table = generator_quality(model, dict(made=(x, t)), real, eps=(.01,)).set_index('set')
     assert list(table.index) == ['made', 'real'] and list(table.n) == [60, 50]
@@ -290,6 +302,14 @@ def test_optimised_images(small):
     assert torch.equal(optimise_images(model, t, steps=12, batch_size=4, size=16)[0], x)
     assert not torch.equal(optimise_images(model, t, steps=12, batch_size=4, size=16, seed=1)[0], x)
     with pytest.raises(TypeError, match='Use `wrap_model`'): optimise_images(model.net, t)
+    z = ((start-model.normalize.mean)/model.normalize.std).requires_grad_()
+    with bn_inputs(model) as seen: logits = model((model.normalize.mean + model.normalize.std*z)[4:])
+    loss = nn.functional.cross_entropy(logits, t[4:])
+    assert history[(history.batch == 1) & (history.step == 1)].cross_entropy.item() == pytest.approx(loss.item(), rel=1e-3)
+    grad, = torch.autograd.grad(loss + bn_distance(seen), z)
+    inside = ((start > .03) & (start < .97))[4:]
+    moved = (optimise_images(model, t, steps=1, batch_size=4, size=16)[0]-start)[4:]
+    assert (moved.sign() == -grad[4:].sign())[inside].float().mean() > .99, 'the first step of Adam follows the sign of the whole loss'
 
 
 def made_up(factors, noise=0.):
