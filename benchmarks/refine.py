@@ -109,7 +109,7 @@ if __name__ == '__main__':
     rows = pd.concat([pd.read_csv(f, keep_default_na=False) for f in sorted(args.work.glob('*.csv'), key=lambda f: f.stat().st_mtime)])
     path = Path(args.out)/f'refine_{args.name}.csv'
     rows.to_csv(path, index=False)
-    said = dict(data=Path(args.data).name, models={m: f'{n.name}, width {n.width:g}' for m in args.models.split(',') for n in [load_model(m)]}, formats=args.formats, mixed=args.mixed, n_calibration=args.n,
+    said = dict(data=Path(args.data).name, models=[f'{n.name}, width {n.width:g}' for n in map(load_model, args.models.split(','))], formats=args.formats, mixed=args.mixed, n_calibration=args.n,
                 n_test=args.n_test, test_seed=0, calibration_seed=1, generator_steps=args.steps, generator_seed=0, rounding_steps=100, rounding_places=2048, noise_images=64, interval='95 %, Wilson',
                 cpu_seconds_of_this_call=round(seconds), cpu_seconds_of_the_options=round(rows.seconds.sum()))
     save_json(manifest(**said), path.with_suffix('.json'))

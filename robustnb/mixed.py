@@ -72,9 +72,8 @@ def _greedy(choices, budget):
     while step := _best_step(choices, at, budget - used(), False): at[step[0]] = step[1]
     return at
 
-def _other_bits(model):
-    "Bits of everything that is not a weight of a layer in the folded model"
-    clean = fold_batchnorm(model)
+def _other_bits(clean):
+    "Bits of everything in a folded model that is not a weight of a layer"
     weights = {m.weight for m in _layers(clean).values()}
     running = sum(b.numel() for n, b in clean.named_buffers() if n.endswith(('running_mean', 'running_var')))
     return 32*(sum(p.numel() for p in clean.parameters()) - sum(w.numel() for w in weights) + running)
@@ -93,9 +92,10 @@ def assign_bits(
     given = {k: v for k, v in dict(budget_kb=budget_kb, budget_mbops=budget_mbops).items() if v is not None}
     if len(given) != 1: raise ValueError(f"one of `budget_kb` and `budget_mbops` must be given; got {given or 'neither'}.")
     spec, noise = quant_spec(spec), weight_noise(model, images, formats, spec) if noise is None else noise
-    (name, budget), by = given.popitem(), spec.activations.bits
+    (name, budget), by, clean = given.popitem(), spec.activations.bits, fold_batchnorm(check_model(model))
+    if odd := sorted(set(_layers(clean)) ^ set(noise.layer)): raise ValueError(f"`noise` must be that of `model`; {odd[:3]} are in one of the two only. Measure it with `weight_noise`.")
     in_bytes = name == 'budget_kb'
-    choices, other = _choices(noise, 'params' if in_bytes else 'macs'), _other_bits(model) if in_bytes else 0
+    choices, other = _choices(noise, 'params' if in_bytes else 'macs'), _other_bits(clean) if in_bytes else 0
     least = sum(options[-1]['use'] for options in choices.values())
     least = -(-(least+other)//8)/1000 if in_bytes else least*by/1e6
     if not budget >= least: raise ValueError(f"`{name}` must be at least {least}, what the narrowest formats take; got {budget}. Allow more, or give narrower `formats`.")
