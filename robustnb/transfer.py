@@ -200,7 +200,7 @@ def _notes(probes, facts, quantised, before, before_test):
     "What a reader has to keep in mind, in sentences."
     notes = ['The links were fitted on narrow CIFAR-10 networks; their interval is the error on a network that was left out, not a guarantee for yours.',
              'Robust accuracy is what survives projected gradient descent, white-box and transferred from the original; a stronger attack will find more.',
-             'The robust link was fitted at Linf 0.5/255 to 2/255; for a threat far from these look at robust_flips in the table too: what the same attack does to the probes.',
+             'The robust link was fitted at Linf 1/255; for another threat look at robust_flips in the table too: how the copy fares on the images that an attack made of the probes.',
              'Logits are returned in full precision and biases kept in 32 bits; every other stored tensor is rounded.']
     if 'no batch norm' in probes: notes.append('The network has no batch norm, so the generator knew only channel means and deviations: trust the predictions less.')
     if facts.get('clip_rate', 0) > .2: notes.append(f"{facts['clip_rate']:.0%} of the generated pixels are black or white at the clamp.")
