@@ -101,7 +101,7 @@ def _round_in_float(w, base, x, rounder):
     large = const(1.5*2**23*2.**(fmt.lowest-mantissa))
     tiny = op('Sub', op('Add', v, large), large)
     near = op('Where', op('Less', op('Abs', v), const(2.**fmt.lowest)), tiny, normal)
-    return op('Mul', op('Clip', near, *ends), scale)
+    return op('Mul', near, scale)
 
 def _grid(rounder): return rounder.scale.item(), 128 if rounder.signed else 0
 

@@ -275,6 +275,9 @@ def test_large_biases_of_small_weights(bias, tmp_path):
     export_onnx(q, tmp_path/'m.onnx', (3, 8, 8))
     there = run_onnx(tmp_path/'m.onnx', x)
     assert (there-predict(q, x)).abs().max() <= .02*predict(q, x).abs().max()
+    held = {o.name: onnx.numpy_helper.to_array(o) for o in onnx.load(tmp_path/'m.onnx').graph.initializer}
+    assert held['net_0.weight.levels'][0].any() == (bias == 0) and not held['net_0.weight.levels'][1].any() and abs(held['net_0.weight.levels'][2:]).max((1, 2, 3)).tolist() == [127, 127]
+    assert {o.item() for k, o in held.items() if o.dtype == 'uint8'} == {0, 128}, 'level 0 stands at 0, or at 128 where values may be negative'
 
 
 def test_weights_are_found_again():
