@@ -102,15 +102,17 @@ def test_a_threat_and_its_class_are_one_family_and_eps_does_not_matter():
     assert not torch.allclose(first_order_radius(net, x, y, L2), first_order_radius(net, x, y))
 
 
-def test_many_classes_look_at_the_likeliest_nine():
-    net, x = linear(14), .49+.02*pixels(40, 3, 4, 4)
+@pytest.mark.parametrize('k', (10, 11, 14))
+def test_nine_others_are_all_of_ten_classes_and_the_likeliest_of_more(k):
+    net, x = linear(k), .49+.02*pixels(40, 3, 4, 4)
     with torch.no_grad():          # the last class is the least likely and the nearest
-        net[1].weight[13] *= 400
-        net[1].bias[13] -= predict(net, x)[:, 13].max() - predict(net, x)[:, :13].min() + 1
+        net[1].weight[-1] *= 400
+        net[1].bias[-1] -= predict(net, x)[:, -1].max() - predict(net, x)[:, :-1].min() + 1
     y = predict(net, x).argmax(1)
-    usual, all_of_them, nine = (first_order_radius(net, x, y, **k) for k in ({}, dict(others=99), dict(others=9)))
-    assert torch.equal(usual, nine) and torch.equal(all_of_them, first_order_radius(net, x, y, others=13))
-    assert (predict(net, x).argmin(1) == 13).all() and (all_of_them <= usual).all() and (all_of_them < .9*usual).float().mean() > .2
+    usual, all_of_them, nine = (first_order_radius(net, x, y, **o) for o in ({}, dict(others=99), dict(others=9)))
+    assert torch.equal(usual, nine) and torch.equal(all_of_them, first_order_radius(net, x, y, others=k-1)) and (predict(net, x).argmin(1) == k-1).all()
+    if k == 10: assert torch.equal(usual, all_of_them) and (usual < .9*first_order_radius(net, x, y, others=8)).float().mean() > .2
+    else: assert (all_of_them <= usual).all() and (all_of_them < .9*usual).float().mean() > .2
     torch.testing.assert_close(usual, slow_radius(net.double(), x.double(), y, Linf, 9).float(), rtol=1e-3, atol=1e-6)
 
 
