@@ -175,6 +175,12 @@ def test_attention_with_a_learned_key_stays_closed_and_is_named():
     assert q.opaque == ('net_attention',) and 'round_getitem' in dict(q.named_modules()), 'what it returns is rounded although it comes in a tuple'
 
 
+def test_a_transformer_layer_of_torch_is_one_call_and_named():
+    net = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Flatten(2), nn.Linear(16, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(), nn.Linear(64, 3)))
+    q = quantize(model_of(net), 'INT8', images())
+    assert q.opaque == ('net_3',) and {'net.3.self_attn.in_proj_weight', 'net.3.norm1'} <= set(q.left_float) and 'net.3.linear1' not in q.left_float
+
+
 class Masked(Attention):
     "Attention that is told what not to look at"
     def forward(self, x): return super().forward(x, attn_mask=torch.zeros(16, 16))

@@ -208,3 +208,22 @@ def test_weights_alone_take_the_powers_of_two():
     spec = quant_spec('APOT4', rule='percentile')
     assert (str(spec.activations), str(spec), spec.rule) == ('INT8', 'APOT4', 'percentile') and str(quant_spec('APOT4/APOT4')) == 'APOT4/APOT4'
     with pytest.raises(ValueError, match="'minmax', 'percentile' or 'mse'; got 'best'"): quant_spec('INT8', rule='best')
+
+
+@pytest.mark.parametrize('name', ('INT8', 'INT4', 'INT2', 'FLOAT4', 'APOT4'))
+def test_among_many_values_the_search_tries_fewer_scales_and_finds_nearly_the_same(name, monkeypatch):
+    fmt, g = number_format(name), make_generator(0)
+    x = torch.stack([torch.randn(4000, generator=g), torch.randn(4000, generator=g)**3, torch.rand(4000, generator=g), torch.randn(4000, generator=g).exp()])
+    tried, errors = [], quant._errors
+    monkeypatch.setattr(quant, '_errors', lambda rows, scales, *args: (tried.append(len(scales)), errors(rows, scales, *args))[1])
+    def search(many):
+        monkeypatch.setattr(quant, '_many', many), tried.clear()
+        scale = choose_scale(x, fmt, per_channel=True)
+        return (fake_quantize(x, fmt, scale)-x).square().sum(1), scale, sum(tried)
+    (exact, fine, all_of_them), (quick, coarse, some) = search(x.numel()), search(x.numel()-1)
+    assert (all_of_them, some) == (33, 15) and (quick >= exact*(1-1e-5)).all() and (quick < 1.05*exact).all()
+    full = choose_scale(x, fmt, 'minmax', per_channel=True)
+    steps = ((1-coarse/full)*40).flatten()
+    assert (steps-steps.round()).abs().max() < 1e-3 and steps.min() > -1e-3 and steps.max() < 32.001, 'one of the 33 shares'
+    on_grid = ((1-fine/full)*10).flatten()
+    assert name == 'INT8' or ((on_grid-on_grid.round()).abs() > .1).any(), 'the neighbours of the coarse shares are tried too'
