@@ -24,7 +24,7 @@ from robustnb.momentum import _even
 from robustnb.oracle import Queries, descriptor_distance
 from robustnb.students import Mixture, load_descriptor
 from robustnb.threat import SSIM
-from robustnb.verification import ablation, attack_table, compare_attacks, make_pairs
+from robustnb.verification import ablation, attack_table, attacked_images, compare_attacks, make_pairs
 
 rule = SSIM(.95 + 2e-6)     # a hair inside, so that the organiser's own arithmetic agrees
 
@@ -63,27 +63,34 @@ def white_box(oracle, x, targets, threat, generator=None, box=None, steps=300):
 
 def deliver(args, rows, **facts):
     path = Path(args.out)/f'descriptors_{args.part}_{args.name}.csv'
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows.to_csv(path, index=False)
     said = {k: getattr(args, k) for k in ('name', 'n_pairs', 'seed', 'budgets')} | dict(data=Path(args.data).name, students=[Path(o).stem for o in args.students.split(',')])
     save_json(manifest(**said) | facts, path.with_suffix('.json'))
 
 
 def compare(args, attacks, queries, teacher, x, targets):
-    group = len(x) if args.group is None else args.group
-    rows = compare_attacks(attacks, lambda: Queries(teacher, queries*min(group, len(x))), x, targets, rule, args.seed, args.work/args.name/str(queries), group)
+    rows = compare_attacks(attacks, lambda: Queries(teacher, queries*len(x)), x, targets, rule, args.seed, args.work/args.name/str(queries), len(x))
     return rows.assign(budget=queries, group=rows.image//5)     # intervals over pairs
+
+
+def ours(args, q, students, *data):
+    "This project's attack; squares, which need no training, for more questions than it is worth"
+    if q <= args.learned: return compare(args, {'robustnb': partial(attack_descriptor, students=students, plan=Plan(q))}, q, *data)
+    first = ours(args, args.learned, students, *data)
+    start = to_float(torch.from_numpy(attacked_images(args.work/args.name/str(args.learned), 'robustnb')))
+    more = compare(args, {'robustnb': partial(square_descriptor, start=start, queries=q-args.learned, p=.05)}, q, *data)
+    return more.assign(queries=more.queries + first.queries, seconds=more.seconds + first.seconds)
 
 
 def part_compare(args):
     teacher, students, x, targets = begin(args)
-    ours = lambda q: partial(attack_descriptor, students=students, plan=Plan(q))
     free = {'noise': noise, 'baseline, fault': partial(baseline, students=students[:1], range_fault=True), 'baseline': partial(baseline, students=students[:1])}
     parts = [compare(args, free, 2, teacher, x, targets)]
     for q in args.budgets:
         attacks = {'second place': partial(second_place, students=students, queries=min(q, 500)), 'masked signs': partial(fgsm_masked, students=students, queries=min(q, 500)), 'square': partial(square_descriptor, queries=q), 'nes': partial(nes_descriptor, queries=q)}
-        if q <= args.most: attacks['robustnb'] = ours(q)
-        parts.append(compare(args, attacks, q, teacher, x, targets))
-        print(q, attack_table(parts[-1], 'second place').round(4).to_string(), flush=True)
+        parts += [compare(args, attacks, q, teacher, x, targets), ours(args, q, students, teacher, x, targets)]
+        print(q, attack_table(pd.concat(parts[-2:]), 'second place').round(4).to_string(), flush=True)
     parts.append(compare(args, {'white box': partial(white_box, box=teacher)}, 300, teacher, x, targets))
     deliver(args, pd.concat(parts))
 
@@ -136,8 +143,7 @@ def main():
     parser.add_argument('--students', required=True, help='files of robustnb_distill, separated by commas')
     parser.add_argument('--n_pairs', type=int, default=6)
     parser.add_argument('--budgets', type=lambda s: [int(o) for o in s.split(',')], default=[50, 100, 500, 5000])
-    parser.add_argument('--most', type=int, default=500, help="largest budget of this project's attack")
-    parser.add_argument('--group', type=int, help='images attacked together; all by default')
+    parser.add_argument('--learned', type=int, default=500, help="questions of this project's attack; more go to squares")
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--work', type=Path, default=Path('descriptors_work'))

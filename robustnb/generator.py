@@ -52,12 +52,14 @@ def draw_targets(
     n_classes:int,              # Classes K
     boundary:float,             # Share of samples between two classes, in [0,1]
     generator:torch.Generator,  # Draws classes and weights
+    spread:float=1.,            # Scale of the two draws, >= 0; 0 puts every pair halfway
 )->Tensor:                      # Class mixtures (N,K), rows sum to 1
     "Soft labels of single classes and of pairs (Choi et al. 2021, arXiv:2111.02625)."
     if not (0 <= boundary <= 1): raise ValueError(f"`boundary` must be a share in [0, 1]; got {boundary}.")
+    if not (0 <= spread < float('inf')): raise ValueError(f"`spread` must be finite and not negative; got {spread}. 1 is that of the paper, 0 puts every pair halfway.")
     first = torch.randint(n_classes, (n,), generator=generator)
     second = (first + torch.randint(1, n_classes, (n,), generator=generator)) % n_classes
-    weights = torch.randn(n, 2, generator=generator).softmax(1)
+    weights = (spread*torch.randn(n, 2, generator=generator)).softmax(1)
     single = torch.arange(n) >= round(n*boundary)
     weights[single] = torch.tensor([1., 0.])
     return torch.zeros(n, n_classes).scatter_(1, first[:, None], weights[:, :1]).scatter_add_(1, second[:, None], weights[:, 1:])
@@ -69,11 +71,12 @@ def generate(
     n:int,                # Images
     boundary:float=.5,    # Share of images between two classes
     seed:int=0,           # Classes and noise
+    spread:float=1.,      # How far from halfway they are, as in `draw_targets`
 )->tuple[Tensor, Tensor]: # Images (N,C,H,W), pixels in [0,1]; class mixtures (N,K)
     "Images from the generator, shuffled."
     if generator.training: raise ValueError("`generator` must be in evaluation mode; call `generator.eval()`.")
     g = make_generator(seed, 'generate')
-    targets = draw_targets(n, len(generator.embedding), boundary, g)[torch.randperm(n, generator=g)]
+    targets = draw_targets(n, len(generator.embedding), boundary, g, spread)[torch.randperm(n, generator=g)]
     noise = torch.randn(n, generator.embedding.shape[1], generator=g)
     return torch.cat([generator(targets[s], noise[s]) for s in batches(n, 250)]), targets
 

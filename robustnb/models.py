@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -388,12 +389,45 @@ def _split_activations(model):
             model.set_submodule(name, nn.Sequential(OrderedDict(norm=bn, act=m.act)))
     return model
 
+# %% ../nbs/api/20_models.ipynb #c1f0c001
+class _Attention(nn.Module):
+    "What `nn.MultiheadAttention` does, as four linear layers and a call for attention between them"
+    def __init__(self, m):
+        super().__init__()
+        weights = m.in_proj_weight.chunk(3) if m._qkv_same_embed_dim else (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)
+        for name, weight, bias in zip('qkv', weights, (None,)*3 if m.in_proj_bias is None else m.in_proj_bias.chunk(3)):
+            layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias is not None)
+            layer.weight, layer.bias = (o if o is None else nn.Parameter(o.detach().clone()) for o in (weight, bias))
+            self.add_module(name, layer)
+        self.out_proj = m.out_proj
+        for name in ('embed_dim', 'kdim', 'vdim', 'num_heads', 'head_dim', 'batch_first', 'dropout'): setattr(self, name, getattr(m, name))
+
+    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
+        if key_padding_mask is not None or attn_mask is not None or is_causal: raise NotImplementedError("attention with a mask")
+        q, k, v = (f(x) if self.batch_first else f(x).transpose(0, 1) for f, x in ((self.q, query), (self.k, key), (self.v, value)))
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        if need_weights:
+            shares = (q @ k.transpose(-2, -1) * self.head_dim**-.5).softmax(-1)
+            out = shares @ v
+        else: shares, out = None, F.scaled_dot_product_attention(q, k, v)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        return out if self.batch_first else out.transpose(0, 1), shares.mean(1) if need_weights and average_attn_weights else shares
+
+def _show_attention(model):
+    "Opens `nn.MultiheadAttention`, unless a layer of torch reads its parts or it adds a learned key"
+    inside = {id(m) for layer in model.modules() if isinstance(layer, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) for m in layer.modules()}
+    opened = {}
+    for name, m in list(model.named_modules(remove_duplicate=False)):
+        if name and type(m) is nn.MultiheadAttention and id(m) not in inside and m.bias_k is None and not m.add_zero_attn:
+            model.set_submodule(name, opened.setdefault(id(m), _Attention(m)))
+    return model
+
 # %% ../nbs/api/20_models.ipynb #4addbfe0
 def trace(
     model:nn.Module,   # Takes one batch of images
 )->fx.GraphModule:     # A copy of the model as a graph, in evaluation mode; `Normalize` is one node
     "The layers of a model in the order of their calls (Reed et al. 2021, arXiv:2112.08429)."
-    model, tracer = _split_activations(deepcopy(model)).eval(), _Tracer()
+    model, tracer = _show_attention(_split_activations(deepcopy(model))).eval(), _Tracer()
     try: graph = fx.GraphModule(model, tracer.trace(model), type(model).__name__)
     except Exception as e:
         at = tracer.entered[-1] if tracer.entered else f"the model ({type(model).__name__})"

@@ -95,7 +95,7 @@ class Link:
     "Coefficients that turn measured change into a share of accuracy lost; make one with `fit_link`."
     features:tuple          # Columns it reads
     coefficients:tuple      # Intercept, then one slope per feature, of the log-odds
-    spread:float            # Half width of the 95% interval in log-odds, from models left out
+    spread:float            # Half width of the 95% interval in log-odds, from models that a bootstrap left out
     seen:tuple              # Smallest and largest log-odds in the fit
     models:tuple            # Models it was fitted on
 
@@ -107,25 +107,41 @@ class Link:
         loss = lambda z: cap/(1+np.exp(-z))
         return pd.DataFrame(dict(predicted=loss(z), lo=loss(z-self.spread), hi=loss(z+self.spread), outside=(z < self.seen[0]) | (z > self.seen[1])), index=rows.index)
 
+# %% ../nbs/api/43_similarity.ipynb #052ad1c3
+def _left_out(f, cap, loss, models, keep):
+    "Rows whose model is not in `keep`, and their log-odds as predicted from the models in it"
+    out = ~np.isin(models, keep)
+    drawn = np.concatenate([np.flatnonzero(models == k) for k in keep])
+    b = _fit(f[drawn], cap[drawn], loss[drawn])
+    return out, b[0] + f[out] @ b[1:]
+
 def fit_link(
     rows:pd.DataFrame,   # One row per model and format: model, n_classes, `features`, `target`
     features:tuple,      # Columns of measured change
     target:str,          # Column of measured loss, as a share of the accuracy
+    resamples:int=50,    # Bootstrap samples of models, >= 1
+    seed:int=0,          # Which models they hold
 )->tuple[Link, pd.DataFrame]:  # The link; each row's loss as predicted with its model left out
-    "Fit the link, and its interval by leaving one model out at a time."
-    names = tuple(dict.fromkeys(rows.model))
+    "Fit the link; its interval holds 95% of the errors on models that a bootstrap sample (Efron 1979, doi:10.1214/aos/1176344552) does not hold."
+    models = rows.model.to_numpy()
+    names = tuple(dict.fromkeys(models))
     if len(names) < 2: raise ValueError(f"`rows` must hold at least 2 models, so that one can be left out; got {names}.")
     f, cap, loss = _features(rows, features), 1 - 1/rows.n_classes.to_numpy(float), rows[target].to_numpy(float)
     z = np.zeros(len(rows))
     for name in names:
-        out = (rows.model == name).to_numpy()
-        b = _fit(f[~out], cap[~out], loss[~out])
-        z[out] = b[0] + f[out] @ b[1:]
-    spread = float(np.quantile(abs(_odds(cap/(1+np.exp(-z)), cap) - _odds(loss, cap)), .95))
+        out, z_out = _left_out(f, cap, loss, models, [k for k in names if k != name])
+        z[out] = z_out
+    left_out, errors, rng = rows.assign(predicted=cap/(1+np.exp(-z))), [], np.random.default_rng(seed)
+    odds = lambda z: _odds(cap/(1+np.exp(-z)), cap)
+    for _ in range(resamples):
+        keep = rng.choice(names, len(names))
+        while len(set(keep)) == len(names): keep = rng.choice(names, len(names))
+        out, z_out = _left_out(f, cap, loss, models, keep)
+        z[out] = z_out
+        errors.append(abs(odds(z) - _odds(loss, cap))[out])
     b = _fit(f, cap, loss)
     inside = b[0] + f @ b[1:]
-    left_out = rows.assign(predicted=cap/(1+np.exp(-z)))
-    return Link(tuple(features), tuple(b.tolist()), spread, (float(inside.min()), float(inside.max())), names), left_out
+    return Link(tuple(features), tuple(b.tolist()), float(np.quantile(np.concatenate(errors), .95)), (float(inside.min()), float(inside.max())), names), left_out
 
 # %% ../nbs/api/43_similarity.ipynb #444e3375
 _links = Path(__file__).parent/'links.json' if '__file__' in globals() else Path('../../robustnb/links.json')

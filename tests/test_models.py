@@ -289,3 +289,47 @@ def test_cost_of_shared_and_transposed_layers():
     assert table.params.tolist() == [81, 0, 3*5*4 + 5]
     assert table.macs.tolist() == [16*81, 16*81, 16*3*5*4]
     assert model_bytes(nn.Sequential(conv, conv), 4) == -(-81*4//8)
+
+
+class Attending(nn.Module):
+    "One attention module called twice"
+    def __init__(self, **how):
+        super().__init__()
+        self.patches, self.attention, self.head = nn.Conv2d(3, 8, 8, 8), nn.MultiheadAttention(8, 2, **{'batch_first': True, **how}), nn.Linear(8, 4)
+        self.again = self.attention
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        y, shares = self.attention(x, x, x)
+        z, each = self.again(y, x, x, average_attn_weights=False)
+        assert self.attention.embed_dim == self.attention.num_heads*self.attention.head_dim == 8
+        return self.head(z.mean(1)) + shares[:, 0, :4] + each[:, 1, 0, :4]
+
+
+def test_attention_becomes_layers_that_say_the_same():
+    torch.manual_seed(0)
+    model, x = wrap_model(Attending().eval(), (.5,)*3, (.25,)*3), torch.rand(3, 3, 32, 32)
+    nn.init.normal_(model.net.attention.in_proj_bias)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    graph = trace(model)
+    assert torch.allclose(graph(x), model(x), atol=1e-5)
+    calls = [n.target for n in graph.graph.nodes if n.op == 'call_module']
+    assert not any(isinstance(m, nn.MultiheadAttention) for m in graph.modules()) and calls.count('net.attention.q') == 2, 'shared as before'
+    assert torch.equal(torch.cat([getattr(graph.net.attention, k).weight for k in 'qkv']), model.net.attention.in_proj_weight)
+    assert model.state_dict().keys() == before.keys() and isinstance(model.net.attention, nn.MultiheadAttention)
+    graph.net.attention.q.weight.data.zero_(), graph.net.attention.out_proj.weight.data.zero_()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), 'the original is left as it is'
+
+
+@pytest.mark.parametrize('how', (dict(add_bias_kv=True), dict(add_zero_attn=True)))
+def test_attention_with_learned_keys_or_zeros_stays_one_call(how):
+    model = wrap_model(Attending(**how).eval(), (.5,)*3, (.25,)*3)
+    x = torch.rand(2, 3, 32, 32)
+    graph = trace(model)
+    assert isinstance(graph.net.attention, nn.MultiheadAttention) and torch.allclose(graph(x), model(x), atol=1e-5)
+
+
+def test_a_transformer_layer_of_torch_keeps_its_own_attention():
+    net = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Flatten(2), nn.Linear(16, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(), nn.Linear(64, 3)).eval()
+    model, x = wrap_model(net, (.5,)*3, (.25,)*3), torch.rand(2, 3, 32, 32)
+    assert torch.allclose(trace(model)(x), model(x), atol=1e-5)
