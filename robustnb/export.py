@@ -121,6 +121,8 @@ def _refuse(node, what, why='is not known'):
 
 def _readers(w, node): return [w.graph.get_submodule(u.target) if u.op == 'call_module' else None for u in node.users]
 
+def _ends(w, node): return any(u.op == 'output' or not isinstance(m, Rounder) and _ends(w, u) for u, m in zip(node.users, _readers(w, node)))
+
 def _reshape(w, node, x):
     if _shape(node)[0] != 2: _refuse(node, node.target, 'mixes the images of a batch')
     return w.op('Reshape', node.name, x, w.const(f'{node.name}.shape', (-1, *_shape(node)[1:]), np.int64))
@@ -129,8 +131,7 @@ def _conv(w, node, m, x):
     before = node.all_input_nodes[0]
     if m.padding_mode != 'zeros': _refuse(node, type(m).__name__, f'pads with {m.padding_mode!r}, where only zeros can be written')
     pads, weight = m._reversed_padding_repeated_twice, m.weight
-    stored = any(isinstance(o, Rounder) for o in _readers(w, node))
-    if w.grid[before] and not stored and m.groups == 1 and weight[0, 0].numel() == math.prod(_shape(before)[2:]) == 1 and not any(pads):
+    if w.grid[before] and _ends(w, node) and m.groups == 1 and weight[0, 0].numel() == math.prod(_shape(before)[2:]) == 1 and not any(pads):
         flat = w.pair(f'{node.name}.flat', w.op('Flatten', f'{node.name}.row', x), w.grid[before])
         out = w.op('Gemm', f'{node.name}.sums', flat, *_weights(w, node, weight.flatten(1), m.bias), transB=1)
         return w.keep(node, _reshape(w, node, out))

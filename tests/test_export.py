@@ -209,6 +209,30 @@ def test_operators(name, tmp_path):
     if fused is None: assert set(check['ops']) <= {'QLinearConv', 'QGemm'}
 
 
+end = lambda *last: lambda: nn.Sequential(nn.Conv2d(3, 8, 8), nn.ReLU(), *last, nn.Flatten())
+convolutions = dict(
+    logits=(end(nn.Conv2d(8, 4, 1)), dict(QLinearConv=1, QGemm=1), 0), groups=(end(nn.Conv2d(8, 4, 1, groups=2)), dict(QLinearConv=1), 1),
+    padded=(end(nn.Conv2d(8, 4, 1, padding=1)), dict(QLinearConv=1), 1), squeezed=(end(nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1)), dict(QLinearConv=2, QGemm=1), 0),
+    oblong=(lambda: nn.Sequential(nn.Conv2d(3, 8, (3, 5), (2, 1), (0, 3), (1, 2)), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4)), dict(QLinearConv=1, QGemm=1), 0),
+    same=(lambda: nn.Sequential(nn.Conv2d(3, 8, (2, 4), padding='same'), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4)), dict(QLinearConv=1, QGemm=1), 0),
+    valid=(lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding='valid'), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)), dict(QLinearConv=1, QGemm=1), 0),
+    depthwise=(lambda: nn.Sequential(nn.Conv2d(3, 9, 3, 2, groups=3), nn.ReLU(), nn.Flatten(), nn.Linear(81, 4)), dict(QLinearConv=1, QGemm=1), 0))
+
+
+@pytest.mark.parametrize('name', convolutions)
+def test_convolutions(name, tmp_path):
+    "Padding, stride, groups; the last one in integers where it is a linear layer, else in float and reported"
+    make, ops, unfused = convolutions[name]
+    x, model = images(64, 8), model_of(seeded(make))
+    facts = export_onnx(model, tmp_path/'f.onnx', (3, 8, 8))
+    assert facts['layers'] == sum(ops.values())+unfused
+    torch.testing.assert_close(run_onnx(tmp_path/'f.onnx', x), predict(model, x), rtol=1e-4, atol=1e-5)
+    q = quantize(model, 'INT8', x)
+    export_onnx(q, tmp_path/'q.onnx', (3, 8, 8))
+    check = check_export(whole_biases(q, (3, 8, 8)), tmp_path/'q.onnx', x)
+    assert check['ops'] == ops and len(check['unfused']) == unfused and check['agreement'] >= .98 and check['max_logit_difference'] < .1*predict(q, x).std()
+
+
 def test_a_clip_goes_only_where_levels_end(tmp_path):
     "A ReLU6 stays in front of levels that reach beyond 6, a ReLU in front of levels with a sign"
     x = images(32, 8)
@@ -313,6 +337,16 @@ def test_the_engine_is_a_model(tmp_path):
     for n, v in whole_q.state_dict().items(): torch.testing.assert_close(v, state[n], rtol=1e-3, atol=1e-4)
     again = whole_biases(whole_q, (1, 8, 8))
     for n, v in again.state_dict().items(): torch.testing.assert_close(v, whole_q.state_dict()[n], rtol=1e-6, atol=1e-8)
+
+
+def test_how_the_engine_is_asked(tmp_path, monkeypatch, one_thread):
+    "As many threads as torch unless told, and no multiplication of bytes that saturates, whatever the processor"
+    export_onnx(nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten()).eval(), tmp_path/'m.onnx', (3, 8, 8))
+    seen, real = [], ort.InferenceSession
+    monkeypatch.setattr(ort, 'InferenceSession', lambda path, options, **kw: seen.append(options) or real(path, options, **kw))
+    run_onnx(tmp_path/'m.onnx', images(2, 8)), run_onnx(tmp_path/'m.onnx', images(2, 8), threads=2)
+    assert [o.intra_op_num_threads for o in seen] == [1, 2]
+    assert all(o.get_session_config_entry('session.x64quantprecision') == '1' for o in seen)
 
 
 class Calls(nn.Module):
