@@ -18,6 +18,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from .core import atomic_path, check_images, check_model, predict
 from .models import Normalize, fold_batchnorm
 from .ptq import Rounder
+from .quant import number_format
 
 # %% ../nbs/api/44_export.ipynb #a7fe4444
 def _need(name):
@@ -27,8 +28,8 @@ def _need(name):
 
 class _Writer:
     "An ONNX graph in the making: its nodes and constants, and for each node of `graph` the name and the levels of its value."
-    def __init__(self, graph, integer):
-        self.graph, self.integer, self.onnx = graph, integer, _need('onnx')
+    def __init__(self, graph, weights, integer):
+        self.graph, self.weights, self.integer, self.onnx = graph, weights, integer, _need('onnx')
         self.nodes, self.constants, self.name, self.grid, self.floats, self.whole = [], {}, {}, {}, [], {}
     def const(self, name, value, dtype=np.float32):
         value = value.detach().numpy() if isinstance(value, Tensor) else value
@@ -234,14 +235,16 @@ def _write(w, node):
 
 # %% ../nbs/api/44_export.ipynb #3b014bd6
 def _says(spec, writer):
-    "In words, what an engine makes of the file."
-    if spec is None: return 'Full precision: weights, activations and sums are float32.'
+    "The name of the format, and in words what an engine makes of the file."
+    if spec is None: return 'FP32', 'Full precision: weights, activations and sums are float32.'
+    name = str(spec) if writer.weights == {spec.weights} else f"{' and '.join(sorted(map(str, writer.weights)))} weights beside {spec.activations}"
     if not writer.integer:
-        return (f'No engine computes in {spec}: the weights are stored as the float32 numbers they were rounded to, and float operators round the activations. '
+        return name, (f'No engine computes in {name}: the weights are stored as the float32 numbers they were rounded to, and float operators round the activations. '
                 'Only the accuracy is real, not the time and not the size.')
-    less = '' if spec.weights.bits == 8 else f' Weights of {spec.weights.bits} bits are stored in 8.'
+    fewer = ', '.join(map(str, sorted({f.bits for f in writer.weights} - {8})))
+    less = f' Weights of {fewer} bits are stored in 8.' if fewer else ''
     floats = f" In float for want of whole weights or rounded inputs: {', '.join(writer.floats)}." if writer.floats else ''
-    return f'{spec}: weights and activations are 8-bit integers, biases 32-bit; the logits leave as floats.{less}{floats}'
+    return name, f'{name}: weights and activations are 8-bit integers, biases 32-bit; the logits leave as floats.{less}{floats}'
 
 def _translate(model, shape):
     "What a folded copy of `model` on the CPU computes, its format if it has one, the node of its logits, and their shape."
@@ -254,7 +257,8 @@ def _translate(model, shape):
         with torch.no_grad(): ShapeProp(graph).propagate(torch.zeros(2, *shape))
     except (RuntimeError, ValueError) as e:
         raise ValueError(f"`shape` must be the channels, height and width of images that `model` takes; got {shape!r}. It says: {e.__cause__ or e}") from e
-    w = _Writer(graph, spec is not None and spec.weights.kind == 'INT' and spec.weights.bits <= 8 and str(spec.activations) == 'INT8')
+    weights = {number_format(f) for f in getattr(model, 'layer_formats', {}).values()} or {spec.weights} if spec else set()
+    w = _Writer(graph, weights, spec is not None and str(spec.activations) == 'INT8' and all(f.kind == 'INT' and f.bits <= 8 for f in weights))
     for node in graph.graph.nodes:
         if node.op == 'placeholder': w.keep(node, 'images')
         elif node.op == 'output': logits = node.args[0]
@@ -274,12 +278,12 @@ def export_onnx(
     value = lambda name, dims: helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ['images', *dims])
     body = helper.make_graph(w.nodes, 'robustnb', [value('images', shape)], [value('logits', n_classes)],
                              [onnx.numpy_helper.from_array(v, k) for k, v in w.constants.items()])
-    says = _says(spec, w)
+    name, says = _says(spec, w)
     made = helper.make_model(body, opset_imports=[helper.make_opsetid('', 17)], ir_version=8, producer_name='robustnb', doc_string=says)
     onnx.checker.check_model(made)
     with atomic_path(path) as tmp: onnx.save(made, tmp)
     kinds = Counter(n.op_type for n in w.nodes)
-    return dict(path=str(path), format=str(spec or 'FP32'), integer=w.integer, says=says, rounded=sum(isinstance(m, Rounder) and m.on for m in w.graph.modules()),
+    return dict(path=str(path), format=name, integer=w.integer, says=says, rounded=sum(isinstance(m, Rounder) and m.on for m in w.graph.modules()),
                 layers=kinds['Conv']+kinds['Gemm'], megabytes=os.path.getsize(path)/1e6)
 
 # %% ../nbs/api/44_export.ipynb #41684419

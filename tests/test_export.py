@@ -131,7 +131,7 @@ def test_rounding_in_float(name, signed, tmp_path):
     v = torch.cat([-v, v])
     x = v[:len(v)//2*2].reshape(1, 1, 2, -1)*scale
     linear = nn.Sequential(nn.Flatten(), nn.Identity())
-    w = export._Writer(seeded(lambda: linear), False)
+    w = export._Writer(seeded(lambda: linear), set(), False)
     rounder = Rounder(quant_spec(f'INT8/{name}'), v if signed else v.abs())
     rounder.scale.fill_(scale)
     assert rounder.signed == signed
@@ -162,6 +162,19 @@ def test_few_bits_in_bytes(tmp_path):
     assert facts['integer'] and 'Weights of 3 bits are stored in 8.' in facts['says'] and check['ops'] == dict(QLinearConv=1, QGemm=1) and check['agreement'] == 1
     exact = check_export(whole_biases(q, (3, 8, 8)), tmp_path/'m.onnx', x)
     assert exact['max_logit_difference'] < .02*predict(q, x).std()
+
+
+def test_mixed_precision(tmp_path):
+    "Layers of several whole formats are computed in integers; one that is not makes the file one of floats"
+    x = images(32, 8)
+    q = quantize(model_of(seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 6)))), 'INT4/INT8', x)
+    q.layer_formats = {'net.0': number_format('INT4'), 'net.3': number_format('INT8')}
+    facts = export_onnx(q, tmp_path/'m.onnx', (3, 8, 8))
+    assert facts['integer'] and facts['format'] == 'INT4 and INT8 weights beside INT8' and 'Weights of 4 bits are stored in 8.' in facts['says']
+    q.layer_formats['net.3'] = number_format('POT8')
+    with torch.no_grad(): q.get_submodule('net.3').weight.copy_(torch.pow(2., -torch.rand(6, 288).mul(40).round()))
+    facts, check = export_onnx(q, tmp_path/'m.onnx', (3, 8, 8)), check_export(q, tmp_path/'m.onnx', x)
+    assert not facts['integer'] and 'No engine computes in INT4 and POT8 weights beside INT8' in facts['says'] and check['fused'] == 0 and check['agreement'] == 1
 
 
 class Net(nn.Module):
