@@ -59,7 +59,6 @@ def _best_step(choices, at, room, down):
         now = options[at[name]]
         for i in range(at[name]+1, len(options)) if down else range(at[name]):
             use, noise = abs(options[i]['use'] - now['use']), options[i]['noise'] - now['noise']
-            if use == 0: continue
             if down or (use <= room and noise < 0): steps.append((noise/use, name, i))
     return min(steps)[1:] if steps else None
 

@@ -77,8 +77,8 @@ def _equal_ranges(first, second):
     "Bring the two ranges of each channel together; the factor that each was divided by in `first`"
     w, channels = second.weight, len(first.weight)
     made, read = first.weight.abs().flatten(1).amax(1), _by_input(second, channels).abs().amax((1, 3)).flatten()
-    s = torch.where((made > 0) & (read > 0), (made/read).sqrt(), 1.)
-    s = torch.where(s.isfinite() & (s > 0), s, 1.)
+    alive = (made > 1e-6*made.max()) & (read > 1e-6*read.max())
+    s = torch.where(alive, made.sqrt()/read.sqrt(), 1.)
     first.weight.div_(s.view(-1, *[1]*(first.weight.ndim-1)))
     if first.bias is not None: first.bias.div_(s)
     by = _by_input(second, channels)

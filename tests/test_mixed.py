@@ -160,6 +160,19 @@ def test_the_order_of_the_steps_by_hand():
     assert choose(679) == [4, 2, 4] and choose(620) == [2, 2, 8] and choose(420) == [2, 2, 2]
 
 
+def test_room_is_not_used_to_add_noise():
+    table = made_up([('a', 10, {8: .2, 4: .1}), ('b', 100, {8: 0., 4: 1.})])
+    assert list(_greedy(_choices(table, 'params'), 480).values()) == [1, 1] and list(_greedy(_choices(table, 'params'), 880).values()) == [0, 0]
+
+
+def test_the_least_is_rounded_up_to_whole_bytes():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(7, 3)).eval()
+    x = torch.rand(4, 1, 1, 7, generator=make_generator(0))
+    with pytest.raises(ValueError, match='at least 0.02, '): assign_bits(net, x, budget_kb=.0199, formats=('INT3',))
+    table = assign_bits(net, x, budget_kb=.02, formats=('INT3',))
+    assert table.kb.item()*1000 == 63/8 and model_bytes(net, 3) == 20
+
+
 def test_close_to_the_best_of_all_assignments():
     rng, ratios = np.random.default_rng(0), []
     for _ in range(40):
