@@ -166,6 +166,7 @@ def test_attention_is_opened(how, call):
     assert 0 < (a-b).square().mean() < .02*(a-a.mean(0)).square().mean()
     softmax = [q.get_submodule(f'round_{n.name}') for n in q.graph.nodes if n.target is ptq._attend or n.name == 'softmax']
     assert len(softmax) == 1 and not softmax[0].signed, 'a softmax is never negative'
+    assert all(n.users for n in q.graph.nodes if str(n.target).startswith('round_')), 'what nobody reads is not rounded'
     assert set(layer_sensitivity(model, q, x).kind) == {'weights', 'activations'}
 
 
