@@ -106,7 +106,7 @@ class _Watch(fx.Interpreter):
         self.points, self.seen, self.share, self.derived = set(points), {}, 1, {}
     def call_module(self, target, args, kwargs):
         layer = self.fetch_attr(target)
-        if isinstance(layer, _weighted) and target not in self.derived: self.derived[target] = _derives(layer, args[0])
+        if isinstance(layer, _weighted) and target not in self.derived: self.derived[target] = _derives(layer, (*args, *kwargs.values())[0])
         return super().call_module(target, args, kwargs)
     def run_node(self, node):
         out = super().run_node(node)
