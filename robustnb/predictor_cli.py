@@ -10,11 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 import pandas as pd
 from fastcore.script import call_parse
-from .cli import _readable, _write
+from .cli import _listed, _readable, _write
 from .core import manifest, save_json
 from .metrics import mae, mid_range, r2
 from .transfer import fit_links, predict_losses
-from .transfer_cli import _listed
 
 # %% ../nbs/api/84_predictor_cli.ipynb #75a92936
 def _measured(folder):
