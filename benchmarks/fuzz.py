@@ -71,7 +71,7 @@ def submission(path):
 
 def measured(path):
     path.mkdir()
-    pd.DataFrame(dict(format=['INT8', 'INT4'], n_classes=10, js=[.1, .2], flips=[.1, .2], noise=[.1, .2], robust_flips=[.1, .2], measured_loss=[.1, .2], measured_robust_loss=[.1, .2])).to_csv(path/'report_table.csv', index=False)
+    pd.DataFrame(dict(format=['INT8', 'INT4'], n_classes=10, js=[.1, .2], flips=[.1, .2], noise=[.1, .2], activation_noise=[.1, .2], robust_flips=[.1, .2], measured_loss=[.1, .2], measured_robust_loss=[.1, .2])).to_csv(path/'report_table.csv', index=False)
 
 
 class_files = ('test/cat/1.png', 'test/cat/2.png', 'test/dog/1.png', 'test/dog/2.png')
