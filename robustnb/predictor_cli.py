@@ -20,7 +20,7 @@ def _measured(folder):
     "The table of one network, under the name of its folder"
     file = Path(folder)/'report_table.csv'
     if not file.is_file(): raise FileNotFoundError(f"`runs` must be folders with a report_table.csv; there is none in {folder}. Run robustnb_assess with --test first.")
-    with _naming(file, 'the report_table.csv of an assessment'): return pd.read_csv(file).assign(model=Path(folder).name)
+    with _naming(file, 'the report_table.csv of an assessment'): return pd.read_csv(file).drop(columns='network', errors='ignore').assign(model=Path(folder).name)
 
 @call_parse
 @_readable

@@ -88,7 +88,7 @@ def predict_losses(
     return table
 
 # %% ../nbs/api/70_transfer.ipynb #b9dbd50d
-_reads = dict(loss=('js', 'flips', 'noise'), robust_loss=('flips', 'activation_noise', 'robust_flips'))
+_reads = dict(loss=('flips', 'noise'), robust_loss=('flips', 'noise', 'activation_noise'))
 
 def fit_links(
     rows:pd.DataFrame,   # model, format, n_classes, what `probe` gives, measured_loss, measured_robust_loss; any number of budgets
@@ -201,7 +201,7 @@ def _notes(study, last):
     "What a reader has to keep in mind, in sentences."
     notes = ['The links were fitted on narrow CIFAR-10 networks; their interval is the error on a network that was left out, not a guarantee for yours.',
              'Robust accuracy is what survives projected gradient descent, white-box and transferred from the original; a stronger attack will find more.',
-             'The robust link was fitted at Linf 1/255; for another threat look at robust_flips in the table too: how the copy fares on the images that an attack made of the probes.',
+             'The robust link was fitted at Linf .25/255 to 2/255; under another threat look at robust_flips in the table too: how the copy fares on the images that an attack made of the probes.',
              'Logits are returned in full precision and biases kept in 32 bits; every other stored tensor is rounded.']
     if 'no batch norm' in study.probes: notes.append('The network has no batch norm, so the generator knew only channel means and deviations: trust the predictions less.')
     if study.facts.get('clip_rate', 0) > .2: notes.append(f"{study.facts['clip_rate']:.0%} of the generated pixels are black or white at the clamp.")
