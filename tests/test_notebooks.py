@@ -10,7 +10,7 @@ from nbclient.exceptions import CellExecutionError
 
 root = Path(__file__).parent.parent
 notebooks = {f.relative_to(root/'nbs').with_suffix('').as_posix(): f for f in sorted((root/'nbs').rglob('*.ipynb')) if '/.' not in f.as_posix()}
-quick = ('index', 'api/00_core', 'api/42_cost', 'howto/number_format', 'explain/intervals')
+quick = ('api/00_core', 'api/42_cost', 'explain/intervals', 'explain/quantisation')
 asked = os.environ.get('ROBUSTNB_NOTEBOOKS', ','.join(quick))
 chosen = [o for o in notebooks if asked == 'all' or o.startswith(tuple(asked.split(',')))]
 
