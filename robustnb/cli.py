@@ -6,7 +6,7 @@
 __all__ = ['train_command', 'assess_command', 'build_set_command', 'validate_set_command', 'score_set_command', 'demo_command']
 
 # %% ../nbs/api/81_cli.ipynb #a22d9838
-import re, sys, time
+import hashlib, json, re, sys, time
 from argparse import RawDescriptionHelpFormatter
 from fractions import Fraction
 from functools import wraps
@@ -21,10 +21,12 @@ from .data import load_data, load_npy, subset
 from .generator import train_generator
 from .hidden import hidden_set, proxies, score_training_sets, standings
 from .models import build_model, load_model, save_model
+from .quant import quant_spec
 from .recipes import recipe
+from .store import load_generator, save_generator
 from .threat import L2, Linf
 from .training import Recipe, train
-from .transfer import assess, default_formats
+from .transfer import _study, assess, default_formats
 
 # %% ../nbs/api/81_cli.ipynb #5e2a81c4
 class _Help(RawDescriptionHelpFormatter):
@@ -92,6 +94,32 @@ def train_command(
                        seconds=round(time.time()-started)), out/'manifest.json')
     print(f'{model}: test accuracy {history.val_accuracy.iloc[-1]:.4f} after {epochs} epochs; written to {out}/')
 
+# %% ../nbs/api/81_cli.ipynb #f01de202
+def _listed(text, name):
+    "The items between the commas; at least one, none twice"
+    items = [o.strip() for o in text.split(',') if o.strip()]
+    if not items: raise ValueError(f"`{name}` must name at least one, separated by commas; got {text!r}.")
+    if len(set(items)) < len(items): raise ValueError(f"`{name}` must not name one twice; got {text!r}.")
+    return items
+
+def _specs(formats):
+    "Specifications by their names; two names of one format are one"
+    return {str(s): s for s in map(quant_spec, _listed(formats, 'formats'))}
+
+def _continue(out, question):
+    "Raise unless the folder is new, or answers the same question so far"
+    file, hint = out/'question.json', 'Name another folder, or delete this one.'
+    if out.exists() and not out.is_dir(): raise ValueError(f"`out` must be a folder; {out} is a file.")
+    if file.exists():
+        try: known = dict(json.loads(file.read_text(encoding='utf-8')))
+        except (ValueError, TypeError) as e: raise ValueError(f"{file} is damaged ({e}), so nobody knows what the folder answers. {hint}") from e
+        differ = [f"{k} is {known.get(k)!r} there and {v!r} here" for k, v in question.items() if known.get(k) != v]
+        if differ: raise ValueError(f"`out` answers another question: {'; '.join(differ)} ({file}). {hint}")
+    elif out.exists() and any(not o.name.startswith('.') for o in out.iterdir()): raise ValueError(f"`out` must be a new or empty folder, or that of an earlier run; {out} holds other files. {hint}")
+    else: save_json(question, file)
+
+def _mark(data): return hashlib.blake2b(data, digest_size=8).hexdigest()
+
 # %% ../nbs/api/81_cli.ipynb #f35f3aec
 def _threat(norm, eps):
     "A threat model from what was typed."
@@ -99,6 +127,17 @@ def _threat(norm, eps):
     try: eps = float(Fraction(eps))
     except (ValueError, ZeroDivisionError): raise ValueError(f"`eps` must be a number or a fraction such as 8/255; got {eps!r}.") from None
     return dict(Linf=Linf, L2=L2)[norm](eps)
+
+def _kept_generator(net, file, seed):
+    "The generator in the file; trained and written there first, if there is none"
+    if not file.exists(): save_generator(train_generator(net, seed=seed)[0], file)
+    return load_generator(file)
+
+def _once(file, job, *args):
+    "What the job returned when it was first done, from the file"
+    if not file.exists(): save_json(job(*args), file)
+    try: return dict(json.loads(file.read_text(encoding='utf-8')))
+    except (ValueError, TypeError) as e: raise ValueError(f"{file} is damaged ({e}). Delete it, and the format is assessed again.") from e
 
 def _deliver(report, out):
     "Write the report and its manifest, and print the table."
@@ -110,6 +149,7 @@ def _deliver(report, out):
     print('\nAccuracy lost, percent of what the original has', known or '', '\n')
     print(table.to_string(), f'\n\nIntervals, layers and figures: {out}/report.html')
 
+# %% ../nbs/api/81_cli.ipynb #a55e55c0
 @_command
 @_readable
 def assess_command(
@@ -131,8 +171,10 @@ def assess_command(
     if test:
         images = _images(test, 'test')
         if len(images) > n_test: images = subset(images, n_test, seed=seed)
-    report = assess(model, formats, threat, images, seed=seed)
-    _deliver(report, out)
+    specs, out = _specs(formats), Path(out)
+    _continue(out, dict(network=_mark(Path(weights).read_bytes()), threat=repr(threat), seed=seed, test=_mark(images.images.tobytes() + images.y.tobytes()) if test else None))
+    study = _study(model, list(specs), threat, images, None, _kept_generator(model, out/'generator.pt', seed), 500, seed)[1]
+    _deliver(study.report([_once(out/'formats'/f"{name.replace('/', '-')}.json", study.one, spec) for name, spec in specs.items()]), out)
 
 # %% ../nbs/api/81_cli.ipynb #8bcaa177
 def _networks(files):

@@ -9,11 +9,10 @@ __all__ = ['fit_predictor_command']
 from dataclasses import asdict
 from pathlib import Path
 import pandas as pd
-from .cli import _command, _readable, _write
+from .cli import _command, _listed, _readable, _write
 from .core import manifest, save_json
 from .metrics import mae, mid_range, r2
 from .transfer import fit_links, predict_losses
-from .transfer_cli import _listed
 
 # %% ../nbs/api/84_predictor_cli.ipynb #75a92936
 def _measured(folder):

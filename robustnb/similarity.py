@@ -39,7 +39,7 @@ def layer_sensitivity(
     signal, rows, heard = predict(clean, x), [], {}
     hooks = [m.register_forward_hook(lambda m, args, out, n=n: heard.update({n: (args[0], out)})) for n, m in rounders.items()]
     arriving = lambda: _noise_ratio(signal, predict(partial, x))
-    for n in progress([n for n in floats if not torch.equal(floats[n], rounded[n])], 'weights'):
+    for n in progress([n for n in floats if not n.endswith('bias') and not torch.equal(floats[n], rounded[n])], 'weights'):
         partial.get_parameter(n).copy_(rounded[n])
         nsr = ((rounded[n]-floats[n]).square().sum()/floats[n].square().sum().clamp_min(1e-30)).item()
         rows.append(dict(layer=n.removesuffix('.weight'), kind='weights', nsr=nsr, logit_noise=arriving()))

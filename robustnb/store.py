@@ -36,7 +36,7 @@ def _skeleton(held):
         with q.graph.inserting_after(node): new = q.graph.call_module(r['name'], (node,))
         node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
     q.recompile()
-    return _keep(q, spec=spec, left_float=tuple(held['left_float']), classes=network['classes'])
+    return _keep(q, spec=spec, left_float=tuple(held['left_float']), opaque=(), classes=network['classes'])
 
 # %% ../nbs/api/55_store.ipynb #f2afcc6c
 def save_quantised(

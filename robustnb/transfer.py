@@ -196,17 +196,17 @@ def _probe_images(model, unlabelled, generator, n, seed):
     x, _ = generate(generator, n, seed=seed)
     return x, f'{n} images generated from the model alone ({generator.knows})', energy(generator, model, seed=seed)
 
-def _notes(probes, facts, quantised, before, before_test):
+def _notes(study, last):
     "What a reader has to keep in mind, in sentences."
     notes = ['The links were fitted on narrow CIFAR-10 networks; their interval is the error on a network that was left out, not a guarantee for yours.',
              'Robust accuracy is what survives projected gradient descent, white-box and transferred from the original; a stronger attack will find more.',
              'The robust link was fitted at Linf 1/255; for another threat look at robust_flips in the table too: how the copy fares on the images that an attack made of the probes.',
              'Logits are returned in full precision and biases kept in 32 bits; every other stored tensor is rounded.']
-    if 'no batch norm' in probes: notes.append('The network has no batch norm, so the generator knew only channel means and deviations: trust the predictions less.')
-    if facts.get('clip_rate', 0) > .2: notes.append(f"{facts['clip_rate']:.0%} of the generated pixels are black or white at the clamp.")
-    if quantised.left_float: notes.append('Left in full precision: ' + ', '.join(quantised.left_float) + '.')
-    if quantised.opaque: notes.append('Computed in full precision between rounded inputs and outputs: ' + ', '.join(quantised.opaque) + '.')
-    for rows, images in ((before, 'probes'), (before_test, 'test images')):
+    if 'no batch norm' in study.probes: notes.append('The network has no batch norm, so the generator knew only channel means and deviations: trust the predictions less.')
+    if study.facts.get('clip_rate', 0) > .2: notes.append(f"{study.facts['clip_rate']:.0%} of the generated pixels are black or white at the clamp.")
+    for name, said in (('left_float', 'Left in full precision'), ('opaque', 'Computed in full precision between rounded inputs and outputs')):
+        if last[name]: notes.append(f"{said}: {', '.join(last[name])}.")
+    for rows, images in ((study.before, 'probes'), (study.before_test, 'test images')):
         if rows is not None and worst(rows).correct.sum() < 20: notes.append(f'The original itself is right on fewer than 20 attacked {images}, so no robust loss can be stated from them: choose a smaller eps or give more images.')
     return notes
 
@@ -218,7 +218,48 @@ def _originals(before, before_test):
     if before_test is not None: found |= dict(accuracy=before_test[before_test.attack == 'clean'].correct.mean(), robust_accuracy=worst(before_test).correct.mean())
     return {k: round(float(v), 4) for k, v in found.items()}
 
-# %% ../nbs/api/70_transfer.ipynb #0ba9635b
+# %% ../nbs/api/70_transfer.ipynb #26e3d8d0
+@dataclass
+class _Study:
+    "A network and all that no format changes"
+    model:nn.Module
+    threat:object
+    test:ImageSet|None
+    x:Tensor          # Probes
+    probes:str        # What they are
+    facts:dict        # What is known of them
+    seed:int
+
+    def __post_init__(self):
+        self.logits, self.ranges, self.started = predict(self.model, self.x), calibrate(self.model, self.x), time.time()
+        (self.on_original, self.attacks), test = _both_roads(self.model, partial(pgd, steps=10)), self.test
+        self.before = evaluate(self.model, self.x, self.logits.argmax(1), self.on_original, self.threat, seed=self.seed)
+        self.before_test = None if test is None else evaluate(self.model, test.x, torch.as_tensor(test.y), self.on_original, self.threat, seed=self.seed)
+
+    def one(self, spec):
+        "What one format does: a row, rows of layers, names of what it leaves alone"
+        q = quantize(self.model, spec, self.ranges)
+        row = dict(format=str(spec), n_classes=self.logits.shape[1], eps=getattr(self.threat, 'eps', np.nan), size_kb=model_bytes(q, spec.weights.bits)/1000)
+        row |= probe(self.model, q, self.x, self.threat, self.before, self.on_original, self.seed)
+        if self.test is not None: row |= measure(q, self.test, self.threat, self.before_test, self.attacks, self.seed)
+        layers = layer_sensitivity(self.model, q, self.x[:50]).assign(format=str(spec))
+        return dict(row=row, layers=layers.to_dict('records'), left_float=list(q.left_float), opaque=list(q.opaque))
+
+    def report(self, found):
+        "The report on what `one` said of each format"
+        facts = manifest(model=getattr(self.model, 'name', None) or type(self.model).__name__, threat=_words(self.threat), probes=self.probes, seed=self.seed, notes=_notes(self, found[-1]),
+                         test_images=0 if self.test is None else len(self.test), **self.facts, **_originals(self.before, self.before_test), seconds=round(time.time()-self.started))
+        return Report(predict_losses(pd.DataFrame([o['row'] for o in found])), pd.DataFrame([r for o in found for r in o['layers']]), self.x[:16], facts)
+
+# %% ../nbs/api/70_transfer.ipynb #b9044fb6
+def _study(model, formats, threat, test, unlabelled, generator, n, seed):
+    "The specifications, and the study that takes them one by one"
+    specs = [quant_spec(f) for f in (formats.split(',') if isinstance(formats, str) else formats)]
+    if not specs: raise ValueError(f"`formats` must name at least one number format, such as {default_formats}; got {formats!r}.")
+    check_model(model)
+    if test is not None: check_labels(torch.as_tensor(test.y), len(test), predict(model, test[:1].x).shape[1], 'test')
+    return specs, _Study(model, threat, test, *_probe_images(model, unlabelled, generator, n, seed), seed)
+
 def assess(
     model:nn.Module,             # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K), normalisation inside; in eval mode
     formats=default_formats,     # Names as in `quant_spec`
@@ -230,22 +271,5 @@ def assess(
     seed:int=0,                  # Everything random
 )->Report:                       # Tables, figures, page
     "Predict what quantisation will cost a classifier, without its training data."
-    started, specs = time.time(), [quant_spec(f) for f in (formats.split(',') if isinstance(formats, str) else formats)]
-    if not specs: raise ValueError(f"`formats` must name at least one number format, such as {default_formats}; got {formats!r}.")
-    check_model(model)
-    if test is not None: check_labels(torch.as_tensor(test.y), len(test), predict(model, test[:1].x).shape[1], 'test')
-    x, probes, facts = _probe_images(model, unlabelled, generator, n, seed)
-    logits, ranges, attack = predict(model, x), calibrate(model, x), partial(pgd, steps=10)
-    (on_original, attacks), table, layers = _both_roads(model, attack), [], []
-    before = evaluate(model, x, logits.argmax(1), on_original, threat, seed=seed)
-    before_test = None if test is None else evaluate(model, test.x, torch.as_tensor(test.y), on_original, threat, seed=seed)
-    for spec in progress(specs, 'formats'):
-        q = quantize(model, spec, ranges)
-        row = dict(format=str(spec), n_classes=logits.shape[1], eps=getattr(threat, 'eps', np.nan), size_kb=model_bytes(q, spec.weights.bits)/1000) | probe(model, q, x, threat, before, on_original, seed)
-        if test is not None: row |= measure(q, test, threat, before_test, attacks, seed)
-        table.append(row)
-        layers.append(layer_sensitivity(model, q, x[:50]).assign(format=str(spec)))
-    table = predict_losses(pd.DataFrame(table))
-    facts = manifest(model=getattr(model, 'name', None) or type(model).__name__, threat=_words(threat), probes=probes, seed=seed, notes=_notes(probes, facts, q, before, before_test),
-                     test_images=0 if test is None else len(test), **facts, **_originals(before, before_test), seconds=round(time.time()-started))
-    return Report(table, pd.concat(layers, ignore_index=True), x[:16], facts)
+    specs, study = _study(model, formats, threat, test, unlabelled, generator, n, seed)
+    return study.report([study.one(spec) for spec in progress(specs, 'formats')])

@@ -6,12 +6,12 @@
 __all__ = ['cost_command', 'generate_command', 'quantize_command']
 
 # %% ../nbs/api/83_transfer_cli.ipynb #17dd71b3
-import hashlib, json, time
+import time
 from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from .cli import _command, _images, _networks, _readable, _write
+from .cli import _command, _continue, _images, _listed, _mark, _networks, _readable, _specs, _write
 from .core import atomic_path, make_generator, manifest, predict, save_json, to_uint8
 from .cost import cost, model_bytes
 from .data import ImageSet
@@ -19,23 +19,11 @@ from .generator import energy, generate, train_generator
 from .models import build_model, fold_batchnorm, load_model, model_names
 from .plots import show_images
 from .ptq import quantize
-from .quant import quant_spec
 from .similarity import output_change
 from .store import load_generator, load_quantised, save_generator, save_quantised
 from .transfer import default_formats
 
 # %% ../nbs/api/83_transfer_cli.ipynb #9fe96ce1
-def _listed(text, name):
-    "The items between the commas; at least one, none twice"
-    items = [o.strip() for o in text.split(',') if o.strip()]
-    if not items: raise ValueError(f"`{name}` must name at least one, separated by commas; got {text!r}.")
-    if len(set(items)) < len(items): raise ValueError(f"`{name}` must not name one twice; got {text!r}.")
-    return items
-
-def _specs(formats):
-    "Specifications by their names; two names of one format are one"
-    return {str(s): s for s in map(quant_spec, _listed(formats, 'formats'))}
-
 def _costs(net, specs, size):
     "Rows of the layers, and one for the network"
     table, folded = cost(net, (net.normalize.mean.shape[1], size, size)), fold_batchnorm(net)
@@ -73,20 +61,6 @@ def cost_command(
     print(networks.round(1).to_string(index=False), f'\n\nLayer by layer: {out}/layers.csv')
 
 # %% ../nbs/api/83_transfer_cli.ipynb #67d0e0dd
-def _continue(out, question):
-    "Raise unless the folder is new, or answers the same question so far"
-    file, hint = out/'question.json', 'Name another folder, or delete this one.'
-    if out.exists() and not out.is_dir(): raise ValueError(f"`out` must be a folder; {out} is a file.")
-    if file.exists():
-        try: known = dict(json.loads(file.read_text(encoding='utf-8')))
-        except (ValueError, TypeError) as e: raise ValueError(f"{file} is damaged ({e}), so nobody knows what the folder answers. {hint}") from e
-        differ = [f"{k} is {known.get(k)!r} there and {v!r} here" for k, v in question.items() if known.get(k) != v]
-        if differ: raise ValueError(f"`out` answers another question: {'; '.join(differ)} ({file}). {hint}")
-    elif out.exists() and any(not o.name.startswith('.') for o in out.iterdir()): raise ValueError(f"`out` must be a new or empty folder, or that of an earlier run; {out} holds other files. {hint}")
-    else: save_json(question, file)
-
-def _mark(data): return hashlib.blake2b(data, digest_size=8).hexdigest()
-
 def _drawn(net, out, n, boundary, seed, **training):
     "The generator in the folder, trained if there is none, and `n` images of it"
     file = out/'generator.pt'
