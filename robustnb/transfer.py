@@ -94,7 +94,7 @@ def fit_links(
     rows:pd.DataFrame,   # model, format, n_classes, what `probe` gives, measured_loss, measured_robust_loss; any number of budgets
 )->tuple[dict, dict]:    # Name -> `Link`; name -> the rows it was fitted on, each with the loss `predicted` with its model left out
     "The links for accuracy and for robust accuracy, from measured networks."
-    short = [c for c in ('model', 'format', 'n_classes', *_reads['loss'], *_reads['robust_loss'], 'measured_loss', 'measured_robust_loss') if c not in rows]
+    short = [c for c in dict.fromkeys(('model', 'format', 'n_classes', *_reads['loss'], *_reads['robust_loss'], 'measured_loss', 'measured_robust_loss')) if c not in rows]
     if short: raise ValueError(f"`rows` must have the columns of an assessment with a test set; {', '.join(short)} are missing. Use `assess(model, test=...)`.")
     tables = dict(loss=rows.drop_duplicates(['model', 'format']), robust_loss=rows)
     fitted = {k: fit_link(t.dropna(subset=[*_reads[k], f'measured_{k}']), _reads[k], f'measured_{k}') for k, t in tables.items()}

@@ -11,8 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from fastcore.script import call_parse
-from .cli import _continue, _images, _listed, _mark, _networks, _readable, _specs, _write
+from .cli import _command, _continue, _images, _listed, _mark, _networks, _readable, _specs, _write
 from .core import atomic_path, make_generator, manifest, predict, save_json, to_uint8
 from .cost import cost, model_bytes
 from .data import ImageSet
@@ -36,7 +35,7 @@ def _costs(net, specs, size):
     return table, row | {f'kb_{k}': model_bytes(folded, b)/1000 for k, b in bits.items()}
 
 # %% ../nbs/api/83_transfer_cli.ipynb #042cb5a1
-@call_parse
+@_command
 @_readable
 def cost_command(
     weights:str,               # Files of robustnb_train, or names of the nine networks, separated by commas
@@ -44,7 +43,11 @@ def cost_command(
     size:int=32,               # Height and width of an image
     out:str='cost',            # Folder for layers.csv, networks.csv, manifest.json
 ):
-    "Count parameters, multiply-accumulates and bytes, layer by layer."
+    """Count parameters, multiply-accumulates and bytes, layer by layer.
+
+    Example:
+
+        robustnb_cost ResNet_18,runs/resnet/weights.pt --formats INT8,INT4 --size 32 --out cost"""
     out, items, specs = Path(out), _listed(weights, 'weights'), _specs(formats)
     files = [o for o in items if o not in model_names]
     nets = {o: build_model(o) for o in items if o in model_names} | _networks(','.join(files))
@@ -79,7 +82,7 @@ def _sheet(images, path, n=64):
     plt.close(ax.figure)
 
 # %% ../nbs/api/83_transfer_cli.ipynb #ad3fe1f9
-@call_parse
+@_command
 @_readable
 def generate_command(
     weights:str,          # File of robustnb_train or `save_model`
@@ -91,7 +94,11 @@ def generate_command(
     boundary:float=.5,    # Share of the images drawn between two classes, in [0,1]
     seed:int=0,           # Everything random
 ):
-    "Draw images from a network alone."
+    """Draw images from a network alone.
+
+    Example:
+
+        robustnb_generate runs/resnet/weights.pt --n 500 --out generated"""
     started, out, net = time.time(), Path(out), load_model(weights)
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
     if not 0 <= boundary <= 1: raise ValueError(f"`boundary` must be a share in [0, 1]; got {boundary}.")
@@ -109,7 +116,7 @@ def _some(images, n, seed):
     data = _images(images, None if (Path(images)/'data.npy').is_file() else 'train')
     return data[torch.randperm(len(data), generator=make_generator(seed, 'calibration'))[:n].numpy()]
 
-@call_parse
+@_command
 @_readable
 def quantize_command(
     weights:str,             # File of robustnb_train or `save_model`
@@ -120,7 +127,11 @@ def quantize_command(
     out:str='quantised',     # Folder for a file per format, quantised.csv, manifest.json
     seed:int=0,              # Everything random
 ):
-    "Write quantised copies of a network."
+    """Write quantised copies of a network.
+
+    Example:
+
+        robustnb_quantize runs/resnet/weights.pt --formats INT8,POT4 --images generated --out quantised"""
     started, out, specs, net = time.time(), Path(out), _specs(formats), load_model(weights)
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
     data = _some(images, n, seed) if images else None
