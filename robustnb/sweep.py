@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['job_attacks', 'grid', 'sweep_rows', 'sweep', 'measure_one']
 
-# %% ../nbs/api/80_sweep.ipynb #2c766e0b
-import hashlib, importlib, inspect, itertools, json, math, os, platform, queue, signal, subprocess, sys, threading, time, traceback
+# %% ../nbs/api/80_sweep.ipynb #bd2e544f
+import importlib, inspect, itertools, json, math, os, platform, queue, signal, subprocess, sys, threading, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -17,10 +17,11 @@ import pandas as pd
 import torch
 from .apgd import apgd
 from .attacks import fgsm, pgd
-from .core import atomic_path, make_generator, pick_device, predict, progress, save_json
+from .core import make_generator, pick_device, predict, progress, save_json
 from .cost import model_bytes
 from .data import load_data, subset
 from .evaluation import evaluate
+from .jobs import digest, facts, plain, read_row, run_jobs, worker_command, write_row
 from .models import load_model
 from .ptq import calibrate, quantize
 from .quant import quant_spec
@@ -37,14 +38,7 @@ def grid(
     if empty or not lists: raise ValueError(f"`values` must hold at least one value for each name; {empty[0] if empty else 'there is no name'} has none.")
     return pd.DataFrame([dict(zip(lists, row)) for row in itertools.product(*lists.values())])
 
-# %% ../nbs/api/80_sweep.ipynb #96f71c83
-def _plain(value, what):
-    "A number or a word as JSON keeps it"
-    if isinstance(value, np.generic): value = value.item()
-    if isinstance(value, Path): value = str(value)
-    if value is None or isinstance(value, (bool, int, float, str)): return value
-    raise TypeError(f"{what} must be a number, a string, True, False or None; got {type(value).__name__}. A file can hold what is larger: write it, and pass on its path.")
-
+# %% ../nbs/api/80_sweep.ipynb #c24b9f91
 def _name(job):
     "module:function, if another process can find it by that name"
     if not callable(job): raise TypeError(f"`job` must be a function (arguments of a row) -> dict; got {type(job).__name__}.")
@@ -53,72 +47,20 @@ def _name(job):
     if found is not job: raise ValueError(f"`job` must be a function at the top level of a module, which other processes can import; got {name} of {module}. Write it to a file jobs.py beside the script, and `from jobs import {name.rpartition('.')[2].strip('<>')}`.")
     return f'{module}:{name}'
 
-def _function(name):
-    "The function that `_name` named"
-    module, name = name.split(':')
-    return getattr(importlib.import_module(module), name)
-
-def _digest(o): return hashlib.blake2b(json.dumps(o, sort_keys=True).encode(), digest_size=8).hexdigest()
-
 def _jobs(job, table):
     "Key -> arguments, in the order of the table; empty cells are left to the function"
     rows = table.to_dict('records') if isinstance(table, pd.DataFrame) else table
     if not (isinstance(rows, (list, tuple)) and rows and all(isinstance(r, dict) for r in rows)): raise TypeError(f"`table` must be a DataFrame with at least one row, or a list of dicts, one per job; got {type(table).__name__} of length {len(table) if hasattr(table, '__len__') else '?'}. Use `grid`.")
     name, jobs, takes = _name(job), {}, inspect.signature(job)
     for i, row in enumerate(rows):
-        row = {str(k): _plain(v, f"`table` row {i}: {k}") for k, v in row.items() if not (v is pd.NA or v is None or v != v)}
+        row = {str(k): plain(v, f"`table` row {i}: {k}") for k, v in row.items() if not (v is pd.NA or v is None or v != v)}
         try: takes.bind(**row)
         except TypeError as e: raise TypeError(f"`table` must name the arguments of `{name}`; row {i}: {e}. It takes {takes}.") from None
-        if (key := _digest([name, row])) in jobs: raise ValueError(f"`table` must not hold a job twice; row {i} repeats {row}. Drop it: `table.drop_duplicates()`.")
+        if (key := digest([name, row])) in jobs: raise ValueError(f"`table` must not hold a job twice; row {i} repeats {row}. Drop it: `table.drop_duplicates()`.")
         jobs[key] = row
     return jobs
 
-# %% ../nbs/api/80_sweep.ipynb #fd13f2b5
-_facts = ('status', 'error', 'tries', 'seconds', 'host')
-
-def _write_row(row, path):
-    "A row under its checksum, completely or not at all"
-    with atomic_path(path) as tmp: tmp.write_text(f'{_digest(row)}\n{json.dumps(row, indent=1)}\n', encoding='utf-8')
-
-def _read_row(path):
-    "The row in a file; None if there is none, or not a whole one"
-    try:
-        head, _, body = Path(path).read_text(encoding='utf-8').partition('\n')
-        row = json.loads(body)
-        return row if head == _digest(row) else None
-    except (FileNotFoundError, ValueError): return None
-
-def _answer(found, arguments):
-    "What a job returned, as it is kept"
-    if not isinstance(found, dict): raise TypeError(f"`job` must return a dict from names to numbers or words; got {type(found).__name__}.")
-    taken = [k for k in map(str, found) if k in arguments or k in _facts]
-    if taken: raise ValueError(f"`job` must return names that are not those of its arguments, nor {', '.join(_facts)}; got {taken[0]!r}. Rename it.")
-    return {str(k): _plain(v, f"`job` returned {k}, which") for k, v in found.items()}
-
-def _work(name, arguments, path, tries):
-    "Run one job and write its row, whatever comes of it"
-    began, row = time.time(), dict(job=name, arguments=arguments, tries=tries, host=platform.node())
-    try: row |= dict(status='done', error='', values=_answer(_function(name)(**arguments), arguments))
-    except (Exception, SystemExit) as e: row |= dict(status='failed', error=f'{type(e).__name__}: {e}', values={}, traceback=traceback.format_exc())
-    _write_row(row | dict(seconds=round(time.time()-began, 3)), path)
-
-def _fail(name, arguments, path, tries, error):
-    "The row of a job that took its process with it"
-    _write_row(dict(job=name, arguments=arguments, tries=tries, host=platform.node(), status='failed', error=error, values={}, seconds=math.nan), path)
-
-# %% ../nbs/api/80_sweep.ipynb #d36b81d3
-def _serve():
-    "Orders come in as lines, a line goes out for each row written; the process ends with the one that feeds it"
-    out, todo = os.fdopen(os.dup(1), 'w'), queue.SimpleQueue()
-    os.dup2(2, 1)
-    def listen():
-        for line in sys.stdin: todo.put(json.loads(line))
-        os._exit(0)
-    threading.Thread(target=listen, daemon=True).start()
-    while True:
-        _work(*todo.get())
-        out.write('written\n'); out.flush()
-
+# %% ../nbs/api/80_sweep.ipynb #f5e0e3a4
 def _environment(i):
     "What worker `i` finds: the same modules, a thread of its own, its GPU"
     kept = {k: v for k, v in os.environ.items() if k not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')}
@@ -129,13 +71,17 @@ def _environment(i):
 def _start(i, log):
     "Worker `i`, its log started anew"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, 'w') as f: return subprocess.Popen([sys.executable, '-c', 'from robustnb.sweep import _serve; _serve()'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=f, env=_environment(i), text=True)
+    with open(log, 'w') as f: return subprocess.Popen(worker_command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=f, env=_environment(i), text=True)
 
 def _last_words(code, log):
     "Why a process is gone"
     said = [o for o in log.read_text(errors='replace').splitlines() if o.strip()] if log.exists() else []
     by = f'signal {signal.Signals(-code).name}' if code < 0 else f'exit code {code}'
     return f"ProcessDied: the process ended with {by}{'; its last words: ' + said[-1].strip() if said else ''} ({log})"
+
+def _fail(name, arguments, path, tries, error):
+    "The row of a job that took its process with it"
+    write_row(dict(job=name, arguments=arguments, tries=tries, host=platform.node(), status='failed', error=error, values={}, seconds=math.nan), path)
 
 # %% ../nbs/api/80_sweep.ipynb #cdf47921
 def _run_here(orders, out, workers, tries, tell):
@@ -151,12 +97,13 @@ def _run_here(orders, out, workers, tries, tell):
             written = procs[i].stdout.readline()
         except BrokenPipeError: written = ''
         if not written and not over.is_set(): _fail(*order, turn, _last_words(procs.pop(i).wait(), log))
-        return over.is_set() or _read_row(path)['status'] == 'done'
+        return over.is_set() or read_row(path)['status'] == 'done'
     def run(order):
         i = idle.get()
-        for turn in range(1, tries+1):
-            if over.is_set() or attempt(order, i, turn): break
-        idle.put(i)
+        try:
+            for turn in range(1, tries+1):
+                if over.is_set() or attempt(order, i, turn): break
+        finally: idle.put(i)
         return order
     with ThreadPoolExecutor(workers) as pool:
         runs = [pool.submit(run, o) for o in orders]
@@ -167,13 +114,7 @@ def _run_here(orders, out, workers, tries, tell):
             for r in runs: r.cancel()
             for p in list(procs.values()): p.kill(); p.communicate()
 
-# %% ../nbs/api/80_sweep.ipynb #3199c2ed
-def _slurm_work(orders, path):
-    "Some jobs, one after the other, on a machine of the cluster"
-    sys.path.extend(o for o in path if o not in sys.path)
-    for o in orders:
-        if _read_row(o[2]) is None: _work(*o)
-
+# %% ../nbs/api/80_sweep.ipynb #3b72c520
 def _executor(out, slurm, workers):
     "What hands jobs to Slurm"
     try: from submitit import AutoExecutor
@@ -188,9 +129,11 @@ def _submit(executor, orders, chunk):
     "Slurm's number -> orders of the task"
     size = max(chunk, math.ceil(len(orders)/1000))
     parts = [orders[i:i+size] for i in range(0, len(orders), size)]
-    with executor.batch(): tasks = [executor.submit(_slurm_work, part, [o or os.getcwd() for o in sys.path]) for part in parts]
+    importlib.import_module('cloudpickle').register_pickle_by_value(sys.modules[run_jobs.__module__])
+    with executor.batch(): tasks = [executor.submit(run_jobs, part, [o or os.getcwd() for o in sys.path]) for part in parts]
     return {t.job_id: part for t, part in zip(tasks, parts)}
 
+# %% ../nbs/api/80_sweep.ipynb #b89118aa
 def _queued():
     "Slurm's numbers of the tasks that wait or run; None where it does not answer"
     try: said = subprocess.run(['squeue', '--me', '--noheader', '--array', '--format=%i'], capture_output=True, text=True, timeout=60)
@@ -202,7 +145,6 @@ def _submitted(out):
     try: return dict(json.loads((Path(out)/'slurm'/'tasks.json').read_text(encoding='utf-8')))
     except (FileNotFoundError, ValueError, TypeError): return {}
 
-# %% ../nbs/api/80_sweep.ipynb #486ac2af
 def _run_slurm(orders, out, executor, tries, tell, chunk=1):
     "Jobs on a cluster; one round of submissions for each attempt"
     out, wait, spent, missing = Path(out), .5, Counter(), Counter()
@@ -220,7 +162,7 @@ def _run_slurm(orders, out, executor, tries, tell, chunk=1):
         wait, queued = min(1.3*wait, 10), _queued()
         for task, part in list(flying.items()):
             missing[task] += queued is not None and task not in queued
-            found = [_read_row(o[2]) for o in part]
+            found = [read_row(o[2]) for o in part]
             if None in found and missing[task] < 2: continue
             del flying[task]
             died = found.index(None) if None in found else -1
@@ -251,7 +193,7 @@ def _board(jobs, lines=24):
 
 def _table(rows):
     "Rows of jobs as a DataFrame: arguments, what came of it, values"
-    return pd.DataFrame([r['arguments'] | {k: r[k] for k in _facts} | r['values'] for r in rows])
+    return pd.DataFrame([r['arguments'] | {k: r[k] for k in facts} | r['values'] for r in rows])
 
 def sweep_rows(
     out,              # Folder of a sweep, also of one that is still running
@@ -260,7 +202,7 @@ def sweep_rows(
     folder = Path(out)/'rows'
     if not folder.is_dir(): raise FileNotFoundError(f"`out` must be the folder of a sweep; there are no rows in {out}.")
     files = sorted(folder.glob('*.json'), key=lambda f: (f.stat().st_mtime_ns, f.name))
-    return _table([r for f in files if (r := _read_row(f))])
+    return _table([r for f in files if (r := read_row(f))])
 
 def sweep(
     job,                    # Function (arguments of a row) -> dict of numbers and words; at the top level of a module
@@ -278,14 +220,14 @@ def sweep(
     if not (slurm is None or isinstance(slurm, dict)): raise TypeError(f"`slurm` must be a dict of parameters such as dict(timeout_min=60), or None for this machine; got {type(slurm).__name__}.")
     if out.exists() and not out.is_dir(): raise ValueError(f"`out` must be a folder; {out} is a file.")
     paths = {key: str(out.resolve()/'rows'/f'{key}.json') for key in jobs}
-    orders = [(_name(job), a, paths[key]) for key, a in jobs.items() if (_read_row(paths[key]) or {}).get('status') != 'done']
+    orders = [(_name(job), a, paths[key]) for key, a in jobs.items() if (read_row(paths[key]) or {}).get('status') != 'done']
     executor = _executor(out, slurm, workers) if slurm is not None and orders else None
     with _board(jobs) as board:
-        tell = lambda o: board(Path(o[2]).stem, _read_row(o[2]))
+        tell = lambda o: board(Path(o[2]).stem, read_row(o[2]))
         for key in jobs.keys() - {Path(o[2]).stem for o in orders}: board(key, dict(status='done'))
         if executor: _run_slurm(orders, out, executor, tries, tell, chunk)
         elif orders: _run_here(orders, out, min(workers or len(os.sched_getaffinity(0)), len(orders)), tries, tell)
-    return _table(map(_read_row, paths.values()))
+    return _table(map(read_row, paths.values()))
 
 # %% ../nbs/api/80_sweep.ipynb #52926c15
 job_attacks = dict(fgsm=fgsm, pgd=partial(pgd, steps=10), apgd=apgd)
