@@ -130,7 +130,9 @@ def _submit(executor, orders, chunk):
     size = max(chunk, math.ceil(len(orders)/1000))
     parts = [orders[i:i+size] for i in range(0, len(orders), size)]
     importlib.import_module('cloudpickle').register_pickle_by_value(sys.modules[run_jobs.__module__])
-    with executor.batch(): tasks = [executor.submit(run_jobs, part, [o or os.getcwd() for o in sys.path]) for part in parts]
+    try:
+        with executor.batch(): tasks = [executor.submit(run_jobs, part, [o or os.getcwd() for o in sys.path]) for part in parts]
+    except RuntimeError as e: raise ValueError(f"`slurm` must hold what this cluster accepts; it refused the jobs: {' '.join(str(e).split())}. Ask `sinfo` for its partitions and limits.") from e
     return {t.job_id: part for t, part in zip(tasks, parts)}
 
 # %% ../nbs/api/80_sweep.ipynb #b89118aa
