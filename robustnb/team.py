@@ -37,8 +37,8 @@ def join(
     if size() == 1 and int(os.environ.get('WORLD_SIZE') or 1) == 1: return pick_device(device)
     try: from accelerate import PartialState
     except ImportError as e: raise ImportError(f"{os.environ.get('WORLD_SIZE')} processes were launched, and need the package accelerate to find each other: pip install 'robustnb[accelerate]', or start one process only.") from e
-    state = PartialState(cpu=pick_device(device).type == 'cpu')
-    return state.device
+    where = PartialState(cpu=pick_device(device).type == 'cpu').device
+    return where if where.type != 'cpu' else torch.device('cpu')
 
 def wait(
 )->None:
@@ -84,8 +84,10 @@ def as_main_(
     module:nn.Module,  # Its parameters and buffers become those of the main process
 )->None:
     "The same start for all."
-    if size() > 1:
-        for t in module.state_dict().values(): dist.broadcast(t, 0)
+    for t in module.state_dict().values() if size() > 1 else []:
+        whole = t.contiguous()
+        dist.broadcast(whole, 0)
+        t.copy_(whole)
 
 # %% ../nbs/api/07_team.ipynb #e112b6f8
 def moments(
