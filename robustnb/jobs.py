@@ -53,6 +53,7 @@ def plain(
     if value is None or isinstance(value, (bool, int, float, str)): return value
     raise TypeError(f"{what} must be a number, a string, True, False or None; got {type(value).__name__}. A file can hold what is larger: write it, and pass on its path.")
 
+# %% ../nbs/api/06_jobs.ipynb #647215d0
 def _answer(found, arguments):
     "What a job returned, as it is kept"
     if not isinstance(found, dict): raise TypeError(f"`job` must return a dict from names to numbers or words; got {type(found).__name__}.")
@@ -60,7 +61,6 @@ def _answer(found, arguments):
     if taken: raise ValueError(f"`job` must return names that are not those of its arguments, nor {', '.join(facts)}; got {taken[0]!r}. Rename it.")
     return {str(k): plain(v, f"`job` returned {k!r}, which") for k, v in found.items()}
 
-# %% ../nbs/api/06_jobs.ipynb #e28bece0
 def run_job(
     name:str,        # 'module:function'
     arguments:dict,  # What it is called with

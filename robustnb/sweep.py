@@ -147,6 +147,7 @@ def _submitted(out):
     try: return dict(json.loads((Path(out)/'slurm'/'tasks.json').read_text(encoding='utf-8')))
     except (FileNotFoundError, ValueError, TypeError): return {}
 
+# %% ../nbs/api/80_sweep.ipynb #486ac2af
 def _run_slurm(orders, out, executor, tries, tell, chunk=1):
     "Jobs on a cluster; one round of submissions for each attempt"
     out, wait, spent, missing = Path(out), .5, Counter(), Counter()

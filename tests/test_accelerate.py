@@ -12,7 +12,7 @@ from robustnb import cli, generator, team, training
 from robustnb.core import load_state
 from robustnb.data import digits, subset
 from robustnb.generator import generate, train_generator
-from robustnb.models import build_model
+from robustnb.models import build_model, wrap_model
 from robustnb.training import Recipe, train
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -20,7 +20,12 @@ recipe = Recipe(batch_size=20, lr=.02, flip=False, crop=1).shortened(2)
 
 
 def data(): return subset(digits('train', size=16), 43, seed=0)     # the last batch of a pass is three images, one and two
-def network(): return build_model('ResNet_18', width=.0625, seed=0)
+def network():
+    "Small, with batch norms of very different inputs"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        body = nn.Sequential(nn.Conv2d(3, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    return wrap_model(body, (.4, .4, .4), (.3, .3, .3))
 def small_generator(net): return train_generator(net, steps=4, batch_size=9, size=16, width=8, device='cpu')
 def images(made): return {'images': generate(made, 20)[0]}
 def largest(a, b): return max((x.float()-b[k].float()).abs().max().item() for k, x in a.items())
@@ -67,7 +72,7 @@ def _in_both(out):
     except ValueError as e: refused = str(e)
     torch.save(dict(saved=saved, size=team.size(), part=str(team.part(5)), net=net.state_dict(), resumed=resumed.state_dict(), apart=apart.state_dict(), alone=alone.state_dict(),
                     history=history.to_json(), gradients=[gradients(n) for n in (1, 3, 20)], generator=images(made), steps=steps.to_json(), refused=refused), out/f'{team.rank()}.pt')
-    with patch.object(cli, 'train', lambda *args, **kw: (net, history)): cli.train_command.__wrapped__(model='ResNet_18', width=.0625, epochs=2, out=str(out/'run'))
+    with patch.object(cli, 'train', lambda *args, **kw: (build_model('ResNet_18', width=.0625).eval(), history)): cli.train_command.__wrapped__(model='ResNet_18', width=.0625, epochs=2, out=str(out/'run'))
 
 
 @pytest.fixture(scope='module')
@@ -100,7 +105,7 @@ def test_two_processes_train_what_one_trains(both, one):
     net, history, _, _ = one
     assert main['size'] == other['size'] == 2 and {main['part'], other['part']} == {'slice(0, 2, None)', 'slice(2, 5, None)'}
     moved = largest(net.state_dict(), network().state_dict())
-    assert largest(main['net'], net.state_dict()) < 2e-3 < .1 < moved
+    assert largest(main['net'], net.state_dict()) < 2e-4 < .1 < moved
     assert largest(main['net'], other['net']) == 0, 'all processes hold the same network'
     for k in ('loss', 'accuracy', 'val_accuracy', 'lr'): assert list(json.loads(main['history'])[k].values()) == pytest.approx(history[k].tolist(), rel=1e-3), k
 
@@ -108,7 +113,7 @@ def test_two_processes_train_what_one_trains(both, one):
 def test_without_the_exchange_it_would_be_another_network(both, one):
     "Batch norms that see half of a batch, and gradients of one part, are not small differences"
     main, other, _, _ = both
-    assert largest(main['apart'], one[0].state_dict()) > .01 < largest(main['alone'], other['alone'])
+    assert largest(main['apart'], one[0].state_dict()) > .002 < largest(main['alone'], other['alone'])
 
 
 def test_one_writes_and_a_killed_run_goes_on(both):
@@ -123,7 +128,7 @@ def test_another_number_of_processes_goes_on(both, monkeypatch):
     main, _, _, out = both
     monkeypatch.setattr(training, 'fast_bf16', lambda device: False)
     net, history = train(recipe, network(), data(), checkpoint=out/'half.pt', resume=True, device='cpu')
-    assert load_state(out/'half.pt')['epoch'] == len(history) == 2 and largest(net.state_dict(), main['net']) < 2e-3
+    assert load_state(out/'half.pt')['epoch'] == len(history) == 2 and largest(net.state_dict(), main['net']) < 2e-4
 
 
 def test_two_processes_make_the_generator_of_one(both, one):
