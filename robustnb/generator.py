@@ -175,8 +175,7 @@ def train_generator(
             targets = draw_targets(batch_size, len(embedding), boundary, g)[own].to(device)
             noise = torch.randn(batch_size, embedding.shape[1], generator=g)[own].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)), bn_inputs(model) as seen, whole_batch(net): logits = model(net(targets, noise))
-            share = len(targets)/batch_size
-            entropy, unusual = F.cross_entropy(logits.float(), targets)*share, _distance(seen, moments)
+            entropy, unusual = F.cross_entropy(logits.float(), targets)*(share := len(targets)/batch_size), _distance(seen, moments)
             optimizer.zero_grad(set_to_none=True); (entropy + unusual/processes()).backward(); total_gradients_(net); optimizer.step()
             history.append(dict(step=step+1, cross_entropy=total(entropy.detach()).item(), bn_distance=unusual.item(), agreement=total((logits.argmax(1) == targets.argmax(1)).float().mean()*share).item()))
     finally:

@@ -68,6 +68,7 @@ def total(
     "Add up over the processes."
     return x if size() == 1 else _Total.apply(x)
 
+# %% ../nbs/api/07_team.ipynb #7e1af64a
 @torch.no_grad()
 def total_gradients_(
     module:nn.Module,  # After `backward` on this process's share of the loss; its gradients are changed
