@@ -198,6 +198,7 @@ def _table(rows):
     "Rows of jobs as a DataFrame: arguments, what came of it, values"
     return pd.DataFrame([r['arguments'] | {k: r[k] for k in facts} | r['values'] for r in rows])
 
+# %% ../nbs/api/80_sweep.ipynb #48632b11
 def sweep_rows(
     out,              # Folder of a sweep, also of one that is still running
 )->pd.DataFrame:      # One row per job that ended: arguments, status ('done' or 'failed'), error, tries, seconds, host, values
