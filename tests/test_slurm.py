@@ -167,6 +167,7 @@ def test_a_task_that_is_cancelled_has_another_chance(lab, monkeypatch):
         return tasks
     monkeypatch.setattr(module, '_submit', then_cancel)
     found = sweep(root, [dict(x=25), dict(x=36)], folder/'cancelled', slurm=dict(timeout_min=2, cpus_per_task=1), chunk=2)
+    assert (found.status == 'done').all(), found.error.tolist()
     assert found.root.tolist() == [5, 6] and found.tries.tolist() == [2, 1] and calls(folder, 25, 36) == [2, 1], 'only the job that was running is charged with an attempt'
 
 
