@@ -22,7 +22,7 @@ from robustnb.evaluation import crafted_on, robustness_curve
 from robustnb.generator import generate, train_generator
 from robustnb.models import load_model
 from robustnb.predictors import noise_sum, softmax_js
-from robustnb.ptq import calibrate, quantize
+from robustnb.ptq import Rounder, calibrate, quantize
 from robustnb.similarity import output_change
 from robustnb.threat import Linf
 
@@ -39,10 +39,10 @@ def row(original, made, i):
     change = {k: output_change(torch.tensor(original[a]), torch.tensor(made[b])) for k, a, b in (('', 'logits', 'answers'), ('_real', 'real', 'real'))}
     stood, stands, right, left = (o[f'{k}_standing'][i] for k in ('probes', 'test') for o in (original, made))
     return ({f'{m}{k}': float(c[n].mean()) for k, c in change.items() for m, n in (('js', 'js'), ('flips', 'flip'))}
-            | dict(noise=float(made['noise_weights'] + made['noise_activations']), softmax_js_flops=float(made['softmax_js_flops']), softmax_js_params=float(made['softmax_js_params']),
+            | dict(noise=float(made['noise_weights'] + made['noise_activations']), activation_noise=float(made['noise_activations']/original['tensors']), softmax_js_flops=float(made['softmax_js_flops']), softmax_js_params=float(made['softmax_js_params']),
                    eps=float(original['eps'][i-1]), robust_flips=1 - stands[stood].mean() if stood.sum() >= 20 else np.nan,
                    accuracy=original['right'].mean(), measured_loss=1 - made['right'].mean()/original['right'].mean(),
-                   robust_accuracy=right.mean(), measured_robust_loss=1 - left.mean()/right.mean() if right.sum() >= 20 else np.nan, seconds=float(made['seconds'])))
+                   robust_accuracy=right.mean(), measured_robust_loss=1 - left.mean()/right.mean() if right.sum() >= 20 and right.mean() >= 2/original['logits'].shape[1] else np.nan, seconds=float(made['seconds'])))
 
 
 def tabulate(folder):
@@ -68,7 +68,8 @@ def begin(path, args):
     attack = partial(pgd, steps=10)
     roads = dict(probes=crafted_on(model, attack), test=crafted_on(model, attack))
     before = dict(probes=robustness_curve(model, few, own, roads['probes'], threats, args.seed), test=robustness_curve(model, images.x[:args.attacked], images.labels[:args.attacked], roads['test'], threats, args.seed))
-    return dict(model=model, name=name, x=x, ranges=ranges, targets=targets, logits=logits, threats=threats, few=few, own=own, roads=roads, attack=attack,
+    tensors = sum(isinstance(m, Rounder) for m in quantize(model, 'INT8', ranges).modules())
+    return dict(model=model, name=name, tensors=tensors, x=x, ranges=ranges, targets=targets, logits=logits, threats=threats, few=few, own=own, roads=roads, attack=attack,
                 before={k: standing(v) for k, v in before.items()}, right=predict(model, images.x).argmax(1) == images.labels)
 
 
@@ -111,7 +112,7 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
         net = begin(path, args)
         with atomic_path(folder/'original.npz') as tmp, open(tmp, 'wb') as f:
-            np.savez_compressed(f, logits=net['logits'], targets=net['targets'], real=predict(net['model'], args.unlabelled), right=net['right'], eps=[t.eps for t in net['threats']],
+            np.savez_compressed(f, logits=net['logits'], targets=net['targets'], real=predict(net['model'], args.unlabelled), right=net['right'], tensors=net['tensors'], eps=[t.eps for t in net['threats']],
                                 **{f'{k}_standing': v for k, v in net['before'].items()})
         save_json(manifest(network=net['name'], width=net['model'].width, dataset=Path(args.data).stem, probes=args.probes, attacked=args.attacked, n_test=args.n_test, seed=args.seed, accuracy=net['right'].float().mean().item()), folder/'manifest.json')
         for fmt in left:

@@ -24,6 +24,7 @@ from .models import build_model, load_model, save_model
 from .quant import quant_spec
 from .recipes import recipe
 from .store import load_generator, save_generator
+from .team import is_main
 from .threat import L2, Linf
 from .training import Recipe, train
 from .transfer import _study, assess, default_formats
@@ -86,6 +87,7 @@ def train_command(
     net = build_model(model, len(images.classes), width, rounded(mean), rounded(std), seed=seed)
     recipe = Recipe(lr=lr, flip=not no_mirror).shortened(epochs)
     net, history = train(recipe, net, images, val, seed=seed, checkpoint=out/'checkpoint.pt', resume=True)
+    if not is_main(): return
     net.classes = images.classes
     save_model(net, out/'weights.pt')
     _write(history, out/'history.csv')

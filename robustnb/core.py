@@ -206,6 +206,15 @@ def save_state(
         except RuntimeError as e: raise OSError(28, f'torch.save failed: {e}') from e
     return Path(path)
 
+@contextmanager
+def _naming(path, what):
+    "An error about what is in a file says which file it is and what it should be."
+    try: yield
+    except (OSError, MemoryError): raise
+    except Exception as e:
+        if isinstance(e, (ValueError, TypeError)) and ('`' in str(e) or str(path) in str(e)): raise
+        raise ValueError(f"`path` must be {what}; {path} is damaged or something else ({type(e).__name__}: {' '.join(str(e).split())[:150]}). Copy it again, or write it again.") from e
+
 def load_state(
     path,             # File to read
     device='cpu',     # Where the tensors go

@@ -11,8 +11,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .core import batches, check_model, make_generator, pick_device, progress, subseed
+from .core import batches, check_model, make_generator, progress, subseed
 from .models import batchnorms, last_linear
+from .team import as_main_, join, moments, part, size as processes, total, total_gradients_, whole_batch
 from .training import fast_bf16
 
 # %% ../nbs/api/50_generator.ipynb #05fbc83a
@@ -96,9 +97,13 @@ def bn_distance(
     seen:list,     # (layer, input) pairs from `bn_inputs`
 )->Tensor:         # Scalar, >= 0: mean over layers and channels, in nats; 0 for the training distribution
     "How unusual a batch looks to the batch-norm layers: KL of Gaussians from the running statistics."
+    return _distance(seen, lambda x: torch.var_mean(x, (0, 2, 3), correction=0))
+
+def _distance(seen, statistics):
+    "The distance, with the variance and mean that `statistics` finds"
     if not seen: return torch.zeros(())
     def distance(bn, x):
-        var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+        var, mean = statistics(x.float())
         known = bn.running_var + 1e-6*bn.running_var.mean() + 1e-12
         ratio = var/known
         return .5*(ratio + (mean-bn.running_mean).square()/known - 1 - ((ratio+.01)/1.01).log()).mean()
@@ -152,25 +157,27 @@ def train_generator(
 )->tuple[Generator, pd.DataFrame]:  # Generator in eval mode on the CPU; history, one row per step
     "A conditional generator from the model alone, with data-free losses as in Xu et al. 2020 (GDFQ, arXiv:2003.03603)."
     if not hasattr(check_model(model), 'normalize'): raise TypeError(f"`model` must have its normalisation inside; this {type(model).__name__} has none. Use `wrap_model`.")
-    device, g = pick_device(device), make_generator(seed, 'generator')
+    device, g = join(device), make_generator(seed, 'generator')
+    if batch_size < processes(): raise ValueError(f"`batch_size` must be at least the number of processes, {processes()}; got {batch_size}.")
     home, flags = next(model.parameters()).device, [p.requires_grad for p in model.parameters()]
     embedding, normalize = last_linear(model).weight.flatten(1), model.normalize
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(subseed(seed, 'weights'))
         net = Generator(embedding.cpu(), normalize.mean.flatten().cpu(), normalize.std.flatten().cpu(), size, width)
-    net = net.to(device).train()
+    net, own = net.to(device).train(), part(batch_size)
+    as_main_(net)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, betas=(.5, .999))
     history = []
     model.to(device).requires_grad_(False)
     try:
         for step in progress(range(steps), 'generator'):
             for group in optimizer.param_groups: group['lr'] = 1e-3 if step < .75*steps else 2e-4
-            targets = draw_targets(batch_size, len(embedding), boundary, g).to(device)
-            noise = torch.randn(batch_size, embedding.shape[1], generator=g).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)), bn_inputs(model) as seen: logits = model(net(targets, noise))
-            entropy, unusual = F.cross_entropy(logits.float(), targets), bn_distance(seen)
-            optimizer.zero_grad(set_to_none=True); (entropy + unusual).backward(); optimizer.step()
-            history.append(dict(step=step+1, cross_entropy=entropy.item(), bn_distance=unusual.item(), agreement=(logits.argmax(1) == targets.argmax(1)).float().mean().item()))
+            targets = draw_targets(batch_size, len(embedding), boundary, g)[own].to(device)
+            noise = torch.randn(batch_size, embedding.shape[1], generator=g)[own].to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)), bn_inputs(model) as seen, whole_batch(net): logits = model(net(targets, noise))
+            entropy, unusual = F.cross_entropy(logits.float(), targets)*(share := len(targets)/batch_size), _distance(seen, moments)
+            optimizer.zero_grad(set_to_none=True); (entropy + unusual/processes()).backward(); total_gradients_(net); optimizer.step()
+            history.append(dict(step=step+1, cross_entropy=total(entropy.detach()).item(), bn_distance=unusual.item(), agreement=total((logits.argmax(1) == targets.argmax(1)).float().mean()*share).item()))
     finally:
         model.to(home)
         for p, flag in zip(model.parameters(), flags): p.requires_grad_(flag)

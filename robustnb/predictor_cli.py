@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 import pandas as pd
 from .cli import _command, _listed, _readable, _write
-from .core import manifest, save_json
+from .core import _naming, manifest, save_json
 from .metrics import mae, mid_range, r2
 from .transfer import fit_links, predict_losses
 
@@ -19,7 +19,7 @@ def _measured(folder):
     "The table of one network, under the name of its folder"
     file = Path(folder)/'report_table.csv'
     if not file.is_file(): raise FileNotFoundError(f"`runs` must be folders with a report_table.csv; there is none in {folder}. Run robustnb_assess with --test first.")
-    return pd.read_csv(file).assign(model=Path(folder).name)
+    with _naming(file, 'the report_table.csv of an assessment'): return pd.read_csv(file).drop(columns='network', errors='ignore').assign(model=Path(folder).name)
 
 @_command
 @_readable

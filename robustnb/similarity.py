@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, fx, nn
-from .core import check_images, predict, progress
+from .core import _naming, check_images, predict, progress
 from .metrics import js_divergence
 from .models import fold_batchnorm
 from .ptq import Rounder
@@ -151,6 +151,7 @@ def load_link(
     path=_links,     # JSON file of links
 )->Link:             # The link
     "A link that was fitted before."
-    held = json.loads(Path(path).read_text(encoding='utf-8'))['links']
-    if name not in held: raise ValueError(f"`name` must be one of {sorted(held)}; got {name!r}.")
-    return Link(**{k: tuple(v) if isinstance(v, list) else v for k, v in held[name].items()})
+    with _naming(path, 'a file of links, as robustnb_fit_predictor writes it'):
+        held = json.loads(Path(path).read_text(encoding='utf-8'))['links']
+        if name not in held: raise ValueError(f"`name` must be one of {sorted(held)}; got {name!r}.")
+        return Link(**{k: tuple(v) if isinstance(v, list) else v for k, v in held[name].items()})

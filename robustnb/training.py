@@ -13,8 +13,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .core import load_state, make_generator, pick_device, predict, progress, save_state, subseed
+from .core import load_state, make_generator, predict, progress, save_state, subseed
 from .data import ImageSet
+from .team import as_main_, is_main, join, part, rank, size, total, total_gradients_, wait, whole_batch
 
 # %% ../nbs/api/21_training.ipynb #0d58b573
 @dataclass(frozen=True)
@@ -98,12 +99,14 @@ def _train_epoch(model, x, targets, recipe, epoch, seed, optimizer, bf16):
     for i, start in enumerate(progress(cuts, f'epoch {epoch+1}/{recipe.epochs}')):
         for group in optimizer.param_groups: group['lr'] = recipe.rate(epoch + (i+1)/len(cuts) if epoch < recipe.warmup else epoch)
         rows = order[start:start+recipe.batch_size].to(device)
-        xb = crop_and_flip(x[rows], recipe.crop, recipe.flip, g).float().div_(255).contiguous(memory_format=layout)
-        tb = targets[rows]
+        own = part(len(rows))
+        xb = crop_and_flip(x[rows], recipe.crop, recipe.flip, g)[own].float().div_(255).contiguous(memory_format=layout)
+        tb = targets[rows[own]]
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16): logits = model(xb)
-        loss = F.cross_entropy(logits.float(), tb)
-        optimizer.zero_grad(set_to_none=True); loss.backward(); optimizer.step()
+        loss = F.cross_entropy(logits.float(), tb)*(len(tb)/len(rows)) if len(tb) else 0*logits.sum()
+        optimizer.zero_grad(set_to_none=True); loss.backward(); total_gradients_(model); optimizer.step()
         loss_sum += loss.detach()*len(rows); right += (logits.argmax(1) == tb.argmax(1)).sum()
+    loss_sum, right = total(loss_sum), total(right)
     if not torch.isfinite(loss_sum): raise FloatingPointError(f"the loss is not finite in epoch {epoch+1}. Lower `lr` (now {recipe.lr}) or lengthen `warmup` (now {recipe.warmup}).")
     return loss_sum.item()/n, right.item()/n
 
@@ -137,7 +140,7 @@ def train(
     device=None,               # Where to train; None takes CUDA if there is one
 )->tuple[nn.Module, pd.DataFrame]:  # Trained network in eval mode on the CPU; history, one row per epoch
     "Train a copy of `model` by `recipe` with cross-entropy on soft labels."
-    device, bf16 = pick_device(device), fast_bf16(pick_device(device))
+    device = join(device)
     if len(data) < data.labels.shape[1]: raise ValueError(f"`data` must have at least one image per class; got {len(data)} images for {data.labels.shape[1]} classes.")
     if getattr(model, 'n_classes', None) not in (None, data.labels.shape[1]):
         raise ValueError(f"`model` must have one logit per class of `data`; got {model.n_classes} logits for {data.labels.shape[1]} classes. Build it with `n_classes={data.labels.shape[1]}`.")
@@ -149,16 +152,19 @@ def train(
         state = _resume(checkpoint, mark, device)
         model.load_state_dict(state['model']); optimizer.load_state_dict(state['optimizer'])
         start, history = state['epoch'], state['history']
+    if total(torch.tensor(start, device=device)) != start*size(): raise ValueError(f"`checkpoint` must be a file that all {size()} processes see; one starts at epoch {start+1}, another elsewhere ({checkpoint}).")
+    as_main_(model)
     x = torch.from_numpy(data.images).permute(0, 3, 1, 2).to(device)
     targets = torch.from_numpy(data.labels).to(device)
     for epoch in range(start, recipe.epochs):
         began = time.time()
         with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
-            (torch.cuda if device.type == 'cuda' else torch.default_generator).manual_seed(subseed(seed, 'dropout', epoch))
-            loss, acc = _train_epoch(model.train(), x, targets, recipe, epoch, seed, optimizer, bf16)
+            (torch.cuda if device.type == 'cuda' else torch.default_generator).manual_seed(subseed(seed, 'dropout', epoch, *([rank()] if rank() else [])))
+            with whole_batch(model): loss, acc = _train_epoch(model.train(), x, targets, recipe, epoch, seed, optimizer, fast_bf16(device))
         row = dict(epoch=epoch+1, lr=optimizer.param_groups[0]['lr'], loss=loss, accuracy=acc)
         if val is not None: row['val_accuracy'] = (predict(model.eval(), val.x).argmax(1).numpy() == val.y).mean().item()
         history.append(row | dict(seconds=time.time()-began))
-        if checkpoint: save_state(dict(format='robustnb.training/1', mark=mark, epoch=epoch+1, history=history,
+        if checkpoint and is_main(): save_state(dict(format='robustnb.training/1', mark=mark, epoch=epoch+1, history=history,
                                        model=model.state_dict(), optimizer=optimizer.state_dict()), checkpoint)
+        wait()
     return model.eval().cpu(), pd.DataFrame(history)

@@ -22,7 +22,7 @@ from .evaluation import compare, evaluate, quantised_attacks, summarize, worst
 from .generator import Generator, energy, generate, train_generator
 from .plots import figure_svg, plot_layers, plot_predicted, show_images
 from .predictors import noise_sum
-from .ptq import calibrate, quantize
+from .ptq import Rounder, calibrate, quantize
 from .quant import quant_spec
 from .similarity import fit_link, layer_sensitivity, load_link, output_change
 from .threat import Linf
@@ -52,12 +52,13 @@ def probe(
     before:pd.DataFrame,   # `evaluate` rows of the original on `x`, with its own answers as labels
     attacks:dict,          # Name -> attack on the original that the copy is shown the results of
     seed:int=0,            # Random starts
-)->dict:                   # js (nats), flips (share), noise (of power), robust_flips (share of the survivors that the copy gets wrong; NaN if there are fewer than 20)
+)->dict:                   # js (nats), flips (share), noise (of power), activation_noise (of power), robust_flips (share of the survivors that the copy gets wrong; NaN if there are fewer than 20)
     "How much a quantised copy differs from its original on unlabelled images."
     clean = predict(model, x)
     change = output_change(clean, predict(quantised, x))
     stood, stands = (worst(rows).correct for rows in (before, evaluate(quantised, x, clean.argmax(1), attacks, threat, seed=seed)))
-    return dict(js=change.js.mean(), flips=change.flip.mean(), noise=sum(noise_sum(model, quantised, x[:100]).values()),
+    noise, tensors = noise_sum(model, quantised, x[:100]), sum(isinstance(m, Rounder) for m in quantised.modules())
+    return dict(js=change.js.mean(), flips=change.flip.mean(), noise=sum(noise.values()), activation_noise=noise['activations']/max(tensors, 1),
                 robust_flips=1 - stands[stood].mean() if stood.sum() >= 20 else np.nan)
 
 def measure(
@@ -67,12 +68,12 @@ def measure(
     before:pd.DataFrame,   # `evaluate` rows of the original on `test`
     attacks:dict,          # Name -> attack to try on the copy
     seed:int=0,            # Random starts
-)->dict:                   # measured_loss and measured_robust_loss with _lo and _hi; accuracy, robust_accuracy
+)->dict:                   # measured_loss and measured_robust_loss with _lo and _hi, the latter NaN if the original is below twice chance; accuracy, robust_accuracy
     "What a quantised copy loses on a labelled test set."
     after = evaluate(quantised, test.x, torch.as_tensor(test.y), attacks, threat, seed=seed)
     named = lambda name, triple: dict(zip((name, f'{name}_lo', f'{name}_hi'), triple))
-    by = summarize(after).set_index('attack').accuracy
-    return (named('measured_loss', share_lost(before, after, 'clean')) | named('measured_robust_loss', share_lost(before, after))
+    by, told = summarize(after).set_index('attack').accuracy, worst(before).correct.mean() >= 2/len(test.classes)
+    return (named('measured_loss', share_lost(before, after, 'clean')) | named('measured_robust_loss', share_lost(before, after) if told else (np.nan,)*3)
             | dict(accuracy=by['clean'], robust_accuracy=by['worst']))
 
 # %% ../nbs/api/70_transfer.ipynb #bb0bcfb7
@@ -87,13 +88,13 @@ def predict_losses(
     return table
 
 # %% ../nbs/api/70_transfer.ipynb #b9dbd50d
-_reads = dict(loss=('js', 'flips', 'noise'), robust_loss=('js', 'noise', 'robust_flips'))
+_reads = dict(loss=('flips', 'noise'), robust_loss=('flips', 'noise', 'activation_noise'))
 
 def fit_links(
     rows:pd.DataFrame,   # model, format, n_classes, what `probe` gives, measured_loss, measured_robust_loss; any number of budgets
 )->tuple[dict, dict]:    # Name -> `Link`; name -> the rows it was fitted on, each with the loss `predicted` with its model left out
     "The links for accuracy and for robust accuracy, from measured networks."
-    short = [c for c in ('model', 'format', 'n_classes', *_reads['loss'], *_reads['robust_loss'], 'measured_loss', 'measured_robust_loss') if c not in rows]
+    short = [c for c in dict.fromkeys(('model', 'format', 'n_classes', *_reads['loss'], *_reads['robust_loss'], 'measured_loss', 'measured_robust_loss')) if c not in rows]
     if short: raise ValueError(f"`rows` must have the columns of an assessment with a test set; {', '.join(short)} are missing. Use `assess(model, test=...)`.")
     tables = dict(loss=rows.drop_duplicates(['model', 'format']), robust_loss=rows)
     fitted = {k: fit_link(t.dropna(subset=[*_reads[k], f'measured_{k}']), _reads[k], f'measured_{k}') for k, t in tables.items()}
@@ -200,7 +201,7 @@ def _notes(study, last):
     "What a reader has to keep in mind, in sentences."
     notes = ['The links were fitted on narrow CIFAR-10 networks; their interval is the error on a network that was left out, not a guarantee for yours.',
              'Robust accuracy is what survives projected gradient descent, white-box and transferred from the original; a stronger attack will find more.',
-             'The robust link was fitted at Linf 1/255; for another threat look at robust_flips in the table too: how the copy fares on the images that an attack made of the probes.',
+             'The robust link was fitted at Linf .25/255 to 2/255; under another threat look at robust_flips in the table too: how the copy fares on the images that an attack made of the probes.',
              'Logits are returned in full precision and biases kept in 32 bits; every other stored tensor is rounded.']
     if 'no batch norm' in study.probes: notes.append('The network has no batch norm, so the generator knew only channel means and deviations: trust the predictions less.')
     if study.facts.get('clip_rate', 0) > .2: notes.append(f"{study.facts['clip_rate']:.0%} of the generated pixels are black or white at the clamp.")
@@ -208,6 +209,7 @@ def _notes(study, last):
         if last[name]: notes.append(f"{said}: {', '.join(last[name])}.")
     for rows, images in ((study.before, 'probes'), (study.before_test, 'test images')):
         if rows is not None and worst(rows).correct.sum() < 20: notes.append(f'The original itself is right on fewer than 20 attacked {images}, so no robust loss can be stated from them: choose a smaller eps or give more images.')
+    if study.test is not None and worst(study.before_test).correct.mean() < 2/len(study.test.classes): notes.append('Under this attack the original is right less than twice as often as by chance, so no robust loss is measured: a copy that always gives the same answer would seem to keep half. Choose a smaller eps.')
     return notes
 
 def _words(threat): return f'Linf {255*threat.eps:g}/255' if isinstance(threat, Linf) else repr(threat)
