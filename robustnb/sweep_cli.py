@@ -61,6 +61,7 @@ def _tell(rows, failed, out):
     for r in failed.to_dict('records'): print(f"failed: {r['weights']} {r['format']} {r['attack']} seed {r['seed']}: {r['error']}")
     if len(failed): sys.exit(1)
 
+# %% ../nbs/api/85_sweep_cli.ipynb #5eeb0001
 @_command
 @_readable
 def sweep_command(
