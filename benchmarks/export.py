@@ -2,7 +2,7 @@
 
     python benchmarks/export.py runs/ResNet_18/weights.pt ... --data PHOTOS
 
-Each file of `robustnb_train` is quantised with ranges from images of its own generator, exported, and asked about test photographs. Seconds are wall clock of one thread, the median of --repeats passes
+Each file of `robustnb_train` is quantised with ranges from 300 training photographs, exported, and asked about test photographs. Seconds are wall clock of one thread, the median of --repeats passes
 over the same images, engine and torch in turn. Rows go to results/export_cifar10.csv with a manifest beside them.
 """
 import argparse, tempfile, time
@@ -15,7 +15,6 @@ import torch
 from robustnb.core import manifest, predict, save_json
 from robustnb.data import load_data, subset
 from robustnb.export import OnnxModel, check_export, export_onnx
-from robustnb.generator import generate, train_generator
 from robustnb.models import load_model
 from robustnb.ptq import quantize
 
@@ -32,7 +31,7 @@ def seconds(models, x, repeats):
 def measure(path, test, args, folder):
     "One row"
     model, name = load_model(path), Path(path).parent.name
-    q = quantize(model, args.format, generate(train_generator(model, seed=0)[0], 300, seed=0)[0])
+    q = quantize(model, args.format, args.calibration)
     facts = {k: export_onnx(m, folder/f'{name}_{k}.onnx') for k, m in (('full', model), ('int', q))}
     found, right = check_export(q, facts['int']['path'], test.x), torch.as_tensor(test.y)
     engines = [OnnxModel(f['path'], threads=1) for f in facts.values()]
@@ -54,9 +53,9 @@ if __name__ == '__main__':
     p.add_argument('--out', type=Path, default=Path('results/export_cifar10.csv'))
     args = p.parse_args()
     torch.set_num_threads(1)
-    test = subset(load_data(args.data, 'test'), args.n_test, seed=0)
+    test, args.calibration = subset(load_data(args.data, 'test'), args.n_test, seed=0), subset(load_data(args.data, 'train'), 300, seed=0).x
     with tempfile.TemporaryDirectory() as folder: rows = [measure(path, test, args, Path(folder)) for path in args.weights]
     table = pd.DataFrame(rows).round(5)
     table.to_csv(args.out, index=False)
-    save_json(manifest(data=Path(args.data).name, n_test=args.n_test, repeats=args.repeats, threads=1, calibration='300 generated images', seed=0), args.out.with_suffix('.json'))
+    save_json(manifest(data=Path(args.data).name, n_test=args.n_test, repeats=args.repeats, threads=1, calibration='300 training photographs', seed=0), args.out.with_suffix('.json'))
     print(table.T.to_string())

@@ -73,11 +73,12 @@ def _start(i, log):
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, 'w') as f: return subprocess.Popen(worker_command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=f, env=_environment(i), text=True)
 
-def _last_words(code, log):
-    "Why a process is gone"
+def _last_words(how, log):
+    "Why a process is gone, as far as its log knows"
     said = [o for o in log.read_text(errors='replace').splitlines() if o.strip()] if log.exists() else []
-    by = f'signal {signal.Signals(-code).name}' if code < 0 else f'exit code {code}'
-    return f"ProcessDied: the process ended with {by}{'; its last words: ' + said[-1].strip() if said else ''} ({log})"
+    return f"ProcessDied: {how}{'; its last words: ' + said[-1].strip() if said else ''} ({log})"
+
+def _gone(code): return f'the process ended with {"signal " + signal.Signals(-code).name if code < 0 else f"exit code {code}"}'
 
 def _fail(name, arguments, path, tries, error):
     "The row of a job that took its process with it"
@@ -96,7 +97,7 @@ def _run_here(orders, out, workers, tries, tell):
             procs[i].stdin.write(json.dumps([*order, turn]) + '\n'); procs[i].stdin.flush()
             written = procs[i].stdout.readline()
         except BrokenPipeError: written = ''
-        if not written and not over.is_set(): _fail(*order, turn, _last_words(procs.pop(i).wait(), log))
+        if not written and not over.is_set(): _fail(*order, turn, _last_words(_gone(procs.pop(i).wait()), log))
         return over.is_set() or read_row(path)['status'] == 'done'
     def run(order):
         i = idle.get()
@@ -164,14 +165,14 @@ def _run_slurm(orders, out, executor, tries, tell, chunk=1):
         time.sleep(wait)
         wait, queued = min(1.3*wait, 10), _queued()
         for task, part in list(flying.items()):
-            missing[task] += queued is not None and task not in queued
+            if queued is not None: missing[task] = 0 if task in queued else missing[task]+1
             found = [read_row(o[2]) for o in part]
             if None in found and missing[task] < 2: continue
             del flying[task]
             died = found.index(None) if None in found else -1
             for k, (o, row) in enumerate(zip(part, found)):
                 if o[2] not in paths: continue
-                if k == died: _fail(*o, f"ProcessDied: Slurm's task {task} ended without a row; its log is {out/'slurm'}/{task}_0_log.err")
+                if k == died: _fail(*o, _last_words(f"Slurm's task {task} ended without a row", out/'slurm'/f'{task}_0_log.err'))
                 elif row is None: todo.append(o); continue
                 spent[o[2]] += 1
                 if (row is None or row['status'] == 'failed') and spent[o[2]] < tries: todo.append(o)
