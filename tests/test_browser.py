@@ -19,7 +19,7 @@ def browser():
 
 @pytest.fixture(scope='module')
 def html(tmp_path_factory):
-    table = pd.DataFrame(dict(format=['INT8', 'INT4'], n_classes=10, size_kb=[8., 4.], js=[.001, .1], flips=[.01, .2], noise=[.001, .2], robust_flips=[.02, .3]))
+    table = pd.DataFrame(dict(format=['INT8', 'INT4'], n_classes=10, size_kb=[8., 4.], js=[.001, .1], flips=[.01, .2], noise=[.001, .2], activation_noise=[.001, .2], robust_flips=[.02, .3]))
     for kind in ('loss', 'robust_loss'): table = table.assign(**{f'measured_{kind}{k}': [.01*s, .2*s] for k, s in (('', 1), ('_lo', .5), ('_hi', 2))})
     layers = pd.DataFrame(dict(layer=['conv1', 'fc'], kind=['weights', 'activations'], nsr=.1, logit_noise=[.01, .02], format='INT4'))
     facts = dict(model='<b>Net & Co</b>', threat='Linf(eps=0.1)', probes='4 images', test_images=100, notes=['a < b'])
