@@ -75,7 +75,7 @@ def sweep_command(
     where:str='',              # Jobs at a time on this machine, as 4; or parameters of Slurm, as timeout_min=60,mem_gb=8; none uses every core
     out:str='sweep',           # Folder for rows, sweep.csv, manifest.json
 ):
-    "Measure networks x formats x attacks x seeds."
+    "Measure networks x formats x attacks x seeds, for example: robustnb_sweep runs/A/weights.pt,runs/B/weights.pt --formats all --data cifar10 --where timeout_min=120,mem_gb=8"
     started, out = time.time(), Path(out)
     files, specs, place, same = _listed(weights, 'weights'), list(_specs(','.join(all_formats()) if formats == 'all' else formats)), _place(where), _pairs(measure, 'measure')
     wrong = [k for k in same if k not in ('n', 'eps', 'images')] + [o for o in _listed(attacks, 'attacks') if o not in job_attacks]
