@@ -11,7 +11,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 unexport PYTHONPATH PYTHONHOME
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test nbtest unit sync nbs readme house docs-check docs clean
+.PHONY: help demo test nbtest unit kernels sync nbs readme house docs-check docs dist clean
 help:            ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
@@ -42,6 +42,9 @@ nbtest: $(VENV)/.dev     ## test the notebooks only; one thread each, so that th
 unit: $(VENV)/.dev       ## run the unit tests only
 	@$(BIN)/python -m pytest
 
+kernels: $(VENV)/.dev    ## run every notebook as a user does: all cells, in a fresh Jupyter kernel of its own
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} ROBUSTNB_NOTEBOOKS=all $(BIN)/python -m pytest tests/test_notebooks.py
+
 SUMS = find nbs robustnb \( -name '*.ipynb' -o -name '*.py' \) -not -path '*/.*' | sort | xargs cksum
 sync: $(VENV)/.dev       ## clean and export the notebooks; fails if that changed anything
 	@before=$$($(SUMS)); $(BIN)/nbdev_clean && $(BIN)/nbdev_export && after=$$($(SUMS)) || exit 1; \
@@ -64,6 +67,9 @@ docs-check: $(VENV)/.dev ## build the docs without Quarto into _check/ and resol
 docs: $(VENV)/.dev       ## render the site with Quarto into _docs/
 	@command -v quarto >/dev/null || { echo "Quarto is not installed: https://quarto.org"; exit 1; }
 	$(BIN)/nbdev_docs
+
+dist: $(VENV)/.dev       ## build the source archive and the wheel into dist/
+	@$(BIN)/python -m pip install -q build && $(BIN)/python -m build
 
 clean:           ## delete everything that can be made again
 	rm -rf $(VENV) _proc _docs _check build dist *.egg-info .pytest_cache

@@ -6,12 +6,14 @@
 __all__ = ['train_command', 'assess_command', 'build_set_command', 'validate_set_command', 'score_set_command', 'demo_command']
 
 # %% ../nbs/api/81_cli.ipynb #a22d9838
-import sys, time
+import hashlib, json, re, sys, time
+from argparse import RawDescriptionHelpFormatter
 from fractions import Fraction
 from functools import wraps
+from inspect import cleandoc, signature
 from pathlib import Path
 import torch
-from fastcore.script import call_parse
+from fastcore.script import anno_parser
 from .contest import default_config, validate_set, write_config
 from .core import atomic_path, manifest, save_json
 from .curation import build_training_set, load_training_set, set_card, summary
@@ -19,13 +21,31 @@ from .data import load_data, load_npy, subset
 from .generator import train_generator
 from .hidden import hidden_set, proxies, score_training_sets, standings
 from .models import build_model, load_model, save_model
+from .quant import quant_spec
 from .recipes import recipe
+from .store import load_generator, save_generator
 from .team import is_main
 from .threat import L2, Linf
 from .training import Recipe, train
-from .transfer import assess, default_formats
+from .transfer import _study, assess, default_formats
 
 # %% ../nbs/api/81_cli.ipynb #5e2a81c4
+class _Help(RawDescriptionHelpFormatter):
+    "The description as it is written; defaults only where they say something"
+    def _expand_help(self, action): return re.sub(r' \(default: (|False)\)$', '', action.help or '')
+
+def _command(job):
+    "A function that a script without arguments of its own calls with those of the command line"
+    @wraps(job)
+    def command(*args, **kwargs):
+        here = sys._getframe(1)
+        if not (args or kwargs) and here.f_locals is here.f_globals and here.f_globals.get('__name__') == '__main__' and '__file__' in here.f_globals:
+            parser = anno_parser(job)
+            parser.description, parser.formatter_class = cleandoc(job.__doc__), _Help
+            kwargs = {k: v for k, v in vars(parser.parse_args()).items() if k in signature(job).parameters}
+        return job(*args, **kwargs)
+    return command
+
 def _readable(job):
     "A broken rule ends a command with one line on standard error, not with a traceback."
     @wraps(job)
@@ -43,7 +63,7 @@ def _images(source, split):
     return load_data(source, split, download=source in ('cifar10', 'cifar100'))
 
 # %% ../nbs/api/81_cli.ipynb #49f24fe0
-@call_parse
+@_command
 @_readable
 def train_command(
     data:str='digits',        # 'digits', 'cifar10', 'cifar100', or a folder or zip of split/class/*.png
@@ -55,7 +75,11 @@ def train_command(
     no_mirror:bool=False,     # Never mirror an image: for digits, letters and everything else with a handedness
     seed:int=0,               # Weights, order, crops and mirrors
 ):
-    "Train one of the nine networks and write it to `out`."
+    """Train one of the nine networks and write it to `out`.
+
+    Example:
+
+        robustnb_train --data cifar10 --model ResNet_18 --width .5 --epochs 50 --out runs/resnet"""
     started, out = time.time(), Path(out)
     images, val = _images(data, 'train'), _images(data, 'test')
     std, mean = torch.std_mean(images[::1 + len(images)//10_000].x, (0, 2, 3))
@@ -72,6 +96,32 @@ def train_command(
                        seconds=round(time.time()-started)), out/'manifest.json')
     print(f'{model}: test accuracy {history.val_accuracy.iloc[-1]:.4f} after {epochs} epochs; written to {out}/')
 
+# %% ../nbs/api/81_cli.ipynb #f01de202
+def _listed(text, name):
+    "The items between the commas; at least one, none twice"
+    items = [o.strip() for o in text.split(',') if o.strip()]
+    if not items: raise ValueError(f"`{name}` must name at least one, separated by commas; got {text!r}.")
+    if len(set(items)) < len(items): raise ValueError(f"`{name}` must not name one twice; got {text!r}.")
+    return items
+
+def _specs(formats):
+    "Specifications by their names; two names of one format are one"
+    return {str(s): s for s in map(quant_spec, _listed(formats, 'formats'))}
+
+def _continue(out, question):
+    "Raise unless the folder is new, or answers the same question so far"
+    file, hint = out/'question.json', 'Name another folder, or delete this one.'
+    if out.exists() and not out.is_dir(): raise ValueError(f"`out` must be a folder; {out} is a file.")
+    if file.exists():
+        try: known = dict(json.loads(file.read_text(encoding='utf-8')))
+        except (ValueError, TypeError) as e: raise ValueError(f"{file} is damaged ({e}), so nobody knows what the folder answers. {hint}") from e
+        differ = [f"{k} is {known.get(k)!r} there and {v!r} here" for k, v in question.items() if known.get(k) != v]
+        if differ: raise ValueError(f"`out` answers another question: {'; '.join(differ)} ({file}). {hint}")
+    elif out.exists() and any(not o.name.startswith('.') for o in out.iterdir()): raise ValueError(f"`out` must be a new or empty folder, or that of an earlier run; {out} holds other files. {hint}")
+    else: save_json(question, file)
+
+def _mark(data): return hashlib.blake2b(data, digest_size=8).hexdigest()
+
 # %% ../nbs/api/81_cli.ipynb #f35f3aec
 def _threat(norm, eps):
     "A threat model from what was typed."
@@ -79,6 +129,17 @@ def _threat(norm, eps):
     try: eps = float(Fraction(eps))
     except (ValueError, ZeroDivisionError): raise ValueError(f"`eps` must be a number or a fraction such as 8/255; got {eps!r}.") from None
     return dict(Linf=Linf, L2=L2)[norm](eps)
+
+def _kept_generator(net, file, seed):
+    "The generator in the file; trained and written there first, if there is none"
+    if not file.exists(): save_generator(train_generator(net, seed=seed)[0], file)
+    return load_generator(file)
+
+def _once(file, job, *args):
+    "What the job returned when it was first done, from the file"
+    if not file.exists(): save_json(job(*args), file)
+    try: return dict(json.loads(file.read_text(encoding='utf-8')))
+    except (ValueError, TypeError) as e: raise ValueError(f"{file} is damaged ({e}). Delete it, and the format is assessed again.") from e
 
 def _deliver(report, out):
     "Write the report and its manifest, and print the table."
@@ -90,7 +151,8 @@ def _deliver(report, out):
     print('\nAccuracy lost, percent of what the original has', known or '', '\n')
     print(table.to_string(), f'\n\nIntervals, layers and figures: {out}/report.html')
 
-@call_parse
+# %% ../nbs/api/81_cli.ipynb #a55e55c0
+@_command
 @_readable
 def assess_command(
     weights:str,             # File written by robustnb_train or `save_model`
@@ -102,13 +164,19 @@ def assess_command(
     out:str='assessment',    # Folder for the report
     seed:int=0,              # Everything random
 ):
-    "Predict what quantisation will cost a classifier, without its training data."
+    """Predict what quantisation will cost a classifier, without its training data.
+
+    Example:
+
+        robustnb_assess runs/resnet/weights.pt --formats INT8,INT4,POT4,FP8 --eps 1/255 --out assessment"""
     model, threat, images = load_model(weights), _threat(norm, eps), None
     if test:
         images = _images(test, 'test')
         if len(images) > n_test: images = subset(images, n_test, seed=seed)
-    report = assess(model, formats, threat, images, seed=seed)
-    _deliver(report, out)
+    specs, out = _specs(formats), Path(out)
+    _continue(out, dict(network=_mark(Path(weights).read_bytes()), threat=repr(threat), seed=seed, test=_mark(images.images.tobytes() + images.y.tobytes()) if test else None))
+    study = _study(model, list(specs), threat, images, None, _kept_generator(model, out/'generator.pt', seed), 500, seed)[1]
+    _deliver(study.report([_once(out/'formats'/f"{name.replace('/', '-')}.json", study.one, spec) for name, spec in specs.items()]), out)
 
 # %% ../nbs/api/81_cli.ipynb #8bcaa177
 def _networks(files):
@@ -117,7 +185,7 @@ def _networks(files):
     short = [p.stem for p in paths] if len({p.stem for p in paths}) == len(paths) else [f'{p.parent.name}/{p.stem}' for p in paths]
     return dict(zip(short, map(load_model, paths)))
 
-@call_parse
+@_command
 @_readable
 def build_set_command(
     plan:str,              # One of the recipes, e.g. mission, kanra, tenth
@@ -129,7 +197,11 @@ def build_set_command(
     out:str='set',         # Folder for data.npy, label.npy, config.py, provenance.csv, card.html
     seed:int=0,            # Everything random
 ):
-    "Build a published training set and write it to `out`."
+    """Build a published training set and write it to `out`.
+
+    Example:
+
+        robustnb_build_set mission runs/resnet/weights.pt,runs/vgg/weights.pt --data cifar10 --n 50000 --out submission"""
     started, out, nets = time.time(), Path(out), _networks(weights)
     pool = _images(data, split)
     made = build_training_set(pool, **recipe(plan, nets, teacher=nets[next(iter(nets))], effort=effort), n=n, seed=seed)
@@ -138,18 +210,22 @@ def build_set_command(
     print(summary(made).round(3).to_string(), f'\n\nImages of each source: {out}/card.html')
 
 # %% ../nbs/api/81_cli.ipynb #6877201a
-@call_parse
+@_command
 @_readable
 def validate_set_command(
     path:str,    # Folder or zip with data.npy, label.npy, config.py
 ):
-    "Check a training set against the rules of the competition."
+    """Check a training set against the rules of the competition.
+
+    Example:
+
+        robustnb_validate_set submission"""
     table = validate_set(path)
     print(table.to_string(index=False))
     if (table.verdict == 'broken').any(): sys.exit(1)
 
 # %% ../nbs/api/81_cli.ipynb #f73303c0
-@call_parse
+@_command
 @_readable
 def score_set_command(
     sets:str,              # Folders of training sets, separated by commas
@@ -161,7 +237,11 @@ def score_set_command(
     seeds:int=3,           # Trainings of each network on each set
     out:str='scores',      # Folder for hidden images, finished trainings, answers.csv, standings.csv
 ):
-    "Score training sets on stand-in hidden images."
+    """Score training sets on stand-in hidden images.
+
+    Example:
+
+        robustnb_score_set sets/clean,sets/mission runs/alexnet/weights.pt --data cifar10 --epochs 20 --out scores"""
     out, folders = Path(out), [Path(o) for o in sets.split(',')]
     named = {f.name: load_npy(f) for f in folders}
     if len(named) < len(folders): raise ValueError(f"`sets` must be folders with different names; got {sets}.")
@@ -174,7 +254,7 @@ def score_set_command(
     print(table.round(4).to_string())
 
 # %% ../nbs/api/81_cli.ipynb #3cb14f09
-@call_parse
+@_command
 @_readable
 def demo_command(
     out:str='demo',      # Folder for the report
@@ -183,7 +263,11 @@ def demo_command(
     steps:int=250,       # Steps of the generator
     n:int=200,           # Generated images to probe with, and test digits to check on
 ):
-    "Train on digits, forget them, predict what quantisation will cost, and check."
+    """Train on digits, forget them, predict what quantisation will cost, and check.
+
+    Example:
+
+        robustnb_demo --out demo"""
     data, test = load_data('digits', 'train'), subset(load_data('digits', 'test'), n, seed)
     std, mean = torch.std_mean(data.x, (0, 2, 3))
     net = build_model('ResNet_18', 10, .25, mean.tolist(), std.tolist(), seed=seed)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/api/00_core.ipynb #bb3e0cdd
 def check_images(
@@ -132,13 +132,29 @@ def batches(
     if size < 1: raise ValueError(f"`size` must be at least 1; got {size}.")
     return [slice(i, min(i+size, n)) for i in range(0, n, size)]
 
+class _Screen:
+    "Where a notebook's bar is drawn: one output of the cell."
+    encoding = 'utf-8'
+    def __init__(self): self.shown = None
+    def flush(self): pass
+    def write(self, text):
+        shown = {'text/plain': text.strip()}
+        if self.shown: self.shown.update(shown, raw=True)
+        else: self.shown = sys.modules['IPython'].display.display(shown, raw=True, display_id=True)
+
+def _in_notebook():
+    "Is this a Jupyter kernel?"
+    ask = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)
+    return getattr(ask(), 'kernel', None) is not None
+
 def progress(
     items,                   # What to go through
     desc:str='',             # What is being done
     total:int|None=None,     # Number of items; None asks `len(items)`
 ):                           # The same items, with a bar in terminals and notebooks
     "Go through `items` with a progress bar that logs do not see."
-    return tqdm(items, desc=desc, total=total, disable=None, leave=False, dynamic_ncols=True)
+    where = dict(file=_Screen(), ncols=90, delay=.5, mininterval=.25) if _in_notebook() else dict(disable=None, dynamic_ncols=True)
+    return tqdm(items, desc=desc, total=total, leave=False, **where)
 
 # %% ../nbs/api/00_core.ipynb #d5b084db
 @torch.no_grad()
@@ -189,6 +205,15 @@ def save_state(
         try: torch.save(state, tmp)
         except RuntimeError as e: raise OSError(28, f'torch.save failed: {e}') from e
     return Path(path)
+
+@contextmanager
+def _naming(path, what):
+    "An error about what is in a file says which file it is and what it should be."
+    try: yield
+    except (OSError, MemoryError): raise
+    except Exception as e:
+        if isinstance(e, (ValueError, TypeError)) and ('`' in str(e) or str(path) in str(e)): raise
+        raise ValueError(f"`path` must be {what}; {path} is damaged or something else ({type(e).__name__}: {' '.join(str(e).split())[:150]}). Copy it again, or write it again.") from e
 
 def load_state(
     path,             # File to read

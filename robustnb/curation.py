@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from .core import atomic_path, batches, make_generator, predict, progress, subseed, to_float, to_uint8
+from .core import _naming, atomic_path, batches, make_generator, predict, progress, subseed, to_float, to_uint8
 from .data import ImageSet, load_npy
 from .plots import figure_png, show_images
 from .selection import everything
@@ -74,7 +74,8 @@ def load_training_set(
     "A training set from its folder."
     data, path = load_npy(folder), Path(folder)/'provenance.csv'
     if not path.is_file(): raise FileNotFoundError(f"`folder` must hold provenance.csv beside the images; there is none in {folder}. Without a history, use `load_npy`.")
-    return TrainingSet(data.images, data.labels, data.classes, pd.read_csv(path, keep_default_na=False, na_values={'success': ['']}))
+    with _naming(path, 'the provenance.csv of `TrainingSet.save`'):
+        return TrainingSet(data.images, data.labels, data.classes, pd.read_csv(path, keep_default_na=False, na_values={'success': ['']}))
 
 # %% ../nbs/api/72_curation.ipynb #6626a22f
 def _interleaved(y, K, rng):

@@ -269,7 +269,7 @@ def _load_npy(path):
     if not path.is_file(): raise FileNotFoundError(f"`folder` must hold data.npy and label.npy; there is no {path}.")
     try:
         with open(path, 'rb') as f: return np.lib.format.read_array(f, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as e: raise ValueError(f"{path} must be a plain numpy array; it is damaged or holds Python objects ({e}).") from e
+    except Exception as e: raise ValueError(f"{path} must be a plain numpy array; it is damaged or holds Python objects ({e}).") from e
 
 def load_npy(
     folder,                    # Folder with data.npy (N,H,W,C) uint8, label.npy (N,K) float or (N,) int, and perhaps classes.json

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from fastcore.script import call_parse
-from .cli import _images, _readable, _write
+from .cli import _command, _images, _readable, _write
 from .core import batches, manifest, save_json, subseed, to_float
 from .descriptors import Plan, attack_descriptor
 from .faces import NamedSet, load_faces
@@ -38,7 +37,7 @@ def _named(data, size=112):
     if not len(keep): raise ValueError(f"`data` must name at least one image; got {data!r}, and there are {which.max()+1} {'images' if split else 'persons'}.")
     return images[keep]
 
-@call_parse
+@_command
 @_readable
 def train_descriptor_command(
     data:str,              # Images of persons or classes, e.g. faces.zip[0:30]
@@ -49,7 +48,11 @@ def train_descriptor_command(
     copies:int=1,          # Versions of each image: itself and altered ones
     seed:int=0,            # Weights, order, crops, mirrors
 ):
-    "Train a network whose answer is a descriptor of 512 numbers."
+    """Train a network whose answer is a descriptor of 512 numbers.
+
+    Example:
+
+        robustnb_train_descriptor 'faces.zip[0:30]' --model Caffe34 --width .25 --epochs 15 --out teacher"""
     started, out, images = time.time(), Path(out), _named(data)
     y = np.unique(images.y, return_inverse=True)[1]
     net = descriptor_model(model, width=width, size=images.images.shape[1], seed=seed)
@@ -77,7 +80,7 @@ def _answers(ask, images, book):
     except RuntimeError as e: raise ValueError(f"`box` must answer. {e}") from e
 
 # %% ../nbs/api/82_descriptor_cli.ipynb #6733a5dc
-@call_parse
+@_command
 @_readable
 def distill_command(
     box:str,                 # descriptor.pt of robustnb_train_descriptor, or an http address
@@ -89,7 +92,11 @@ def distill_command(
     copies:int=4,            # Versions of each image that are asked about
     noise:float=.08,         # Largest deviation of the noise in these copies, in pixels; 0 blends none with another either
 ):
-    "Train students that answer like a black box."
+    """Train students that answer like a black box.
+
+    Example:
+
+        robustnb_distill teacher/descriptor.pt 'faces.zip[0:30]' --models ResNet_18,DenseNet --out students"""
     started, out, images = time.time(), Path(out), _named(data)
     asked = views(images.images, copies, noise=noise)
     said = _answers(_box(box), asked, out/f'asked-{_name(box)}.db')
@@ -111,7 +118,7 @@ def distill_command(
 # %% ../nbs/api/82_descriptor_cli.ipynb #5665c727
 _TOGETHER = 10     # images attacked at a time, whose answers teach the same students
 
-@call_parse
+@_command
 @_readable
 def attack_descriptors_command(
     box:str,               # As for robustnb_distill
@@ -123,7 +130,11 @@ def attack_descriptors_command(
     out:str='attacked',    # Folder for pairs.csv, rows.csv, submission.zip, manifest.json
     seed:int=0,            # Pairs and attack
 ):
-    "Attack a descriptor model with students, and pack the submission."
+    """Attack a descriptor model with students, and pack the submission.
+
+    Example:
+
+        robustnb_attack_descriptors teacher/descriptor.pt students/ResNet_18.pt,students/DenseNet.pt 'faces.zip[30:40]' --queries 100 --out attacked"""
     started, out, nets = time.time(), Path(out), [load_descriptor(o) for o in students.split(',')]
     images, ask, book = _named(data, nets[0].made['size']), _box(box), out/f'asked-{_name(box)}.db'
     people = len(set(images.y))
@@ -142,7 +153,7 @@ def attack_descriptors_command(
     print(attack_table(rows)[['images', 'before', 'after', 'lowest_ssim', 'queries', 'seconds']].round(4).to_string(), f'\n\nWritten to {out}/submission.zip')
 
 # %% ../nbs/api/82_descriptor_cli.ipynb #99a12dae
-@call_parse
+@_command
 @_readable
 def check_submission_command(
     path:str,       # Zip file or folder of a submission
@@ -150,7 +161,11 @@ def check_submission_command(
     pairs:str,      # Pairs file
     box:str='',     # As for robustnb_distill; without one, no descriptor is checked
 ):
-    "Judge a submission from its files."
+    """Judge a submission from its files.
+
+    Example:
+
+        robustnb_check_submission attacked/submission.zip faces.zip attacked/pairs.csv --box teacher/descriptor.pt"""
     images = _named(data)
     table = check_submission(path, images, read_pairs(pairs, images), _box(box) if box else None)
     print(table.drop(columns='value').to_string(index=False))

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from .core import check_images, check_model, predict, progress
 from .cost import cost
 from .models import _keep, fold_batchnorm
-from .ptq import quantize
+from .ptq import _whole_biases, quantize
 from .quant import choose_scale, fake_quantize, number_format, quant_spec
 from .refine import _check_weights, _layers
 from .similarity import _noise_ratio
@@ -21,8 +21,9 @@ from .similarity import _noise_ratio
 _formats = ('INT8', 'INT7', 'INT6', 'INT5', 'INT4', 'INT3', 'INT2')
 
 def _round_weights(layer, fmt, spec):
-    "Weights of a layer in a format, with the scales that `quantize` chooses"
-    return fake_quantize(layer.weight, fmt, choose_scale(layer.weight, fmt, spec.rule, spec.per_channel))
+    "Weights of a layer in a format, and the scales that `quantize` chooses"
+    scale = choose_scale(layer.weight, fmt, spec.rule, spec.per_channel)
+    return fake_quantize(layer.weight, fmt, scale), scale
 
 @torch.no_grad()
 def weight_noise(
@@ -40,7 +41,7 @@ def weight_noise(
     for name, layer in progress(_layers(clean).items(), 'layers'):
         exact = layer.weight.clone()
         for fmt in formats:
-            layer.weight.copy_(_round_weights(layer, fmt, spec))
+            layer.weight.copy_(_round_weights(layer, fmt, spec)[0])
             rows.append(dict(layer=name, format=str(fmt), bits=fmt.bits, params=exact.numel(), macs=int(macs[name]), noise=_noise_ratio(signal, predict(clean, images))))
             layer.weight.copy_(exact)
     return pd.DataFrame(rows)
@@ -117,6 +118,11 @@ def quantize_mixed(
     odd = sorted(set(layers) ^ set(formats))
     if odd or len(table) != len(formats):
         raise ValueError(f"`table` must name every layer of `model` once; got {len(table)} rows for {len(layers)} layers, {odd[:3] or 'some twice'} in one of the two only. Was it made for another model?")
-    q = quantize(model, spec, images)
-    for name, layer in _layers(q).items(): layer.weight.copy_(_round_weights(layers[name], formats[name], spec))
+    q, scales = quantize(model, spec, images), {}
+    for name, layer in _layers(q).items():
+        rounded, scale = _round_weights(layers[name], formats[name], spec)
+        layer.weight.copy_(rounded)
+        if layer.bias is not None: layer.bias.copy_(layers[name].bias)
+        if formats[name].kind == 'INT': scales[f'{name}.weight'] = scale
+    _whole_biases(q, scales)
     return _keep(q, layer_formats=formats)

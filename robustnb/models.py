@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from .core import load_state, make_generator, save_state
+from .core import _naming, load_state, make_generator, save_state
 
 # %% ../nbs/api/20_models.ipynb #0ee63250
 def _check_input(x, channels, size):
@@ -324,17 +324,8 @@ def _misfits(state, net):
     return '; '.join(f"{len(v)} {k}: {', '.join(v[:2])}{', ...' if v[2:] else ''}" for k, v in lists if v)
 
 # %% ../nbs/api/20_models.ipynb #c282cfb0
-def load_model(
-    name:str=None,      # One of `model_names`; None is what the file says
-    path=None,          # File written by `save_model`, or a state_dict; `load_model(path)` alone works for the former
-    n_classes:int=None, # Number of logits; None is what the file says
-    width:float=None,   # Multiplier of the channels; None is what the file says, 1 for a state_dict
-    mean=None,          # Mean per channel; None is what the file says, that of CIFAR-10 for a state_dict
-    std=None,           # Standard deviation per channel; None as for `mean`
-)->Normalized:          # In evaluation mode, on the CPU
-    "Read a model from disk."
-    if path is None: name, path = None, name
-    held = _read_checkpoint(path)
+def _built(held, path, name, n_classes, width, mean, std):
+    "The model that the file and the caller describe"
     for key, told in (('name', name), ('n_classes', n_classes), ('width', width)):
         if told is not None and held[key] is not None and told != held[key]:
             raise ValueError(f"`{key}` must agree with the file: got {told!r}, but {path} holds {held['name']} with {held['n_classes']} "
@@ -354,6 +345,19 @@ def load_model(
     model = Normalized(net, mean, std, _fixed_size.get(name), name, n_classes, width)
     model.classes = held['classes']
     return model.eval()
+
+def load_model(
+    name:str=None,      # One of `model_names`; None is what the file says
+    path=None,          # File written by `save_model`, or a state_dict; `load_model(path)` alone works for the former
+    n_classes:int=None, # Number of logits; None is what the file says
+    width:float=None,   # Multiplier of the channels; None is what the file says, 1 for a state_dict
+    mean=None,          # Mean per channel; None is what the file says, that of CIFAR-10 for a state_dict
+    std=None,           # Standard deviation per channel; None as for `mean`
+)->Normalized:          # In evaluation mode, on the CPU
+    "Read a model from disk."
+    if path is None: name, path = None, name
+    held = _read_checkpoint(path)
+    with _naming(path, 'a model written by `save_model`, or a state_dict'): return _built(held, path, name, n_classes, width, mean, std)
 
 # %% ../nbs/api/20_models.ipynb #9beec980
 _kept = ('name', 'n_classes', 'width', 'classes')

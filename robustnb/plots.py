@@ -145,7 +145,7 @@ def plot_predicted(
     ax.set(xlabel=measured, ylabel=predicted, xlim=(lo-pad, hi+pad), ylim=(lo-pad, hi+pad), aspect='equal')
     ax.axline((lo, lo), slope=1, color='.5', lw=1, ls=(0, (1, 2)), zorder=0)
     ax.annotate('equal', (hi, hi), ha='right', va='bottom', rotation=45, color='.5', fontsize=8, rotation_mode='anchor')
-    if by is not None: ax.legend(frameon=False, fontsize=8, title=by, title_fontsize=8)
+    if by is not None: ax.legend(frameon=False, fontsize=8, title=by, title_fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
     return _finish(ax, caption)
 
 # %% ../nbs/api/03_plots.ipynb #23531fd6

@@ -9,28 +9,30 @@ __all__ = ['fit_predictor_command']
 from dataclasses import asdict
 from pathlib import Path
 import pandas as pd
-from fastcore.script import call_parse
-from .cli import _readable, _write
-from .core import manifest, save_json
+from .cli import _command, _listed, _readable, _write
+from .core import _naming, manifest, save_json
 from .metrics import mae, mid_range, r2
 from .transfer import fit_links, predict_losses
-from .transfer_cli import _listed
 
 # %% ../nbs/api/84_predictor_cli.ipynb #75a92936
 def _measured(folder):
     "The table of one network, under the name of its folder"
     file = Path(folder)/'report_table.csv'
     if not file.is_file(): raise FileNotFoundError(f"`runs` must be folders with a report_table.csv; there is none in {folder}. Run robustnb_assess with --test first.")
-    return pd.read_csv(file).assign(model=Path(folder).name)
+    with _naming(file, 'the report_table.csv of an assessment'): return pd.read_csv(file).drop(columns='network', errors='ignore').assign(model=Path(folder).name)
 
-@call_parse
+@_command
 @_readable
 def fit_predictor_command(
     runs:str,               # Folders of robustnb_assess --test or benchmarks/transfer.py, one per network, separated by commas
     out:str='predictor',    # Folder for links.json, transfer_lomo.csv, robust_lomo.csv, manifest.json
     apply:str='',           # Folder of an assessment to predict anew; none by default
 ):
-    "Fit what predicts the loss to measured networks, and say how well it does on each when it is left out."
+    """Fit what predicts the loss to measured networks, and say how well it does on each when it is left out.
+
+    Example:
+
+        robustnb_fit_predictor assessments/resnet,assessments/vgg,assessments/alexnet --apply assessments/mine --out predictor"""
     out, folders = Path(out), [Path(o) for o in _listed(runs, 'runs')]
     if len({f.name for f in folders}) < len(folders): raise ValueError(f"`runs` must be folders with different names, those of the networks; got {runs}.")
     rows = pd.concat(map(_measured, folders), ignore_index=True)

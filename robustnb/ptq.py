@@ -199,6 +199,18 @@ def _hides(node, model):
     if node.op != 'call_function' or _is(node, model, _moves): return False
     return node.target is F.scaled_dot_product_attention or (getattr(node.target, '__module__', None) or 'torch').partition('.')[0] not in _seen_through
 
+# %% ../nbs/api/41_ptq.ipynb #b1f0c0b1
+def _whole_biases(q, scales):
+    "Biases become whole multiples of input scale times weight scale, in place; `scales` are those of the weights, by their names"
+    called = [n.target for n in q.graph.nodes if n.op == 'call_module']
+    for node in [n for n in q.graph.nodes if n.op == 'call_module' and f'{n.target}.weight' in scales and called.count(n.target) == 1]:
+        layer, source = q.get_submodule(node.target), node.all_input_nodes[0]
+        while _moves_only(source, q): source = source.all_input_nodes[0]
+        rounder = q.get_submodule(source.target) if source.op == 'call_module' else None
+        if layer.bias is None or not isinstance(rounder, Rounder) or rounder.fmt.kind != 'INT': continue
+        unit = scales[f'{node.target}.weight'].flatten()*rounder.scale
+        layer.bias.copy_((layer.bias/unit).round()*unit)
+
 # %% ../nbs/api/41_ptq.ipynb #b1f0c006
 @torch.no_grad()
 def quantize(
@@ -209,7 +221,7 @@ def quantize(
     "Post-training quantisation: fold, calibrate, round (Nagel et al. 2021, arXiv:2106.08295)."
     spec, seen = quant_spec(spec), images if isinstance(images, Calibration) else calibrate(model, images)
     if seen.model is not model: raise ValueError("`images` must be images, or the `Calibration` of this very `model`; got that of another. Call `calibrate(model, images)`.")
-    q, done = copy.deepcopy(seen.graph), set()
+    q, done, scales = copy.deepcopy(seen.graph), set(), {}
     nodes, of_image = {n.name: n for n in q.graph.nodes}, _of_image(q)
     for name, values in seen.values.items():
         q.add_submodule(f'round_{name}', Rounder(spec, values))
@@ -218,8 +230,10 @@ def quantize(
     layers = {f'{n}.weight': f'{n}.bias' for n, m in q.named_modules() if isinstance(m, _weighted) and n not in seen.derived}
     for name, bias in (layers | _free_weights(q, model)).items():
         weight = getattr(q.get_submodule(name.rpartition('.')[0]), name.rpartition('.')[2])
-        weight.copy_(fake_quantize(weight, spec.weights, choose_scale(weight, spec.weights, spec.rule, spec.per_channel)))
+        scales[name] = choose_scale(weight, spec.weights, spec.rule, spec.per_channel)
+        weight.copy_(fake_quantize(weight, spec.weights, scales[name]))
         done |= {name, bias}
     q.recompile()
+    if spec.weights.kind == 'INT': _whole_biases(q, scales)
     _keep(q, spec=spec, left_float=_unrounded(q, done), opaque=tuple(n.name for n in nodes.values() if n in of_image and _hides(n, q)))
     return q.requires_grad_(False).eval()

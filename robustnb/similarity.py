@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, fx, nn
-from .core import check_images, predict, progress
+from .core import _naming, check_images, predict, progress
 from .metrics import js_divergence
 from .models import fold_batchnorm
 from .ptq import Rounder
@@ -39,7 +39,7 @@ def layer_sensitivity(
     signal, rows, heard = predict(clean, x), [], {}
     hooks = [m.register_forward_hook(lambda m, args, out, n=n: heard.update({n: (args[0], out)})) for n, m in rounders.items()]
     arriving = lambda: _noise_ratio(signal, predict(partial, x))
-    for n in progress([n for n in floats if not torch.equal(floats[n], rounded[n])], 'weights'):
+    for n in progress([n for n in floats if not n.endswith('bias') and not torch.equal(floats[n], rounded[n])], 'weights'):
         partial.get_parameter(n).copy_(rounded[n])
         nsr = ((rounded[n]-floats[n]).square().sum()/floats[n].square().sum().clamp_min(1e-30)).item()
         rows.append(dict(layer=n.removesuffix('.weight'), kind='weights', nsr=nsr, logit_noise=arriving()))
@@ -151,6 +151,7 @@ def load_link(
     path=_links,     # JSON file of links
 )->Link:             # The link
     "A link that was fitted before."
-    held = json.loads(Path(path).read_text(encoding='utf-8'))['links']
-    if name not in held: raise ValueError(f"`name` must be one of {sorted(held)}; got {name!r}.")
-    return Link(**{k: tuple(v) if isinstance(v, list) else v for k, v in held[name].items()})
+    with _naming(path, 'a file of links, as robustnb_fit_predictor writes it'):
+        held = json.loads(Path(path).read_text(encoding='utf-8'))['links']
+        if name not in held: raise ValueError(f"`name` must be one of {sorted(held)}; got {name!r}.")
+        return Link(**{k: tuple(v) if isinstance(v, list) else v for k, v in held[name].items()})

@@ -9,7 +9,7 @@ __all__ = ['save_quantised', 'load_quantised', 'save_generator', 'load_generator
 from dataclasses import fields
 import torch
 from torch import fx, nn
-from .core import load_state, save_state
+from .core import _naming, load_state, save_state
 from .generator import Generator
 from .models import _keep, build_model, fold_batchnorm, model_names
 from .ptq import Rounder
@@ -36,7 +36,7 @@ def _skeleton(held):
         with q.graph.inserting_after(node): new = q.graph.call_module(r['name'], (node,))
         node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
     q.recompile()
-    return _keep(q, spec=spec, left_float=tuple(held['left_float']), classes=network['classes'])
+    return _keep(q, spec=spec, left_float=tuple(held['left_float']), opaque=(), classes=network['classes'])
 
 # %% ../nbs/api/55_store.ipynb #f2afcc6c
 def save_quantised(
@@ -64,9 +64,10 @@ def load_quantised(
     "Read a quantised copy."
     held = load_state(path)
     if not isinstance(held, dict) or held.get('format') != _quantised: raise ValueError(f"`path` must be a file of `save_quantised`; {path} is something else. For a network in full precision use `load_model`.")
-    q = _skeleton(held)
-    if q.code != held['code']: raise ValueError(f"`path` was written by a version of this library that built {held['network']['name']} differently; quantise again ({path}).")
-    _fit(q, held['state_dict'], path)
+    with _naming(path, 'a file of `save_quantised`'):
+        q = _skeleton(held)
+        if q.code != held['code']: raise ValueError(f"`path` was written by a version of this library that built {held['network']['name']} differently; quantise again ({path}).")
+        _fit(q, held['state_dict'], path)
     return q.requires_grad_(False).eval()
 
 # %% ../nbs/api/55_store.ipynb #81128328
@@ -85,8 +86,9 @@ def load_generator(
     "Read a generator."
     held = load_state(path)
     if not isinstance(held, dict) or held.get('format') != _generator: raise ValueError(f"`path` must be a file of `save_generator`; {path} is something else.")
-    state = held['state_dict']
-    generator = Generator(*(state[k] for k in ('embedding', 'mean', 'std')), held['size'], held['width'])
-    _fit(generator, state, path)
-    generator.knows = held['knows']
+    with _naming(path, 'a file of `save_generator`'):
+        state = held['state_dict']
+        generator = Generator(*(state[k] for k in ('embedding', 'mean', 'std')), held['size'], held['width'])
+        _fit(generator, state, path)
+        generator.knows = held['knows']
     return generator.eval()

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.densenet import DenseNet
-from .core import batches, load_state, make_generator, pick_device, predict, progress, save_state, to_float, to_uint8
+from .core import _naming, batches, load_state, make_generator, pick_device, predict, progress, save_state, to_float, to_uint8
 from .models import Normalize, _conv, _he_init, _Residual
 from .training import crop_and_flip, fast_bf16, memory_layout
 from .transforms import affine, gamma
@@ -130,9 +130,9 @@ def load_descriptor(
     "Read a descriptor network from disk."
     held = load_state(path)
     if not isinstance(held, dict) or held.get('format') != 'robustnb.descriptor/1': raise ValueError(f"`path` must be a file written by `save_descriptor`; {path} is something else.")
-    model = descriptor_model(**held['made'])
-    try: model.load_state_dict(held['state_dict'])
-    except RuntimeError as e: raise ValueError(f"`path` must hold the weights of the network it names, {held['made']}; {path} does not ({str(e).splitlines()[-1].strip()}).") from e
+    with _naming(path, 'a file written by `save_descriptor`, with the weights of the network it names'):
+        model = descriptor_model(**held['made'])
+        model.load_state_dict(held['state_dict'])
     return model
 
 # %% ../nbs/api/24_students.ipynb #02ee4ca5

@@ -10,14 +10,12 @@ import json, sys, time
 from fractions import Fraction
 from pathlib import Path
 import pandas as pd
-from fastcore.script import call_parse
-from .cli import _images, _readable, _write
+from .cli import _command, _images, _listed, _mark, _readable, _specs, _write
 from .core import manifest, save_json
 from .models import load_model
 from .quant import all_formats
 from .sweep import grid, job_attacks, measure_one, sweep
 from .transfer import default_formats
-from .transfer_cli import _listed, _mark, _specs
 
 # %% ../nbs/api/85_sweep_cli.ipynb #fdc871df
 def _number(text):
@@ -63,7 +61,8 @@ def _tell(rows, failed, out):
     for r in failed.to_dict('records'): print(f"failed: {r['weights']} {r['format']} {r['attack']} seed {r['seed']}: {r['error']}")
     if len(failed): sys.exit(1)
 
-@call_parse
+# %% ../nbs/api/85_sweep_cli.ipynb #5eeb0001
+@_command
 @_readable
 def sweep_command(
     weights:str,               # Files of robustnb_train, separated by commas
@@ -75,7 +74,11 @@ def sweep_command(
     where:str='',              # Jobs at a time on this machine, as 4; or parameters of Slurm, as timeout_min=60,mem_gb=8; none uses every core
     out:str='sweep',           # Folder for rows, sweep.csv, manifest.json
 ):
-    "Measure networks x formats x attacks x seeds, for example: robustnb_sweep runs/A/weights.pt,runs/B/weights.pt --formats all --data cifar10 --where timeout_min=120,mem_gb=8"
+    """Measure networks x formats x attacks x seeds.
+
+    Example:
+
+        robustnb_sweep runs/resnet/weights.pt,runs/vgg/weights.pt --formats INT8,POT4 --attacks pgd --seeds 3 --data cifar10 --where 4 --out sweep"""
     started, out = time.time(), Path(out)
     files, specs, place, same = _listed(weights, 'weights'), list(_specs(','.join(all_formats()) if formats == 'all' else formats)), _place(where), _pairs(measure, 'measure')
     wrong = [k for k in same if k not in ('n', 'eps', 'images')] + [o for o in _listed(attacks, 'attacks') if o not in job_attacks]

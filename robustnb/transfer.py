@@ -22,7 +22,7 @@ from .evaluation import compare, evaluate, quantised_attacks, summarize, worst
 from .generator import Generator, energy, generate, train_generator
 from .plots import figure_svg, plot_layers, plot_predicted, show_images
 from .predictors import noise_sum
-from .ptq import calibrate, quantize
+from .ptq import Rounder, calibrate, quantize
 from .quant import quant_spec
 from .similarity import fit_link, layer_sensitivity, load_link, output_change
 from .threat import Linf
@@ -52,12 +52,13 @@ def probe(
     before:pd.DataFrame,   # `evaluate` rows of the original on `x`, with its own answers as labels
     attacks:dict,          # Name -> attack on the original that the copy is shown the results of
     seed:int=0,            # Random starts
-)->dict:                   # js (nats), flips (share), noise (of power), robust_flips (share of the survivors that the copy gets wrong; NaN if there are fewer than 20)
+)->dict:                   # js (nats), flips (share), noise (of power), activation_noise (of power), robust_flips (share of the survivors that the copy gets wrong; NaN if there are fewer than 20)
     "How much a quantised copy differs from its original on unlabelled images."
     clean = predict(model, x)
     change = output_change(clean, predict(quantised, x))
     stood, stands = (worst(rows).correct for rows in (before, evaluate(quantised, x, clean.argmax(1), attacks, threat, seed=seed)))
-    return dict(js=change.js.mean(), flips=change.flip.mean(), noise=sum(noise_sum(model, quantised, x[:100]).values()),
+    noise, tensors = noise_sum(model, quantised, x[:100]), sum(isinstance(m, Rounder) for m in quantised.modules())
+    return dict(js=change.js.mean(), flips=change.flip.mean(), noise=sum(noise.values()), activation_noise=noise['activations']/max(tensors, 1),
                 robust_flips=1 - stands[stood].mean() if stood.sum() >= 20 else np.nan)
 
 def measure(
@@ -67,12 +68,12 @@ def measure(
     before:pd.DataFrame,   # `evaluate` rows of the original on `test`
     attacks:dict,          # Name -> attack to try on the copy
     seed:int=0,            # Random starts
-)->dict:                   # measured_loss and measured_robust_loss with _lo and _hi; accuracy, robust_accuracy
+)->dict:                   # measured_loss and measured_robust_loss with _lo and _hi, the latter NaN if the original is below twice chance; accuracy, robust_accuracy
     "What a quantised copy loses on a labelled test set."
     after = evaluate(quantised, test.x, torch.as_tensor(test.y), attacks, threat, seed=seed)
     named = lambda name, triple: dict(zip((name, f'{name}_lo', f'{name}_hi'), triple))
-    by = summarize(after).set_index('attack').accuracy
-    return (named('measured_loss', share_lost(before, after, 'clean')) | named('measured_robust_loss', share_lost(before, after))
+    by, told = summarize(after).set_index('attack').accuracy, worst(before).correct.mean() >= 2/len(test.classes)
+    return (named('measured_loss', share_lost(before, after, 'clean')) | named('measured_robust_loss', share_lost(before, after) if told else (np.nan,)*3)
             | dict(accuracy=by['clean'], robust_accuracy=by['worst']))
 
 # %% ../nbs/api/70_transfer.ipynb #bb0bcfb7
@@ -87,13 +88,13 @@ def predict_losses(
     return table
 
 # %% ../nbs/api/70_transfer.ipynb #b9dbd50d
-_reads = dict(loss=('js', 'flips', 'noise'), robust_loss=('js', 'noise', 'robust_flips'))
+_reads = dict(loss=('flips', 'noise'), robust_loss=('flips', 'noise', 'activation_noise'))
 
 def fit_links(
     rows:pd.DataFrame,   # model, format, n_classes, what `probe` gives, measured_loss, measured_robust_loss; any number of budgets
 )->tuple[dict, dict]:    # Name -> `Link`; name -> the rows it was fitted on, each with the loss `predicted` with its model left out
     "The links for accuracy and for robust accuracy, from measured networks."
-    short = [c for c in ('model', 'format', 'n_classes', *_reads['loss'], *_reads['robust_loss'], 'measured_loss', 'measured_robust_loss') if c not in rows]
+    short = [c for c in dict.fromkeys(('model', 'format', 'n_classes', *_reads['loss'], *_reads['robust_loss'], 'measured_loss', 'measured_robust_loss')) if c not in rows]
     if short: raise ValueError(f"`rows` must have the columns of an assessment with a test set; {', '.join(short)} are missing. Use `assess(model, test=...)`.")
     tables = dict(loss=rows.drop_duplicates(['model', 'format']), robust_loss=rows)
     fitted = {k: fit_link(t.dropna(subset=[*_reads[k], f'measured_{k}']), _reads[k], f'measured_{k}') for k, t in tables.items()}
@@ -196,18 +197,19 @@ def _probe_images(model, unlabelled, generator, n, seed):
     x, _ = generate(generator, n, seed=seed)
     return x, f'{n} images generated from the model alone ({generator.knows})', energy(generator, model, seed=seed)
 
-def _notes(probes, facts, quantised, before, before_test):
+def _notes(study, last):
     "What a reader has to keep in mind, in sentences."
     notes = ['The links were fitted on narrow CIFAR-10 networks; their interval is the error on a network that was left out, not a guarantee for yours.',
              'Robust accuracy is what survives projected gradient descent, white-box and transferred from the original; a stronger attack will find more.',
-             'The robust link was fitted at Linf 1/255; for another threat look at robust_flips in the table too: how the copy fares on the images that an attack made of the probes.',
+             'The robust link was fitted at Linf .25/255 to 2/255; under another threat look at robust_flips in the table too: how the copy fares on the images that an attack made of the probes.',
              'Logits are returned in full precision and biases kept in 32 bits; every other stored tensor is rounded.']
-    if 'no batch norm' in probes: notes.append('The network has no batch norm, so the generator knew only channel means and deviations: trust the predictions less.')
-    if facts.get('clip_rate', 0) > .2: notes.append(f"{facts['clip_rate']:.0%} of the generated pixels are black or white at the clamp.")
-    if quantised.left_float: notes.append('Left in full precision: ' + ', '.join(quantised.left_float) + '.')
-    if quantised.opaque: notes.append('Computed in full precision between rounded inputs and outputs: ' + ', '.join(quantised.opaque) + '.')
-    for rows, images in ((before, 'probes'), (before_test, 'test images')):
+    if 'no batch norm' in study.probes: notes.append('The network has no batch norm, so the generator knew only channel means and deviations: trust the predictions less.')
+    if study.facts.get('clip_rate', 0) > .2: notes.append(f"{study.facts['clip_rate']:.0%} of the generated pixels are black or white at the clamp.")
+    for name, said in (('left_float', 'Left in full precision'), ('opaque', 'Computed in full precision between rounded inputs and outputs')):
+        if last[name]: notes.append(f"{said}: {', '.join(last[name])}.")
+    for rows, images in ((study.before, 'probes'), (study.before_test, 'test images')):
         if rows is not None and worst(rows).correct.sum() < 20: notes.append(f'The original itself is right on fewer than 20 attacked {images}, so no robust loss can be stated from them: choose a smaller eps or give more images.')
+    if study.test is not None and worst(study.before_test).correct.mean() < 2/len(study.test.classes): notes.append('Under this attack the original is right less than twice as often as by chance, so no robust loss is measured: a copy that always gives the same answer would seem to keep half. Choose a smaller eps.')
     return notes
 
 def _words(threat): return f'Linf {255*threat.eps:g}/255' if isinstance(threat, Linf) else repr(threat)
@@ -218,7 +220,48 @@ def _originals(before, before_test):
     if before_test is not None: found |= dict(accuracy=before_test[before_test.attack == 'clean'].correct.mean(), robust_accuracy=worst(before_test).correct.mean())
     return {k: round(float(v), 4) for k, v in found.items()}
 
-# %% ../nbs/api/70_transfer.ipynb #0ba9635b
+# %% ../nbs/api/70_transfer.ipynb #26e3d8d0
+@dataclass
+class _Study:
+    "A network and all that no format changes"
+    model:nn.Module
+    threat:object
+    test:ImageSet|None
+    x:Tensor          # Probes
+    probes:str        # What they are
+    facts:dict        # What is known of them
+    seed:int
+
+    def __post_init__(self):
+        self.logits, self.ranges, self.started = predict(self.model, self.x), calibrate(self.model, self.x), time.time()
+        (self.on_original, self.attacks), test = _both_roads(self.model, partial(pgd, steps=10)), self.test
+        self.before = evaluate(self.model, self.x, self.logits.argmax(1), self.on_original, self.threat, seed=self.seed)
+        self.before_test = None if test is None else evaluate(self.model, test.x, torch.as_tensor(test.y), self.on_original, self.threat, seed=self.seed)
+
+    def one(self, spec):
+        "What one format does: a row, rows of layers, names of what it leaves alone"
+        q = quantize(self.model, spec, self.ranges)
+        row = dict(format=str(spec), n_classes=self.logits.shape[1], eps=getattr(self.threat, 'eps', np.nan), size_kb=model_bytes(q, spec.weights.bits)/1000)
+        row |= probe(self.model, q, self.x, self.threat, self.before, self.on_original, self.seed)
+        if self.test is not None: row |= measure(q, self.test, self.threat, self.before_test, self.attacks, self.seed)
+        layers = layer_sensitivity(self.model, q, self.x[:50]).assign(format=str(spec))
+        return dict(row=row, layers=layers.to_dict('records'), left_float=list(q.left_float), opaque=list(q.opaque))
+
+    def report(self, found):
+        "The report on what `one` said of each format"
+        facts = manifest(model=getattr(self.model, 'name', None) or type(self.model).__name__, threat=_words(self.threat), probes=self.probes, seed=self.seed, notes=_notes(self, found[-1]),
+                         test_images=0 if self.test is None else len(self.test), **self.facts, **_originals(self.before, self.before_test), seconds=round(time.time()-self.started))
+        return Report(predict_losses(pd.DataFrame([o['row'] for o in found])), pd.DataFrame([r for o in found for r in o['layers']]), self.x[:16], facts)
+
+# %% ../nbs/api/70_transfer.ipynb #b9044fb6
+def _study(model, formats, threat, test, unlabelled, generator, n, seed):
+    "The specifications, and the study that takes them one by one"
+    specs = [quant_spec(f) for f in (formats.split(',') if isinstance(formats, str) else formats)]
+    if not specs: raise ValueError(f"`formats` must name at least one number format, such as {default_formats}; got {formats!r}.")
+    check_model(model)
+    if test is not None: check_labels(torch.as_tensor(test.y), len(test), predict(model, test[:1].x).shape[1], 'test')
+    return specs, _Study(model, threat, test, *_probe_images(model, unlabelled, generator, n, seed), seed)
+
 def assess(
     model:nn.Module,             # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K), normalisation inside; in eval mode
     formats=default_formats,     # Names as in `quant_spec`
@@ -230,22 +273,5 @@ def assess(
     seed:int=0,                  # Everything random
 )->Report:                       # Tables, figures, page
     "Predict what quantisation will cost a classifier, without its training data."
-    started, specs = time.time(), [quant_spec(f) for f in (formats.split(',') if isinstance(formats, str) else formats)]
-    if not specs: raise ValueError(f"`formats` must name at least one number format, such as {default_formats}; got {formats!r}.")
-    check_model(model)
-    if test is not None: check_labels(torch.as_tensor(test.y), len(test), predict(model, test[:1].x).shape[1], 'test')
-    x, probes, facts = _probe_images(model, unlabelled, generator, n, seed)
-    logits, ranges, attack = predict(model, x), calibrate(model, x), partial(pgd, steps=10)
-    (on_original, attacks), table, layers = _both_roads(model, attack), [], []
-    before = evaluate(model, x, logits.argmax(1), on_original, threat, seed=seed)
-    before_test = None if test is None else evaluate(model, test.x, torch.as_tensor(test.y), on_original, threat, seed=seed)
-    for spec in progress(specs, 'formats'):
-        q = quantize(model, spec, ranges)
-        row = dict(format=str(spec), n_classes=logits.shape[1], eps=getattr(threat, 'eps', np.nan), size_kb=model_bytes(q, spec.weights.bits)/1000) | probe(model, q, x, threat, before, on_original, seed)
-        if test is not None: row |= measure(q, test, threat, before_test, attacks, seed)
-        table.append(row)
-        layers.append(layer_sensitivity(model, q, x[:50]).assign(format=str(spec)))
-    table = predict_losses(pd.DataFrame(table))
-    facts = manifest(model=getattr(model, 'name', None) or type(model).__name__, threat=_words(threat), probes=probes, seed=seed, notes=_notes(probes, facts, q, before, before_test),
-                     test_images=0 if test is None else len(test), **facts, **_originals(before, before_test), seconds=round(time.time()-started))
-    return Report(table, pd.concat(layers, ignore_index=True), x[:16], facts)
+    specs, study = _study(model, formats, threat, test, unlabelled, generator, n, seed)
+    return study.report([study.one(spec) for spec in progress(specs, 'formats')])

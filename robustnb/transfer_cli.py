@@ -6,13 +6,12 @@
 __all__ = ['cost_command', 'generate_command', 'quantize_command']
 
 # %% ../nbs/api/83_transfer_cli.ipynb #17dd71b3
-import hashlib, json, sys, time
+import sys, time
 from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from fastcore.script import call_parse
-from .cli import _images, _networks, _readable, _write
+from .cli import _command, _continue, _images, _listed, _mark, _networks, _readable, _specs, _write
 from .core import atomic_path, make_generator, manifest, predict, save_json, to_uint8
 from .cost import cost, model_bytes
 from .data import ImageSet
@@ -20,24 +19,12 @@ from .generator import energy, generate, train_generator
 from .models import build_model, fold_batchnorm, load_model, model_names
 from .plots import show_images
 from .ptq import quantize
-from .quant import quant_spec
 from .similarity import output_change
 from .store import load_generator, load_quantised, save_generator, save_quantised
 from .team import is_main
 from .transfer import default_formats
 
 # %% ../nbs/api/83_transfer_cli.ipynb #9fe96ce1
-def _listed(text, name):
-    "The items between the commas; at least one, none twice"
-    items = [o.strip() for o in text.split(',') if o.strip()]
-    if not items: raise ValueError(f"`{name}` must name at least one, separated by commas; got {text!r}.")
-    if len(set(items)) < len(items): raise ValueError(f"`{name}` must not name one twice; got {text!r}.")
-    return items
-
-def _specs(formats):
-    "Specifications by their names; two names of one format are one"
-    return {str(s): s for s in map(quant_spec, _listed(formats, 'formats'))}
-
 def _costs(net, specs, size):
     "Rows of the layers, and one for the network"
     table, folded = cost(net, (net.normalize.mean.shape[1], size, size)), fold_batchnorm(net)
@@ -49,7 +36,7 @@ def _costs(net, specs, size):
     return table, row | {f'kb_{k}': model_bytes(folded, b)/1000 for k, b in bits.items()}
 
 # %% ../nbs/api/83_transfer_cli.ipynb #042cb5a1
-@call_parse
+@_command
 @_readable
 def cost_command(
     weights:str,               # Files of robustnb_train, or names of the nine networks, separated by commas
@@ -57,7 +44,11 @@ def cost_command(
     size:int=32,               # Height and width of an image
     out:str='cost',            # Folder for layers.csv, networks.csv, manifest.json
 ):
-    "Count parameters, multiply-accumulates and bytes, layer by layer."
+    """Count parameters, multiply-accumulates and bytes, layer by layer.
+
+    Example:
+
+        robustnb_cost ResNet_18,runs/resnet/weights.pt --formats INT8,INT4 --size 32 --out cost"""
     out, items, specs = Path(out), _listed(weights, 'weights'), _specs(formats)
     files = [o for o in items if o not in model_names]
     nets = {o: build_model(o) for o in items if o in model_names} | _networks(','.join(files))
@@ -71,20 +62,6 @@ def cost_command(
     print(networks.round(1).to_string(index=False), f'\n\nLayer by layer: {out}/layers.csv')
 
 # %% ../nbs/api/83_transfer_cli.ipynb #67d0e0dd
-def _continue(out, question):
-    "Raise unless the folder is new, or answers the same question so far"
-    file, hint = out/'question.json', 'Name another folder, or delete this one.'
-    if out.exists() and not out.is_dir(): raise ValueError(f"`out` must be a folder; {out} is a file.")
-    if file.exists():
-        try: known = dict(json.loads(file.read_text(encoding='utf-8')))
-        except (ValueError, TypeError) as e: raise ValueError(f"{file} is damaged ({e}), so nobody knows what the folder answers. {hint}") from e
-        differ = [f"{k} is {known.get(k)!r} there and {v!r} here" for k, v in question.items() if known.get(k) != v]
-        if differ: raise ValueError(f"`out` answers another question: {'; '.join(differ)} ({file}). {hint}")
-    elif out.exists() and any(not o.name.startswith('.') for o in out.iterdir()): raise ValueError(f"`out` must be a new or empty folder, or that of an earlier run; {out} holds other files. {hint}")
-    else: save_json(question, file)
-
-def _mark(data): return hashlib.blake2b(data, digest_size=8).hexdigest()
-
 def _drawn(net, out, n, boundary, seed, **training):
     "The generator in the folder, trained if there is none, and `n` images of it"
     file = out/'generator.pt'
@@ -107,7 +84,7 @@ def _sheet(images, path, n=64):
     plt.close(ax.figure)
 
 # %% ../nbs/api/83_transfer_cli.ipynb #ad3fe1f9
-@call_parse
+@_command
 @_readable
 def generate_command(
     weights:str,          # File of robustnb_train or `save_model`
@@ -119,7 +96,11 @@ def generate_command(
     boundary:float=.5,    # Share of the images drawn between two classes, in [0,1]
     seed:int=0,           # Everything random
 ):
-    "Draw images from a network alone."
+    """Draw images from a network alone.
+
+    Example:
+
+        robustnb_generate runs/resnet/weights.pt --n 500 --out generated"""
     started, out, net = time.time(), Path(out), load_model(weights)
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
     if not 0 <= boundary <= 1: raise ValueError(f"`boundary` must be a share in [0, 1]; got {boundary}.")
@@ -137,7 +118,7 @@ def _some(images, n, seed):
     data = _images(images, None if (Path(images)/'data.npy').is_file() else 'train')
     return data[torch.randperm(len(data), generator=make_generator(seed, 'calibration'))[:n].numpy()]
 
-@call_parse
+@_command
 @_readable
 def quantize_command(
     weights:str,             # File of robustnb_train or `save_model`
@@ -148,7 +129,11 @@ def quantize_command(
     out:str='quantised',     # Folder for a file per format, quantised.csv, manifest.json
     seed:int=0,              # Everything random
 ):
-    "Write quantised copies of a network."
+    """Write quantised copies of a network.
+
+    Example:
+
+        robustnb_quantize runs/resnet/weights.pt --formats INT8,POT4 --images generated --out quantised"""
     started, out, specs, net = time.time(), Path(out), _specs(formats), load_model(weights)
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
     data = _some(images, n, seed) if images else None

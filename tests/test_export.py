@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from robustnb import export
 from robustnb.core import make_generator, predict
-from robustnb.export import OnnxModel, check_export, engine_ops, export_onnx, run_onnx, whole_biases
+from robustnb.export import OnnxModel, check_export, engine_ops, export_onnx, run_onnx
 from robustnb.models import Normalized, build_model, model_names, wrap_model
 from robustnb.ptq import Rounder, quantize
 from robustnb.quant import levels, number_format, quant_spec, to_levels
@@ -58,8 +58,7 @@ def test_nine_networks_in_integers(name, tmp_path):
     model = lively(build_model(name, width=.1), x)
     q, path = quantize(model, 'INT8', x[:8]), tmp_path/'m.onnx'
     facts, convs = export_onnx(q, path), sum(isinstance(m, nn.Conv2d) for m in q.modules())
-    whole = whole_biases(q)
-    check = check_export(whole, path, x)
+    check = check_export(q, path, x)
     assert facts['integer'] and facts['format'] == 'INT8' and facts['rounded'] == sum(isinstance(m, Rounder) for m in q.modules())
     assert facts['layers'] == sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in q.modules())
     linear = facts['layers']-convs + (name == 'Inception_BN')
@@ -68,7 +67,7 @@ def test_nine_networks_in_integers(name, tmp_path):
     expected = dict(QLinearConv=facts['layers']-linear, QGemm=linear, QLinearAdd=adds, QLinearConcat=9*(name == 'Inception_BN'), QLinearGlobalAveragePool=pool)
     assert check['ops'] == {k: n for k, n in expected.items() if n} and check['unfused'] == [] and check['floats'] == {'Sub': 1, 'Div': 1}
     assert check['fused'] == sum(expected.values()) and check['convolutions_fused'] == expected['QLinearConv'] and check['images'] == 100
-    noise = (predict(whole, x)-predict(model, x)).abs().mean()
+    noise = (predict(q, x)-predict(model, x)).abs().mean()
     assert check['agreement'] >= .99 and check['mean_logit_difference'] < .3*noise, 'closer to its simulation than that is to the network'
 
 
@@ -152,7 +151,6 @@ def test_formats_without_an_engine(name, tmp_path):
     check = check_export(q, tmp_path/'m.onnx', x)
     assert not facts['integer'] and facts['says'] == check['says'] and f'No engine computes in {q.spec}:' in facts['says'] and 'only the accuracy is real' in facts['says'].lower()
     assert check['fused'] == 0 and check['agreement'] == 1 and check['mean_logit_difference'] < 1e-3 and len(check['unfused']) == 2
-    with pytest.raises(ValueError, match='`quantised` must be in a format that an engine computes in integers'): whole_biases(q, (3, 8, 8))
 
 
 def test_few_bits_in_bytes(tmp_path):
@@ -160,8 +158,7 @@ def test_few_bits_in_bytes(tmp_path):
     q = quantize(model_of(seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 6)))), 'INT3/INT8', x)
     facts, check = export_onnx(q, tmp_path/'m.onnx', (3, 8, 8)), check_export(q, tmp_path/'m.onnx', x)
     assert facts['integer'] and 'Weights of 3 bits are stored in 8.' in facts['says'] and check['ops'] == dict(QLinearConv=1, QGemm=1) and check['agreement'] == 1
-    exact = check_export(whole_biases(q, (3, 8, 8)), tmp_path/'m.onnx', x)
-    assert exact['max_logit_difference'] < .02*predict(q, x).std()
+    assert check['max_logit_difference'] < .02*predict(q, x).std()
 
 
 def test_mixed_precision(tmp_path):
@@ -216,7 +213,7 @@ def test_operators(name, tmp_path):
     export_onnx(model, tmp_path/'f.onnx', (3, 8, 8))
     torch.testing.assert_close(run_onnx(tmp_path/'f.onnx', x), predict(model, x), rtol=1e-4, atol=1e-5)
     q = quantize(model, 'INT8', x)
-    facts, check = export_onnx(q, tmp_path/'q.onnx', (3, 8, 8)), check_export(whole_biases(q, (3, 8, 8)), tmp_path/'q.onnx', x)
+    facts, check = export_onnx(q, tmp_path/'q.onnx', (3, 8, 8)), check_export(q, tmp_path/'q.onnx', x)
     assert check['unfused'] == [] and check['agreement'] >= .98 and facts['integer'] and 'In float' not in facts['says']
     assert check['max_logit_difference'] < .1*predict(model, x).std() and (fused is None or check['ops'][fused] == 1)
     if fused is None: assert set(check['ops']) <= {'QLinearConv', 'QGemm'}
@@ -242,7 +239,7 @@ def test_convolutions(name, tmp_path):
     torch.testing.assert_close(run_onnx(tmp_path/'f.onnx', x), predict(model, x), rtol=1e-4, atol=1e-5)
     q = quantize(model, 'INT8', x)
     export_onnx(q, tmp_path/'q.onnx', (3, 8, 8))
-    check = check_export(whole_biases(q, (3, 8, 8)), tmp_path/'q.onnx', x)
+    check = check_export(q, tmp_path/'q.onnx', x)
     assert check['ops'] == ops and len(check['unfused']) == unfused and check['agreement'] >= .98 and check['max_logit_difference'] < .1*predict(q, x).std()
 
 
@@ -252,7 +249,7 @@ def test_a_clip_goes_only_where_levels_end(tmp_path):
     net = lambda act: model_of(seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), act, nn.Flatten(), nn.Linear(288, 6))))
     def kinds(q):
         export_onnx(q, tmp_path/'m.onnx', (3, 8, 8))
-        off = (run_onnx(tmp_path/'m.onnx', x)-predict(whole_biases(q, (3, 8, 8)), x)).abs().max()
+        off = (run_onnx(tmp_path/'m.onnx', x)-predict(q, x)).abs().max()
         assert off < .05*predict(q, x).std()
         return {n.op_type for n in onnx.load(tmp_path/'m.onnx').graph.node}
     q = quantize(net(nn.ReLU6()), 'INT8', x)
@@ -345,11 +342,6 @@ def test_the_engine_is_a_model(tmp_path):
     assert torch.equal(engine(x.double()), whole) and torch.equal(engine(x.requires_grad_()), whole)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and all(torch.equal(v, state[k]) for k, v in q.state_dict().items())
     assert not any(n.meta.get('tensor_meta') for n in q.graph.nodes), 'the graph of the caller is left alone'
-    whole_q = whole_biases(q, (1, 8, 8))
-    assert all(torch.equal(v, state[k]) for k, v in q.state_dict().items()) and not torch.equal(whole_q.get_submodule('0').bias, q.get_submodule('0').bias)
-    for n, v in whole_q.state_dict().items(): torch.testing.assert_close(v, state[n], rtol=1e-3, atol=1e-4)
-    again = whole_biases(whole_q, (1, 8, 8))
-    for n, v in again.state_dict().items(): torch.testing.assert_close(v, whole_q.state_dict()[n], rtol=1e-6, atol=1e-8)
 
 
 def test_how_the_engine_is_asked(tmp_path, monkeypatch, one_thread):

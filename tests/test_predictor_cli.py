@@ -17,7 +17,7 @@ def runs(tmp_path):
     for k, name in enumerate('abc'):
         js = 10**np.random.default_rng(k).uniform(-3, -.3, 24)
         table = pd.DataFrame(dict(format=np.repeat([f'F{i}' for i in range(12)], 2), n_classes=10, eps=np.tile([.5, 1], 12)/255, js=np.repeat(js[:12], 2)))
-        table = table.assign(flips=table.js**.9, noise=3*table.js, robust_flips=js**.7, measured_loss=table.js/(table.js+.2), measured_robust_loss=js/(js+.1))
+        table = table.assign(flips=table.js**.9, noise=3*table.js, activation_noise=table.js/2, robust_flips=js**.7, measured_loss=table.js/(table.js+.2), measured_robust_loss=js/(js+.1))
         (tmp_path/name).mkdir()
         table.to_csv(tmp_path/name/'report_table.csv', index=False)
     return tmp_path

@@ -52,7 +52,7 @@ def test_every_format(spec, tmp_path):
     q = quantize(net, spec, x)
     save_quantised(q, tmp_path/'q.pt')
     again = load_quantised(tmp_path/'q.pt')
-    assert torch.equal(predict(again, x), predict(q, x)) and again.spec == q.spec and again.left_float == q.left_float
+    assert torch.equal(predict(again, x), predict(q, x)) and again.spec == q.spec and (again.left_float, again.opaque) == (q.left_float, q.opaque)
     rounders = [(n, m.fmt, m.signed, m.on, m.scale) for n, m in again.named_modules() if isinstance(m, Rounder)]
     assert rounders == [(n, m.fmt, m.signed, m.on, m.scale) for n, m in q.named_modules() if isinstance(m, Rounder)]
     assert q.spec.activations.kind != 'INT' or {r[2] for r in rounders} == {True, False}

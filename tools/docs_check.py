@@ -18,11 +18,14 @@ site = f'{cfg.doc_host}{cfg.doc_baseurl}/'
 source = f'{cfg.git_url}/blob/{cfg.branch}/'
 style = '''
 body{font:16px/1.55 system-ui,sans-serif;color:#222;max-width:76em;margin:0 auto;padding:1em;display:flex;gap:2.5em}
-nav{flex:0 0 14em;font-size:.9em} nav ul{padding-left:1em} main{min-width:0;flex:1} a{color:#0b5cad}
+nav{flex:0 0 14em;font-size:.9em} nav ul{padding-left:1em} nav summary{font-weight:bold} main{min-width:0;flex:1} a{color:#0b5cad}
 pre,table{overflow-x:auto;font-size:.86em} table{display:block;border-collapse:collapse} td,th{padding:.2em .7em;text-align:right}
-tr{border-bottom:1px solid #ddd} pre{background:#f6f6f6;padding:.7em} img{max-width:100%;height:auto} math{overflow-x:auto}
+tr{border-bottom:1px solid #ddd} pre{background:#f6f6f6;padding:.7em} img{max-width:100%;height:auto} math{overflow-x:auto;max-width:100%}
+math[display=block]{display:block} p,li,td,h1,h2,h3,h4{overflow-wrap:anywhere} td,th{overflow-wrap:normal;border:0} table{border:0}
 .co{color:#666} .kw,.cf,.im{color:#8250a0} .st{color:#236b36}
-@media(max-width:48em){body{flex-direction:column-reverse} nav{flex:none}}'''
+@media(max-width:48em){body{flex-direction:column;gap:0} nav{flex:none} main{width:100%}}'''
+
+unfold = '<script>if (innerWidth > 768) document.querySelector("nav details").open = true</script>'      # on a telephone the contents stay folded
 
 
 def text(s): return s if isinstance(s, str) else ''.join(s)
@@ -117,6 +120,14 @@ def sidebar(items):
         else: yield from ([o['href']] if 'href' in o else []) + list(sidebar(o.get('contents', [])))
 
 
+def contents(items, link):
+    "The sidebar as nested lists; `link(file)` is a list entry, empty for a file without a page"
+    for o in items:
+        if isinstance(o, str): yield link(o)
+        elif 'href' in o: yield link(o['href'])
+        else: yield f'<li>{escape(o["section"])}<ul>{"".join(contents(o["contents"], link))}</ul></li>'
+
+
 def main():
     shutil.rmtree(out, ignore_errors=True)
     os.chdir(root)                        # a relative folder: nbdev skips notebooks whose full path has a part like `.cache`
@@ -129,10 +140,13 @@ def main():
     problems += [f'{nb}: {why}: {link}' for nb,page in pages.items() for link in infos[page].links
                  if (why := fault(link, page, pages, infos))]
 
-    order = [o for o in sidebar(yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']) if o in made]
+    for f in cfg.nbs_path.rglob('images/*'):
+        (out/f.relative_to(cfg.nbs_path)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(f, out/f.relative_to(cfg.nbs_path))
+    side = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
     for page,title,subtitle,html in made.values():
         up = '../'*page.count('/')
-        nav = ''.join(f'<li><a href="{up}{pages[o]}">{escape(made[o][1])}</a></li>' for o in order)
+        nav = ''.join(contents(side, lambda o: f'<li><a href="{up}{pages[o]}">{escape(made[o][1])}</a></li>' if o in made else ''))
 
         def to_page(m):
             t = pages.get(os.path.normpath(os.path.join(os.path.dirname(page), unquote(m[1]))))
@@ -140,8 +154,8 @@ def main():
         html = re.sub(r'href="(?!\w+:)([^"#]*\.ipynb)', to_page, html).replace(f'href="{site}', f'href="{up}')
         (out/page).write_text(
             f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-            f'<title>{escape(title)}</title><style>{style}</style><nav><b>{escape(cfg.title)}</b><ul>{nav}</ul></nav>'
-            f'<main><h1>{escape(title)}</h1>\n<p>{escape(subtitle)}</p>\n{html}</main></html>', encoding='utf-8')
+            f'<title>{escape(title)}</title><style>{style}</style><nav><details><summary>{escape(cfg.title)}</summary><ul>{nav}</ul></details></nav>'
+            f'<main><h1>{escape(title)}</h1>\n<p>{escape(subtitle)}</p>\n{html}</main>{unfold}</html>', encoding='utf-8')
     for o in problems: print('FAILED', o)
     links = [o for i in infos.values() for o in i.links]
     away = sum(o.startswith('http') and not o.startswith((site, source)) for o in links)
