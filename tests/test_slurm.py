@@ -1,5 +1,5 @@
 "The same sweep on a real Slurm of one node, started in a temporary folder: finished, failed, killed and interrupted jobs. Skipped with a reason where it cannot start."
-import os, shutil, signal, socket, subprocess, sys, time, warnings
+import importlib, os, shutil, signal, socket, subprocess, sys, time, warnings
 from pathlib import Path
 
 import pytest
@@ -156,7 +156,7 @@ def test_a_killed_sweep_waits_for_its_tasks(lab):
 def test_a_task_that_is_cancelled_has_another_chance(lab, monkeypatch):
     "Nothing is written and nothing is told: only the queue knows that the task is gone"
     folder, root = lab
-    import robustnb.sweep as module
+    module = importlib.import_module('robustnb.sweep')
     submit, cancelled = module._submit, []
     def then_cancel(*args):
         tasks = submit(*args)
