@@ -71,6 +71,13 @@ def test_a_command_runs_and_complains_in_one_line(tmp_path):
     assert said.returncode == 2 and 'unrecognized arguments' in said.stderr
 
 
+@pytest.mark.parametrize('call', ['main("nowhere")', 'def job(): main()\ntry: job()\nexcept TypeError: sys.exit("ValueError: nothing given")'], ids=['with arguments', 'in a function'])
+def test_a_script_of_ones_own_keeps_its_command_line(call, tmp_path):
+    (tmp_path/'script.py').write_text(f'import sys\nfrom robustnb.cli import validate_set_command as main\n{call}\n')
+    said = subprocess.run([sys.executable, tmp_path/'script.py', '--help'], capture_output=True, text=True, timeout=120, env=os.environ | dict(PYTHONPATH=str(root)))
+    assert 'usage' not in said.stdout and said.returncode == 1 and 'Error: ' in said.stderr
+
+
 def test_from_python_the_arguments_of_the_command_line_are_ignored(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['anything', '--help'])
     with pytest.raises((SystemExit, TypeError), match='weights|path'): command('robustnb_validate_set')()

@@ -82,4 +82,4 @@ def test_progress_shows_in_a_terminal(tmp_path):
         while part := os.read(ours, 4096): said += part
     except OSError: pass                                   # the other end is closed
     os.close(ours)
-    assert job.wait(60) == 0 and b'counting' in said and b'8/8' in said
+    assert job.wait(60) == 0 and b'counting' in said and b'8/8' in said and said.endswith(b'\r')           # the line is wiped at the end
