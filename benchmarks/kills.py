@@ -36,9 +36,7 @@ def train(out): cli.train_command.__wrapped__(data='digits', model='AlexNet_BN',
 
 
 def with_weights(command, out, **given):
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out/'weights.pt').exists(): save_model(net, out/'weights.pt')
-    command.__wrapped__(str(out/'weights.pt'), out=str(out/'out'), **given)
+    command.__wrapped__(str(out.parent/'weights.pt'), out=str(out/'out'), **given)
 
 
 def generate(out): with_weights(transfer_cli.generate_command, out, n=20, steps=30, width=8)
@@ -131,6 +129,7 @@ def trial(name, kills, seed=0):
     "A row of the table"
     with tempfile.TemporaryDirectory() as folder:
         folder, rng = Path(folder), np.random.default_rng(seed)
+        save_model(net, folder/'weights.pt')
         start, pid = time.monotonic(), forked(jobs[name], folder/'whole')
         if os.waitpid(pid, 0)[1]: raise AssertionError(f'{name} fails undisturbed: {(folder/"log").read_text()[-500:]}')
         seconds = time.monotonic()-start
