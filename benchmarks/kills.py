@@ -21,7 +21,7 @@ from robustnb.curation import build_training_set
 from robustnb.data import digits, subset
 from robustnb.descriptors import Plan, attack_descriptor
 from robustnb.evaluation import evaluate
-from robustnb.hidden import proxies, score_training_sets
+from robustnb.hidden import hidden_set, proxies, score_training_sets
 from robustnb.models import build_model, save_model
 from robustnb.oracle import Queries
 from robustnb.recipes import recipe
@@ -42,12 +42,12 @@ def with_weights(command, out, **given):
 def generate(out): with_weights(transfer_cli.generate_command, out, n=20, steps=30, width=8)
 
 
-def quantise(out): with_weights(transfer_cli.quantize_command, out, formats='INT8,INT4,POT4,FP8', n=20, steps=10)
+def quantise(out): with_weights(transfer_cli.quantize_command, out, formats='INT8,POT4', n=20, steps=10)
 
 
 def assess(out):
     cli.train_generator = partial(short_generator, steps=5, width=16, batch_size=16, device='cpu')
-    with_weights(cli.assess_command, out, formats='INT8,INT4,POT4')
+    with_weights(cli.assess_command, out, formats='INT8,POT4')
 
 
 def evaluated(out): evaluate(net, data.x, torch.as_tensor(data.y), dict(pgd=partial(pgd, steps=5)), Linf(8/255), batch_size=5, save=out/'rows').to_csv(out/'all.csv', index=False)
@@ -58,7 +58,8 @@ def curate(out):
     made = build_training_set(pool, **recipe('augmented', dict(net=net), teacher=net), n=40, seed=0)
     made.save(out/'set')
     networks, config = proxies(2, .0625, 1)
-    score_training_sets(dict(a=made), made, networks, config, seeds=(0, 1), folder=out/'runs').to_csv(out/'answers.csv', index=False)
+    hidden = hidden_set(subset(digits('test'), 20, seed=0), dict(net=net), 20)
+    score_training_sets(dict(a=made), hidden, networks, config, seeds=(0, 1), folder=out/'runs').to_csv(out/'answers.csv', index=False)
 
 
 def attack(out):
