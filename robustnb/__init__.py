@@ -23,15 +23,16 @@ from .recipes import recipe
 from .search import mine_errors, mix, successive_halving
 from .similarity import layer_sensitivity
 from .students import descriptor_model, distill_descriptor, fidelity, train_teacher
+from .sweep import grid, sweep
 from .threat import L1, L2, SSIM, Linf
 from .training import Recipe, train
 from .transfer import Report, assess
 from .verification import check_submission, compare_attacks, make_pairs, write_submission
 
-__all__ = ['ImageSet', 'L1', 'L2', 'Linf', 'Plan', 'Queries', 'Recipe', 'Report', 'SSIM', 'TrainingSet', 'all_formats', 'apgd', 'apgd_targeted',
-           'assess', 'attack_descriptor', 'attacked', 'autoattack', 'build_model', 'build_training_set', 'cascade', 'check_submission', 'compare',
-           'compare_attacks', 'contest_train', 'corruption', 'cost', 'descriptor_model', 'digits', 'distill_descriptor', 'evaluate', 'fgsm', 'fgvm',
-           'fidelity', 'generate', 'hidden_set', 'http_box', 'in_turn', 'layer_sensitivity', 'load_data', 'load_model', 'load_training_set',
-           'make_pairs', 'mine_errors', 'mix', 'model_names', 'number_format', 'pgd', 'predict', 'quant_spec', 'quantize', 'recipe', 'red_flags',
-           'restarts', 'robustness_curve', 'save_model', 'score_training_sets', 'split_data', 'square', 'standings', 'subset', 'successive_halving',
-           'summarize', 'train', 'train_generator', 'train_teacher', 'validate_set', 'wrap_model', 'write_submission']
+__all__ = ['ImageSet', 'L1', 'L2', 'Linf', 'Plan', 'Queries', 'Recipe', 'Report', 'SSIM', 'TrainingSet', 'all_formats', 'apgd', 'apgd_targeted', 'assess',
+           'attack_descriptor', 'attacked', 'autoattack', 'build_model', 'build_training_set', 'cascade', 'check_submission', 'compare', 'compare_attacks',
+           'contest_train', 'corruption', 'cost', 'descriptor_model', 'digits', 'distill_descriptor', 'evaluate', 'fgsm', 'fgvm', 'fidelity', 'generate', 'grid',
+           'hidden_set', 'http_box', 'in_turn', 'layer_sensitivity', 'load_data', 'load_model', 'load_training_set', 'make_pairs', 'mine_errors', 'mix',
+           'model_names', 'number_format', 'pgd', 'predict', 'quant_spec', 'quantize', 'recipe', 'red_flags', 'restarts', 'robustness_curve', 'save_model',
+           'score_training_sets', 'split_data', 'square', 'standings', 'subset', 'successive_halving', 'summarize', 'sweep', 'train', 'train_generator',
+           'train_teacher', 'validate_set', 'wrap_model', 'write_submission']

@@ -6,7 +6,7 @@
 __all__ = ['cost_command', 'generate_command', 'quantize_command']
 
 # %% ../nbs/api/83_transfer_cli.ipynb #17dd71b3
-import time
+import sys, time
 from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -21,6 +21,7 @@ from .plots import show_images
 from .ptq import quantize
 from .similarity import output_change
 from .store import load_generator, load_quantised, save_generator, save_quantised
+from .team import is_main
 from .transfer import default_formats
 
 # %% ../nbs/api/83_transfer_cli.ipynb #9fe96ce1
@@ -66,6 +67,7 @@ def _drawn(net, out, n, boundary, seed, **training):
     file = out/'generator.pt'
     if not file.exists():
         generator, history = train_generator(net, seed=seed, **training)
+        if not is_main(): sys.exit()
         _write(history, out/'history.csv')
         save_generator(generator, file)
     generator = load_generator(file)

@@ -1,5 +1,5 @@
 "The same sweep on a real Slurm of one node, started in a temporary folder: finished, failed, killed and interrupted jobs. Skipped with a reason where it cannot start."
-import os, shutil, signal, socket, subprocess, sys, time, warnings
+import ctypes, importlib, os, shutil, signal, socket, subprocess, sys, time, warnings
 from pathlib import Path
 
 import pytest
@@ -83,7 +83,8 @@ def slurm(tmp_path_factory):
     patch.setenv('PATH', tools)
     patch.setenv('PYTHONPATH', os.pathsep.join(o or os.getcwd() for o in sys.path))
     log, started = open(folder/'log', 'w'), []
-    start = lambda *command: started.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
+    die_too = lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL)     # with the tests, however they end
+    start = lambda *command: started.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, preexec_fn=die_too))
     try:
         start('munged', '--foreground', '--force', f'--socket={folder}/munge.socket', f'--key-file={key}', f'--pid-file={folder}/munged.pid', f'--log-file={folder}/munged.log', f'--seed-file={folder}/munged.seed')
         if not _waited((folder/'munge.socket').exists, 10, started): pytest.skip(f'munged did not start: {(folder/"log").read_text()[-300:]}')
@@ -156,7 +157,7 @@ def test_a_killed_sweep_waits_for_its_tasks(lab):
 def test_a_task_that_is_cancelled_has_another_chance(lab, monkeypatch):
     "Nothing is written and nothing is told: only the queue knows that the task is gone"
     folder, root = lab
-    import robustnb.sweep as module
+    module = importlib.import_module('robustnb.sweep')
     submit, cancelled = module._submit, []
     def then_cancel(*args):
         tasks = submit(*args)

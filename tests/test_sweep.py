@@ -1,5 +1,6 @@
 "Sweeps on this machine: what runs, what runs again, what is refused; kill -9 at any moment loses nothing. The jobs mark each call, so that calls can be counted."
-import json, os, signal, subprocess, sys, time, warnings
+import importlib, json, os, signal, subprocess, sys, time, warnings
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +148,7 @@ def test_kill_9_at_any_moment(lab, calls, tmp_path):
 
 
 def test_a_sweep_that_is_interrupted_stops_its_workers(lab, calls, tmp_path, monkeypatch):
-    import robustnb.sweep as module
+    module = importlib.import_module('robustnb.sweep')
     _, jobs = lab
     def interrupt(bar_of, row): raise KeyboardInterrupt
     from contextlib import contextmanager
@@ -177,20 +178,20 @@ def test_what_a_job_may_return(lab, tmp_path):
 
 def test_tables_that_are_refused(lab, tmp_path):
     _, jobs = lab
-    refused = _refused
     ok = [dict(x=1)]
-    refused(TypeError, '`job` must be a function', 'root', ok, tmp_path/'o')
-    for f in (lambda x: dict(), jobs.Holder().method): refused(ValueError, '`job` must be a function at the top level', f, ok, tmp_path/'o')
-    for t in ([], pd.DataFrame(), {}, 'abc', [1], None): refused(TypeError, '`table` must be a DataFrame with at least one row', jobs.root, t, tmp_path/'o')
-    refused(TypeError, 'row 1: missing a required argument', jobs.root, [dict(x=1), dict(wait=1.)], tmp_path/'o')
-    refused(TypeError, "row 0: got an unexpected keyword argument 'z'", jobs.root, [dict(x=1, z=2)], tmp_path/'o')
-    refused(TypeError, 'row 0: x must be a number, a string', jobs.root, [dict(x=(1, 2))], tmp_path/'o')
-    refused(ValueError, 'must not hold a job twice; row 2', jobs.root, grid(x=[1, 2, 1]), tmp_path/'o')
-    for kw in (dict(workers=0), dict(tries=0), dict(chunk=0), dict(tries=1.5), dict(workers=True), dict(tries=float('nan'))): refused(ValueError, f'`{[*kw][0]}` must be a whole number', jobs.root, ok, tmp_path/'o', **kw)
-    refused(TypeError, '`slurm` must be a dict', jobs.root, ok, tmp_path/'o', slurm='gpu')
+    _refused(TypeError, '`job` must be a function', 'root', ok, tmp_path/'o')
+    for f in (lambda x: dict(), jobs.Holder().method): _refused(ValueError, '`job` must be a function at the top level', f, ok, tmp_path/'o')
+    _refused(ValueError, '`job` must be a function at the top level', wraps(jobs.root)(lambda x: dict()), ok, tmp_path/'o')
+    for t in ([], pd.DataFrame(), {}, 'abc', [1], None): _refused(TypeError, '`table` must be a DataFrame with at least one row', jobs.root, t, tmp_path/'o')
+    _refused(TypeError, 'row 1: missing a required argument', jobs.root, [dict(x=1), dict(wait=1.)], tmp_path/'o')
+    _refused(TypeError, "row 0: got an unexpected keyword argument 'z'", jobs.root, [dict(x=1, z=2)], tmp_path/'o')
+    _refused(TypeError, 'row 0: x must be a number, a string', jobs.root, [dict(x=(1, 2))], tmp_path/'o')
+    _refused(ValueError, 'must not hold a job twice; row 2', jobs.root, grid(x=[1, 2, 1]), tmp_path/'o')
+    for kw in (dict(workers=0), dict(tries=0), dict(chunk=0), dict(tries=1.5), dict(workers=True), dict(tries=float('nan'))): _refused(ValueError, f'`{[*kw][0]}` must be a whole number', jobs.root, ok, tmp_path/'o', **kw)
+    _refused(TypeError, '`slurm` must be a dict', jobs.root, ok, tmp_path/'o', slurm='gpu')
     (tmp_path/'file').write_text('')
-    refused(ValueError, '`out` must be a folder', jobs.root, ok, tmp_path/'file')
-    refused(FileNotFoundError, 'there are no rows', None, None, tmp_path/'o', call=lambda job, table, out: sweep_rows(out))
+    _refused(ValueError, '`out` must be a folder', jobs.root, ok, tmp_path/'file')
+    _refused(FileNotFoundError, 'there are no rows', None, None, tmp_path/'o', call=lambda job, table, out: sweep_rows(out))
     assert not (tmp_path/'o').exists(), 'nothing is written before the table is understood'
 
 
@@ -222,7 +223,7 @@ def test_a_worker_is_like_its_parent_but_alone(monkeypatch):
 
 def test_the_live_table(lab, calls, tmp_path, monkeypatch):
     "A line per value of the first column, or one line where there would be too many"
-    import robustnb.sweep as module
+    module = importlib.import_module('robustnb.sweep')
     _, jobs = lab
     class Bar:
         def __init__(self, items, desc, total): self.desc, self.total, self.n, self.said, self.open = desc, total, 0, {}, True; bars.append(self)
@@ -233,6 +234,9 @@ def test_the_live_table(lab, calls, tmp_path, monkeypatch):
     monkeypatch.setattr(module, 'progress', Bar)
     sweep(jobs.root, [dict(x='exit'), dict(x=4), dict(x=4, wait=.0)], tmp_path, workers=1, tries=1)
     assert [(b.desc, b.total, b.n, b.said, b.open) for b in bars] == [('exit', 1, 1, dict(failed=1), False), ('4', 2, 2, {}, False)]
+    bars.clear()
+    sweep(jobs.root, [dict(x=4), dict(x=4, wait=.0), dict(x=9)], tmp_path, workers=1)
+    assert [(b.desc, b.total, b.n) for b in bars] == [('4', 2, 2), ('9', 1, 1)], 'what was finished before counts'
     bars.clear()
     with module._board({str(i): dict(x=i) for i in range(25)}) as tell: tell('3', dict(status='failed'))
     assert [(b.desc, b.total, b.n, b.said) for b in bars] == [('jobs', 25, 1, dict(failed=1))]
@@ -248,6 +252,29 @@ def test_rows_and_workers(tmp_path):
     assert read_row(tmp_path/'a.json')['error'].startswith('AttributeError')
     said = subprocess.run([*worker_command()[:-1], worker_command()[-1].replace('m.serve()', 'import sys; print("torch" in sys.modules, "numpy" in sys.modules)')], capture_output=True, text=True)
     assert said.stdout == 'False False\n', 'a worker starts without what a job may not need'
+
+
+def test_a_row_is_whole_or_not_there(tmp_path, monkeypatch):
+    write_row(dict(x=1), tmp_path/'row.json')
+    with pytest.raises(TypeError): write_row(dict(x=object()), tmp_path/'row.json')
+    def full(*args): raise OSError(28, 'No space left on device')
+    for name in ('replace', 'fsync'):
+        with monkeypatch.context() as m:
+            m.setattr(os, name, full)
+            with pytest.raises(OSError): write_row(dict(x=2), tmp_path/'row.json')
+    assert read_row(tmp_path/'row.json') == dict(x=1) and [f.name for f in tmp_path.iterdir()] == ['row.json']
+
+
+def test_a_worker_ends_with_the_one_that_feeds_it(lab, tmp_path):
+    "In the middle of a job, and when it has none"
+    for orders in ([], [['sweep_lab:root', dict(x=64, wait=600.), str(tmp_path/'row.json')]]):
+        worker = subprocess.Popen(worker_command(), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=_environment(0))
+        for o in orders: worker.stdin.write(json.dumps(o) + '\n')
+        worker.stdin.flush()
+        time.sleep(.3)
+        assert worker.poll() is None
+        worker.stdin.close()
+        assert worker.wait(20) == 0 and not (tmp_path/'row.json').exists()
 
 
 @pytest.fixture(scope='module')
