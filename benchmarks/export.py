@@ -3,7 +3,7 @@
     python benchmarks/export.py runs/ResNet_18/weights.pt ... --data PHOTOS
 
 Each file of `robustnb_train` is quantised with ranges from 300 training photographs, exported, and asked about test photographs. Seconds are wall clock of one thread, the median of --repeats passes
-over the same images, engine and torch in turn. Rows go to results/export_cifar10.csv with a manifest beside them.
+over the same images by the engine, with the full-precision and the INT8 file in turn. Rows go to results/export_cifar10.csv with a manifest beside them.
 """
 import argparse, tempfile, time
 from pathlib import Path
@@ -20,7 +20,7 @@ from robustnb.ptq import quantize
 
 
 def seconds(models, x, repeats):
-    "Median seconds of a pass of each model"
+    "Median seconds of a pass of each model, in turn"
     def once(model):
         start = time.perf_counter()
         predict(model, x)

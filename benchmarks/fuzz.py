@@ -3,7 +3,7 @@
     python benchmarks/fuzz.py --n 800
 
 Each reader gets --n copies of a good file in which bytes are flipped, cut, doubled, moved or made up; files of tensors and JSON are also taken apart, and their values removed or replaced by others of any type.
-Allowed are an answer, and ValueError, TypeError or OSError with the name of the file or of the argument in its text. Everything else, ten seconds, or 4 GB more memory than before, is a failure and is kept in --out.
+Allowed are an answer, and ValueError, TypeError or OSError with the name of the file or of the argument in its text. Everything else, ten seconds, or 4 GB more memory than before, is a failure; its file goes to --keep.
 Rows go to results/fuzz.csv: reader, inputs, read, refused, failed.
 """
 import argparse, io, json, random, resource, shutil, signal, tempfile, time, warnings, zipfile
@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
+import robustnb
 from robustnb.cli import _continue, _once
 from robustnb.contest import default_config, load_set, read_config, validate_set, write_config
 from robustnb.core import load_state, manifest, save_json, save_state
@@ -83,7 +84,7 @@ readers = dict(
     load_quantised=(lambda p: save_quantised(quantize(net, 'INT4', torch.rand(4, 3, 32, 32)), p), '', load_quantised),
     load_generator=(lambda p: save_generator(train_generator(net, steps=1, batch_size=4, width=8, device='cpu')[0], p), '', load_generator),
     load_descriptor=(lambda p: save_descriptor(descriptor_model('Caffe34', width=.0625, size=32), p), '', load_descriptor),
-    load_link=(lambda p: shutil.copyfile(Path(load_link.__globals__['_links']), p), '', lambda p: load_link('loss', p)),
+    load_link=(lambda p: shutil.copyfile(Path(robustnb.__file__).with_name('links.json'), p), '', lambda p: load_link('loss', p)),
     load_zip=(lambda p: zipped(p, class_files), '', lambda p: load_data(p, 'test')),
     load_folder=(lambda p: folder_of_images(p, class_files), 'test/cat/1.png', lambda p: load_data(p, 'test')),
     load_npy=(arrays, 'data.npy label.npy', load_data),

@@ -80,7 +80,7 @@ def contents(folder):
     found = {}
     for f in sorted(folder.rglob('*')):
         name = f.relative_to(folder).as_posix()
-        if not f.is_file() or f.name.startswith('.') or f.suffix in ('.html', '.png') or f.name in ('manifest.json',): continue
+        if not f.is_file() or f.name.startswith('.') or f.suffix in ('.html', '.png') or f.name == 'manifest.json': continue
         if f.suffix == '.csv': found[name] = pd.read_csv(f).drop(columns='seconds', errors='ignore').to_csv()
         elif f.suffix == '.pt' and f.name != 'checkpoint.pt': found[name] = repr(flat(load_state(f)))
         elif f.suffix in ('.npy', '.json', '.py'): found[name] = hashlib.sha256(f.read_bytes()).hexdigest()
@@ -108,20 +108,22 @@ def forked(job, out):
     finally: os._exit(code)
 
 
+def ended(pid, seconds):
+    "Exit status of a process; None if it ran longer and was killed"
+    limit = time.monotonic() + seconds
+    while not (over := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < limit: time.sleep(.002)
+    if over[0]: return over[1]
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
 def disturbed(job, folder, seconds, kills, rng):
     "Folders that were finished in the end, and the number of kills"
-    finished, done, k = [], 0, 0
-    while done < kills or k == 0:
-        out, k = folder/f'disturbed{k}', k+1
-        while True:
-            pid, limit = forked(job, out), time.monotonic() + (rng.uniform(0, 1)*seconds if done < kills else 1e9)
-            while not (over := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < limit: time.sleep(.002)
-            if over[0]:
-                if over[1]: raise AssertionError(f'the job failed after {done} kills: {(folder/"log").read_text()[-500:]}')
-                break
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            done += 1
+    finished, done = [], 0
+    while done < kills or not finished:
+        out = folder/f'disturbed{len(finished)}'
+        while (status := ended(forked(job, out), rng.uniform(0, seconds) if done < kills else float('inf'))) is None: done += 1
+        if status: raise AssertionError(f'the job failed after {done} kills: {(folder/"log").read_text()[-500:]}')
         finished.append(out)
     return finished, done
 
