@@ -6,7 +6,7 @@ Each job runs once undisturbed. Then it is started again and again in one other 
 begins in a new folder. At last it may finish. Every finished folder must hold the same results, seconds aside. Jobs are forked from a process that has imported everything, so a kill costs no start.
 Rows go to results/kills.csv: job, kills, finished, same, seconds (of the undisturbed run).
 """
-import argparse, hashlib, os, signal, sys, tempfile, time
+import argparse, hashlib, os, signal, sys, tempfile, time, traceback
 from functools import partial
 from pathlib import Path
 
@@ -94,17 +94,18 @@ def flat(held):
     return hashlib.sha256(held.contiguous().numpy().tobytes()).hexdigest() if isinstance(held, torch.Tensor) else held
 
 
-def forked(job, out):
-    "The number of a process that does the job and says nothing"
+def forked(job, out, log):
+    "The number of a process that does the job; what it says goes to a file"
     pid = os.fork()
     if pid: return pid
     code = 1
     try:
-        with open(out.parent/'log', 'a') as log: os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
-        out.mkdir(parents=True, exist_ok=True)
+        with open(log, 'a') as f: os.dup2(f.fileno(), 2)
+        with open(os.devnull, 'w') as f: os.dup2(f.fileno(), 1)
         job(out)
         code = 0
-    except BaseException as e: print(repr(e), file=sys.stderr, flush=True)
+    except SystemExit as e: print(e, file=sys.stderr, flush=True)
+    except BaseException: traceback.print_exc()
     finally: os._exit(code)
 
 
@@ -122,7 +123,7 @@ def disturbed(job, folder, seconds, kills, rng):
     finished, done = [], 0
     while done < kills or not finished:
         out = folder/f'disturbed{len(finished)}'
-        while (status := ended(forked(job, out), rng.uniform(0, seconds) if done < kills else float('inf'))) is None: done += 1
+        while (status := ended(forked(job, out, folder/'log'), rng.uniform(0, seconds) if done < kills else float('inf'))) is None: done += 1
         if status: raise AssertionError(f'the job failed after {done} kills: {(folder/"log").read_text()[-500:]}')
         finished.append(out)
     return finished, done
@@ -133,7 +134,7 @@ def trial(name, kills, seed=0):
     with tempfile.TemporaryDirectory() as folder:
         folder, rng = Path(folder), np.random.default_rng(seed)
         save_model(net, folder/'weights.pt')
-        start, pid = time.monotonic(), forked(jobs[name], folder/'whole')
+        start, pid = time.monotonic(), forked(jobs[name], folder/'whole', folder/'log')
         if os.waitpid(pid, 0)[1]: raise AssertionError(f'{name} fails undisturbed: {(folder/"log").read_text()[-500:]}')
         seconds = time.monotonic()-start
         finished, done = disturbed(jobs[name], folder, seconds, kills, rng)

@@ -33,7 +33,7 @@ def measure(wanted, tests, folder):
     demo = said(env/'bin/robustnb_demo').returncode == 0
     demo_seconds, start = time.monotonic()-start, time.monotonic()
     run = said(env/'bin/python', '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *(tests or [f'--ignore=tests/test_{o}.py' for o in of_the_project]))
-    count = lambda what: int((re.findall(rf'(\d+) {what}', run.stdout.rsplit('\n', 4)[-2] if '\n' in run.stdout else '') or [0])[-1])
+    count = lambda what: int(([0] + re.findall(rf'(\d+) {what}', run.stdout[-300:]))[-1])
     failed = re.findall(r'^(?:FAILED|ERROR) (\S+)', run.stdout, re.M)
     print(run.stdout[-6000:], flush=True)
     return dict(wanted=wanted, installed=True, python=said(env/'bin/python', '-V').stdout.split()[-1], **{k: version(k) for k in named}, demo=demo, demo_seconds=round(demo_seconds), passed=count('passed'), failed=len(failed), skipped=count('skipped'), seconds=round(time.monotonic()-start), said=' '.join(failed)[:300])

@@ -26,6 +26,7 @@ import sys, time
 sys.path.insert(0, 'benchmarks')
 import kills
 def job(out):
+    out.mkdir(exist_ok=True)
     with open(out/'log.csv', 'a') as f: f.write('a,b\\n')
     time.sleep(.2)
 kills.jobs['forgets'] = job
