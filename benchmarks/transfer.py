@@ -21,7 +21,7 @@ from robustnb.data import load_data, subset
 from robustnb.evaluation import crafted_on, robustness_curve
 from robustnb.generator import generate, train_generator
 from robustnb.models import load_model
-from robustnb.predictors import noise_sum, softmax_js
+from robustnb.predictors import noise_sum, relative_margin, softmax_js
 from robustnb.ptq import Rounder, calibrate, quantize
 from robustnb.similarity import output_change
 from robustnb.threat import Linf
@@ -37,9 +37,10 @@ def standing(rows):
 def row(original, made, i):
     "What the copy of one format does under budget number `i`, in the columns of `assess`"
     change = {k: output_change(torch.tensor(original[a]), torch.tensor(made[b])) for k, a, b in (('', 'logits', 'answers'), ('_real', 'real', 'real'))}
+    margin = relative_margin(torch.tensor(original['logits']))
     stood, stands, right, left = (o[f'{k}_standing'][i] for k in ('probes', 'test') for o in (original, made))
     return ({f'{m}{k}': float(c[n].mean()) for k, c in change.items() for m, n in (('js', 'js'), ('flips', 'flip'))}
-            | dict(noise=float(made['noise_weights'] + made['noise_activations']), activation_noise=float(made['noise_activations']/original['tensors']), softmax_js_flops=float(made['softmax_js_flops']), softmax_js_params=float(made['softmax_js_params']),
+            | dict(noise=float(made['noise_weights'] + made['noise_activations'])/margin, activation_noise=float(made['noise_activations']/original['tensors'])/margin, margin=margin, softmax_js_flops=float(made['softmax_js_flops']), softmax_js_params=float(made['softmax_js_params']),
                    eps=float(original['eps'][i-1]), robust_flips=1 - stands[stood].mean() if stood.sum() >= 20 else np.nan,
                    accuracy=original['right'].mean(), measured_loss=1 - made['right'].mean()/original['right'].mean(),
                    robust_accuracy=right.mean(), measured_robust_loss=1 - left.mean()/right.mean() if right.sum() >= 20 and right.mean() >= 2/original['logits'].shape[1] else np.nan, seconds=float(made['seconds'])))

@@ -6,7 +6,7 @@
 __all__ = ['train_command', 'assess_command', 'build_set_command', 'validate_set_command', 'score_set_command', 'demo_command']
 
 # %% ../nbs/api/81_cli.ipynb #a22d9838
-import hashlib, json, re, sys, time
+import hashlib, json, os, re, sys, time
 from argparse import RawDescriptionHelpFormatter
 from fractions import Fraction
 from functools import wraps
@@ -46,11 +46,21 @@ def _command(job):
         return job(*args, **kwargs)
     return command
 
+def _writable(out):
+    "Raise unless a folder can be written: now rather than after hours of work"
+    at = next(o for o in (out, *out.absolute().parents) if o.exists())
+    if not at.is_dir(): raise ValueError(f"`out` must be a folder; {at} is a file.")
+    if not os.access(at, os.W_OK): raise ValueError(f"`out` must be a folder that can be written; {at} cannot. Name another one, or change its permissions.")
+
 def _readable(job):
     "A broken rule ends a command with one line on standard error, not with a traceback."
     @wraps(job)
     def command(*args, **kwargs):
-        try: return job(*args, **kwargs)
+        try:
+            given = signature(job).bind_partial(*args, **kwargs)
+            given.apply_defaults()
+            if 'out' in given.arguments: _writable(Path(given.arguments['out']))
+            return job(*args, **kwargs)
         except (ValueError, TypeError, OSError, FloatingPointError) as e: sys.exit(f'{type(e).__name__}: {e}')
     return command
 
@@ -111,7 +121,6 @@ def _specs(formats):
 def _continue(out, question):
     "Raise unless the folder is new, or answers the same question so far"
     file, hint = out/'question.json', 'Name another folder, or delete this one.'
-    if out.exists() and not out.is_dir(): raise ValueError(f"`out` must be a folder; {out} is a file.")
     if file.exists():
         try: known = dict(json.loads(file.read_text(encoding='utf-8')))
         except (ValueError, TypeError) as e: raise ValueError(f"{file} is damaged ({e}), so nobody knows what the folder answers. {hint}") from e

@@ -203,7 +203,7 @@ def save_state(
     "`torch.save`, completely or not at all."
     with atomic_path(path) as tmp:
         try: torch.save(state, tmp)
-        except RuntimeError as e: raise OSError(28, f'torch.save failed: {e}') from e
+        except RuntimeError as e: raise OSError(28, f'{os.strerror(28)} (torch.save: {e})') from e
     return Path(path)
 
 @contextmanager

@@ -42,7 +42,6 @@ def _place(where):
 def _same_files(out, facts, files):
     "Raise unless the folder is new, or its rows are of the same files and settings"
     file, hint = out/'question.json', 'Name another folder, or delete this one.'
-    if out.exists() and not out.is_dir(): raise ValueError(f"`out` must be a folder; {out} is a file.")
     known = dict(facts=facts, files={})
     if file.exists():
         try: known |= dict(json.loads(file.read_text(encoding='utf-8')))

@@ -21,7 +21,7 @@ from .data import ImageSet
 from .evaluation import compare, evaluate, quantised_attacks, summarize, worst
 from .generator import Generator, energy, generate, train_generator
 from .plots import figure_svg, plot_layers, plot_predicted, show_images
-from .predictors import noise_sum
+from .predictors import noise_sum, relative_margin
 from .ptq import Rounder, calibrate, quantize
 from .quant import quant_spec
 from .similarity import fit_link, layer_sensitivity, load_link, output_change
@@ -52,13 +52,13 @@ def probe(
     before:pd.DataFrame,   # `evaluate` rows of the original on `x`, with its own answers as labels
     attacks:dict,          # Name -> attack on the original that the copy is shown the results of
     seed:int=0,            # Random starts
-)->dict:                   # js (nats), flips (share), noise (of power), activation_noise (of power), robust_flips (share of the survivors that the copy gets wrong; NaN if there are fewer than 20)
+)->dict:                   # js (nats), flips (share), noise and activation_noise (of power, over the margin), robust_flips (share of the survivors that the copy gets wrong; NaN if there are fewer than 20)
     "How much a quantised copy differs from its original on unlabelled images."
     clean = predict(model, x)
     change = output_change(clean, predict(quantised, x))
     stood, stands = (worst(rows).correct for rows in (before, evaluate(quantised, x, clean.argmax(1), attacks, threat, seed=seed)))
-    noise, tensors = noise_sum(model, quantised, x[:100]), sum(isinstance(m, Rounder) for m in quantised.modules())
-    return dict(js=change.js.mean(), flips=change.flip.mean(), noise=sum(noise.values()), activation_noise=noise['activations']/max(tensors, 1),
+    noise, margin, tensors = noise_sum(model, quantised, x[:100]), relative_margin(clean), sum(isinstance(m, Rounder) for m in quantised.modules())
+    return dict(js=change.js.mean(), flips=change.flip.mean(), noise=sum(noise.values())/margin, activation_noise=noise['activations']/max(tensors, 1)/margin,
                 robust_flips=1 - stands[stood].mean() if stood.sum() >= 20 else np.nan)
 
 def measure(

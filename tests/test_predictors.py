@@ -4,10 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from robustnb.core import make_generator
+from robustnb.core import make_generator, predict
+from robustnb.evaluation import evaluate
 from robustnb.models import build_model
-from robustnb.predictors import noise_sum, softmax_js
+from robustnb.predictors import noise_sum, relative_margin, softmax_js
 from robustnb.ptq import quantize
+from robustnb.threat import Linf
+from robustnb.transfer import probe
 
 x = torch.rand(12, 3, 8, 8, generator=make_generator(0, 'x'))
 
@@ -63,3 +66,20 @@ def test_batch_norm_is_folded_before_the_comparison():
         if isinstance(m, nn.BatchNorm2d): m.running_var.fill_(.25); m.weight.data.fill_(2.)
     q = quantize(net, 'INT16', torch.rand(4, 3, 32, 32))
     assert noise_sum(net, q, torch.rand(4, 3, 32, 32))['weights'] < 1e-6 and softmax_js(net, q)['flops'] < 1e-7
+
+
+def test_the_margin_is_that_of_numpy():
+    logits = torch.randn(40, 7, generator=make_generator(1))
+    ranked = np.sort(logits.double().numpy(), 1)
+    assert relative_margin(logits) == pytest.approx((ranked[:, -1]-ranked[:, -2]).mean()/ranked.std(), rel=1e-12)
+    assert relative_margin(7*logits + 3) == pytest.approx(relative_margin(logits), rel=1e-5)
+    assert relative_margin(torch.zeros(3, 2)) == 1e-3
+
+
+def test_a_report_puts_noise_over_the_margin():
+    net = two_layers(); q = quantize(net, 'INT4', x)
+    threat, attack = Linf(1/255), dict(stay=lambda model, x, y, threat, generator=None: x)
+    found = probe(net, q, x, threat, evaluate(net, x, predict(net, x).argmax(1), attack, threat), attack)
+    noise, margin = noise_sum(net, q, x), relative_margin(predict(net, x))
+    assert margin != pytest.approx(1, abs=.05)
+    assert found['noise'] == pytest.approx((noise['weights']+noise['activations'])/margin) and found['activation_noise'] == pytest.approx(noise['activations']/2/margin)
