@@ -56,7 +56,7 @@ def commands(at):
         fit_predictor=partial(predictor_cli.fit_predictor_command, f"{at/'measured'/'a'},{at/'measured'/'b'}"),
         train_descriptor=partial(descriptor_cli.train_descriptor_command, 'digits:train[0:20]', 'Caffe34', width=.0625, epochs=2),
         distill=partial(descriptor_cli.distill_command, box, 'digits:train[0:20]', 'Caffe34', width=.0625, epochs=1, copies=1),
-        attack_descriptors=partial(descriptor_cli.attack_descriptors_command, box, str(at/'students'/'Caffe34.pt'), 'digits:test[0:20]', n_pairs=1, queries=6),
+        attack_descriptors=partial(descriptor_cli.attack_descriptors_command, box, str(at/'students'/'Caffe34.pt'), 'digits:test[0:250]', n_pairs=1, queries=6),
         sweep=partial(sweep_cli.sweep_command, weights, 'INT8', data=photos, measure='n=10', where='1'))
 
 
@@ -83,7 +83,8 @@ def trials(name, command, folder, shares):
         found = row(fault, ended(run(disk/'out', fault)), fault, disk) | dict(seconds=round(time.monotonic()-start, 2))
         mount('-o', 'remount,rw,size=1g', str(disk))
         again = ended(run(disk/'out', 'again'))
-        yield found | dict(again=again, same=again == 0 and contents(disk/'out') == wanted)
+        now = contents(disk/'out')
+        yield found | dict(again=again, same=again == 0 and now == wanted, differ=' '.join(k for k in wanted.keys() | now.keys() if wanted.get(k) != now.get(k)))
         subprocess.run(['umount', str(disk)], check=True)
     out = folder/'both'/name
     both = {k: run(out, k) for k in ('first', 'second')}

@@ -76,20 +76,20 @@ jobs = dict(training=train, generation=generate, quantisation=quantise, assessme
 
 
 def contents(folder):
-    "Name -> what the results say, of all files that a reader would open"
+    "Name -> what the results say, of all files that a reader would open; the rows of a sweep are in its table"
     found = {}
     for f in sorted(folder.rglob('*')):
         name = f.relative_to(folder).as_posix()
         if not f.is_file() or f.name.startswith('.') or f.suffix in ('.html', '.png') or f.name == 'manifest.json': continue
         if f.suffix == '.csv': found[name] = pd.read_csv(f).drop(columns='seconds', errors='ignore').to_csv()
         elif f.suffix == '.pt' and f.name != 'checkpoint.pt': found[name] = repr(flat(load_state(f)))
-        elif f.suffix in ('.npy', '.json', '.py'): found[name] = hashlib.sha256(f.read_bytes()).hexdigest()
+        elif f.suffix in ('.npy', '.json', '.py') and not (f.suffix == '.json' and f.parent.name == 'rows'): found[name] = hashlib.sha256(f.read_bytes()).hexdigest()
     return found
 
 
 def flat(held):
-    "A structure with digests in place of tensors"
-    if isinstance(held, dict): return {k: flat(v) for k, v in held.items()}
+    "A structure with digests in place of tensors, and without seconds"
+    if isinstance(held, dict): return {k: flat(v) for k, v in held.items() if k != 'seconds'}
     if isinstance(held, (list, tuple)): return [flat(v) for v in held]
     return hashlib.sha256(held.contiguous().numpy().tobytes()).hexdigest() if isinstance(held, torch.Tensor) else held
 

@@ -7,7 +7,7 @@ __all__ = ['ImageSet', 'digits', 'split_data', 'subset', 'load_folder', 'load_zi
            'load_data']
 
 # %% ../nbs/api/01_data.ipynb #11b7fa3c
-import io, json, os, zipfile
+import errno, io, json, os, zipfile
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 import numpy as np
@@ -64,9 +64,9 @@ def _save(data, folder):
             for p,a in ((d, data.images), (l, data.labels)):
                 with open(p, 'wb') as f: np.save(f, a, allow_pickle=False)
             c.write_text(json.dumps(data.classes, ensure_ascii=False), encoding='utf-8')
-    except OSError as e:
+    except OSError as e:     # numpy says how much was written of what, and no number
         while isinstance(e.__cause__, OSError): e = e.__cause__
-        raise OSError(e.errno, f"could not save the image set in {folder}: {e.strerror or e}. What was there is unchanged; free some space or choose another folder") from e
+        raise OSError(e.errno or errno.ENOSPC, f"could not save the image set in {folder}: {e.strerror or e}. What was there is unchanged; free some space or choose another folder") from e
     return folder
 
 # %% ../nbs/api/01_data.ipynb #117e6f0c

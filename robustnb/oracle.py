@@ -8,6 +8,7 @@ __all__ = ['eight_bit', 'descriptor_distance', 'Queries', 'http_box']
 # %% ../nbs/api/04_oracle.ipynb #7a7d431e
 import hashlib, http.client, io, numbers, sqlite3, threading, time, urllib.error, urllib.request, warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -57,7 +58,7 @@ def _open(path):
 # %% ../nbs/api/04_oracle.ipynb #782c8b9d
 class _Book:
     "What was asked, what came of it, and the answers"
-    def __init__(self, path): self.db = _open(path)
+    def __init__(self, path): self.path, self.db = path, _open(path)
     def get(self, sql, *args): return self.db.execute(sql, args).fetchall()
     def used(self): return self.get('select coalesce(max(id), 0) from asked')[0][0]
     def length(self): return next((n//4 for n, in self.get('select length(answer) from answers limit 1')), None)
@@ -65,16 +66,21 @@ class _Book:
         found = {k: self.get('select answer from answers where key=?', k) for k in set(keys)}
         return {k: torch.tensor(np.frombuffer(o[0][0], '<f4')) for k, o in found.items() if o}
 
+    @contextmanager
+    def writing(self):
+        "A transaction: all that is written in it, or nothing"
+        try:
+            with self.db as db: yield db.execute('begin immediate')
+        except sqlite3.OperationalError as e: raise OSError(f'could not write {self.path}: {e}. Every answer that was written before is kept; free some space, or end what else writes there, and run again') from e
+
     def grant(self, keys, limit):
         "Numbers of the new lines for as many of `keys` as the budget allows"
-        with self.db as db:
-            db.execute('begin immediate')
+        with self.writing() as db:
             return [db.execute("insert into asked (key, seconds, outcome) values (?, 0, 'interrupted')", (k,)).lastrowid for k in keys[:max(limit-self.used(), 0)]]
 
     def settle(self, ids, seconds, outcomes, answers):
         "What came of the lines `ids`; an answer that is known already stays"
-        with self.db as db:
-            db.execute('begin immediate')
+        with self.writing() as db:
             db.executemany('update asked set seconds=?, outcome=? where id=?', [(seconds, o, i) for i, o in zip(ids, outcomes)])
             db.executemany('insert or ignore into answers values (?, ?)', [(k, v.numpy().astype('<f4').tobytes()) for k, v in answers.items()])
 

@@ -321,6 +321,20 @@ def test_files_that_are_not_ours(tmp_path):
     assert Queries(answer, 5, cache=tmp_path/'f.db').used == 1
 
 
+@pytest.mark.parametrize('room', (0, 12))
+def test_a_full_disk(tmp_path, room):
+    "SQLite itself says that there is no room; what was answered before is kept, and every question was counted"
+    box, book = Box(), tmp_path/'book.db'
+    queries = Queries(box, 900, cache=book, batch_size=100)
+    known = queries(images(3))
+    queries._book.db.execute(f"pragma max_page_count={queries._book.get('pragma page_count')[0][0] + room}")
+    with pytest.raises(OSError, match='could not write .*book.db: database or disk is full. Every answer .*free some space'): queries(images(800, 1))
+    assert (queries.log.outcome[3:] != 'answered').all() if room == 0 else set(queries.log.outcome[3:]) >= {'interrupted'}
+    asked, again = box.asked, Queries(box, 2000, cache=book, batch_size=100)
+    assert torch.equal(again(images(3)), known) and box.asked == asked and again.used >= asked
+    assert torch.equal(again(images(800, 1)), answer(eight_bit(images(800, 1))))
+
+
 script = '''
 import sys, time
 sys.path.insert(0, sys.argv[2])
