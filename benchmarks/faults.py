@@ -10,7 +10,6 @@ import argparse, os, subprocess, sys, tempfile, time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
@@ -23,7 +22,6 @@ from robustnb.data import digits, subset
 from robustnb.models import save_model
 
 
-
 def inputs(folder):
     "Everything the commands read"
     save_model(net, folder/'weights.pt')
@@ -31,7 +29,7 @@ def inputs(folder):
         part = subset(digits(split), n, seed=0)
         for i, (image, y) in enumerate(zip(part.images, part.y)):
             (folder/'digits'/split/str(y)).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.repeat(image, 3, -1) if image.shape[-1] == 1 else image).save(folder/'digits'/split/str(y)/f'{i}.png')
+            Image.fromarray(image).save(folder/'digits'/split/str(y)/f'{i}.png')
     measured = dict(format=['INT8', 'INT4'], n_classes=10, js=[.1, .2], flips=[.1, .2], noise=[.1, .2], activation_noise=[.1, .2], robust_flips=[.1, .2], measured_loss=[.1, .2], measured_robust_loss=[.1, .2], eps=1/255)
     for k in 'ab':
         (folder/'measured'/k).mkdir(parents=True)

@@ -32,11 +32,11 @@ def measure(wanted, tests, folder):
     start = time.monotonic()
     demo = said(env/'bin/robustnb_demo').returncode == 0
     demo_seconds, start = time.monotonic()-start, time.monotonic()
-    run = said(env/'bin/python', '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *(tests or [f'--ignore=tests/test_{o}.py' for o in of_the_project]))
-    count = lambda what: int(([0] + re.findall(rf'(\d+) {what}', run.stdout[-300:]))[-1])
+    run = said(env/'bin/python', '-m', 'pytest', '-rfE', '-p', 'no:cacheprovider', *(tests or [f'--ignore=tests/test_{o}.py' for o in of_the_project]))
+    passed, failures = map(int, re.findall(r'unit tests: (\d+) passed, (\d+) failed', run.stdout)[-1])
     failed = re.findall(r'^(?:FAILED|ERROR) (\S+)', run.stdout, re.M)
     print(run.stdout[-6000:], flush=True)
-    return dict(wanted=wanted, installed=True, python=said(env/'bin/python', '-V').stdout.split()[-1], **{k: version(k) for k in named}, demo=demo, demo_seconds=round(demo_seconds), passed=count('passed'), failed=len(failed), skipped=count('skipped'), seconds=round(time.monotonic()-start), said=' '.join(failed)[:300])
+    return dict(wanted=wanted, installed=True, python=said(env/'bin/python', '-V').stdout.split()[-1], **{k: version(k) for k in named}, demo=demo, demo_seconds=round(demo_seconds), passed=passed, failed=failures, seconds=round(time.monotonic()-start), said=' '.join(failed)[:500])
 
 
 if __name__ == '__main__':

@@ -57,8 +57,7 @@ def _readable(job):
     @wraps(job)
     def command(*args, **kwargs):
         try:
-            given = signature(job).bind_partial(*args, **kwargs)
-            given.apply_defaults()
+            given = signature(job).bind_partial(*args, **kwargs); given.apply_defaults()
             if 'out' in given.arguments: _writable(Path(given.arguments['out']))
             return job(*args, **kwargs)
         except (ValueError, TypeError, OSError, FloatingPointError) as e: sys.exit(f'{type(e).__name__}: {e}')

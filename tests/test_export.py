@@ -195,7 +195,7 @@ operators = dict(
     uncounted=(lambda a: F.avg_pool2d(a, 3, 2, 1, False, False), 128, 'QLinearAveragePool'),
     adaptive=(lambda a: F.adaptive_avg_pool2d(a, (4, 2)), 64, 'QLinearAveragePool'), mean=(lambda a: a.mean((-1, 2)), 8, 'QLinearGlobalAveragePool'),
     kept=(lambda a: torch.mean(a, dim=[2, 3], keepdim=True), 8, 'QLinearGlobalAveragePool'), view=(lambda a: a.contiguous().view(a.size(0), -1), 512, None),
-    reshape=(lambda a: torch.reshape(a, (a.shape[0], 4, 128)), 512, None), squeeze=(lambda a: F.max_pool2d(a, 8).squeeze(3).unsqueeze(1), 8, None),
+    reshape=(lambda a: torch.reshape(a, (-1, 4, 128)), 512, None), squeeze=(lambda a: F.max_pool2d(a, 8).squeeze(3).unsqueeze(1), 8, None),
     dropout=(lambda a: F.dropout(a, .5, training=False), 512, None), add=(lambda a, b: torch.add(a, b), 512, 'QLinearAdd'), iadd=(lambda a, b: a.add(b), 512, 'QLinearAdd'),
     number=(lambda a: a*2 + .5, 512, None), mul=(lambda a, b: a*b, 512, 'QLinearMul'), cat=(lambda a, b: torch.cat((a, b, a), dim=1), 1536, 'QLinearConcat'),
     rows=(lambda a, b: torch.cat([a, b], -2), 1024, 'QLinearConcat'), norm=(nn.BatchNorm2d(8), 512, None), bare=(nn.BatchNorm2d(8, affine=False), 512, None))
