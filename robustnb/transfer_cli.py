@@ -67,9 +67,8 @@ def _drawn(net, out, n, boundary, seed, **training):
     file = out/'generator.pt'
     if not file.exists():
         generator, history = train_generator(net, seed=seed, **training)
-        if not is_main(): sys.exit()
-        _write(history, out/'history.csv')
-        save_generator(generator, file)
+        if is_main(): _write(history, out/'history.csv'); save_generator(generator, file)
+    if not is_main(): sys.exit()
     generator = load_generator(file)
     x, targets = generate(generator, n, boundary, seed)
     made = ImageSet(to_uint8(x), targets.numpy(), net.classes)

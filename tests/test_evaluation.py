@@ -404,7 +404,7 @@ def test_only_survivors_are_asked_and_a_bad_attack_cannot_help():
     inner = x.clamp(.1, .9)
     rows = robustness_curve(model, inner, y, weak, budgets[:4])
     right = rows.groupby('eps').correct.sum()
-    assert asked == right[:4].tolist() and right.is_monotonic_decreasing and right.iloc[2] < right.iloc[0] and right.iloc[2] == right.iloc[4]
+    assert asked == right.iloc[:4].tolist() and right.is_monotonic_decreasing and right.iloc[2] < right.iloc[0] and right.iloc[2] == right.iloc[4]
     assert (rows.pivot(index='image', columns='eps', values='margin').diff(axis=1).iloc[:, 1:] <= 0).all(axis=None)
 
 
