@@ -72,7 +72,7 @@ def trials(name, command, folder, shares):
     wanted = contents(whole)
     def row(fault, status, log, out):
         lines = (folder/'logs'/f'{name} {log}').read_text().strip().splitlines() if status else []
-        return dict(command=name, fault=fault, status=status, said=lines[-1] if lines else '', lines=len(lines), rest=' '.join(f.name for f in out.rglob('*.tmp')))
+        return dict(command=name, fault=fault, status=status, said=lines[-1].replace(str(out), 'DISK') if lines else '', lines=len(lines), rest=' '.join(f.name for f in out.rglob('*.tmp')))
     for fault, room in [('read-only', None)] + [(f'full at {s:.0%}', max(8, int(size(whole)*s))) for s in shares]:
         disk = folder/'disk'/f'{name} {fault}'
         disk.mkdir(parents=True)

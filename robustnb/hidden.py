@@ -122,7 +122,7 @@ def score_training_sets(
             rows = answers(model, hidden)
             if run:
                 with atomic_path(run/'answers.csv') as tmp: rows.to_csv(tmp, index=False)
-                (run/'checkpoint.pt').unlink()
+                (run/'checkpoint.pt').unlink(missing_ok=True)
         parts.append(rows.assign(set=name, network=network, seed=seed))
     return pd.concat(parts, ignore_index=True)
 

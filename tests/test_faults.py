@@ -22,4 +22,4 @@ def test_commands_among_faults(tmp_path):
     assert (rows.rest == '').all(), 'nothing is left half written'
     full, closed, shared = rows[rows.fault == 'full at 50%'], rows[rows.fault == 'read-only'], rows[rows.fault == 'two at once']
     assert (shared.status == 0).all() and (closed.status == 1).all() and (full.status == 1).all() and (rows.lines == rows.status).all(), 'one line, not a traceback'
-    assert closed.said.str.match('ValueError: `out` must be a folder that can be written; .*disk/.* cannot').all() and full.said.str.contains(r'could not (?:write|save).*disk/.*free some space').all()
+    assert closed.said.str.match('ValueError: `out` must be a folder that can be written; DISK cannot').all() and full.said.str.contains(r'could not (?:write|save).*DISK/out.*free some space').all()
