@@ -42,7 +42,7 @@ def with_weights(command, out, **given):
 def generate(out): with_weights(transfer_cli.generate_command, out, n=20, steps=30, width=8)
 
 
-def quantise(out): with_weights(transfer_cli.quantize_command, out, formats='INT8,POT4', n=20, steps=10)
+def quantise(out): with_weights(transfer_cli.quantize_command, out, formats='INT8,POT4', images='digits', n=20)
 
 
 def assess(out):
