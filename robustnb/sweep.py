@@ -78,6 +78,10 @@ def _last_words(how, log):
     said = [o for o in log.read_text(errors='replace').splitlines() if o.strip()] if log.exists() else []
     return f"ProcessDied: {how}{'; its last words: ' + said[-1].strip() if said else ''} ({log})"
 
+def _cores():
+    "Processor cores this process may use"
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1     # neither macOS nor Windows has the first
+
 def _gone(code): return f'the process ended with {"signal " + signal.Signals(-code).name if code < 0 else f"exit code {code}"}'
 
 def _fail(name, arguments, path, tries, error):
@@ -231,7 +235,7 @@ def sweep(
         tell = lambda o: board(Path(o[2]).stem, read_row(o[2]))
         for key in jobs.keys() - {Path(o[2]).stem for o in orders}: board(key, dict(status='done'))
         if executor: _run_slurm(orders, out, executor, tries, tell, chunk)
-        elif orders: _run_here(orders, out, min(workers or len(os.sched_getaffinity(0)), len(orders)), tries, tell)
+        elif orders: _run_here(orders, out, min(workers or _cores(), len(orders)), tries, tell)
     return _table(map(read_row, paths.values()))
 
 # %% ../nbs/api/80_sweep.ipynb #52926c15

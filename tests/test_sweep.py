@@ -14,7 +14,7 @@ from robustnb.evaluation import evaluate, summarize
 from robustnb.jobs import digest, read_row, run_job, worker_command, write_row
 from robustnb.models import build_model, load_model, save_model
 from robustnb.ptq import quantize
-from robustnb.sweep import _environment, _original, grid, measure_one, sweep, sweep_rows
+from robustnb.sweep import _cores, _environment, _original, grid, measure_one, sweep, sweep_rows
 from robustnb.threat import Linf
 from robustnb.training import Recipe, train
 
@@ -207,6 +207,17 @@ def test_slurm_is_refused_where_there_is_none(lab, tmp_path, monkeypatch):
     pytest.importorskip('submitit')
     monkeypatch.setenv('PATH', str(tmp_path))
     with pytest.raises(ValueError, match='on a machine with Slurm; submitit says: .*srun'): sweep(jobs.root, [dict(x=1)], tmp_path, slurm={})
+
+
+def test_as_many_workers_as_cores_that_may_be_used(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0, 3, 5}, raising=False)
+    assert _cores() == 3
+    monkeypatch.delattr(os, 'sched_getaffinity')                 # as on macOS and Windows
+    monkeypatch.setattr(os, 'cpu_count', lambda: 2)
+    assert _cores() == 2
+    assert (sweep(lab[1].root, [dict(x=i) for i in range(71, 74)], tmp_path).status == 'done').all() and len(list((tmp_path/'logs').iterdir())) == 2
+    monkeypatch.setattr(os, 'cpu_count', lambda: None)
+    assert _cores() == 1
 
 
 def test_a_worker_is_like_its_parent_but_alone(monkeypatch):
