@@ -189,7 +189,7 @@ def assess_command(
 # %% ../nbs/api/81_cli.ipynb #8bcaa177
 def _networks(files):
     "Networks by the names of their files; of their folders, where the files are called the same"
-    paths = [Path(o) for o in files.split(',') if o]
+    paths = [Path(o) for o in files]
     short = [p.stem for p in paths] if len({p.stem for p in paths}) == len(paths) else [f'{p.parent.name}/{p.stem}' for p in paths]
     return dict(zip(short, map(load_model, paths)))
 
@@ -210,7 +210,7 @@ def build_set_command(
     Example:
 
         robustnb_build_set mission runs/resnet/weights.pt,runs/vgg/weights.pt --data cifar10 --n 50000 --out submission"""
-    started, out, nets = time.time(), Path(out), _networks(weights)
+    started, out, nets = time.time(), Path(out), _networks(_listed(weights, 'weights'))
     pool = _images(data, split)
     made = build_training_set(pool, **recipe(plan, nets, teacher=nets[next(iter(nets))], effort=effort), n=n, seed=seed)
     made.save(out); write_config(default_config(2), out/'config.py'); set_card(made, out/'card.html', plan, f'{n} images from {len(pool)} of {data}, seed {seed}')
@@ -250,11 +250,13 @@ def score_set_command(
     Example:
 
         robustnb_score_set sets/clean,sets/mission runs/alexnet/weights.pt --data cifar10 --epochs 20 --out scores"""
-    out, folders = Path(out), [Path(o) for o in sets.split(',')]
+    out, folders, files = Path(out), [Path(o) for o in _listed(sets, 'sets')], _listed(surrogates, 'surrogates')
     named = {f.name: load_npy(f) for f in folders}
     if len(named) < len(folders): raise ValueError(f"`sets` must be folders with different names; got {sets}.")
+    nets, pool = _networks(files), _images(data, 'test')
+    _continue(out, dict(surrogates={k: _mark(Path(o).read_bytes()) for k, o in zip(nets, files)}, images=_mark(pool.images.tobytes() + pool.y.tobytes()), n=n))
     if (out/'hidden'/'data.npy').exists(): hidden = load_training_set(out/'hidden')
-    else: hidden = hidden_set(_images(data, 'test'), _networks(surrogates), n); hidden.save(out/'hidden')
+    else: hidden = hidden_set(pool, nets, n); hidden.save(out/'hidden')
     rows = score_training_sets(named, hidden, *proxies(2, width, epochs), seeds=range(seeds), folder=out/'runs')
     table = standings(rows)
     _write(rows, out/'answers.csv'); _write(table.reset_index(), out/'standings.csv')

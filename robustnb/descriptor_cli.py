@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from .cli import _command, _images, _readable, _write
+from .cli import _command, _images, _listed, _readable, _write
 from .core import batches, manifest, save_json, subseed, to_float
 from .descriptors import Plan, attack_descriptor
 from .faces import NamedSet, load_faces
@@ -104,7 +104,7 @@ def distill_command(
     if not known.any(): raise ValueError("`box` must answer; it did not once.")
     asked, said, rows = asked[known], said[known], {}
     fit, held = split_groups(np.tile(np.arange(len(images)), copies)[known])
-    for k in models.split(','):
+    for k in _listed(models, 'models'):
         recipe = replace(student_recipes.get(k, DescriptorRecipe()), epochs=epochs)
         student = descriptor_model(k, said.shape[1], width, images.images.shape[1], subseed(0, 'student', k))   # not the weights that a teacher of one's own began with
         student, _ = distill_descriptor(student, asked[fit], said[fit], recipe=recipe, checkpoint=out/f'{k}-checkpoint.pt', resume=True)
@@ -135,7 +135,7 @@ def attack_descriptors_command(
     Example:
 
         robustnb_attack_descriptors teacher/descriptor.pt students/ResNet_18.pt,students/DenseNet.pt 'faces.zip[30:40]' --queries 100 --out attacked"""
-    started, out, nets = time.time(), Path(out), [load_descriptor(o) for o in students.split(',')]
+    started, out, nets = time.time(), Path(out), [load_descriptor(o) for o in _listed(students, 'students')]
     images, ask, book = _named(data, nets[0].made['size']), _box(box), out/f'asked-{_name(box)}.db'
     people = len(set(images.y))
     wanted = read_pairs(pairs, images) if pairs else make_pairs(images, seed=seed, limit=min(n_pairs, people*(people-1)) if people > 1 else None)
@@ -144,7 +144,7 @@ def attack_descriptors_command(
     shown, place = np.unique(goals, return_inverse=True)
     targets = _answers(ask, images.images[shown], book)[place.reshape(goals.shape)].repeat_interleave(at.shape[1], 0)
     x = images.x[at.ravel()]
-    attack, runs = partial(attack_descriptor, students=nets, plan=Plan(queries)), out/f"runs-{_name(*students.split(','))}"
+    attack, runs = partial(attack_descriptor, students=nets, plan=Plan(queries)), out/f"runs-{_name(*_listed(students, 'students'))}"
     rows = compare_attacks(dict(attack=attack), lambda: Queries(ask, queries*_TOGETHER), x, targets, SSIM(.95 + 2e-6), seed, runs, _TOGETHER)
     changed = attacked_images(runs, 'attack')
     write_submission(out/'submission.zip', wanted.files, changed, images.images[at.ravel()], _answers(ask, changed, book))

@@ -15,10 +15,10 @@ from .metrics import mae, mid_range, r2
 from .transfer import fit_links, predict_losses
 
 # %% ../nbs/api/84_predictor_cli.ipynb #75a92936
-def _measured(folder):
+def _measured(folder, name='runs'):
     "The table of one network, under the name of its folder"
     file = Path(folder)/'report_table.csv'
-    if not file.is_file(): raise FileNotFoundError(f"`runs` must be folders with a report_table.csv; there is none in {folder}. Run robustnb_assess with --test first.")
+    if not file.is_file(): raise FileNotFoundError(f"`{name}` must name folders with a report_table.csv; there is none in {folder}. Run robustnb_assess{' with --test' if name == 'runs' else ''} first.")
     with _naming(file, 'the report_table.csv of an assessment'): return pd.read_csv(file).drop(columns='network', errors='ignore').assign(model=Path(folder).name)
 
 @_command
@@ -35,7 +35,7 @@ def fit_predictor_command(
         robustnb_fit_predictor assessments/resnet,assessments/vgg,assessments/alexnet --apply assessments/mine --out predictor"""
     out, folders = Path(out), [Path(o) for o in _listed(runs, 'runs')]
     if len({f.name for f in folders}) < len(folders): raise ValueError(f"`runs` must be folders with different names, those of the networks; got {runs}.")
-    rows = pd.concat(map(_measured, folders), ignore_index=True)
+    rows, mine = pd.concat(map(_measured, folders), ignore_index=True), _measured(apply, 'apply') if apply else None
     links, left_out = fit_links(rows)
     save_json(dict(links={k: asdict(v) for k, v in links.items()}, manifest=manifest(networks=[f.name for f in folders], rows={k: len(v) for k, v in left_out.items()})), out/'links.json')
     scores = []
@@ -48,7 +48,7 @@ def fit_predictor_command(
         scores.append(dict(loss=kind + 'accuracy', networks=t.network.nunique(), rows=len(t), r2=r2(truth, said), r2_mid_range=r2(truth[mid], said[mid]), mae=mae(truth, said), interval_log_odds=links[name].spread))
     save_json(manifest(runs=[f.name for f in folders], scores=scores), out/'manifest.json')
     print(pd.DataFrame(scores).round(3).to_string(index=False), f'\n\nEach network predicted from the others; links for `predict_losses`: {out}/links.json')
-    if apply:
-        table = predict_losses(pd.read_csv(Path(apply)/'report_table.csv'), out/'links.json')
+    if mine is not None:
+        table = predict_losses(mine.drop(columns='model'), out/'links.json')
         _write(table, out/'predicted.csv')
         print(table[['format', *(c for c in table if c.startswith('predicted'))]].round(3).to_string(index=False))

@@ -51,7 +51,7 @@ def cost_command(
         robustnb_cost ResNet_18,runs/resnet/weights.pt --formats INT8,INT4 --size 32 --out cost"""
     out, items, specs = Path(out), _listed(weights, 'weights'), _specs(formats)
     files = [o for o in items if o not in model_names]
-    nets = {o: build_model(o) for o in items if o in model_names} | _networks(','.join(files))
+    nets = {o: build_model(o) for o in items if o in model_names} | _networks(files)
     if len(nets) < len(items): raise ValueError(f"`weights` must be files that differ in their name or in that of their folder; got {weights}.")
     found = {name: _costs(net, specs, size) for name, net in nets.items()}
     layers = pd.concat([table.assign(network=name) for name, (table, _) in found.items()], ignore_index=True)

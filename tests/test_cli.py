@@ -1,10 +1,12 @@
-"The command that assesses a network: interrupted, asked again, asked something else, its files damaged."
+"The commands that assess a network and score training sets: interrupted, asked again, asked something else, their files damaged."
 from functools import partial
 
 import pandas as pd
 import pytest
+from PIL import Image
 
 from robustnb import cli
+from robustnb.data import load_data
 from robustnb.models import build_model, save_model
 from robustnb.transfer import _Study
 
@@ -70,3 +72,20 @@ def test_a_damaged_file_is_named(weights, asked, tmp_path, content):
     (out/'formats'/'INT8.json').write_text(content)
     with pytest.raises(SystemExit, match='INT8.json is damaged .*Delete it'): assess(weights, formats='INT8', out=str(out))
     assert asked == ['INT8']
+
+
+def test_scores_of_one_folder_are_on_the_same_hidden_images(weights, tmp_path):
+    score, out = partial(cli.score_set_command.__wrapped__, surrogates=weights, data='digits', n=20, width=.0625, epochs=1, seeds=1, out=str(tmp_path/'scores')), tmp_path/'scores'
+    for k in 'ab': load_data('digits', 'train')[list(range(ord(k) - 97, 60, 2))].save(tmp_path/k)
+    score(str(tmp_path/'a'))
+    hidden, first = (out/'hidden'/'data.npy').read_bytes(), pd.read_csv(out/'answers.csv')
+    save_model(build_model('AlexNet_BN', 10, .0625, seed=1), tmp_path/'other'/'weights.pt')
+    for k in range(10):
+        (tmp_path/'moved'/'test'/str(k)).mkdir(parents=True)
+        Image.new('RGB', (32, 32), (k, k, k)).save(tmp_path/'moved'/'test'/str(k)/'a.png')
+    for given, said in ((dict(n=30), 'n is 20 there and 30 here'), (dict(data=str(tmp_path/'moved')), 'images is'), (dict(surrogates=str(tmp_path/'other'/'weights.pt')), 'surrogates is')):
+        with pytest.raises(SystemExit, match=f'`out` answers another question: {said}'): score(str(tmp_path/'a'), **given)
+    assert (out/'hidden'/'data.npy').read_bytes() == hidden
+    score(f"{tmp_path/'a'}, {tmp_path/'b'}")                                     # more sets are the same question
+    both = pd.read_csv(out/'answers.csv')
+    assert set(both.set) == {'a', 'b'} and both[both.set == 'a'].reset_index(drop=True).equals(first)

@@ -42,6 +42,13 @@ def test_refusals(runs, given, said):
     assert not (runs/'out'/'links.json').exists()
 
 
+def test_what_is_to_be_predicted_must_be_there(runs):
+    for words in ('`apply` must name folders with a report_table.csv', 'damaged'):
+        with pytest.raises(SystemExit, match=words): fit(','.join(str(runs/o) for o in 'abc'), out=str(runs/'out'), apply=str(runs/'mine'))
+        assert not (runs/'out').exists(), 'before anything is written'
+        (runs/'mine').mkdir(exist_ok=True); (runs/'mine'/'report_table.csv').write_text('"format,js\nF1,0\n')
+
+
 def test_an_assessment_without_measured_losses_is_refused(runs):
     for o in 'ab': pd.read_csv(runs/o/'report_table.csv').drop(columns=['measured_loss', 'measured_robust_loss']).to_csv(runs/o/'report_table.csv', index=False)
     with pytest.raises(SystemExit, match='measured_loss, measured_robust_loss are missing'): fit(f"{runs/'a'},{runs/'b'}", out=str(runs/'out'))
