@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# N: notebooks tested at a time. FLAGS: cells to run that are normally left out, e.g. FLAGS=slow. NB: notebooks for `make nbs`.
+# N: notebooks, and files of unit tests, tested at a time; one thread each, so that they do not fight for the cores. FLAGS: cells to run that are normally left out, e.g. FLAGS=slow. NB: notebooks for `make nbs`.
 N      ?= 2
 FLAGS  ?=
 NB     ?=
@@ -36,14 +36,14 @@ demo: $(VENV)/.run       ## install the package and run its demonstration
 test: $(VENV)/.dev       ## test the notebooks, then run the unit tests, and count both
 	@rc=0; $(MAKE) --no-print-directory nbtest || rc=1; $(MAKE) --no-print-directory unit || rc=1; exit $$rc
 
-nbtest: $(VENV)/.dev     ## test the notebooks only; one thread each, so that they do not fight for the cores
+nbtest: $(VENV)/.dev     ## test the notebooks only
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python tools/nbtest.py --n_workers $(N) --flags "$(FLAGS)"
 
 unit: $(VENV)/.dev       ## run the unit tests only
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(N) --dist loadfile
 
 kernels: $(VENV)/.dev    ## run every notebook as a user does: all cells, in a fresh Jupyter kernel of its own
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} ROBUSTNB_NOTEBOOKS=all $(BIN)/python -m pytest tests/test_notebooks.py
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} ROBUSTNB_NOTEBOOKS=all $(BIN)/python -m pytest -n $(N) tests/test_notebooks.py
 
 SUMS = find nbs robustnb \( -name '*.ipynb' -o -name '*.py' \) -not -path '*/.*' | sort | xargs cksum
 sync: $(VENV)/.dev       ## clean and export the notebooks; fails if that changed anything

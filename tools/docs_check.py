@@ -22,7 +22,7 @@ nav{flex:0 0 14em;font-size:.9em} nav ul{padding-left:1em} nav summary{font-weig
 pre,table{overflow-x:auto;font-size:.86em} table{display:block;border-collapse:collapse} td,th{padding:.2em .7em;text-align:right}
 tr{border-bottom:1px solid #ddd} pre{background:#f6f6f6;padding:.7em} img{max-width:100%;height:auto} math{overflow-x:auto;max-width:100%}
 math[display=block]{display:block} p,li,td,h1,h2,h3,h4{overflow-wrap:anywhere} td,th{overflow-wrap:normal;border:0} table{border:0}
-.co{color:#666} .kw,.cf,.im{color:#8250a0} .st{color:#236b36}
+.sourceCode code{white-space:pre-wrap} .co{color:#666} .kw,.cf,.im{color:#8250a0} .st{color:#236b36}
 @media(max-width:48em){body{flex-direction:column;gap:0} nav{flex:none} main{width:100%}}'''
 
 unfold = '<script>if (innerWidth > 768) document.querySelector("nav details").open = true</script>'      # on a telephone the contents stay folded
