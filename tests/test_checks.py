@@ -180,6 +180,11 @@ def test_faulty_attacks_turn_their_row(fault, net):
     if fault == 'moves without a budget': assert 'left its threat model Linf(eps=0.0)' in found['zero budget']
 
 
+def test_what_appears_in_a_model_has_changed_it(net):
+    model = copy.deepcopy(net)
+    assert set(doubts(model, attack=leaves(lambda m: m[0].register_buffer('seen', torch.zeros(1))))) == {'changed state'}
+
+
 def test_the_number_can_be_right_where_the_model_is_odd(net):
     rounds, scaled = Around(net, before=seven_levels).eval(), Around(net, after=lambda z: 1000*z).eval()
     assert set(doubts(rounds, in_turn(pgd, crafted_on(net, pgd)))) == {'vanishing gradient'}
@@ -249,6 +254,6 @@ def test_more_images_than_a_batch(net):
 
 
 def test_wrong_uses(net):
-    for kw, error, words in ((dict(x=255*x), ValueError, 'Divide by 255'), (dict(y=y[:9]), ValueError, 'one label per image'), (dict(y=y+1), ValueError, 'class numbers'), (dict(y=(y+1) % 10), ValueError, 'at least 20 images that the model classifies correctly; got'),
+    for kw, error, words in ((dict(x=255*x), ValueError, 'Divide by 255'), (dict(x=torch.cat([x[:-1], 255*x[-1:]])), ValueError, '`x` must hold pixels'), (dict(y=y[:9]), ValueError, 'one label per image'), (dict(y=y+1), ValueError, 'class numbers'), (dict(y=(y+1) % 10), ValueError, 'at least 20 images that the model classifies correctly; got'),
                              (dict(model=Around(net, after=lambda z: (z, z)).eval()), TypeError, 'got tuple'), (dict(model=Around(net, after=lambda z: z/0).eval()), ValueError, 'finite logits')):
         with pytest.raises(error, match=words): red_flags(**{**dict(model=net, x=x, y=y, threat=threat), **kw})

@@ -274,6 +274,7 @@ def test_mining_asks_the_networks_of_the_round_before():
     def fit(data, seed): fitted.append((len(data), seed)); return nets
     made, log = mine_errors(pool, [unchanged], 30, fit, rounds=3, candidates=3)
     assert [n for n, _ in fitted] == [10, 20] and fitted[0][1] != fitted[1][1] and made.rows.source.unique().tolist() == ['round 1', 'round 2', 'round 3']
+    assert log['round'].tolist() == [1, 2, 3] and log.images.tolist() == [10, 20, 30]
     wrong = np.stack([said(made.images, k).argmax(1) != made.y for k in (0, 1)]).sum(0)
     base = np.stack([said(pool.images, k).argmax(1) != pool.y for k in (0, 1)]).sum(0)
     assert wrong[10:].mean() > base.mean() + .2 and log.any_wrong.iloc[1:].between(.3, 1).all() and log.all_wrong.iloc[1] <= log.any_wrong.iloc[1]
@@ -286,6 +287,7 @@ def test_simulated_training_attacks_what_it_trains(monkeypatch):
     monkeypatch.setattr(recipes, 'train', fake)
     made = simulated_training(pool, nets[0], 20, rounds=3, radii=(.05,), steps=1)
     assert steps == [(1, 0, 90), (1, 1, 90), (1, 2, 90)] and len(made) == 20 and made.rows.surrogate.value_counts().to_dict() == {'round 1': 7, 'round 2': 7, 'round 3': 6}
+    with pytest.raises(ValueError, match='`rounds` must be at least 1; got 0'): simulated_training(pool, nets[0], 20, rounds=0)
 
 
 def test_halving_by_hand():

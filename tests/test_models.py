@@ -188,6 +188,14 @@ def test_build_refuses(kw, text):
     with pytest.raises(ValueError, match=text): build_model(**{**dict(name='AlexNet', width=.125), **kw})
 
 
+def test_inception_has_the_channels_of_googlenet():
+    convs = lambda m: [(o.in_channels, o.out_channels) for o in m.modules() if isinstance(o, nn.Conv2d)]
+    theirs = [m for m in torchvision.models.googlenet(weights=None, init_weights=False).modules() if type(m).__name__ == 'Inception']
+    ours = [m for m in build_model('Inception_BN').modules() if type(m).__name__ == '_Branches']
+    assert len(ours) == 9 and [convs(m) for m in ours[1:]] == [convs(m) for m in theirs[1:]]
+    assert [o for _, o in convs(ours[0])] == [o for _, o in convs(theirs[0])]                    # what comes in is 64 channels here, 192 there
+
+
 def test_copies_and_pickles():
     model = build_model('MobileNetV2', width=.125)
     for m in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
