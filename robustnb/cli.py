@@ -56,11 +56,17 @@ def _readable(job):
     "A broken rule ends a command with one line on standard error, not with a traceback."
     @wraps(job)
     def command(*args, **kwargs):
+        new = question = None
         try:
             given = signature(job).bind_partial(*args, **kwargs); given.apply_defaults()
-            if 'out' in given.arguments: _writable(Path(given.arguments['out']))
+            if 'out' in given.arguments:
+                question = Path(given.arguments['out'])/'question.json'
+                new = not question.exists()
+                _writable(question.parent)
             return job(*args, **kwargs)
-        except (ValueError, TypeError, OSError, FloatingPointError) as e: sys.exit(f'{type(e).__name__}: {e}')
+        except (ValueError, TypeError, OSError, FloatingPointError) as e:
+            if new and isinstance(e, (ValueError, TypeError)) and [*question.parent.glob('*')] == [question]: question.unlink()     # refused before anything came of it
+            sys.exit(f'{type(e).__name__}: {e}')
     return command
 
 def _write(table, path):
@@ -211,8 +217,9 @@ def build_set_command(
 
         robustnb_build_set mission runs/resnet/weights.pt,runs/vgg/weights.pt --data cifar10 --n 50000 --out submission"""
     started, out, nets = time.time(), Path(out), _networks(_listed(weights, 'weights'))
+    sources = recipe(plan, nets, teacher=nets[next(iter(nets))], effort=effort)
     pool = _images(data, split)
-    made = build_training_set(pool, **recipe(plan, nets, teacher=nets[next(iter(nets))], effort=effort), n=n, seed=seed)
+    made = build_training_set(pool, **sources, n=n, seed=seed)
     made.save(out); write_config(default_config(2), out/'config.py'); set_card(made, out/'card.html', plan, f'{n} images from {len(pool)} of {data}, seed {seed}')
     save_json(manifest(plan=plan, data=str(data), split=split, n=n, effort=effort, networks=list(nets), seed=seed, seconds=round(time.time()-started)), out/'manifest.json')
     print(summary(made).round(3).to_string(), f'\n\nImages of each source: {out}/card.html')

@@ -15,6 +15,7 @@ from .core import manifest, save_json
 from .models import load_model
 from .quant import all_formats
 from .sweep import grid, job_attacks, measure_one, sweep
+from .threat import Linf
 from .transfer import default_formats
 
 # %% ../nbs/api/85_sweep_cli.ipynb #fdc871df
@@ -83,7 +84,8 @@ def sweep_command(
     wrong = [k for k in same if k not in ('n', 'eps', 'images')] + [o for o in _listed(attacks, 'attacks') if o not in job_attacks]
     if wrong: raise ValueError(f"`measure` takes n, eps and images, `attacks` takes {', '.join(job_attacks)}; got {wrong[0]!r}.")
     if not seeds >= 1: raise ValueError(f"`seeds` must be at least 1; got {seeds}.")
-    if isinstance(same.get('eps', 0.), str) or not isinstance(same.get('n', 1), int): raise ValueError(f"`measure` must have a number for eps and a whole number for n; got {measure!r}.")
+    if isinstance(eps := same.get('eps', 0.), str) or not isinstance(n := same.get('n', 1), int) or n < 1: raise ValueError(f"`measure` must have a number for eps and a whole number of at least 1 for n; got {measure!r}.")
+    Linf(eps)
     paths = [str(Path(o).resolve()) for o in files]
     for o in paths: load_model(o)
     facts = dict(data=data, test=_mark(_images(data, 'test').images.tobytes())) | same

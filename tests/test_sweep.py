@@ -344,9 +344,11 @@ def test_what_the_command_refuses(weights, tmp_path, capsys):
     refused('`where` must be names and values', weights, where='timeout_min=3,gpu')
     refused("got 'steps'", weights, measure='steps=3')
     refused('a number for eps', weights, measure='eps=small')
-    refused('a whole number for n', weights, measure='n=1.5')
+    refused('a whole number of at least 1 for n', weights, measure='n=1.5')
+    refused('a whole number of at least 1 for n', weights, measure='n=0')
+    refused('`eps` must be in', weights, measure='eps=2')
     refused('`workers` must be a whole number', weights, where='0')
-    assert not (tmp_path/'out').exists() or not (tmp_path/'out'/'rows').exists()
+    assert not (tmp_path/'out').exists() or not [*(tmp_path/'out').iterdir()], 'a question that was refused is not kept'
     sweep_cli._same_files(tmp_path/'q', dict(n=1), {'a': '1'})
     sweep_cli._same_files(tmp_path/'q', dict(n=1), {'b': '2'})
     assert json.loads((tmp_path/'q'/'question.json').read_text()) == dict(facts=dict(n=1), files=dict(a='1', b='2'))

@@ -156,6 +156,19 @@ def test_generate_errors(weights, tmp_path, capsys):
         refused(capsys, 'question.json is damaged', run_generate, weights, n=10, steps=2, width=8, **out)
 
 
+def test_a_question_that_is_refused_leaves_the_folder_free(weights, tmp_path, capsys):
+    out = tmp_path/'out'
+    refused(capsys, '`size` must be a multiple of 4', run_generate, weights, n=4, size=30, out=str(out))
+    assert not [*out.iterdir()]
+    run_generate(weights, n=4, steps=2, width=8, out=str(out))
+    refused(capsys, 'size is 32 there and 30 here', run_generate, weights, n=4, steps=2, size=30, width=8, out=str(out))
+    assert json.loads((out/'question.json').read_text())['size'] == 32, 'an answered question stays'
+    kept = tmp_path/'kept'
+    kept.mkdir(); (kept/'question.json').write_text((out/'question.json').read_text())
+    refused(capsys, 'size is 32 there', run_generate, weights, n=4, steps=2, size=30, width=8, out=str(kept))
+    assert names(kept) == ['question.json'], 'nor is that of another run taken away'
+
+
 def test_quantised_copies(weights, tmp_path, capsys):
     out = tmp_path/'q'
     run_quantize(weights, 'INT8,INT3/INT8,POT4', 'digits', 60, out=str(out))
