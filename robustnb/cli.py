@@ -29,7 +29,7 @@ from .threat import L2, Linf
 from .training import Recipe, train
 from .transfer import _study, assess, default_formats
 
-# %% ../nbs/api/81_cli.ipynb #5e2a81c4
+# %% ../nbs/api/81_cli.ipynb #4b1e7c52
 class _Help(RawDescriptionHelpFormatter):
     "The description as it is written; defaults only where they say something"
     def _expand_help(self, action): return re.sub(r' \(default: (|False)\)$', '', action.help or '')
@@ -46,6 +46,7 @@ def _command(job):
         return job(*args, **kwargs)
     return command
 
+# %% ../nbs/api/81_cli.ipynb #5e2a81c4
 def _writable(out):
     "Raise unless a folder can be written: now rather than after hours of work"
     at = next(o for o in (out, *out.absolute().parents) if o.exists())
