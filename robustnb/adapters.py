@@ -64,7 +64,7 @@ def from_foolbox(
         raise TypeError(f"`attack` must be a configured foolbox attack that changes pixel values, e.g. `foolbox.attacks.LinfPGD()`; got {attack!r}. Instead of its `repeat` use `restarts`.")
     if alone is None: alone = not (isinstance(attack, BaseGradientDescent) and not attack.random_start)
     def adapted(model, x, y, threat, generator=None):
-        check_attack(model, x, y)
+        check_attack(model, x, y, threat)
         if isinstance(attack, FixedEpsilonAttack) and _norms.get(type(threat)) is not attack.distance:
             raise TypeError(f"`threat` must be a budget in the norm of the attack, {attack.distance}; got {threat}. Choose the attack of foolbox for this norm, or one that looks for the nearest wrong image.")
         (left, logits), out, own = standing(model, x, y), x.clone(), image_generators(generator, x)

@@ -93,7 +93,7 @@ def apgd(
     loss:Callable=cross_entropy, # (logits, y) -> loss per image: `cross_entropy`, `dlr` or `margin`
 )->Tensor:                      # Images like `x`, allowed by `threat`
     "Auto-PGD (Croce and Hein 2020, arXiv:2003.01690)."
-    check_attack(model, x, y)
+    check_attack(model, x, y, threat)
     if not steps >= 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
     out, (left, _) = x.clone(), standing(model, x, y)
     start = x if generator is None else threat.sample(x, generator)
@@ -112,7 +112,7 @@ def apgd_targeted(
     loss:Callable=dlr_to,       # (logits, y (N,2)) -> loss per image: `dlr_to` or `margin_to`
 )->Tensor:                      # Images like `x`, allowed by `threat`
     "Targeted Auto-PGD (Croce and Hein 2020, arXiv:2003.01690)."
-    n_classes = check_attack(model, x, y)
+    n_classes = check_attack(model, x, y, threat)
     if not (steps >= 0 and targets >= 1): raise ValueError(f"`steps` must not be negative and `targets` at least 1; got {steps} and {targets}.")
     out, (left, logits) = x.clone(), standing(model, x, y)
     wanted = logits[left].scatter(1, y[left, None], -torch.inf).sort(dim=1, descending=True, stable=True).indices

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .core import batches, check_images, check_labels, check_model, make_generator
+from .threat import check_threat
 
 # %% ../nbs/api/31_attacks.ipynb #598898dc
 def cross_entropy(
@@ -63,8 +64,10 @@ def check_attack(
     model:nn.Module,   # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K)
     x:Tensor,          # Clean images (N,C,H,W), float, pixels in [0,1]
     y:Tensor,          # True labels (N,), int64, on the device of `x`
+    threat=None,       # Threat model, where there is one to check
 )->int:                # Number of classes K
     "Raise unless the model can be attacked on these images and labels."
+    if threat is not None: check_threat(threat)
     check_model(model); check_images(x)
     with torch.no_grad(): logits = model(x[:1])
     if not isinstance(logits, Tensor): raise TypeError(f"`model` must return logits (N,K); got {type(logits).__name__}. Wrap it in a module that returns the logits alone.")
@@ -103,7 +106,7 @@ def fgsm(
     loss:Callable=cross_entropy, # (logits, y) -> loss per image
 )->Tensor:             # Images like `x`, allowed by `threat`
     "One step of length `eps` along the steepest direction (Goodfellow et al. 2015, arXiv:1412.6572); for `L2` the fast gradient method."
-    check_attack(model, x, y)
+    check_attack(model, x, y, threat)
     _, grad, _ = loss_and_grad(model, x, y, loss)
     return threat.project(x, x + threat.eps*threat.steepest(grad, x, x))
 
@@ -119,7 +122,7 @@ def pgd(
     loss:Callable=cross_entropy, # (logits, y) -> loss per image
 )->Tensor:                      # Images like `x`, allowed by `threat`
     "Projected gradient descent (Madry et al. 2018, arXiv:1706.06083), the best iterate kept."
-    check_attack(model, x, y)
+    check_attack(model, x, y, threat)
     if steps < 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
     if step_size is None: step_size = 2.5*threat.eps/max(steps, 1)
     value_of = lambda at: torch.no_grad()(lambda: loss(model(at), y))()

@@ -77,7 +77,7 @@ def cascade(
     batch_size:int=125,    # Images the model sees at a time
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "Cheap attacks first, survivors only, low precision for the search and full precision for every verdict."
-    check_attack(model, x, y)
+    check_attack(model, x, y, threat)
     x = x.contiguous(memory_format=torch.channels_last)
     generator, judge = generator or make_generator(0), lambda x, y: margin(standing(model, x, y, batch_size)[1], y) > 0
     left, logits = standing(model, x, y, batch_size)

@@ -25,7 +25,7 @@ def random_search(
     tries:int=100,       # Random images to ask about for each image, >= 1
 )->Tensor:               # Images like `x`, allowed by `threat`
     "The best of random allowed images."
-    check_attack(model, x, y)
+    check_attack(model, x, y, threat)
     if not tries >= 1: raise ValueError(f"`tries` must be at least 1; got {tries}.")
     left, logits = standing(model, x, y)
     out, best = x.clone(), margin(logits, y)
@@ -104,7 +104,7 @@ def square(
     loss:Callable=margin, # (logits, y) -> what is to grow; success is judged by the margin
 )->Tensor:               # Images like `x`, allowed by `threat`
     "Square attack (Andriushchenko et al. 2020, arXiv:1912.00049)."
-    check_attack(model, x, y)
+    check_attack(model, x, y, threat)
     if not isinstance(threat, (Linf, L2, L1)): raise TypeError(f"`threat` must be Linf, L2 or L1 for `square`; got {threat}. Use `random_search`, which takes any threat model.")
     if not (queries >= 2 and 0 < p <= 1): raise ValueError(f"`queries` must be at least 2 and `p` in (0, 1]; got {queries} and {p}.")
     return _search(model, x, y, threat, generator, queries, p, loss)
@@ -201,7 +201,7 @@ def one_pixel(
     generations:int=50,  # How often all members are challenged, >= 0
 )->Tensor:               # Images like `x`, allowed by `threat`
     "Few-pixel attack by differential evolution (Su et al. 2019, arXiv:1710.08864)."
-    check_attack(model, x, y)
+    check_attack(model, x, y, threat)
     if not isinstance(threat, Pixels): raise TypeError(f"`threat` must be Pixels for `one_pixel`, e.g. `Pixels(1)`; got {threat}. Use `square` or `random_search` for other threat models.")
     if not (population >= 3 and generations >= 0): raise ValueError(f"`population` must be at least 3 and `generations` not negative; got {population} and {generations}.")
     left, logits = standing(model, x, y)

@@ -122,14 +122,13 @@ def _rows_of(folder, question):
     return [_read_rows(f, question) for f in sorted(folder.glob('*.csv'))]
 
 # %% ../nbs/api/60_evaluation.ipynb #e1100ef1
-def _check_attacks(attacks, threat):
-    "Raise unless there are named attacks and a threat model."
+def _check_attacks(attacks):
+    "Raise unless they are functions with names."
     if not isinstance(attacks, dict): raise TypeError(f"`attacks` must be a dict from names to attacks, such as `dict(pgd=pgd)`; got {type(attacks).__name__}.")
     for name, attack in attacks.items():
         if not (isinstance(name, str) and name.isprintable() and name.strip()): raise ValueError(f"`attacks` must be named by non-empty strings; got {name!r}.")
         if name in ('clean', 'worst'): raise ValueError(f"`attacks` must not hold {name!r}: clean images are always evaluated, and the worst is derived. Choose another name.")
         if not callable(attack): raise TypeError(f"`attacks` must hold functions (model, x, y, threat, *, generator) -> x_adv; {name!r} is {type(attack).__name__}.")
-    if not hasattr(threat, 'allows'): raise TypeError(f"`threat` must be a threat model such as `Linf(8/255)`; got {threat!r}.")
 
 def evaluate(
     model:nn.Module,        # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
@@ -142,9 +141,9 @@ def evaluate(
     save=None,              # Folder for the rows of finished batches, where a killed run continues; None keeps none
 )->pd.DataFrame:            # One row per image and attack, 'clean' first
     "Attack every image and keep every prediction."
-    check_images(x); _check_attacks(attacks, threat)
+    check_images(x); _check_attacks(attacks)
     device = next(model.parameters(), x).device if isinstance(model, nn.Module) else x.device
-    check_labels(y, len(x), check_attack(model, x[:1].to(device), torch.zeros(1, dtype=torch.int64, device=device)))
+    check_labels(y, len(x), check_attack(model, x[:1].to(device), torch.zeros(1, dtype=torch.int64, device=device), threat))
     parts, jobs = [], dict(clean=lambda model, x, y, threat, generator: x) | attacks
     if save is not None:
         question = dict(model=_said(model), images=_digest(x), labels=_digest(y), threat=repr(threat), seed=int(seed), attacks=_said([*attacks.items()]))

@@ -27,7 +27,8 @@ class Generator(nn.Module):
         width:int=64,      # Channels of the body; the paper has 128
     ):
         super().__init__()
-        if size % 4: raise ValueError(f"`size` must be a multiple of 4; got {size}.")
+        if not (size >= 4 and size % 4 == 0): raise ValueError(f"`size` must be a multiple of 4; got {size}.")
+        if not width >= 2: raise ValueError(f"`width` must be at least 2 channels; got {width}.")
         rows = embedding.detach().float().flatten(1)
         rows = (rows-rows.mean(1, keepdim=True))/rows.std(1, keepdim=True).clamp_min(1e-8)
         for k, v in dict(embedding=rows, mean=mean, std=std, contrast=torch.ones(())).items(): self.register_buffer(k, v.detach().clone())
@@ -49,13 +50,14 @@ class Generator(nn.Module):
 
 # %% ../nbs/api/50_generator.ipynb #e5d46b01
 def draw_targets(
-    n:int,                      # Samples
+    n:int,                      # Samples, >= 1
     n_classes:int,              # Classes K
     boundary:float,             # Share of samples between two classes, in [0,1]
     generator:torch.Generator,  # Draws classes and weights
     spread:float=1.,            # Scale of the two draws, >= 0; 0 puts every pair halfway
 )->Tensor:                      # Class mixtures (N,K), rows sum to 1
     "Soft labels of single classes and of pairs (Choi et al. 2021, arXiv:2111.02625)."
+    if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
     if not (0 <= boundary <= 1): raise ValueError(f"`boundary` must be a share in [0, 1]; got {boundary}.")
     if not (0 <= spread < float('inf')): raise ValueError(f"`spread` must be finite and not negative; got {spread}. 1 is that of the paper, 0 puts every pair halfway.")
     first = torch.randint(n_classes, (n,), generator=generator)
@@ -69,7 +71,7 @@ def draw_targets(
 @torch.no_grad()
 def generate(
     generator:Generator,  # Generator in eval mode
-    n:int,                # Images
+    n:int,                # Images, >= 1
     boundary:float=.5,    # Share of images between two classes
     seed:int=0,           # Classes and noise
     spread:float=1.,      # How far from halfway they are, as in `draw_targets`
@@ -147,16 +149,17 @@ def match_energy(
 # %% ../nbs/api/50_generator.ipynb #03750c1c
 def train_generator(
     model:nn.Module,      # Classifier with normalisation inside (`normalize.mean`, `normalize.std`), in eval mode; not changed
-    steps:int=300,        # Optimiser steps
+    steps:int=300,        # Optimiser steps, >= 1
     batch_size:int=64,    # Images in a step
-    size:int=32,          # Height and width of the images
-    width:int=64,         # Channels of the generator's body
+    size:int=32,          # Height and width of the images, a multiple of 4
+    width:int=64,         # Channels of the generator's body, >= 2
     boundary:float=.4,    # Share of samples between two classes
     seed:int=0,           # Weights, classes and noise
     device=None,          # Where to train; None takes CUDA if there is one
 )->tuple[Generator, pd.DataFrame]:  # Generator in eval mode on the CPU; history, one row per step
     "A conditional generator from the model alone, with data-free losses as in Xu et al. 2020 (GDFQ, arXiv:2003.03603)."
     if not hasattr(check_model(model), 'normalize'): raise TypeError(f"`model` must have its normalisation inside; this {type(model).__name__} has none. Use `wrap_model`.")
+    if not steps >= 1: raise ValueError(f"`steps` must be at least 1; got {steps}.")
     device, g = join(device), make_generator(seed, 'generator')
     if batch_size < processes(): raise ValueError(f"`batch_size` must be at least the number of processes, {processes()}; got {batch_size}.")
     home, flags = next(model.parameters()).device, [p.requires_grad for p in model.parameters()]
@@ -166,8 +169,7 @@ def train_generator(
         net = Generator(embedding.cpu(), normalize.mean.flatten().cpu(), normalize.std.flatten().cpu(), size, width)
     net, own = net.to(device).train(), part(batch_size)
     as_main_(net)
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3, betas=(.5, .999))
-    history = []
+    optimizer, history = torch.optim.Adam(net.parameters(), 1e-3, betas=(.5, .999)), []
     model.to(device).requires_grad_(False)
     try:
         for step in progress(range(steps), 'generator'):

@@ -30,9 +30,9 @@ def _follow(gradient, x, threat, steps, decay, ahead=0):
         now = threat.project(x, now + threat.eps/steps*threat.steepest(total, x, now))
     return now.detach()
 
-def _plain(model, x, y):
+def _plain(model, x, y, threat):
     "The gradient of the cross-entropy, as a function of the images."
-    check_attack(model, x, y)
+    check_attack(model, x, y, threat)
     return lambda at: loss_and_grad(model, at, y, cross_entropy)[1]
 
 # %% ../nbs/api/32_momentum.ipynb #a1030c99
@@ -46,7 +46,7 @@ def mi_fgsm(
     decay:float=1.,        # Weight of the sum so far, >= 0; 0 is plain iterated FGSM
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "Momentum iterative FGSM (Dong et al. 2018, arXiv:1710.06081)."
-    return _follow(_plain(model, x, y), x, threat, steps, decay)
+    return _follow(_plain(model, x, y, threat), x, threat, steps, decay)
 
 def ni_fgsm(
     model:nn.Module,       # Surrogate: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
@@ -58,7 +58,7 @@ def ni_fgsm(
     decay:float=1.,        # Weight of the sum so far, >= 0
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "Nesterov iterative FGSM (Lin et al. 2020, arXiv:1908.06281)."
-    return _follow(_plain(model, x, y), x, threat, steps, decay, ahead=1)
+    return _follow(_plain(model, x, y, threat), x, threat, steps, decay, ahead=1)
 
 # %% ../nbs/api/32_momentum.ipynb #1e42fad0
 def _place(n, size, start):
@@ -101,7 +101,7 @@ def di_fgsm(
     probability:float=.5,  # How often an image is changed, in [0,1]
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "Diverse inputs with momentum (Xie et al. 2019, arXiv:1803.06978)."
-    gradient = _plain(model, x, y)
+    gradient = _plain(model, x, y, threat)
     if not 0 <= probability <= 1: raise ValueError(f"`probability` must be in [0, 1]; got {probability}.")
     return _follow(_diverse(gradient, image_generators(generator, x), probability), x, threat, steps, decay)
 
@@ -116,7 +116,7 @@ def ti_fgsm(
     kernel:int=5,          # Width of the Gaussian, odd; 5 for 32 pixels, 15 for photographs of 299
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "Translation-invariant attack with momentum (Dong et al. 2019, arXiv:1904.02884)."
-    gradient = _plain(model, x, y)
+    gradient = _plain(model, x, y, threat)
     if not (kernel >= 1 and kernel % 2 == 1): raise ValueError(f"`kernel` must be odd and at least 1; got {kernel}.")
     return _follow(_smooth(gradient, kernel), x, threat, steps, decay)
 
@@ -148,7 +148,7 @@ def si_fgsm(
     copies:int=5,          # Copies, each half as bright as the one before, >= 1
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "Scale-invariant Nesterov attack, SI-NI-FGSM (Lin et al. 2020, arXiv:1908.06281)."
-    gradient = _plain(model, x, y)
+    gradient = _plain(model, x, y, threat)
     if not copies >= 1: raise ValueError(f"`copies` must be at least 1; got {copies}.")
     return _follow(_darker(gradient, copies), x, threat, steps, decay, ahead=1)
 
@@ -163,7 +163,7 @@ def vmi_fgsm(
     beta:float=1.5,        # Size of the neighbourhood in units of `eps`, >= 0
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "Variance tuning with momentum, 20 neighbours (Wang and He 2021, arXiv:2103.15571)."
-    gradient = _plain(model, x, y)
+    gradient = _plain(model, x, y, threat)
     if not 0 <= beta < float('inf'): raise ValueError(f"`beta` must be finite and not negative; got {beta}.")
     return _follow(_steady(gradient, image_generators(generator, x), beta*_scale(threat, x)), x, threat, steps, decay)
 

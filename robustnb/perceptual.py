@@ -17,7 +17,7 @@ from .threat import L1, Linf, _shrink
 # %% ../nbs/api/38_perceptual.ipynb #2a8a8c04
 def _search(model, x, y, threat, loss, steps, form):
     "The allowed image with the largest margin; `form(x)` gives the numbers to start from, the image they make and the next step."
-    check_attack(model, x, y)
+    check_attack(model, x, y, threat)
     if not steps >= 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
     out, (left, logits) = x.clone(), standing(model, x, y)
     if not len(left): return out

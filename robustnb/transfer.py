@@ -25,7 +25,7 @@ from .predictors import noise_sum, relative_margin
 from .ptq import Rounder, calibrate, quantize
 from .quant import quant_spec
 from .similarity import fit_link, layer_sensitivity, load_link, output_change
-from .threat import Linf
+from .threat import Linf, check_threat
 
 # %% ../nbs/api/70_transfer.ipynb #5414bd2a
 def share_lost(
@@ -258,7 +258,9 @@ def _study(model, formats, threat, test, unlabelled, generator, n, seed):
     "The specifications, and the study that takes them one by one"
     specs = [quant_spec(f) for f in (formats.split(',') if isinstance(formats, str) else formats)]
     if not specs: raise ValueError(f"`formats` must name at least one number format, such as {default_formats}; got {formats!r}.")
-    check_model(model)
+    if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
+    if not (test is None or isinstance(test, ImageSet)): raise TypeError(f"`test` must be an ImageSet, images with their labels; got {type(test).__name__}. Use `ImageSet(images, labels, classes)` or `load_data`.")
+    check_model(model); check_threat(threat)
     if test is not None: check_labels(torch.as_tensor(test.y), len(test), predict(model, test[:1].x).shape[1], 'test')
     return specs, _Study(model, threat, test, *_probe_images(model, unlabelled, generator, n, seed), seed)
 
@@ -269,7 +271,7 @@ def assess(
     test:ImageSet|None=None,     # Labelled images: adds measured losses
     unlabelled:Tensor|None=None, # Real images (N,C,H,W) without labels: probes in place of generated ones
     generator:Generator|None=None, # From `train_generator`; None trains one if it is needed
-    n:int=500,                   # Images to probe with
+    n:int=500,                   # Images to probe with, >= 1
     seed:int=0,                  # Everything random
 )->Report:                       # Tables, figures, page
     "Predict what quantisation will cost a classifier, without its training data."

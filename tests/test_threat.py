@@ -7,10 +7,16 @@ from hypothesis.extra.numpy import arrays
 from scipy.optimize import brentq
 from torch import nn
 
+from robustnb.apgd import apgd, apgd_targeted
 from robustnb.attacks import fgsm, margin, pgd
+from robustnb.autoattack import autoattack, cascade
+from robustnb.blackbox import one_pixel, random_search, square
 from robustnb.core import make_generator
 from robustnb.data import digits, subset
 from robustnb.metrics import ssim, ssim_along
+from robustnb.minimal import carlini_wagner, deepfool, fab
+from robustnb.momentum import di_fgsm, mi_fgsm, ni_fgsm, si_fgsm, ti_fgsm, vmi_fgsm
+from robustnb.perceptual import advdrop, recolor, wasserstein
 from robustnb.threat import L1, L2, SSIM, Linf
 
 checked = settings(deadline=None, derandomize=True, max_examples=50)
@@ -160,7 +166,7 @@ def test_tolerance_is_that_of_rounding():
 
 
 refused = {'grey levels': (Linf, 8, '8/255'), 'negative Linf': (Linf, -.1, r'`eps` must be in \[0, 1\].*got -0.1.*8/255'), 'NaN Linf': (Linf, nan, 'got nan.*8/255'),
-           'negative L2': (L2, -1, 'got -1.*8/255'), 'NaN L2': (L2, nan, '8/255'), 'negative L1': (L1, -1e-9, '`eps` must be finite and not negative'), 'NaN L1': (L1, nan, 'got nan'),
+           'negative L2': (L2, -1, 'got -1.*8/255'), 'NaN L2': (L2, nan, '8/255'), 'negative L1': (L1, -1e-9, '`eps` must be finite and not negative'), 'NaN L1': (L1, nan, 'got nan'), 'words': (Linf, '8/255', "must be a number.*got '8/255'"),
            'endless L2': (L2, float('inf'), 'finite'), 'endless L1': (L1, float('inf'), 'finite'), 'no level': (SSIM, 0, r'`level` must be in \(0, 1\].*got 0'),
            'percent': (SSIM, 95, 'got 95.*usual limit is .95'), 'level below zero': (SSIM, -.5, 'got -0.5'), 'NaN level': (SSIM, nan, 'got nan')}
 
@@ -168,7 +174,12 @@ refused = {'grey levels': (Linf, 8, '8/255'), 'negative Linf': (Linf, -.1, r'`ep
 @pytest.mark.parametrize('case', refused)
 def test_budgets_in_other_units_are_refused(case):
     kind, value, words = refused[case]
-    with pytest.raises(ValueError, match=words): kind(value)
+    with pytest.raises((ValueError, TypeError), match=words): kind(value)
+
+
+@pytest.mark.parametrize('attack', (fgsm, pgd, apgd, apgd_targeted, mi_fgsm, ni_fgsm, di_fgsm, ti_fgsm, si_fgsm, vmi_fgsm, deepfool, fab, carlini_wagner, random_search, square, one_pixel, autoattack, cascade, advdrop, wasserstein, recolor))
+def test_a_bare_number_is_no_threat(attack):
+    with pytest.raises(TypeError, match='`threat` must be .*0.03'): attack(Linear(torch.ones(12)).eval(), rand(2, 3, 2, 2, dtype=torch.float32), torch.zeros(2, dtype=torch.int64), .03)
 
 
 def test_budgets_at_the_ends_of_the_range_are_fine():
