@@ -35,6 +35,7 @@ def cost(
 )->pd.DataFrame:         # One row per call of a layer: `name`, `kind`, `params`, `macs`, `ptflops`, `out_shape` (without the batch)
     "Parameters and multiply-accumulates for one image; kinds: conv, linear, bn, relu, pool, other."
     check_model(model)
+    if len(shape) != 3 or min(shape) < 1: raise ValueError(f"`shape` must be channels, height and width, each at least 1; got {tuple(shape)}.")
     rows, seen = [], set()
     def note(name, layer, args, out):
         kind = next((k for k, types in _kinds.items() if isinstance(layer, types)), 'other')

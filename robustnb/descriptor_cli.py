@@ -98,14 +98,15 @@ def distill_command(
 
         robustnb_distill teacher/descriptor.pt 'faces.zip[0:30]' --models ResNet_18,DenseNet --out students"""
     started, out, images = time.time(), Path(out), _named(data)
+    recipes = {k: replace(student_recipes.get(k, DescriptorRecipe()), epochs=epochs) for k in _listed(models, 'models')}
+    for k in recipes: descriptor_model(k, width=width, size=images.images.shape[1])     # what is wrong with them is said before anything is asked
     asked = views(images.images, copies, noise=noise)
     said = _answers(_box(box), asked, out/f'asked-{_name(box)}.db')
     known = said.isfinite().all(1).numpy()
     if not known.any(): raise ValueError("`box` must answer; it did not once.")
     asked, said, rows = asked[known], said[known], {}
     fit, held = split_groups(np.tile(np.arange(len(images)), copies)[known])
-    for k in _listed(models, 'models'):
-        recipe = replace(student_recipes.get(k, DescriptorRecipe()), epochs=epochs)
+    for k, recipe in recipes.items():
         student = descriptor_model(k, said.shape[1], width, images.images.shape[1], subseed(0, 'student', k))   # not the weights that a teacher of one's own began with
         student, _ = distill_descriptor(student, asked[fit], said[fit], recipe=recipe, checkpoint=out/f'{k}-checkpoint.pt', resume=True)
         save_descriptor(student, out/f'{k}.pt')
@@ -135,7 +136,7 @@ def attack_descriptors_command(
     Example:
 
         robustnb_attack_descriptors teacher/descriptor.pt students/ResNet_18.pt,students/DenseNet.pt 'faces.zip[30:40]' --queries 100 --out attacked"""
-    started, out, nets = time.time(), Path(out), [load_descriptor(o) for o in _listed(students, 'students')]
+    started, out, plan, nets = time.time(), Path(out), Plan(queries), [load_descriptor(o) for o in _listed(students, 'students')]
     images, ask, book = _named(data, nets[0].made['size']), _box(box), out/f'asked-{_name(box)}.db'
     people = len(set(images.y))
     wanted = read_pairs(pairs, images) if pairs else make_pairs(images, seed=seed, limit=min(n_pairs, people*(people-1)) if people > 1 else None)
@@ -144,7 +145,7 @@ def attack_descriptors_command(
     shown, place = np.unique(goals, return_inverse=True)
     targets = _answers(ask, images.images[shown], book)[place.reshape(goals.shape)].repeat_interleave(at.shape[1], 0)
     x = images.x[at.ravel()]
-    attack, runs = partial(attack_descriptor, students=nets, plan=Plan(queries)), out/f"runs-{_name(*_listed(students, 'students'))}"
+    attack, runs = partial(attack_descriptor, students=nets, plan=plan), out/f"runs-{_name(*_listed(students, 'students'))}"
     rows = compare_attacks(dict(attack=attack), lambda: Queries(ask, queries*_TOGETHER), x, targets, SSIM(.95 + 2e-6), seed, runs, _TOGETHER)
     changed = attacked_images(runs, 'attack')
     write_submission(out/'submission.zip', wanted.files, changed, images.images[at.ravel()], _answers(ask, changed, book))

@@ -81,6 +81,7 @@ def proxies(
     batch_size:int=64,    # Images in a step
 )->tuple:                 # Networks and settings, for `score_training_sets`
     "The competition's networks made narrow, with a short training."
+    if not (0 < width <= 4 and 1 <= epochs <= 200): raise ValueError(f"`width` must be in (0, 4] and `epochs` from 1 to 200, the most of the competition; got {width} and {epochs}.")
     settings = dict(epochs=epochs, optimizer_name='SGD', optimizer_hyperparameters=dict(lr=lr, momentum=.9, nesterov=True, weight_decay=5e-4),
                     scheduler_name='CosineAnnealingLR', scheduler_hyperparameters=dict(T_max=epochs), batch_size=batch_size)
     names = default_config(stage)
@@ -112,6 +113,7 @@ def score_training_sets(
     device=None,           # Where to train; None takes CUDA if there is one
 )->pd.DataFrame:           # Rows of `answers` with `set`, `network`, `seed`
     "Train the fixed networks on each set and count what they get right."
+    if not (sets and networks and len(seeds)): raise ValueError(f"`sets`, `networks` and `seeds` must each hold at least one; got {len(sets)}, {len(networks)} and {len(seeds)}.")
     parts = []
     for name, seed, network in itertools.product(sets, seeds, networks):
         data, untrained = sets[name], networks[network](seed)

@@ -89,3 +89,6 @@ def test_scores_of_one_folder_are_on_the_same_hidden_images(weights, tmp_path):
     score(f"{tmp_path/'a'}, {tmp_path/'b'}")                                     # more sets are the same question
     both = pd.read_csv(out/'answers.csv')
     assert set(both.set) == {'a', 'b'} and both[both.set == 'a'].reset_index(drop=True).equals(first)
+    for given, said in ((dict(seeds=0), '`seeds` must be at least 1'), (dict(width=0.), '`width` must be in'), (dict(epochs=0), '`epochs` from 1 to 200')):
+        with pytest.raises(SystemExit, match=said): score(str(tmp_path/'a'), **given | dict(out=str(tmp_path/'none')))
+        assert not (tmp_path/'none').exists(), 'before hidden images are made'

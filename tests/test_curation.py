@@ -226,6 +226,10 @@ def test_standings_with_other_weights():
     assert np.allclose(H.standings(rows, 'public_a', dict(noise=7)).score, H.standings(rows, 'public_a').noise.loc[['a', 'b']])
     for bad in (dict(fog=1), dict(noise=0), dict(noise=-1, clean=2), dict(noise=float('nan')), {}):
         with pytest.raises(ValueError, match='`shares`'): H.standings(rows, 'public_a', bad)
+    for bad in (dict(sets={}), dict(networks={}), dict(seeds=())):
+        with pytest.raises(ValueError, match='must each hold at least one'): H.score_training_sets(**dict(sets=dict(a=None), hidden=None, networks=dict(a=None), config={}, seeds=(0,)) | bad)
+    for bad in (dict(width=0.), dict(width=5.), dict(epochs=0), dict(epochs=201)):
+        with pytest.raises(ValueError, match='`width` must be in'): H.proxies(**bad)
 
 
 def test_answers_count_families_and_slices():

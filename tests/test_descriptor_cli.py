@@ -75,6 +75,10 @@ def test_students_ask_and_learn_once(epochs, questions, teacher, tmp_path):
     assert not questions and len(epochs) == 4
     assert all(same(tmp_path/'cut'/f'{k}.pt', tmp_path/'whole'/f'{k}.pt') for k in ('ResNet_18', 'Caffe34'))
     assert pd.read_csv(tmp_path/'cut'/'fidelity.csv').equals(pd.read_csv(tmp_path/'whole'/'fidelity.csv'))
+    questions[:] = []
+    for given, said in ((dict(width=0.), '`width` in'), (dict(epochs=0), '`epochs` must be'), (dict(models='ResNet_18,nobody'), "got 'nobody'")):
+        with pytest.raises(SystemExit, match=said): distill(teacher, photos, **dict(models='ResNet_18', out=str(tmp_path/'none')) | given)
+    assert not questions, 'a wrong argument costs no question'
 
 
 def test_an_attack_asks_once(questions, teacher, tmp_path):
@@ -87,3 +91,5 @@ def test_an_attack_asks_once(questions, teacher, tmp_path):
     questions[:] = []
     run()
     assert not questions and pd.read_csv(tmp_path/'attacked'/'rows.csv').equals(rows) and (tmp_path/'attacked'/'submission.zip').read_bytes() == zipped
+    with pytest.raises(SystemExit, match='`queries` must be at least 2'): run(queries=0, out=str(tmp_path/'none'))
+    assert not questions and not (tmp_path/'none').exists()

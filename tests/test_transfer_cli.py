@@ -93,6 +93,7 @@ def test_cost_errors(weights, tmp_path, capsys):
     refused(capsys, '`formats` must name at least one', run_cost, weights, '', **out)
     refused(capsys, 'must not name one twice', run_cost, f'{weights},{weights}', **out)
     refused(capsys, 'batch .* of 32x32', run_cost, weights, size=48, **out)
+    for size in (0, -1): refused(capsys, f'each at least 1; got .3, {size}, {size}', run_cost, weights, size=size, **out)
     for folder in ('a', 'b'): save_model(build_model('AlexNet_BN', width=.05), tmp_path/folder/'same'/'w.pt')
     refused(capsys, 'differ in their name', run_cost, f'{tmp_path}/a/same/w.pt,{tmp_path}/b/same/w.pt', **out)
     (tmp_path/'junk.pt').write_text('junk')
