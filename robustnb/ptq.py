@@ -140,6 +140,7 @@ def calibrate(
 )->Calibration:           # For `quantize`, any number of times
     "Read the ranges of all tensors of a model off some images."
     check_model(model); check_images(images, 'images'); _check_weights(model)
+    if hasattr(model, 'left_float'): raise ValueError("`model` must be in full precision; this one is a copy that `quantize` made. Give the original.")
     q = _open_attention(fold_batchnorm(model))
     watch, like = _Watch(q, rounding_points(q)), next(model.parameters(), images)
     for s in batches(len(images), batch_size):

@@ -570,3 +570,8 @@ def test_larger_torchvision_networks_are_rounded_or_say_what_is_not(name, left, 
     assert not any(isinstance(modules.get(n), layers) for n in q.left_float) and assert_operands_are_rounded(q) > 8
     assert not any(n.endswith(('qkv', 'proj', 'in_proj_weight')) for n in q.left_float)
     if name == 'vit_b_16': assert {'net.class_token', 'net.encoder.pos_embedding', 'net.encoder.ln'} <= set(q.left_float) and layer_sensitivity(model, q, x).logit_noise.max() < .1
+
+
+def test_a_copy_is_not_rounded_again():
+    for make in (lambda q: quantize(q, 'INT4', images()), lambda q: calibrate(q, images())):
+        with pytest.raises(ValueError, match='`model` must be in full precision.*Give the original'): make(quantize(small(), 'INT8', images()))
