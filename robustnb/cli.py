@@ -66,7 +66,7 @@ def _readable(job):
                 _writable(question.parent)
             return job(*args, **kwargs)
         except (ValueError, TypeError, OSError, FloatingPointError) as e:
-            if new and isinstance(e, (ValueError, TypeError)) and [*question.parent.glob('*')] == [question]: question.unlink()     # refused before anything came of it
+            if new and isinstance(e, (ValueError, TypeError)) and [*question.parent.glob('*')] == [question]: question.unlink(missing_ok=True)     # refused before anything came of it
             sys.exit(f'{type(e).__name__}: {e}')
     return command
 
