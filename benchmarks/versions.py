@@ -15,7 +15,7 @@ from robustnb.core import manifest, save_json
 
 root = Path(__file__).resolve().parent.parent
 sets = ('python3.10 torch==2.6.0 numpy==1.26.4 fastcore<1.13', 'python3.11 torch==2.9.1 numpy<2.4 fastcore<2', 'python3.12 torch numpy>=2 fastcore>=2', 'python3.13 torch numpy>=2 fastcore<2', 'python3.13 torch==2.6.0 numpy>=2 fastcore>=2')
-beside = 'pytest hypothesis scikit-image timm onnx onnxscript onnxruntime submitit accelerate setuptools wheel'.split()
+beside = 'pytest pytest-xdist hypothesis scikit-image timm onnx onnxscript onnxruntime submitit accelerate setuptools wheel'.split()
 of_the_project = ('browser', 'house', 'notebooks', 'release', 'repo')
 named = ('torch', 'torchvision', 'numpy', 'fastcore', 'pandas', 'timm', 'onnxruntime')
 
@@ -32,7 +32,7 @@ def measure(wanted, tests, folder):
     start = time.monotonic()
     demo = said(env/'bin/robustnb_demo').returncode == 0
     demo_seconds, start = time.monotonic()-start, time.monotonic()
-    run = said(env/'bin/python', '-m', 'pytest', '-rfE', '-p', 'no:cacheprovider', *(tests or [f'--ignore=tests/test_{o}.py' for o in of_the_project]))
+    run = said(env/'bin/python', '-m', 'pytest', '-rfE', '-p', 'no:cacheprovider', '-n', '2', '--dist', 'loadfile', *(tests or [f'--ignore=tests/test_{o}.py' for o in of_the_project]))
     passed, failures = map(int, re.findall(r'unit tests: (\d+) passed, (\d+) failed', run.stdout)[-1])
     failed = re.findall(r'^(?:FAILED|ERROR) (\S+)', run.stdout, re.M)
     print(run.stdout[-6000:], flush=True)

@@ -149,7 +149,7 @@ def match_energy(
 # %% ../nbs/api/50_generator.ipynb #03750c1c
 def train_generator(
     model:nn.Module,      # Classifier with normalisation inside (`normalize.mean`, `normalize.std`), in eval mode; not changed
-    steps:int=300,        # Optimiser steps, >= 1
+    steps:int=300,        # Optimiser steps, >= 0
     batch_size:int=64,    # Images in a step
     size:int=32,          # Height and width of the images, a multiple of 4
     width:int=64,         # Channels of the generator's body, >= 2
@@ -159,7 +159,7 @@ def train_generator(
 )->tuple[Generator, pd.DataFrame]:  # Generator in eval mode on the CPU; history, one row per step
     "A conditional generator from the model alone, with data-free losses as in Xu et al. 2020 (GDFQ, arXiv:2003.03603)."
     if not hasattr(check_model(model), 'normalize'): raise TypeError(f"`model` must have its normalisation inside; this {type(model).__name__} has none. Use `wrap_model`.")
-    if not steps >= 1: raise ValueError(f"`steps` must be at least 1; got {steps}.")
+    if steps < 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
     device, g = join(device), make_generator(seed, 'generator')
     if batch_size < processes(): raise ValueError(f"`batch_size` must be at least the number of processes, {processes()}; got {batch_size}.")
     home, flags = next(model.parameters()).device, [p.requires_grad for p in model.parameters()]
