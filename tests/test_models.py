@@ -194,6 +194,8 @@ def test_inception_has_the_channels_of_googlenet():
     ours = [m for m in build_model('Inception_BN').modules() if type(m).__name__ == '_Branches']
     assert len(ours) == 9 and [convs(m) for m in ours[1:]] == [convs(m) for m in theirs[1:]]
     assert [o for _, o in convs(ours[0])] == [o for _, o in convs(theirs[0])]                    # what comes in is 64 channels here, 192 there
+    biases = [m.bias is not None for m in build_model('Inception_BN').modules() if isinstance(m, nn.Conv2d)]
+    assert biases == [True]*2 + [False]*54 + [True], 'where no batch norm follows'
 
 
 def test_copies_and_pickles():

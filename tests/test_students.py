@@ -293,3 +293,9 @@ def test_noisy_views():
     assert .1 < (level > 5).mean() < .4, 'half are blended, half of these with a bright one'
     for bad in (-.1, 2, float('nan')):
         with pytest.raises(ValueError, match='`noise`'): views(flat[:2], 2, noise=bad)
+
+
+def test_xception_halves_maps_as_the_original():
+    timm = pytest.importorskip('timm')
+    pools = lambda net: {(m.kernel_size, m.stride, m.padding) for m in net.modules() if isinstance(m, torch.nn.MaxPool2d)}
+    assert pools(descriptor_model('Xception', width=.125)) == pools(timm.create_model('legacy_xception'))
