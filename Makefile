@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# N: notebooks, and files of unit tests, tested at a time; one thread each, so that they do not fight for the cores. FLAGS: cells to run that are normally left out, e.g. FLAGS=slow. NB: notebooks for `make nbs`.
+# N: notebooks, or files of unit tests, at a time, with one thread each. FLAGS: cells to run that are normally left out, e.g. FLAGS=slow. NB: notebooks for `make nbs`.
 N      ?= 2
 FLAGS  ?=
 NB     ?=

@@ -220,7 +220,7 @@ def red_flags(
     device, training = next(model.parameters(), x).device, [k for k, m in model.named_modules() if m.training]
     with _as_it_was(model), torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
         torch.manual_seed(subseed(seed, 'the model'))
-        check_labels(y, len(x), check_attack(model, x[:1].to(device), torch.zeros(1, dtype=torch.int64, device=device)))
+        check_labels(y, len(x), check_attack(model, x[:1].to(device), torch.zeros(1, dtype=torch.int64, device=device), threat))
         case = _Case(model, x.to(device), y.to(device), threat, attack, seed, training)
         right = int((case.clean.argmax(1) == case.y).sum())
         if right < 20: raise ValueError(f"`x` must hold at least 20 images that the model classifies correctly; got {right} of {len(x)}. Check the labels, or give more images.")

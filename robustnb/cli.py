@@ -137,6 +137,8 @@ def _continue(out, question):
 
 def _mark(data): return hashlib.blake2b(data, digest_size=8).hexdigest()
 
+def _mark_of(images): return _mark(images.images.tobytes() + images.y.tobytes())
+
 # %% ../nbs/api/81_cli.ipynb #f35f3aec
 def _threat(norm, eps):
     "A threat model from what was typed."
@@ -189,7 +191,7 @@ def assess_command(
         images = _images(test, 'test')
         if len(images) > n_test: images = subset(images, n_test, seed=seed)
     specs, out = _specs(formats), Path(out)
-    _continue(out, dict(network=_mark(Path(weights).read_bytes()), threat=repr(threat), seed=seed, test=_mark(images.images.tobytes() + images.y.tobytes()) if test else None))
+    _continue(out, dict(network=_mark(Path(weights).read_bytes()), threat=repr(threat), seed=seed, test=_mark_of(images) if test else None))
     study = _study(model, list(specs), threat, images, None, _kept_generator(model, out/'generator.pt', seed), 500, seed)[1]
     _deliver(study.report([_once(out/'formats'/f"{name.replace('/', '-')}.json", study.one, spec) for name, spec in specs.items()]), out)
 
@@ -263,7 +265,7 @@ def score_set_command(
     if len(named) < len(folders): raise ValueError(f"`sets` must be folders with different names; got {sets}.")
     if not seeds >= 1: raise ValueError(f"`seeds` must be at least 1; got {seeds}.")
     trained, nets, pool = proxies(2, width, epochs), _networks(files), _images(data, 'test')
-    _continue(out, dict(surrogates={k: _mark(Path(o).read_bytes()) for k, o in zip(nets, files)}, images=_mark(pool.images.tobytes() + pool.y.tobytes()), n=n))
+    _continue(out, dict(surrogates={k: _mark(Path(o).read_bytes()) for k, o in zip(nets, files)}, images=_mark_of(pool), n=n))
     if (out/'hidden'/'data.npy').exists(): hidden = load_training_set(out/'hidden')
     else: hidden = hidden_set(pool, nets, n); hidden.save(out/'hidden')
     rows = score_training_sets(named, hidden, *trained, seeds=range(seeds), folder=out/'runs')

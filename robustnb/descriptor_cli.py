@@ -136,7 +136,8 @@ def attack_descriptors_command(
     Example:
 
         robustnb_attack_descriptors teacher/descriptor.pt students/ResNet_18.pt,students/DenseNet.pt 'faces.zip[30:40]' --queries 100 --out attacked"""
-    started, out, plan, nets = time.time(), Path(out), Plan(queries), [load_descriptor(o) for o in _listed(students, 'students')]
+    started, out, plan, files = time.time(), Path(out), Plan(queries), _listed(students, 'students')
+    nets = [load_descriptor(o) for o in files]
     images, ask, book = _named(data, nets[0].made['size']), _box(box), out/f'asked-{_name(box)}.db'
     people = len(set(images.y))
     wanted = read_pairs(pairs, images) if pairs else make_pairs(images, seed=seed, limit=min(n_pairs, people*(people-1)) if people > 1 else None)
@@ -145,7 +146,7 @@ def attack_descriptors_command(
     shown, place = np.unique(goals, return_inverse=True)
     targets = _answers(ask, images.images[shown], book)[place.reshape(goals.shape)].repeat_interleave(at.shape[1], 0)
     x = images.x[at.ravel()]
-    attack, runs = partial(attack_descriptor, students=nets, plan=plan), out/f"runs-{_name(*_listed(students, 'students'))}"
+    attack, runs = partial(attack_descriptor, students=nets, plan=plan), out/f"runs-{_name(*files)}"
     rows = compare_attacks(dict(attack=attack), lambda: Queries(ask, queries*_TOGETHER), x, targets, SSIM(.95 + 2e-6), seed, runs, _TOGETHER)
     changed = attacked_images(runs, 'attack')
     write_submission(out/'submission.zip', wanted.files, changed, images.images[at.ravel()], _answers(ask, changed, book))

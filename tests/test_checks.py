@@ -254,6 +254,6 @@ def test_more_images_than_a_batch(net):
 
 
 def test_wrong_uses(net):
-    for kw, error, words in ((dict(x=255*x), ValueError, 'Divide by 255'), (dict(x=torch.cat([x[:-1], 255*x[-1:]])), ValueError, '`x` must hold pixels'), (dict(y=y[:9]), ValueError, 'one label per image'), (dict(y=y+1), ValueError, 'class numbers'), (dict(y=(y+1) % 10), ValueError, 'at least 20 images that the model classifies correctly; got'),
+    for kw, error, words in ((dict(x=255*x), ValueError, 'Divide by 255'), (dict(x=torch.cat([x[:-1], 255*x[-1:]])), ValueError, '`x` must hold pixels'), (dict(y=y[:9]), ValueError, 'one label per image'), (dict(threat=.03), TypeError, '`threat` must be a threat model'), (dict(y=y+1), ValueError, 'class numbers'), (dict(y=(y+1) % 10), ValueError, 'at least 20 images that the model classifies correctly; got'),
                              (dict(model=Around(net, after=lambda z: (z, z)).eval()), TypeError, 'got tuple'), (dict(model=Around(net, after=lambda z: z/0).eval()), ValueError, 'finite logits')):
         with pytest.raises(error, match=words): red_flags(**{**dict(model=net, x=x, y=y, threat=threat), **kw})
