@@ -1,38 +1,72 @@
 __version__ = "0.0.1"
 
-from .apgd import apgd, apgd_targeted
-from .attacks import fgsm, in_turn, pgd, restarts
-from .autoattack import autoattack, cascade
-from .blackbox import square
-from .checks import red_flags
-from .contest import contest_train, validate_set
-from .core import predict
-from .corruptions import corruption
-from .cost import cost
-from .curation import attacked, build_training_set, load_training_set, TrainingSet
-from .data import ImageSet, digits, load_data, split_data, subset
-from .descriptors import Plan, attack_descriptor, fgvm
-from .evaluation import compare, evaluate, robustness_curve, summarize
-from .generator import generate, train_generator
-from .hidden import hidden_set, score_training_sets, standings
-from .models import build_model, load_model, model_names, save_model, wrap_model
-from .oracle import Queries, http_box
-from .ptq import quantize
-from .quant import all_formats, number_format, quant_spec
-from .recipes import recipe
-from .search import mine_errors, mix, successive_halving
-from .similarity import layer_sensitivity
-from .students import descriptor_model, distill_descriptor, fidelity, train_teacher
-from .sweep import grid, sweep
-from .threat import L1, L2, SSIM, Linf
-from .training import Recipe, train
-from .transfer import Report, assess
-from .verification import check_submission, compare_attacks, make_pairs, write_submission
-
-__all__ = ['ImageSet', 'L1', 'L2', 'Linf', 'Plan', 'Queries', 'Recipe', 'Report', 'SSIM', 'TrainingSet', 'all_formats', 'apgd', 'apgd_targeted', 'assess',
-           'attack_descriptor', 'attacked', 'autoattack', 'build_model', 'build_training_set', 'cascade', 'check_submission', 'compare', 'compare_attacks',
-           'contest_train', 'corruption', 'cost', 'descriptor_model', 'digits', 'distill_descriptor', 'evaluate', 'fgsm', 'fgvm', 'fidelity', 'generate', 'grid',
-           'hidden_set', 'http_box', 'in_turn', 'layer_sensitivity', 'load_data', 'load_model', 'load_training_set', 'make_pairs', 'mine_errors', 'mix',
-           'model_names', 'number_format', 'pgd', 'predict', 'quant_spec', 'quantize', 'recipe', 'red_flags', 'restarts', 'robustness_curve', 'save_model',
-           'score_training_sets', 'split_data', 'square', 'standings', 'subset', 'successive_halving', 'summarize', 'sweep', 'train', 'train_generator',
-           'train_teacher', 'validate_set', 'wrap_model', 'write_submission']
+from robustnb.attacks.adaptive_pgd import apgd
+from robustnb.attacks.adaptive_pgd import apgd_targeted
+from robustnb.attacks.gradient import fgsm
+from robustnb.attacks.gradient import in_turn
+from robustnb.attacks.gradient import pgd
+from robustnb.attacks.gradient import restarts
+from robustnb.attacks.standard import autoattack
+from robustnb.attacks.standard import cascade
+from robustnb.attacks.score_based import square
+from robustnb.evaluation.checks import red_flags
+from robustnb.curation.contest import contest_train
+from robustnb.curation.contest import validate_set
+from robustnb.core import predict
+from robustnb.augmentation.corruptions import corruption
+from robustnb.models.complexity import cost
+from robustnb.curation.training_sets import attacked
+from robustnb.curation.training_sets import build_training_set
+from robustnb.curation.training_sets import load_training_set
+from robustnb.curation.training_sets import TrainingSet
+from robustnb.data import ImageSet
+from robustnb.data import digits
+from robustnb.data import load_data
+from robustnb.data import split_data
+from robustnb.data import subset
+from robustnb.descriptors.attack import Plan
+from robustnb.descriptors.attack import attack_descriptor
+from robustnb.descriptors.attack import fgvm
+from robustnb.evaluation.robust_accuracy import compare
+from robustnb.evaluation.robust_accuracy import evaluate
+from robustnb.evaluation.robust_accuracy import robustness_curve
+from robustnb.evaluation.robust_accuracy import summarize
+from robustnb.transfer.generator import generate
+from robustnb.transfer.generator import train_generator
+from robustnb.curation.hidden import hidden_set
+from robustnb.curation.hidden import score_training_sets
+from robustnb.curation.hidden import standings
+from robustnb.models.zoo import build_model
+from robustnb.models.loading import load_model
+from robustnb.models.zoo import model_names
+from robustnb.models.loading import save_model
+from robustnb.models.wrapping import wrap_model
+from robustnb.descriptors.blackbox import Queries
+from robustnb.descriptors.blackbox import http_box
+from robustnb.quant.ptq import quantize
+from robustnb.quant.formats import all_formats
+from robustnb.quant.formats import number_format
+from robustnb.quant.formats import quant_spec
+from robustnb.curation.published import recipe
+from robustnb.curation.search import mine_errors
+from robustnb.curation.search import mix
+from robustnb.curation.search import successive_halving
+from robustnb.quant.sensitivity import layer_sensitivity
+from robustnb.descriptors.students import descriptor_model
+from robustnb.descriptors.students import distill_descriptor
+from robustnb.descriptors.students import fidelity
+from robustnb.descriptors.students import train_teacher
+from robustnb.sweeps import grid
+from robustnb.sweeps import sweep
+from robustnb.attacks.threat_models import L1
+from robustnb.attacks.threat_models import L2
+from robustnb.attacks.ssim_rule import SSIM
+from robustnb.attacks.threat_models import Linf
+from robustnb.models.training import Recipe
+from robustnb.models.training import train
+from robustnb.transfer.report import Report
+from robustnb.transfer.study import assess
+from robustnb.descriptors.submission import check_submission
+from robustnb.descriptors.comparison import compare_attacks
+from robustnb.descriptors.pairs import make_pairs
+from robustnb.descriptors.submission import write_submission

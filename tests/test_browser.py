@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 import torch
 from browser import Browser, faults, find
-from robustnb.transfer import Report, predict_losses
+from robustnb.transfer.predictor import predict_losses
+from robustnb.transfer.report import Report
 
 root, site = Path(__file__).parent.parent, Path(__file__).parent.parent/'_check'
 pytestmark = pytest.mark.skipif(find() is None, reason='no Chromium on this machine')

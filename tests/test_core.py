@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from robustnb.core import (atomic_path, batches, check_images, check_labels, check_model, draw, image_generators, load_state, make_generator, manifest, pick_device, predict,
-                           progress, save_json, save_state, subseed, to_float, to_uint8)
+from robustnb.core import (
+    batches, check_images, check_labels, check_model, draw, image_generators, make_generator,
+    pick_device, predict, progress, subseed, to_float, to_uint8)
+from robustnb.files import atomic_path, load_state, manifest, save_json, save_state
 
 good = torch.linspace(0, 1, 2*3*4*4).view(2, 3, 4, 4)
 

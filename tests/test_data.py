@@ -7,7 +7,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from robustnb import data as D
-from robustnb.data import ImageSet, cifar10, cifar100, digits, load_data, load_folder, load_npy, load_zip, split_data, subset
+from robustnb.data import (
+    cifar10, cifar100, digits, ImageSet, load_data, load_folder, load_npy, load_zip, split_data,
+    subset)
 
 def random_set(n=12, k=3, size=6, channels=3, seed=0):
     rng = np.random.default_rng(seed)

@@ -10,15 +10,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from robustnb.attacks import fgsm, in_turn, pgd
+from robustnb.attacks.gradient import fgsm, in_turn, pgd
 from robustnb.core import make_generator, predict
-from robustnb.evaluation import crafted_on, evaluate, quantised_attacks, summarize, worst
-from robustnb.generator import energy, generate, train_generator
-from robustnb.models import Normalized, build_model, fold_batchnorm
-from robustnb.ptq import Rounder, quantize
-from robustnb.quant import all_formats, choose_scale, fake_quantize, levels, number_format, quant_spec, to_levels
-from robustnb.similarity import layer_sensitivity, output_change
-from robustnb.threat import L2, Linf
+from robustnb.evaluation.robust_accuracy import (
+    crafted_on, evaluate, quantised_attacks, summarize, worst)
+from robustnb.transfer.generator import energy, generate, train_generator
+from robustnb.models.wrapping import Normalized
+from robustnb.models.zoo import build_model
+from robustnb.models.graph import fold_batchnorm
+from robustnb.quant.ptq import quantize, Rounder
+from robustnb.quant.formats import (
+    all_formats, choose_scale, fake_quantize, levels, number_format, quant_spec, to_levels)
+from robustnb.quant.sensitivity import layer_sensitivity, output_change
+from robustnb.attacks.threat_models import L2, Linf
 
 floats = [n for n in all_formats() if n.startswith('F')]
 

@@ -1,4 +1,4 @@
-"A folder that cannot be written, a full disk, two runs in one folder: commands end well or in one line, and what is finished is right. All of them: `python benchmarks/faults.py`."
+"A folder that cannot be written, a full disk, two runs in one folder: commands end well or in one line, and what is finished is right. All of them: `python benchmarks/reliability/faults.py`."
 import os, subprocess, sys
 from pathlib import Path
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not mounts, reason='small disks cannot be mounte
 
 def test_commands_among_faults(tmp_path):
     names = ['train', 'build_set', 'generate', 'quantize', 'distill', 'attack_descriptors']
-    said = subprocess.run([sys.executable, '-W', 'ignore', 'benchmarks/faults.py', '--commands', ','.join(names), '--shares', '.5', '--out', str(tmp_path/'faults.csv')], cwd=root, capture_output=True, text=True, timeout=600,
+    said = subprocess.run([sys.executable, '-W', 'ignore', 'benchmarks/reliability/faults.py', '--commands', ','.join(names), '--shares', '.5', '--out', str(tmp_path/'faults.csv')], cwd=root, capture_output=True, text=True, timeout=600,
                           env=os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''))
     assert said.returncode == 0, said.stdout[-2000:] + said.stderr[-2000:]
     rows = pd.read_csv(tmp_path/'faults.csv', keep_default_na=False)

@@ -1,10 +1,10 @@
-"A short run of benchmarks/fuzz.py, and what its judge must call a failure."
+"A short run of benchmarks/reliability/fuzz.py, and what its judge must call a failure."
 import importlib.util
 from pathlib import Path
 
 import pytest
 
-spec = importlib.util.spec_from_file_location('fuzz', Path(__file__).parent.parent/'benchmarks'/'fuzz.py')
+spec = importlib.util.spec_from_file_location('fuzz', Path(__file__).parent.parent/'benchmarks/reliability/fuzz.py')
 fuzzing = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fuzzing)
 

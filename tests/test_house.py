@@ -53,7 +53,7 @@ def check(tmp_path):
         sources = [o.replace(old, new) if old else o for i,o in enumerate(GOOD) if i != drop] + list(more)
         assert sources != GOOD or not old, f'{old} is not in the good notebook'
         later = [o.replace('core', 'later').replace('whole', 'more') for o in CORE]
-        files = [write(tmp_path, '00_core.ipynb', CORE), write(tmp_path, '10_halves.ipynb', sources),
+        files = [write(tmp_path, 'nbs/api/00_core.ipynb', CORE), write(tmp_path, '10_halves.ipynb', sources),
                  write(tmp_path, '20_later.ipynb', later)]
         return [o.partition('10_halves.ipynb: ')[2] for o in breaches(files)]
     return check

@@ -14,7 +14,7 @@ def run(code, *words):
 
 
 def test_every_kind_of_run_survives(tmp_path):
-    said = run(['benchmarks/kills.py'], '--kills', '8', '--out', str(tmp_path/'kills.csv'))
+    said = run(['benchmarks/reliability/kills.py'], '--kills', '8', '--out', str(tmp_path/'kills.csv'))
     assert said.returncode == 0, said.stdout + said.stderr[-2000:]
     rows = pd.read_csv(tmp_path/'kills.csv')
     assert len(rows) == 7 and rows.kills.sum() >= 50 and rows.same.all() and (rows.files > 0).all()

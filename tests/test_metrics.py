@@ -4,7 +4,8 @@ import pytest
 import torch
 from scipy.spatial.distance import jensenshannon
 from sklearn.metrics import mean_absolute_error, r2_score
-from robustnb.metrics import accuracy, bootstrap, js_divergence, mae, mid_range, paired_difference, r2, wilson
+from robustnb.metrics import (
+    accuracy, bootstrap, js_divergence, mae, mid_range, paired_difference, r2, wilson)
 
 Z = 1.959963984540054
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from robustnb.jobs import read_row
-from robustnb.sweep import grid, sweep, sweep_rows
+from robustnb.sweeps import grid, sweep, sweep_rows
 
 needed = ('munged', 'slurmctld', 'slurmd', 'sbatch', 'srun', 'squeue')
 tools = os.environ['PATH'] + ':/usr/sbin:/sbin'
@@ -157,7 +157,7 @@ def test_a_killed_sweep_waits_for_its_tasks(lab):
 def test_a_task_that_is_cancelled_has_another_chance(lab, monkeypatch):
     "Nothing is written and nothing is told: only the queue knows that the task is gone"
     folder, root = lab
-    module = importlib.import_module('robustnb.sweep')
+    module = importlib.import_module('robustnb.sweeps')
     submit, cancelled = module._submit, []
     def then_cancel(*args):
         tasks = submit(*args)

@@ -1,6 +1,6 @@
 """From measured networks to what ships: the links, the rows with each network left out, the figure of the front page.
 
-    python tools/fit_links.py work/AlexNet work/AlexNet_BN ...        (folders of benchmarks/transfer.py)
+    python tools/fit_links.py work/AlexNet work/AlexNet_BN ...        (folders of benchmarks/transfer/study.py)
 """
 import shutil, sys, tempfile
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from robustnb.plots import plot_predicted
-from robustnb.predictor_cli import fit_predictor_command
+from robustnb.commands.fit_predictor import fit_predictor_command
 
 root = Path(__file__).parent.parent
 
