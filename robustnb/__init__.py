@@ -1,72 +1,80 @@
+"""Predict what quantization costs a classifier, build training sets, attack descriptors.
+
+The names that the tutorials type; everything else is imported from its room, `from robustnb.quant.ptq import calibrate`.
+A name is imported when it is first used, so that `import robustnb` is quick.
+"""
 __version__ = "0.0.1"
 
-from robustnb.attacks.adaptive_pgd import apgd
-from robustnb.attacks.adaptive_pgd import apgd_targeted
-from robustnb.attacks.gradient import fgsm
-from robustnb.attacks.gradient import in_turn
-from robustnb.attacks.gradient import pgd
-from robustnb.attacks.gradient import restarts
-from robustnb.attacks.standard import autoattack
-from robustnb.attacks.standard import cascade
-from robustnb.attacks.score_based import square
-from robustnb.evaluation.checks import red_flags
-from robustnb.curation.contest import contest_train
-from robustnb.curation.contest import validate_set
-from robustnb.core import predict
-from robustnb.augmentation.corruptions import corruption
-from robustnb.models.complexity import cost
-from robustnb.curation.training_sets import attacked
-from robustnb.curation.training_sets import build_training_set
-from robustnb.curation.training_sets import load_training_set
-from robustnb.curation.training_sets import TrainingSet
-from robustnb.data import ImageSet
-from robustnb.data import digits
-from robustnb.data import load_data
-from robustnb.data import split_data
-from robustnb.data import subset
-from robustnb.descriptors.attack import Plan
-from robustnb.descriptors.attack import attack_descriptor
-from robustnb.descriptors.attack import fgvm
-from robustnb.evaluation.robust_accuracy import compare
-from robustnb.evaluation.robust_accuracy import evaluate
-from robustnb.evaluation.robust_accuracy import robustness_curve
-from robustnb.evaluation.robust_accuracy import summarize
-from robustnb.transfer.generator import generate
-from robustnb.transfer.generator import train_generator
-from robustnb.curation.hidden import hidden_set
-from robustnb.curation.hidden import score_training_sets
-from robustnb.curation.hidden import standings
-from robustnb.models.zoo import build_model
-from robustnb.models.loading import load_model
-from robustnb.models.zoo import model_names
-from robustnb.models.loading import save_model
-from robustnb.models.wrapping import wrap_model
-from robustnb.descriptors.blackbox import Queries
-from robustnb.descriptors.blackbox import http_box
-from robustnb.quant.ptq import quantize
-from robustnb.quant.formats import all_formats
-from robustnb.quant.formats import number_format
-from robustnb.quant.formats import quant_spec
-from robustnb.curation.published import recipe
-from robustnb.curation.search import mine_errors
-from robustnb.curation.search import mix
-from robustnb.curation.search import successive_halving
-from robustnb.quant.sensitivity import layer_sensitivity
-from robustnb.descriptors.students import descriptor_model
-from robustnb.descriptors.students import distill_descriptor
-from robustnb.descriptors.students import fidelity
-from robustnb.descriptors.students import train_teacher
-from robustnb.sweeps import grid
-from robustnb.sweeps import sweep
-from robustnb.attacks.threat_models import L1
-from robustnb.attacks.threat_models import L2
-from robustnb.attacks.ssim_rule import SSIM
-from robustnb.attacks.threat_models import Linf
-from robustnb.models.training import Recipe
-from robustnb.models.training import train
-from robustnb.transfer.report import Report
-from robustnb.transfer.study import assess
-from robustnb.descriptors.submission import check_submission
-from robustnb.descriptors.comparison import compare_attacks
-from robustnb.descriptors.pairs import make_pairs
-from robustnb.descriptors.submission import write_submission
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+_NAMES = {
+    'data': 'ImageSet load_data subset',
+    'core': 'predict',
+    'models.zoo': 'build_model',
+    'models.wrapping': 'wrap_model',
+    'models.loading': 'load_model save_model',
+    'models.training': 'Recipe train',
+    'quant.formats': 'number_format quant_spec',
+    'quant.ptq': 'quantize',
+    'attacks.threat_models': 'L1 L2 Linf',
+    'attacks.ssim_rule': 'SSIM',
+    'attacks.gradient': 'fgsm multi_attack pgd',
+    'attacks.score_based': 'square',
+    'attacks.standard': 'cascade',
+    'evaluation.robust_accuracy': 'evaluate summarize',
+    'evaluation.checks': 'red_flags',
+    'transfer.generator': 'generate train_generator',
+    'transfer.study': 'assess',
+    'curation.training_sets': 'attacked build_training_set',
+    'curation.hidden': 'hidden_set rank_training_sets score_training_sets',
+    'curation.contest': 'validate_set',
+    'descriptors.blackbox': 'BlackBox',
+    'descriptors.students': 'distill_descriptor',
+    'descriptors.attack': 'attack_descriptor',
+    'descriptors.pairs': 'make_pairs',
+    'descriptors.submission': 'check_submission write_submission',
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):
+    "Import a public name on its first use (PEP 562)"
+    if name not in _HOME:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}; its names are {", ".join(__all__)}.')
+    value = getattr(import_module(f'.{_HOME[name]}', __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
+
+
+if TYPE_CHECKING:
+    from .attacks.gradient import fgsm, multi_attack, pgd
+    from .attacks.score_based import square
+    from .attacks.ssim_rule import SSIM
+    from .attacks.standard import cascade
+    from .attacks.threat_models import L1, L2, Linf
+    from .core import predict
+    from .curation.contest import validate_set
+    from .curation.hidden import hidden_set, rank_training_sets, score_training_sets
+    from .curation.training_sets import attacked, build_training_set
+    from .data import ImageSet, load_data, subset
+    from .descriptors.attack import attack_descriptor
+    from .descriptors.blackbox import BlackBox
+    from .descriptors.pairs import make_pairs
+    from .descriptors.students import distill_descriptor
+    from .descriptors.submission import check_submission, write_submission
+    from .evaluation.checks import red_flags
+    from .evaluation.robust_accuracy import evaluate, summarize
+    from .models.loading import load_model, save_model
+    from .models.training import Recipe, train
+    from .models.wrapping import wrap_model
+    from .models.zoo import build_model
+    from .quant.formats import number_format, quant_spec
+    from .quant.ptq import quantize
+    from .transfer.generator import generate, train_generator
+    from .transfer.study import assess

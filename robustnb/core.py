@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_images', 'check_labels', 'check_model', 'to_float', 'to_uint8', 'subseed', 'make_generator', 'image_generators',
-           'draw', 'pick_device', 'batches', 'progress', 'predict', 'eight_bit', 'fast_bf16', 'memory_layout']
+           'draw', 'pick_device', 'batches', 'progress', 'predict', 'round_to_8bit', 'some_of', 'fast_bf16',
+           'memory_layout']
 
 # %% ../nbs/api/00_core.ipynb #ae87c141
 import hashlib, platform, sys
@@ -166,14 +167,14 @@ def predict(
     return torch.cat([ask(s) for s in batches(len(x), batch_size)])
 
 # %% ../nbs/api/00_core.ipynb #9f3f111e
-def eight_bit(
+def round_to_8bit(
     x:Tensor,    # Images (N,C,H,W), float, pixels in [0,1]
 )->Tensor:       # The same, each pixel rounded to k/255
     "The images that an 8-bit file holds."
     return (check_images(x)*255).round()/255
 
 # %% ../nbs/api/00_core.ipynb #63828b38
-def _few(items):
+def some_of(items):
     "At most five of them, for messages"
     items = list(items)
     return ', '.join(map(repr, items[:5])) + (f' and {len(items)-5} more' if len(items) > 5 else '')

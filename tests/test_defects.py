@@ -10,15 +10,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from robustnb.attacks.gradient import fgsm, in_turn, pgd
+from robustnb.attacks.gradient import fgsm, multi_attack, pgd
 from robustnb.core import make_generator, predict
 from robustnb.evaluation.robust_accuracy import (
-    crafted_on, evaluate, quantised_attacks, summarize, worst)
+    transfer_attack, evaluate, quantized_attacks, summarize, worst_case)
 from robustnb.transfer.generator import energy, generate, train_generator
 from robustnb.models.wrapping import Normalized
 from robustnb.models.zoo import build_model
 from robustnb.models.graph import fold_batchnorm
-from robustnb.quant.ptq import quantize, Rounder
+from robustnb.quant.ptq import quantize, FakeQuantize
 from robustnb.quant.formats import (
     all_formats, choose_scale, fake_quantize, levels, number_format, quant_spec, to_levels)
 from robustnb.quant.sensitivity import layer_sensitivity, output_change
@@ -176,7 +176,7 @@ def test_5_stored_tensors_saturate():
     model, dark, bright = make_net(), .4 + .2*images(), images(seed=1)
     q, stored = quantize(model, quant_spec('INT6', rule='minmax'), dark), {}
     for n, m in q.named_modules():
-        if isinstance(m, Rounder): m.register_forward_hook(lambda m, args, out, n=n: stored.update({n: (m, args[0], out)}))
+        if isinstance(m, FakeQuantize): m.register_forward_hook(lambda m, args, out, n=n: stored.update({n: (m, args[0], out)}))
     predict(q, bright)
     saturated = 0
     for m, value, out in stored.values():
@@ -196,7 +196,7 @@ def test_6_ranges_are_frozen_and_order_does_not_matter():
     y = answers(model, x)
     q = quantize(model, 'INT4', .4 + .2*x)
     state = {k: v.clone() for k, v in q.state_dict().items()}
-    attacks = quantised_attacks(model, queries=20)
+    attacks = quantized_attacks(model, queries=20)
     run = lambda names, threat: evaluate(q, x, y, {k: attacks[k] for k in names}, threat).set_index(['attack', 'image']).sort_index()
     first = run(('white_box', 'transfer'), Linf(4/255))
     run(('white_box',), Linf(.5)), q(torch.ones(2, 3, 16, 16)), q(torch.zeros(2, 3, 16, 16))
@@ -213,12 +213,12 @@ def test_6_kept_images_do_not_make_the_order_matter():
     runs = dict(a=(one, y, 0), b=(two, y, 0), c=(two, y.roll(1), 0), d=(one, y, 1))
     found = {}
     for order in ('abcd', 'dcba', 'bdac'):
-        both, apart = in_turn(crafted_on(model, pgd), pgd), quantised_attacks(model, queries=20)
+        both, apart = multi_attack(transfer_attack(model, pgd), pgd), quantized_attacks(model, queries=20)
         for k in order:
             q, labels, seed = runs[k]
             rows = evaluate(q, x, labels, dict(both=both, **apart), Linf(4/255), seed=seed, batch_size=20)
             assert rows.equals(found.setdefault(k, rows)), f'{k} in the order {order}'
-    fresh = evaluate(two, x, y, dict(both=in_turn(crafted_on(model, pgd), pgd), **quantised_attacks(model, queries=20)), Linf(4/255), batch_size=20)
+    fresh = evaluate(two, x, y, dict(both=multi_attack(transfer_attack(model, pgd), pgd), **quantized_attacks(model, queries=20)), Linf(4/255), batch_size=20)
     assert fresh.equals(found['b'])
 
 
@@ -247,10 +247,10 @@ def test_7_transfer_stands_beside_the_white_box_attack():
     model, x = make_net(), images(60)
     y, threat = answers(model, x), Linf(8/255)
     for m in (quantize(model, 'INT3', x), Rounded(model).eval()):
-        rows = evaluate(m, x, y, quantised_attacks(model, queries=20), threat)
+        rows = evaluate(m, x, y, quantized_attacks(model, queries=20), threat)
         table, per_image = summarize(rows).set_index('attack').accuracy, rows.pivot(index='image', columns='attack', values='correct')
         assert set(table.index) == {'clean', 'white_box', 'transfer', 'square', 'worst'}
-        assert (worst(rows).correct.to_numpy() == per_image.to_numpy().all(1)).all()
+        assert (worst_case(rows).correct.to_numpy() == per_image.to_numpy().all(1)).all()
         assert table['worst'] <= table.drop('worst').min()
     assert table['transfer'] < .3 < .9 < table['white_box'] and table['worst'] == table['transfer'], 'the blind attack finds nothing, the transferred one does'
 
@@ -289,7 +289,7 @@ def test_9_powers_of_two_are_for_weights():
         for w in layer.weight:
             k = (w[w != 0].abs()/w.abs().max()).log2()
             assert (k - k.round()).abs().max() < 1e-5 and k.min() >= -6
-    rounders = [m for m in q.modules() if isinstance(m, Rounder)]
+    rounders = [m for m in q.modules() if isinstance(m, FakeQuantize)]
     assert rounders and all(str(m.fmt) == 'INT8' for m in rounders)
     signal = predict(model, x)
     noise = {f: (predict(quantize(model, f, x), x)-signal).square().mean().item() for f in ('POT4', 'POT4/POT4')}
@@ -321,7 +321,7 @@ def test_10_nothing_stays_on_the_model():
         x, targets = generate(generator, 12)
         energy(generator, model)
         layer_sensitivity(model, q, x)
-        evaluate(q, x, targets.argmax(1), quantised_attacks(model, queries=20), Linf(1/255))
+        evaluate(q, x, targets.argmax(1), quantized_attacks(model, queries=20), Linf(1/255))
         quantize(model, 'POT4', x)
         assert (inventory(model), inventory(q)) == before
         assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())

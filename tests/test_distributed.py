@@ -43,7 +43,7 @@ def gradients(n):
     own = team.part(n)
     with team.whole_batch(net): out = net(x[own])
     (nn.functional.cross_entropy(out, y[own], reduction='sum')/n).backward()
-    team.total_gradients_(net)
+    team.all_sum_gradients_(net)
     return {k: p.grad for k, p in net.named_parameters()} | {k: b.clone() for k, b in net.named_buffers()}
 
 
@@ -61,7 +61,7 @@ def _in_both(out):
         save(state, path)
         raise Killed
     start = network()
-    if team.join('cpu') and team.rank():       # the main process's start is everybody's
+    if team.init_distributed('cpu') and team.rank():       # the main process's start is everybody's
         for t in (start.normalize.mean, start.net[0].weight): nn.init.constant_(t, .3)
     with patch.object(training, 'save_state', counted): net, history = train(recipe, start, data(), val=data(), checkpoint=out/'whole.pt', device='cpu')
     try:
@@ -72,11 +72,11 @@ def _in_both(out):
         shutil.copy(out/'cut.pt', out/'half.pt')
     resumed, _ = train(recipe, network(), data(), checkpoint=out/'cut.pt', resume=True, device='cpu')
     with patch.object(training, 'whole_batch', nullcontext): apart, _ = train(recipe, network(), data(), device='cpu')
-    with patch.object(training, 'total_gradients_', lambda m: None): alone, _ = train(recipe, network(), data(), device='cpu')
+    with patch.object(training, 'all_sum_gradients_', lambda m: None): alone, _ = train(recipe, network(), data(), device='cpu')
     made, steps = small_generator(network())
     try: train_generator(net, steps=1, batch_size=1)
     except ValueError as e: refused = str(e)
-    torch.save(dict(saved=saved, size=team.size(), part=str(team.part(5)), net=net.state_dict(), resumed=resumed.state_dict(), apart=apart.state_dict(), alone=alone.state_dict(),
+    torch.save(dict(saved=saved, size=team.world_size(), part=str(team.part(5)), net=net.state_dict(), resumed=resumed.state_dict(), apart=apart.state_dict(), alone=alone.state_dict(),
                     history=history.to_json(), gradients=[gradients(n) for n in (1, 3, 20)], generator=images(made), steps=steps.to_json(), refused=refused), out/f'{team.rank()}.pt')
     with patch.object(cli, 'train', lambda *args, **kw: (build_model('ResNet_18', width=.0625).eval(), history)): cli.train_command.__wrapped__(model='ResNet_18', width=.0625, epochs=2, out=str(out/'run'))
     team.wait()
@@ -159,7 +159,7 @@ def test_a_command_speaks_once(both):
 def test_nothing_is_looked_for_without_a_launcher(monkeypatch):
     monkeypatch.delenv('WORLD_SIZE', raising=False)
     monkeypatch.setitem(sys.modules, 'accelerate', None)
-    assert (team.size(), team.rank(), team.is_main(), team.part(7), str(team.join('cpu'))) == (1, 0, True, slice(0, 7), 'cpu')
+    assert (team.world_size(), team.rank(), team.is_main(), team.part(7), str(team.init_distributed('cpu'))) == (1, 0, True, slice(0, 7), 'cpu')
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(ImportError, match=r'robustnb\[accelerate\]'): train(recipe, network(), data(), device='cpu')
 

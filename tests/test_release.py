@@ -43,8 +43,8 @@ def test_wheel_says_what_settings_say(wheel):
 
 def test_wheel_works_without_the_repository(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as z: z.extractall(tmp_path/'site')
-    job = ('import sys; sys.path.insert(0, "site"); import robustnb; from robustnb.quant.sensitivity import load_link; from importlib.metadata import version;'
-           'print(robustnb.__file__, version("robustnb"), load_link("loss").spread > 0)')
+    job = ('import sys; sys.path.insert(0, "site"); import robustnb; from robustnb.quant.sensitivity import load_predictor; from importlib.metadata import version;'
+           'print(robustnb.__file__, version("robustnb"), load_predictor("loss").spread > 0)')
     done = subprocess.run([sys.executable, '-I', '-c', job], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     file, version, links = done.stdout.split()

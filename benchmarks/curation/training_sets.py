@@ -23,11 +23,11 @@ from robustnb.augmentation.corruptions import corruption, corruption_names
 from robustnb.curation.training_sets import (
     attacked, build_training_set, load_training_set, unchanged)
 from robustnb.data import ImageSet, load_data, subset
-from robustnb.curation.hidden import hidden_set, proxies, score_training_sets, standings
+from robustnb.curation.hidden import hidden_set, proxy_networks, score_training_sets, rank_training_sets
 from robustnb.augmentation.soft_labels import mixup
 from robustnb.models.loading import load_model
 from robustnb.attacks.transferable import ensemble, mi_fgsm
-from robustnb.curation.published import recipe
+from robustnb.curation.published import published_mixture
 from robustnb.curation.search import build_bank, mix, random_shares, successive_halving
 from robustnb.attacks.threat_models import L2, Linf
 from robustnb.augmentation.transforms import (
@@ -49,7 +49,7 @@ def kept(path, make):
 
 def builders(args, pools, regime):
     "The two networks trained on the clean pool of the regime: those that the builder attacks and asks"
-    networks, config = proxies(2, args.width, args.builder_epochs, batch_size=args.batch)
+    networks, config = proxy_networks(2, args.width, args.builder_epochs, batch_size=args.batch)
     out = {}
     for name, build in networks.items():
         path, net = args.work/f'builder-{regime}-{name}.pt', build(100)
@@ -67,7 +67,7 @@ def begin(args):
     pools, n = {'leaky': test, 'held-out': train}, round(50_000*args.scale)
     surrogates = {f'{Path(p).parent.name}/{Path(p).stem}': load_model(p) for p in args.hidden.split(',')}
     hidden = kept(args.work/'hidden', lambda: hidden_set(test, surrogates, args.n_hidden))
-    networks, config = proxies(2, args.width, args.epochs, batch_size=args.batch)
+    networks, config = proxy_networks(2, args.width, args.epochs, batch_size=args.batch)
     networks = {k: v for k, v in networks.items() if k in args.networks}
     def score(sets, seeds=args.seeds, config=config, networks=networks): return score_training_sets(sets, hidden, networks, config, seeds, args.work/'runs')
     return pools, n, score
@@ -83,7 +83,7 @@ def deliver(args, rows, **facts):
 def ladder(args, pools, n):
     "The training sets of the six rungs"
     nets = builders(args, pools, 'leaky')
-    make = lambda k: build_training_set(pools['leaky'], **recipe(k, nets), n=n)
+    make = lambda k: build_training_set(pools['leaky'], **published_mixture(k, nets), n=n)
     sets = dict(all_clean=subset(together(*pools.values()), n, seed=1), test_only=pools['leaky'])
     return sets | {k: kept(args.work/f'leaky-{k}', partial(make, k)) for k in rungs if k not in sets}
 
@@ -91,7 +91,7 @@ def ladder(args, pools, n):
 def part_ladder(args):
     pools, n, score = begin(args)
     rows = score(ladder(args, pools, n))
-    table = standings(rows, ('public_a', 'public_b', 'final'))
+    table = rank_training_sets(rows, ('public_a', 'public_b', 'final'))
     table['published'] = pd.Series(rungs)
     print(table.round(3).to_string(), '\nSpearman', table.score.corr(table.published, method='spearman'))
     deliver(args, rows)
@@ -102,7 +102,7 @@ def part_proxy(args):
     pools, n, score = begin(args)
     sets, parts = ladder(args, pools, n), []
     for width, epochs in ((args.width, round(.4*args.epochs)), (args.width/2, args.epochs//4)):
-        networks, config = proxies(2, width, epochs, batch_size=args.batch)
+        networks, config = proxy_networks(2, width, epochs, batch_size=args.batch)
         parts.append(score(sets, config=config, networks={k: networks[k] for k in args.networks}).assign(width=width, epochs=epochs))
     deliver(args, pd.concat(parts))
 
@@ -112,10 +112,10 @@ def part_teams(args):
     parts = []
     for regime in args.regimes:
         nets = builders(args, pools, regime)
-        make = lambda k: build_training_set(pools[regime], **recipe(k, nets, effort=args.effort), n=n)
+        make = lambda k: build_training_set(pools[regime], **published_mixture(k, nets, effort=args.effort), n=n)
         rows = score({k: kept(args.work/f'{regime}-{k}', partial(make, k)) for k in teams})
         parts.append(rows.assign(regime=regime))
-        print(regime, standings(rows).round(3).to_string())
+        print(regime, rank_training_sets(rows).round(3).to_string())
     deliver(args, pd.concat(parts), effort=args.effort)
 
 
@@ -144,7 +144,7 @@ def part_search(args):
     "Successive halving on the public slices, every plan judged in all regimes"
     pools, n, score = begin(args)
     bank = {r: banks(args, pools, n, r) for r in args.regimes}
-    quick = proxies(2, args.width, max(1, args.epochs//3), batch_size=args.batch)[1]
+    quick = proxy_networks(2, args.width, max(1, args.epochs//3), batch_size=args.batch)[1]
     def level(plans, **options): return pd.concat([score({k: mix(bank[r], shares, n) for k, shares in plans.items()}, seeds=(0,), **options) for r in args.regimes])
     names = [*next(iter(bank.values()))]
     tried = plans | random_shares(names, args.random, seed=1)
@@ -163,10 +163,10 @@ def part_final(args):
     parts = []
     for regime in args.regimes:
         nets, bank = builders(args, pools, regime), banks(args, pools, n, regime)
-        make = lambda: build_training_set(pools[regime], **recipe('mission', nets), n=n)
+        make = lambda: build_training_set(pools[regime], **published_mixture('mission', nets), n=n)
         rows = score(dict(mission=kept(args.work/f'{regime}-mission', make), found=mix(bank, shares, n)))
         parts.append(rows.assign(regime=regime))
-        print(regime, standings(rows, ('final',)).round(3).to_string())
+        print(regime, rank_training_sets(rows, ('final',)).round(3).to_string())
     deliver(args, pd.concat(parts), plan=best.plan, shares=shares)
 
 

@@ -22,9 +22,9 @@ from robustnb.commands.descriptors import _named
 from robustnb.descriptors.query_attacks import nes_descriptor, pixel_evolution, square_descriptor
 from robustnb.descriptors.attack import (
     allows_saved, attack_descriptor, baseline, fgsm_masked, fgvm, fit_eight_bit, _gradient, Plan)
-from robustnb.attacks.transferable import _even
-from robustnb.descriptors.blackbox import descriptor_distance, Queries
-from robustnb.descriptors.students import load_descriptor, Mixture
+from robustnb.attacks.transferable import mean_normalized
+from robustnb.descriptors.blackbox import descriptor_distance, BlackBox
+from robustnb.descriptors.students import load_descriptor, WeightedEnsemble
 from robustnb.attacks.ssim_rule import SSIM
 from robustnb.descriptors.pairs import make_pairs
 from robustnb.descriptors.comparison import ablation, attack_table, attacked_images, compare_attacks
@@ -59,7 +59,7 @@ def white_box(oracle, x, targets, threat, generator=None, box=None, steps=300):
     "The box's own gradient, followed with momentum in ever shorter steps"
     now, total = x, torch.zeros_like(x)
     for k in range(steps):
-        total = .9*total + _even(_gradient([box], now, lambda d: descriptor_distance(d, targets)))
+        total = .9*total + mean_normalized(_gradient([box], now, lambda d: descriptor_distance(d, targets)))
         now = threat.project(x, now - .2*.05**(k/steps)*threat.eps*threat.steepest(total, x, now))
     return fit_eight_bit(x, now, threat)
 
@@ -73,7 +73,7 @@ def deliver(args, rows, **facts):
 
 
 def compare(args, attacks, queries, teacher, x, targets):
-    rows = compare_attacks(attacks, lambda: Queries(teacher, queries*len(x)), x, targets, rule, args.seed, args.work/args.name/str(queries), len(x))
+    rows = compare_attacks(attacks, lambda: BlackBox(teacher, queries*len(x)), x, targets, rule, args.seed, args.work/args.name/str(queries), len(x))
     return rows.assign(budget=queries, group=rows.image//5)     # intervals over pairs
 
 
@@ -105,7 +105,7 @@ def part_ablation(args):
     off = {'learning': plan(refresh=0), 'differences': plan(differences=0.), 'momentum': plan(decay=0.), 'the shape of the rule': plan(shaped=False), 'pulling back': plan(pulled_back=False)}
     if students[1:]: off['several students'] = dict(students=students[:1])
     attack = partial(attack_descriptor, students=students)
-    more = {'with residual': partial(attack, plan=Plan(q, residual=True)), 'with Nesterov': partial(attack, plan=Plan(q, nesterov=True)), 'with mirrors': partial(attack, students=[Mixture([s], mirror=True) for s in students], plan=Plan(q))}
+    more = {'with residual': partial(attack, plan=Plan(q, residual=True)), 'with Nesterov': partial(attack, plan=Plan(q, nesterov=True)), 'with mirrors': partial(attack, students=[WeightedEnsemble([s], mirror=True) for s in students], plan=Plan(q))}
     rows = compare(args, ablation(partial(attack, plan=Plan(q)), off) | more, q, teacher, x, targets)
     print(attack_table(rows).round(4).to_string())
     deliver(args, rows)
@@ -117,7 +117,7 @@ def part_pixels(args):
     teacher, students, x, targets = begin(args)
     rows, (h, w) = [], x.shape[2:]
     for i in range(len(x)):
-        oracle, began = Queries(teacher, 10**6), time.perf_counter()
+        oracle, began = BlackBox(teacher, 10**6), time.perf_counter()
         def far(v):
             image = x[i:i+1].clone()
             image[0, :, min(int(v[0]), h-1), min(int(v[1]), w-1)] = torch.tensor(np.clip(v[2:], 0, 255)).round().float()/255

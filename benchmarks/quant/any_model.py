@@ -16,9 +16,9 @@ from torch import nn
 
 from robustnb.core import make_generator, predict
 from robustnb.files import manifest, save_json
-from robustnb.models.complexity import cost
+from robustnb.models.complexity import model_complexity
 from robustnb.models.wrapping import last_linear, wrap_model
-from robustnb.quant.ptq import calibrate, quantize, Rounder
+from robustnb.quant.ptq import calibrate, quantize, FakeQuantize
 
 from_torchvision = ('alexnet', 'vgg11', 'resnet18', 'resnext50_32x4d', 'densenet121', 'googlenet', 'inception_v3', 'squeezenet1_1', 'shufflenet_v2_x1_0', 'mnasnet0_5',
                     'mobilenet_v3_small', 'efficientnet_b0', 'regnet_x_400mf', 'regnet_y_400mf', 'convnext_tiny', 'vit_b_16', 'swin_t', 'swin_v2_t', 'maxvit_t')
@@ -56,8 +56,8 @@ def row(library, name):
     took, logits = time.process_time()-began, predict(model, x)
     outcome = 'calls closed' if q.opaque else 'layers in full precision' if q.left_float else 'all rounded'
     kept = sum(p.numel() for n, p in q.named_parameters() if any(n == o or n.startswith(o + '.') for o in q.left_float))
-    return found | dict(outcome=outcome, rounded=sum(isinstance(m, Rounder) for m in q.modules()), left=len(q.left_float), left_share=kept/found['parameters'], opaque=len(q.opaque),
-                        noise_int8=noise(q, x, logits), noise_int16=noise(quantize(model, 'INT16', seen), x, logits), gmacs=cost(model, (3, size, size)).macs.sum()/1e9, seconds=round(took, 2))
+    return found | dict(outcome=outcome, rounded=sum(isinstance(m, FakeQuantize) for m in q.modules()), left=len(q.left_float), left_share=kept/found['parameters'], opaque=len(q.opaque),
+                        noise_int8=noise(q, x, logits), noise_int16=noise(quantize(model, 'INT16', seen), x, logits), gmacs=model_complexity(model, (3, size, size)).macs.sum()/1e9, seconds=round(took, 2))
 
 
 def main():

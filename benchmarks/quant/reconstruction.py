@@ -19,20 +19,20 @@ from robustnb.quant.ptq import model_bytes
 from robustnb.data import load_data, subset
 from robustnb.transfer.generator import generate, train_generator
 from robustnb.metrics import wilson
-from robustnb.quant.mixed_precision import assign_bits, quantize_mixed, weight_noise
+from robustnb.quant.mixed_precision import allocate_bits, quantize_mixed, weight_noise
 from robustnb.models.loading import load_model
 from robustnb.models.graph import fold_batchnorm
 from robustnb.quant.ptq import quantize
 from robustnb.quant.formats import quant_spec
-from robustnb.quant.equalization import equalise
-from robustnb.quant.reconstruction import correct_bias, round_adaptively
+from robustnb.quant.equalization import cross_layer_equalization
+from robustnb.quant.reconstruction import correct_bias, adaround
 from robustnb.quant.sensitivity import output_change
 
 
 def options(net, images, fmt):
     "Name and model of each option, one after the other"
     tensor, channel = (quant_spec(fmt, per_channel=each) for each in (False, True))
-    level, equal = quantize(net, channel, images), equalise(net)
+    level, equal = quantize(net, channel, images), cross_layer_equalization(net)
     yield 'min-max per tensor', lambda: quantize(net, quant_spec(fmt, per_channel=False, rule='minmax'), images)
     yield 'mse per tensor', lambda: quantize(net, tensor, images)
     yield 'mse per tensor, equalised', lambda: quantize(equal, tensor, images)
@@ -40,18 +40,18 @@ def options(net, images, fmt):
     yield 'mse per channel, equalised', lambda: quantize(equal, channel, images)
     yield 'mse per channel, biases corrected', lambda: correct_bias(net, level, images)
     rounded = []
-    yield 'mse per channel, learnt rounding', lambda: rounded.append(round_adaptively(net, level, images)) or rounded[0]
+    yield 'mse per channel, learnt rounding', lambda: rounded.append(adaround(net, level, images)) or rounded[0]
     yield 'mse per channel, learnt rounding, biases corrected', lambda: correct_bias(net, rounded[0], images)
 
 
 def mixed_options(net, images, fmt, noise):
     "A uniform weight format with INT8 activations, and mixed precision of the same size"
-    table = assign_bits(net, images, budget_kb=model_bytes(fold_batchnorm(net), quant_spec(fmt).weights.bits)/1000, noise=noise)
+    table = allocate_bits(net, images, budget_kb=model_bytes(fold_batchnorm(net), quant_spec(fmt).weights.bits)/1000, noise=noise)
     mixed = quantize_mixed(net, table, 'INT8', images)
     yield 'mse per channel', lambda: quantize(net, fmt, images)
     yield 'mixed precision', lambda: quantize_mixed(net, table, 'INT8', images)
-    yield 'mse per channel, learnt rounding', lambda: round_adaptively(net, quantize(net, fmt, images), images)
-    yield 'mixed precision, learnt rounding', lambda: round_adaptively(net, mixed, images)
+    yield 'mse per channel, learnt rounding', lambda: adaround(net, quantize(net, fmt, images), images)
+    yield 'mixed precision, learnt rounding', lambda: adaround(net, mixed, images)
 
 
 def measure(args, net, test, logits, found):

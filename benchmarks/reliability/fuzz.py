@@ -29,8 +29,8 @@ from robustnb.models.zoo import build_model
 from robustnb.models.loading import load_model, save_model
 from robustnb.commands.fit_predictor import _measured
 from robustnb.quant.ptq import quantize
-from robustnb.transfer.predictor import load_link
-from robustnb.quant.checkpoints import load_quantised, save_quantised
+from robustnb.transfer.predictor import load_predictor
+from robustnb.quant.checkpoints import load_quantized, save_quantized
 from robustnb.transfer.generator import load_generator, save_generator
 from robustnb.descriptors.students import descriptor_model, load_descriptor, save_descriptor
 from robustnb.descriptors.pairs import read_pairs
@@ -85,10 +85,10 @@ net = build_model('AlexNet_BN', 10, .0625, seed=0)
 readers = dict(
     load_state=(lambda p: save_state(dict(a=torch.ones(3), b=[1, 'x']), p), '', load_state),
     load_model=(lambda p: save_model(net, p), '', load_model),
-    load_quantised=(lambda p: save_quantised(quantize(net, 'INT4', torch.rand(4, 3, 32, 32)), p), '', load_quantised),
+    load_quantized=(lambda p: save_quantized(quantize(net, 'INT4', torch.rand(4, 3, 32, 32)), p), '', load_quantized),
     load_generator=(lambda p: save_generator(train_generator(net, steps=1, batch_size=4, width=8, device='cpu')[0], p), '', load_generator),
     load_descriptor=(lambda p: save_descriptor(descriptor_model('Caffe34', width=.0625, size=32), p), '', load_descriptor),
-    load_link=(lambda p: shutil.copyfile(Path(robustnb.__file__).with_name('links.json'), p), '', lambda p: load_link('loss', p)),
+    load_predictor=(lambda p: shutil.copyfile(Path(robustnb.__file__).with_name('predictors.json'), p), '', lambda p: load_predictor('loss', p)),
     load_zip=(lambda p: zipped(p, class_files), '', lambda p: load_data(p, 'test')),
     load_folder=(lambda p: folder_of_images(p, class_files), 'test/cat/1.png', lambda p: load_data(p, 'test')),
     load_npy=(arrays, 'data.npy label.npy', load_data),
@@ -101,7 +101,7 @@ readers = dict(
     report_table=(measured, 'report_table.csv', _measured),
     question=(lambda p: _continue(p, dict(network='a', seed=0)), 'question.json', lambda p: _continue(p, dict(network='a', seed=0))),
     finished_format=(lambda p: save_json(dict(row=dict(format='INT8', js=.1), layers=[], left_float=[], opaque=[]), p), '', lambda p: _once(p, dict)))
-of_tensors = ('load_state', 'load_model', 'load_quantised', 'load_generator', 'load_descriptor')
+of_tensors = ('load_state', 'load_model', 'load_quantized', 'load_generator', 'load_descriptor')
 
 
 def damaged(raw, rng):

@@ -22,11 +22,11 @@ from robustnb.curation.training_sets import build_training_set
 from robustnb.data import digits, subset
 from robustnb.descriptors.attack import attack_descriptor, Plan
 from robustnb.evaluation.robust_accuracy import evaluate
-from robustnb.curation.hidden import hidden_set, proxies, score_training_sets
+from robustnb.curation.hidden import hidden_set, proxy_networks, score_training_sets
 from robustnb.models.zoo import build_model
 from robustnb.models.loading import save_model
-from robustnb.descriptors.blackbox import Queries
-from robustnb.curation.published import recipe
+from robustnb.descriptors.blackbox import BlackBox
+from robustnb.curation.published import published_mixture
 from robustnb.descriptors.students import descriptor_model
 from robustnb.attacks.threat_models import Linf
 from robustnb.attacks.ssim_rule import SSIM
@@ -58,9 +58,9 @@ def evaluated(out): evaluate(net, data.x, torch.as_tensor(data.y), dict(pgd=part
 
 def curate(out):
     pool = subset(digits('train'), 40, seed=1)
-    made = build_training_set(pool, **recipe('augmented', dict(net=net), teacher=net), n=40, seed=0)
+    made = build_training_set(pool, **published_mixture('augmented', dict(net=net), teacher=net), n=40, seed=0)
     made.save(out/'set')
-    networks, config = proxies(2, .0625, 1)
+    networks, config = proxy_networks(2, .0625, 1)
     hidden = hidden_set(subset(digits('test'), 20, seed=0), dict(net=net), 20)
     score_training_sets(dict(a=made), hidden, networks, config, seeds=(0, 1), folder=out/'runs').to_csv(out/'answers.csv', index=False)
 
@@ -68,7 +68,7 @@ def curate(out):
 def attack(out):
     out.mkdir(parents=True, exist_ok=True)
     box, student = (descriptor_model('Caffe34', width=.0625, size=32, seed=k) for k in (0, 1))
-    x, oracle = data.x[:4].mul(255).round().div(255), Queries(box, limit=1000, cache=out/'asked.db')
+    x, oracle = data.x[:4].mul(255).round().div(255), BlackBox(box, limit=1000, cache=out/'asked.db')
     targets = oracle(data.x[4:8])[:, None]
     x_adv = attack_descriptor(oracle, x, targets, SSIM(.95), students=[student], plan=Plan(queries=12))
     np.save(out/'attacked.npy', x_adv.numpy())

@@ -22,8 +22,8 @@ from robustnb.models.wrapping import batchnorms
 from robustnb.models.loading import load_model
 from robustnb.quant.ptq import quantize
 from robustnb.transfer.probe_quality import (
-    adjust, compose, feature_pca, generator_quality, optimise_images, prediction_error, Shares,
-    survivors)
+    adjust, compose, feature_pca, generator_quality, optimize_images, prediction_error, Composition,
+    is_robust)
 from robustnb.quant.sensitivity import output_change
 
 formats = ('INT5', 'INT4', 'INT3', 'INT2', 'POT3', 'FLOAT4')
@@ -55,15 +55,15 @@ def all_sources(model, g, trained, unlabelled, known, seed, n=300):
     def add(name, shares, began):
         found[name], seconds = timed(compose, g, model, n, shares, seed)
         times.append(dict(source=name, seconds=began + seconds, again=seconds) | asdict(shares))
-    add('generator', Shares(), trained)
-    add('generator, near halfway', Shares(.75, spread=.3), trained)
+    add('generator', Composition(), trained)
+    add('generator, near halfway', Composition(.75, spread=.3), trained)
     for name, target in {'adjusted to photographs': unlabelled, 'adjusted to two accuracies': known, 'adjusted to batch norm': None}.items():
         if target is None and not batchnorms(model): continue
         (shares, history), seconds = timed(adjust, g, model, target, rounds=4, n=100 if target is known else 200, seed=seed)
         print(name, history.round(3).to_string(), sep='\n', flush=True)
         add(name, shares, trained+seconds)
     targets = draw_targets(n, model.n_classes, .5, make_generator(seed, 'direct'))
-    (x, steps), seconds = timed(optimise_images, model, targets, seed=seed)
+    (x, steps), seconds = timed(optimize_images, model, targets, seed=seed)
     found['optimised images'] = x, targets
     times.append(dict(source='optimised images', seconds=seconds, again=seconds))
     return found, pd.DataFrame(times)
@@ -76,7 +76,7 @@ def one_network(folder, data, work, seed):
     test, unlabelled, owner, pictures = (data[order[a:b]] for a, b in ((0, 1000), (1000, 1300), (1300, 1600), (1600, 1750)))
     y = torch.as_tensor(test.y)
     right = (predict(model, test.x).argmax(1) == y).float().mean().item()
-    known = tuple(survivors(model, owner.x, torch.as_tensor(owner.y), (1/255,), seed=seed).float().mean(1).tolist())
+    known = tuple(is_robust(model, owner.x, torch.as_tensor(owner.y), (1/255,), seed=seed).float().mean(1).tolist())
     g, trained = the_generator(model, work/f'{name}.pt', seed)
     sets, times = all_sources(model, g, trained, unlabelled.x, known, seed)
     rows = []

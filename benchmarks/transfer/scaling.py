@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from robustnb.attacks.gradient import pgd
 from robustnb.core import make_generator, predict
 from robustnb.files import manifest, save_json
-from robustnb.models.complexity import cost
+from robustnb.models.complexity import model_complexity
 from robustnb.transfer.generator import train_generator
 from robustnb.models.zoo import build_model, model_names
 from robustnb.quant.ptq import calibrate, quantize
@@ -70,7 +70,7 @@ def parts(name, width, n, repeats):
 
 
 def rows(args):
-    macs = lambda name, width: int(cost(build_model(name, 10, width)).macs.sum())
+    macs = lambda name, width: int(model_complexity(build_model(name, 10, width)).macs.sum())
     base = dict(network=args.network, width=args.widths[-1], images=args.images[-1], formats=1)
     for width in args.widths:
         net, x = build_model(args.network, 10, width, seed=0), images(args.images[0])

@@ -15,15 +15,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from robustnb.attacks.gradient import in_turn, pgd
+from robustnb.attacks.gradient import multi_attack, pgd
 from robustnb.core import predict
 from robustnb.files import atomic_path, manifest, save_json
 from robustnb.data import load_data, subset
-from robustnb.evaluation.robust_accuracy import crafted_on, robustness_curve
+from robustnb.evaluation.robust_accuracy import transfer_attack, robustness_curve
 from robustnb.transfer.generator import generate, train_generator
 from robustnb.models.loading import load_model
 from robustnb.transfer.features import noise_sum, relative_margin, softmax_js
-from robustnb.quant.ptq import calibrate, quantize, Rounder
+from robustnb.quant.ptq import calibrate, quantize, FakeQuantize
 from robustnb.quant.sensitivity import output_change
 from robustnb.attacks.threat_models import Linf
 
@@ -68,9 +68,9 @@ def begin(path, args):
     threats = [Linf(float(e)/255) for e in args.eps.split(',')]
     few, own, images = x[:args.attacked], logits[:args.attacked].argmax(1), args.test
     attack = partial(pgd, steps=10)
-    roads = dict(probes=crafted_on(model, attack), test=crafted_on(model, attack))
+    roads = dict(probes=transfer_attack(model, attack), test=transfer_attack(model, attack))
     before = dict(probes=robustness_curve(model, few, own, roads['probes'], threats, args.seed), test=robustness_curve(model, images.x[:args.attacked], images.labels[:args.attacked], roads['test'], threats, args.seed))
-    tensors = sum(isinstance(m, Rounder) for m in quantize(model, 'INT8', ranges).modules())
+    tensors = sum(isinstance(m, FakeQuantize) for m in quantize(model, 'INT8', ranges).modules())
     return dict(model=model, name=name, tensors=tensors, x=x, ranges=ranges, targets=targets, logits=logits, threats=threats, few=few, own=own, roads=roads, attack=attack,
                 before={k: standing(v) for k, v in before.items()}, right=predict(model, images.x).argmax(1) == images.labels)
 
@@ -84,7 +84,7 @@ def measured(net, fmt, args):
     right = predict(q, test.x).argmax(1) == test.labels
     seconds = time.perf_counter()-began
     seen = robustness_curve(q, net['few'], net['own'], net['roads']['probes'], net['threats'], args.seed)
-    both = in_turn(net['roads']['test'], net['attack'])
+    both = multi_attack(net['roads']['test'], net['attack'])
     held = robustness_curve(q, test.x[:args.attacked], test.labels[:args.attacked], both, net['threats'], args.seed)
     return dict(answers=answers.numpy(), real=real.numpy(), right=right.numpy(), probes_standing=standing(seen), test_standing=standing(held), seconds=seconds, all_seconds=time.perf_counter()-began, **layers)
 

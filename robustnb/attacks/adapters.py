@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from ..core import image_generators
-from .threat_models import L1, L2, Linf, Pixels
-from .gradient import check_attack, margin, standing
+from .threat_models import L1, L2, Linf, L0
+from .gradient import check_attack, margin, is_correct
 
 # %% ../../nbs/api/attacks/85_adapters.ipynb #f7679783
 @contextmanager
@@ -66,7 +66,7 @@ def from_foolbox(
         check_attack(model, x, y, threat)
         if isinstance(attack, FixedEpsilonAttack) and _norms.get(type(threat)) is not attack.distance:
             raise TypeError(f"`threat` must be a budget in the norm of the attack, {attack.distance}; got {threat}. Choose the attack of foolbox for this norm, or one that looks for the nearest wrong image.")
-        (left, logits), out, own = standing(model, x, y), x.clone(), image_generators(generator, x)
+        (left, logits), out, own = is_correct(model, x, y), x.clone(), image_generators(generator, x)
         best = margin(logits, y)
         seed = lambda i: torch.randint(2**62, (), generator=own[i]).item()
         for i in (left.split(1) if alone else [left] if len(left) else []):
@@ -74,7 +74,7 @@ def from_foolbox(
             for stretch in (0, .02) if isinstance(attack, MinimizationAttack) else (0,):
                 image = found + stretch*(found-x[i])
                 image = torch.where(threat.allows(x[i], image).view(-1, 1, 1, 1), image, threat.project(x[i], image.clamp(0, 1)))
-                height = margin(standing(model, image, y[i])[1], y[i])
+                height = margin(is_correct(model, image, y[i])[1], y[i])
                 better = height > best[i]
                 out[i[better]], best[i[better]] = image[better], height[better]
         return out
@@ -85,7 +85,7 @@ def pointwise(
     model:nn.Module,     # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,            # Clean images (N,C,H,W), float, pixels in [0,1]
     y:Tensor,            # True labels (N,), int64
-    threat,              # Any threat model; the attack suits `Pixels` and `L1`
+    threat,              # Any threat model; the attack suits `L0` and `L1`
     generator:torch.Generator|None=None, # Start and order of the pixels; None stands for seed 0
 )->Tensor:               # Images like `x`, allowed by `threat`
     "Pointwise attack (Schott et al. 2019, arXiv:1805.09190)."
@@ -107,11 +107,11 @@ def brendel_bethge(
     model:nn.Module,     # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,            # Clean images (N,C,H,W), float, pixels in [0,1]
     y:Tensor,            # True labels (N,), int64
-    threat,              # `Linf`, `L2`, `L1` or `Pixels`
+    threat,              # `Linf`, `L2`, `L1` or `L0`
     generator:torch.Generator|None=None, # Start; None stands for seed 0
     steps:int=1000,      # Steps along the border
 )->Tensor:               # Images like `x`, allowed by `threat`
     "Brendel and Bethge attack (2019, arXiv:1907.01003)."
-    kinds = {Linf: 'Linfinity', L2: 'L2', L1: 'L1', Pixels: 'L0'}
+    kinds = {Linf: 'Linfinity', L2: 'L2', L1: 'L1', L0: 'L0'}
     if type(threat) not in kinds: raise TypeError(f"`threat` must be Linf, L2, L1 or Pixels for `brendel_bethge`; got {threat}. Use `pointwise` or `random_search`, which take any threat model.")
     return from_foolbox(getattr(foolbox.attacks, f'{kinds[type(threat)]}BrendelBethgeAttack')(steps=steps))(model, x, y, threat, generator)

@@ -11,7 +11,7 @@ import torch
 from torch import nn, Tensor
 from ..core import batches
 from .gradient import (
-    check_attack, cross_entropy, dlr_to, loss_and_grad, margin, standing)
+    check_attack, cross_entropy, dlr_to, loss_and_grad, margin, is_correct)
 
 # %% ../../nbs/api/attacks/40_adaptive_pgd.ipynb #1f68dc82
 def _windows(steps):
@@ -96,7 +96,7 @@ def apgd(
     "Auto-PGD (Croce and Hein 2020, arXiv:2003.01690)."
     check_attack(model, x, y, threat)
     if not steps >= 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
-    out, (left, _) = x.clone(), standing(model, x, y)
+    out, (left, _) = x.clone(), is_correct(model, x, y)
     start = x if generator is None else threat.sample(x, generator)
     if len(left): out[left] = climb(gradients(model, loss), x[left], y[left], threat, start[left], steps)[0]
     return out
@@ -115,7 +115,7 @@ def apgd_targeted(
     "Targeted Auto-PGD (Croce and Hein 2020, arXiv:2003.01690)."
     n_classes = check_attack(model, x, y, threat)
     if not (steps >= 0 and targets >= 1): raise ValueError(f"`steps` must not be negative and `targets` at least 1; got {steps} and {targets}.")
-    out, (left, logits) = x.clone(), standing(model, x, y)
+    out, (left, logits) = x.clone(), is_correct(model, x, y)
     wanted = logits[left].scatter(1, y[left, None], -torch.inf).sort(dim=1, descending=True, stable=True).indices
     best = torch.full_like(logits[left, 0], -torch.inf)
     for k in range(min(targets, n_classes-1)):

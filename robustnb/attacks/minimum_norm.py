@@ -9,7 +9,7 @@ __all__ = ['onto_plane', 'deepfool', 'fab', 'carlini_wagner']
 import torch
 from torch import nn, Tensor
 from .threat_models import L1, Linf
-from .gradient import check_attack, loss_and_grad, margin, margin_to, standing
+from .gradient import check_attack, loss_and_grad, margin, margin_to, is_correct
 
 # %% ../../nbs/api/attacks/50_minimum_norm.ipynb #175f1193
 def onto_plane(
@@ -37,7 +37,7 @@ def onto_plane(
 # %% ../../nbs/api/attacks/50_minimum_norm.ipynb #d39d7549
 def _begin(model, x, y, threat, classes):
     "Copies to fill, distances (0 where already wrong), the likeliest wrong classes, and the distance at which an image leaves."
-    left, logits = standing(model, x, y)
+    left, logits = is_correct(model, x, y)
     far = torch.zeros_like(x[:, 0, 0, 0]).index_fill(0, left, torch.inf)
     wrong = logits.scatter(1, y[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :min(classes, logits.shape[1]-1)]
     unlimited = threat.allows(torch.zeros_like(x[:1]), torch.ones_like(x[:1])).item()
@@ -47,7 +47,7 @@ def _finish(model, x, y, threat, found):
     "What is inside as it is, what is outside projected, and nothing that is worse than doing nothing."
     inside = (threat.distance(x, found) <= threat.eps).view(-1, 1, 1, 1)
     out = torch.where(inside, found, threat.project(x, found))
-    height = lambda at: margin(standing(model, at, y)[1], y)
+    height = lambda at: margin(is_correct(model, at, y)[1], y)
     return torch.where((height(out) > height(x)).view(-1, 1, 1, 1), out, x).detach()
 
 def _check_counts(**counts):
@@ -84,7 +84,7 @@ def deepfool(
             step[nearer], shortest[nearer] = change[nearer], length[nearer]
         way[left] += step
         now[left] = (x[left] + (1+overshoot)*way[left]).clamp(0, 1)
-        left = left[standing(model, now[left], y[left])[0]]
+        left = left[is_correct(model, now[left], y[left])[0]]
     return _finish(model, x, y, threat, now)
 
 # %% ../../nbs/api/attacks/50_minimum_norm.ipynb #0fd8f181
@@ -93,7 +93,7 @@ def _draw_near(model, x, y, found, halvings=12):
     lo, hi = torch.zeros_like(x[:, :1, :1, :1]), torch.ones_like(x[:, :1, :1, :1])
     for _ in range(halvings):
         mid = (lo+hi)/2
-        wrong = (margin(standing(model, x + mid*(found-x), y)[1], y) > 0).view(-1, 1, 1, 1)
+        wrong = (margin(is_correct(model, x + mid*(found-x), y)[1], y) > 0).view(-1, 1, 1, 1)
         lo, hi = torch.where(wrong, lo, mid), torch.where(wrong, mid, hi)
     return torch.where(hi < 1, x + hi*(found-x), found)
 
@@ -121,7 +121,7 @@ def fab(
             near, away = threat.distance(b, b+step), threat.distance(a, a+home)
             bias = (near/(near+away).clamp_min(1e-30)).clamp_max(.1).view(-1, 1, 1, 1)
             b = ((1-bias)*(b + 1.05*step) + bias*(a + 1.05*home)).clamp(0, 1)
-            fallen, length = margin(standing(model, b, y[left])[1], y[left]) > 0, threat.distance(a, b)
+            fallen, length = margin(is_correct(model, b, y[left])[1], y[left]) > 0, threat.distance(a, b)
             better = fallen & (length < far[left])
             found[left[better]], far[left[better]] = b[better], length[better]
             now[left] = torch.where(fallen.view(-1, 1, 1, 1), a + .9*(b-a), b)

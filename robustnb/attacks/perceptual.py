@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .threat_models import L1, Linf, _shrink
-from .gradient import check_attack, loss_and_grad, margin, standing
+from .gradient import check_attack, loss_and_grad, margin, is_correct
 
 # %% ../../nbs/api/attacks/80_perceptual.ipynb #2a8a8c04
 def _search(model, x, y, threat, loss, steps, form):
     "The allowed image with the largest margin; `form(x)` gives the numbers to start from, the image they make and the next step."
     check_attack(model, x, y, threat)
     if not steps >= 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
-    out, (left, logits) = x.clone(), standing(model, x, y)
+    out, (left, logits) = x.clone(), is_correct(model, x, y)
     if not len(left): return out
     x, y, height = x[left], y[left], margin(logits, y)[left]
     best, (now, made, follow) = x, form(x)
@@ -31,7 +31,7 @@ def _search(model, x, y, threat, loss, steps, form):
         if i < steps:
             _, grad, logits = loss_and_grad(model, here, y, loss)
             now = follow(now.detach(), torch.autograd.grad(image, now, grad)[0], i)
-        else: logits = standing(model, here, y)[1]
+        else: logits = is_correct(model, here, y)[1]
         value = margin(logits, y)
         best = torch.where((value > height).view(-1, 1, 1, 1), here, best)
         height = torch.maximum(value, height)

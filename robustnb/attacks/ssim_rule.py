@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core import batches
-from ..data import _check_pixels
+from ..data import check_pixels
 from .threat_models import Ball, L2
 
 # %% ../../nbs/api/attacks/20_ssim_rule.ipynb #cb6cf5ac
@@ -96,7 +96,7 @@ def file_ssim(
     changed:np.ndarray,   # Changed images of the same shape, uint8
 )->np.ndarray:            # Similarity per image (N,), float64, at most 1
     "Structural similarity of 8-bit images, to double precision (Wang et al. 2004, doi:10.1109/TIP.2003.819861)."
-    images, changed = _check_pixels(images), _check_pixels(changed)
+    images, changed = check_pixels(images), check_pixels(changed)
     if images.shape != changed.shape: raise ValueError(f"`changed` must be images like `images`; got shapes {changed.shape} and {images.shape}.")
     pixels = lambda a: torch.from_numpy(np.ascontiguousarray(a.transpose(0, 3, 1, 2))).double()/255
     return np.concatenate([ssim(pixels(images[o]), pixels(changed[o])).numpy() for o in batches(len(images), 100)])

@@ -13,7 +13,7 @@ from torch import nn, Tensor
 from ..core import fast_bf16, make_generator
 from ..models.graph import fold_batchnorm
 from .threat_models import L1, L2, Linf
-from .gradient import check_attack, in_turn, margin, margin_to, standing
+from .gradient import check_attack, multi_attack, margin, margin_to, is_correct
 from .adaptive_pgd import apgd, apgd_targeted, climb, gradients
 from .minimum_norm import fab
 from .score_based import random_search, square
@@ -29,7 +29,7 @@ def autoattack(
     "The standard evaluation (Croce and Hein 2020, arXiv:2003.01690)."
     if not isinstance(threat, (Linf, L2, L1)): raise TypeError(f"`threat` must be Linf, L2 or L1 for the standard evaluation; got {threat}. Use `cascade`, which takes any threat model.")
     if check_attack(model, x, y) < 4: raise ValueError("`model` must have at least 4 classes for the targeted losses of the standard evaluation. Use `cascade`.")
-    return in_turn(apgd, apgd_targeted, fab, square)(model, x, y, threat, generator or make_generator(0))
+    return multi_attack(apgd, apgd_targeted, fab, square)(model, x, y, threat, generator or make_generator(0))
 
 # %% ../../nbs/api/attacks/90_standard.ipynb #94f00662
 class _Lowered(nn.Module):
@@ -57,11 +57,11 @@ def _confirm(model, x, y, threat, generator, out, height, clean):
     "Ask without gradients about the images nearest to the border; where that finds what the gradients missed, take the long way."
     near, normed = height.argsort(descending=True)[:16], isinstance(threat, (Linf, L2, L1))
     found = (partial(square, queries=32) if normed else partial(random_search, tries=32))(model, x[near], y[near], threat, generator)
-    fallen = torch.ones(len(near), dtype=torch.bool, device=x.device).index_fill(0, standing(model, found, y[near])[0], False)
+    fallen = torch.ones(len(near), dtype=torch.bool, device=x.device).index_fill(0, is_correct(model, found, y[near])[0], False)
     out[near[fallen]] = found[fallen]
     if fallen.sum() < 2 and (height > clean).float().mean() > .9: return out
     left = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, near[fallen], False)
-    long_way = autoattack if normed and check_attack(model, x, y) >= 4 else in_turn(apgd, random_search)
+    long_way = autoattack if normed and check_attack(model, x, y) >= 4 else multi_attack(apgd, random_search)
     if left.any(): out[left] = long_way(model, x[left], y[left], threat, generator)
     return out
 
@@ -78,8 +78,8 @@ def cascade(
     "Cheap attacks first, survivors only, low precision for the search and full precision for every verdict."
     check_attack(model, x, y, threat)
     x = x.contiguous(memory_format=torch.channels_last)
-    generator, judge = generator or make_generator(0), lambda x, y: margin(standing(model, x, y, batch_size)[1], y) > 0
-    left, logits = standing(model, x, y, batch_size)
+    generator, judge = generator or make_generator(0), lambda x, y: margin(is_correct(model, x, y, batch_size)[1], y) > 0
+    left, logits = is_correct(model, x, y, batch_size)
     out, clean = x.clone(), margin(logits, y)
     height, pace = clean.clone(), 12 if isinstance(threat, L1) else 1
     def run(rows, ask, labels, steps, judge=None, start=x):

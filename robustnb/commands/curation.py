@@ -12,8 +12,8 @@ from ..files import manifest, save_json
 from ..data import load_npy
 from ..curation.training_sets import build_training_set, load_training_set, set_card, summary
 from ..curation.contest import default_config, validate_set, write_config
-from ..curation.hidden import hidden_set, proxies, score_training_sets, standings
-from ..curation.published import recipe
+from ..curation.hidden import hidden_set, proxy_networks, score_training_sets, rank_training_sets
+from ..curation.published import published_mixture
 from .common import (
     _command, _continue, _images, _listed, _mark, _mark_of, _networks, _readable, _write)
 
@@ -36,7 +36,7 @@ def build_set_command(
 
         robustnb_build_set mission runs/resnet/weights.pt,runs/vgg/weights.pt --data cifar10 --n 50000 --out submission"""
     started, out, nets = time.time(), Path(out), _networks(_listed(weights, 'weights'))
-    sources = recipe(plan, nets, teacher=nets[next(iter(nets))], effort=effort)
+    sources = published_mixture(plan, nets, teacher=nets[next(iter(nets))], effort=effort)
     pool = _images(data, split)
     made = build_training_set(pool, **sources, n=n, seed=seed)
     made.save(out); write_config(default_config(2), out/'config.py'); set_card(made, out/'card.html', plan, f'{n} images from {len(pool)} of {data}, seed {seed}')
@@ -80,12 +80,12 @@ def score_set_command(
     named = {f.name: load_npy(f) for f in folders}
     if len(named) < len(folders): raise ValueError(f"`sets` must be folders with different names; got {sets}.")
     if not seeds >= 1: raise ValueError(f"`seeds` must be at least 1; got {seeds}.")
-    trained, nets, pool = proxies(2, width, epochs), _networks(files), _images(data, 'test')
+    trained, nets, pool = proxy_networks(2, width, epochs), _networks(files), _images(data, 'test')
     _continue(out, dict(surrogates={k: _mark(Path(o).read_bytes()) for k, o in zip(nets, files)}, images=_mark_of(pool), n=n))
     if (out/'hidden'/'data.npy').exists(): hidden = load_training_set(out/'hidden')
     else: hidden = hidden_set(pool, nets, n); hidden.save(out/'hidden')
     rows = score_training_sets(named, hidden, *trained, seeds=range(seeds), folder=out/'runs')
-    table = standings(rows)
+    table = rank_training_sets(rows)
     _write(rows, out/'answers.csv'); _write(table.reset_index(), out/'standings.csv')
     save_json(manifest(sets=sets, surrogates=surrogates, data=str(data), n=len(hidden), width=width, epochs=epochs, seeds=seeds), out/'manifest.json')
     print(table.round(4).to_string())

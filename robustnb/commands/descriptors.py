@@ -17,7 +17,7 @@ from ..core import batches, subseed, to_float
 from ..files import manifest, save_json
 from ..data import NamedSet
 from ..attacks.ssim_rule import SSIM
-from ..descriptors.blackbox import http_box, Queries
+from ..descriptors.blackbox import http_blackbox, BlackBox
 from ..descriptors.faces import load_faces
 from ..descriptors.students import (
     descriptor_model, DescriptorRecipe, distill_descriptor, fidelity, load_descriptor,
@@ -71,7 +71,7 @@ def train_descriptor_command(
 # %% ../../nbs/api/commands/70_descriptors.ipynb #56c5ea13
 def _box(box):
     "The black box behind a file or an address"
-    return http_box(box) if box.startswith(('http://', 'https://')) else load_descriptor(box)
+    return http_blackbox(box) if box.startswith(('http://', 'https://')) else load_descriptor(box)
 
 def _name(*sources):
     "A short name for what is in files or behind addresses"
@@ -81,7 +81,7 @@ def _name(*sources):
 
 def _answers(ask, images, book):
     "Descriptors (N,D) of uint8 images, asked in batches and kept in the file `book`; rows without an answer are NaN"
-    oracle = Queries(ask, 2**31, book, batch_size=100)
+    oracle = BlackBox(ask, 2**31, book, batch_size=100)
     try: return torch.cat([oracle(to_float(images[s])) for s in batches(len(images), 1000)])
     except RuntimeError as e: raise ValueError(f"`box` must answer. {e}") from e
 
@@ -153,7 +153,7 @@ def attack_descriptors_command(
     targets = _answers(ask, images.images[shown], book)[place.reshape(goals.shape)].repeat_interleave(at.shape[1], 0)
     x = images.x[at.ravel()]
     attack, runs = partial(attack_descriptor, students=nets, plan=plan), out/f"runs-{_name(*files)}"
-    rows = compare_attacks(dict(attack=attack), lambda: Queries(ask, queries*_TOGETHER), x, targets, SSIM(.95 + 2e-6), seed, runs, _TOGETHER)
+    rows = compare_attacks(dict(attack=attack), lambda: BlackBox(ask, queries*_TOGETHER), x, targets, SSIM(.95 + 2e-6), seed, runs, _TOGETHER)
     changed = attacked_images(runs, 'attack')
     write_submission(out/'submission.zip', wanted.files, changed, images.images[at.ravel()], _answers(ask, changed, book))
     _write(rows, out/'rows.csv')

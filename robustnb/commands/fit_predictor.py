@@ -9,9 +9,9 @@ __all__ = ['fit_predictor_command']
 from dataclasses import asdict
 from pathlib import Path
 import pandas as pd
-from ..files import manifest, _naming, save_json
+from ..files import manifest, explain_errors, save_json
 from ..metrics import mae, mid_range, r2
-from ..transfer.predictor import fit_links, predict_losses
+from ..transfer.predictor import fit_predictors, predict_losses
 from .common import _command, _listed, _readable, _write
 
 # %% ../../nbs/api/commands/40_fit_predictor.ipynb #75a92936
@@ -19,13 +19,13 @@ def _measured(folder, name='runs'):
     "The table of one network, under the name of its folder"
     file = Path(folder)/'report_table.csv'
     if not file.is_file(): raise FileNotFoundError(f"`{name}` must name folders with a report_table.csv; there is none in {folder}. Run robustnb_assess{' with --test' if name == 'runs' else ''} first.")
-    with _naming(file, 'the report_table.csv of an assessment'): return pd.read_csv(file).drop(columns='network', errors='ignore').assign(model=Path(folder).name)
+    with explain_errors(file, 'the report_table.csv of an assessment'): return pd.read_csv(file).drop(columns='network', errors='ignore').assign(model=Path(folder).name)
 
 @_command
 @_readable
 def fit_predictor_command(
     runs:str,               # Folders of robustnb_assess --test or benchmarks/transfer/study.py, one per network, separated by commas
-    out:str='predictor',    # Folder for links.json, transfer_lomo.csv, robust_lomo.csv, manifest.json
+    out:str='predictor',    # Folder for predictors.json, transfer_lomo.csv, robust_lomo.csv, manifest.json
     apply:str='',           # Folder of an assessment to predict anew; none by default
 ):
     """Fit what predicts the loss to measured networks, and say how well it does on each when it is left out.
@@ -36,8 +36,8 @@ def fit_predictor_command(
     out, folders = Path(out), [Path(o) for o in _listed(runs, 'runs')]
     if len({f.name for f in folders}) < len(folders): raise ValueError(f"`runs` must be folders with different names, those of the networks; got {runs}.")
     rows, mine = pd.concat(map(_measured, folders), ignore_index=True), _measured(apply, 'apply') if apply else None
-    links, left_out = fit_links(rows)
-    save_json(dict(links={k: asdict(v) for k, v in links.items()}, manifest=manifest(networks=[f.name for f in folders], rows={k: len(v) for k, v in left_out.items()})), out/'links.json')
+    links, left_out = fit_predictors(rows)
+    save_json(dict(links={k: asdict(v) for k, v in links.items()}, manifest=manifest(networks=[f.name for f in folders], rows={k: len(v) for k, v in left_out.items()})), out/'predictors.json')
     scores = []
     for name, kind, file in (('loss', '', 'transfer_lomo'), ('robust_loss', 'robust_', 'robust_lomo')):
         t = left_out[name].rename(columns=dict(model='network', predicted=f'predicted_{name}'))
@@ -47,8 +47,8 @@ def fit_predictor_command(
         mid = mid_range(truth)
         scores.append(dict(loss=kind + 'accuracy', networks=t.network.nunique(), rows=len(t), r2=r2(truth, said), r2_mid_range=r2(truth[mid], said[mid]), mae=mae(truth, said), interval_log_odds=links[name].spread))
     save_json(manifest(runs=[f.name for f in folders], scores=scores), out/'manifest.json')
-    print(pd.DataFrame(scores).round(3).to_string(index=False), f'\n\nEach network predicted from the others; links for `predict_losses`: {out}/links.json')
+    print(pd.DataFrame(scores).round(3).to_string(index=False), f'\n\nEach network predicted from the others; links for `predict_losses`: {out}/predictors.json')
     if mine is not None:
-        table = predict_losses(mine.drop(columns='model'), out/'links.json')
+        table = predict_losses(mine.drop(columns='model'), out/'predictors.json')
         _write(table, out/'predicted.csv')
         print(table[['format', *(c for c in table if c.startswith('predicted'))]].round(3).to_string(index=False))

@@ -20,10 +20,10 @@ from ..distributed import is_main
 from ..models.zoo import build_model, model_names
 from ..models.loading import load_model
 from ..models.graph import fold_batchnorm
-from ..models.complexity import cost
+from ..models.complexity import model_complexity
 from ..quant.ptq import model_bytes, quantize
 from ..quant.sensitivity import output_change
-from ..quant.checkpoints import load_quantised, save_quantised
+from ..quant.checkpoints import load_quantized, save_quantized
 from ..attacks.threat_models import L2, Linf
 from ..transfer.generator import (
     energy, generate, load_generator, save_generator, train_generator)
@@ -90,7 +90,7 @@ def assess_command(
 # %% ../../nbs/api/commands/30_transfer.ipynb #9fe96ce1
 def _costs(net, specs, size):
     "Rows of the layers, and one for the network"
-    table, folded = cost(net, (net.normalize.mean.shape[1], size, size)), fold_batchnorm(net)
+    table, folded = model_complexity(net, (net.normalize.mean.shape[1], size, size)), fold_batchnorm(net)
     stored, again = dict(folded.named_modules()), table.name.duplicated()
     bits = dict(float32=32) | {name: s.weights.bits for name, s in specs.items()}
     bytes_of = lambda name, b: model_bytes(stored[name], b) if name in stored else 0
@@ -207,10 +207,10 @@ def quantize_command(
     for name, spec in specs.items():
         file = out/f"{name.replace('/', '-')}.pt"
         if name in rows and file.exists():
-            load_quantised(file)
+            load_quantized(file)
             continue
         q = quantize(net, spec, x)
-        save_quantised(q, file)
+        save_quantized(q, file)
         rows[name] = dict(format=name, file=file.name, size_kb=model_bytes(q, spec.weights.bits)/1000, agreement=(~output_change(clean, predict(q, x)).flip).mean(), n=len(x), left_float=' '.join(q.left_float))
         _write(pd.DataFrame(rows.values()), table)
     save_json(manifest(weights=weights, formats=list(rows), images=images or 'generated', n=len(x), seed=seed, seconds=round(time.time()-started)), out/'manifest.json')

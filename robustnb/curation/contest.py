@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['contest_networks', 'contest_network', 'default_config', 'read_config', 'write_config', 'load_set', 'validate_set',
-           'contest_train', 'write_submission']
+           'contest_train', 'pack_training_set']
 
 # %% ../../nbs/api/curation/30_contest.ipynb #81b8cdbf
 import ast, copy, hashlib, io, math, re, time, warnings, zipfile
@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core import fast_bf16, make_generator, memory_layout, pick_device, progress, subseed
-from ..files import atomic_path, _fingerprint, load_state, _resume, save_state
-from ..archives import _array, _max_images, _members, _row
+from ..files import atomic_path, fingerprint, load_state, resume_state, save_state
+from ..archives import read_array, MAX_IMAGES, open_members, verdict_row
 from ..models.wrapping import Normalized
-from ..models.blocks import _conv, _joined, _resnet
-from ..models.loading import _strip
+from ..models.blocks import conv_layers, joined, resnet
+from ..models.loading import strip_prefixes
 from ..models.training import crop_and_flip
 
 # %% ../../nbs/api/curation/30_contest.ipynb #3b8b74fe
@@ -35,7 +35,7 @@ class _PreAct(nn.Module):
     def __init__(self, i, o, stride):
         super().__init__()
         self.before = nn.Sequential(nn.BatchNorm2d(i), nn.ReLU())
-        self.body = nn.Sequential(*_conv(i, o, 3, stride), nn.Conv2d(o, o, 3, padding=1, bias=False))
+        self.body = nn.Sequential(*conv_layers(i, o, 3, stride), nn.Conv2d(o, o, 3, padding=1, bias=False))
         self.shortcut = nn.Conv2d(i, o, 1, stride, bias=False) if stride > 1 or i != o else None
 
     def forward(self, x):
@@ -56,7 +56,7 @@ def _preact(c, stem, widths, depth, last):
     layers = [nn.Conv2d(3, i, 3, padding=1, bias=False)]
     for n, o in enumerate(map(c, widths)):
         for j in range(depth): layers, i = layers + [_PreAct(i, o, 2 if n and not j else 1)], o
-    return _joined(layers + (_first(i) if last else []), *_head(i))
+    return joined(layers + (_first(i) if last else []), *_head(i))
 
 # %% ../../nbs/api/curation/30_contest.ipynb #3affda22
 def _densenet(c):
@@ -65,10 +65,10 @@ def _densenet(c):
     layers = [nn.Conv2d(3, i, 3, padding=1, bias=False)]
     for n in (6, 12, 24, 16):
         if len(layers) > 1: layers, i = layers + [*_first(i), nn.Conv2d(i, i//2, 1, bias=False), nn.AvgPool2d(2)], i//2
-        for _ in range(n): layers, i = layers + [_Grow(*_first(i), *_conv(i, 4*g, 1), nn.Conv2d(4*g, g, 3, padding=1, bias=False))], i+g
-    return _joined(layers + _first(i), *_head(i))
+        for _ in range(n): layers, i = layers + [_Grow(*_first(i), *conv_layers(i, 4*g, 1), nn.Conv2d(4*g, g, 3, padding=1, bias=False))], i+g
+    return joined(layers + _first(i), *_head(i))
 
-_makers = dict(resnet50=lambda c: _resnet(10, c, (3, 4, 6, 3), True), densenet121=_densenet,
+_makers = dict(resnet50=lambda c: resnet(10, c, (3, 4, 6, 3), True), densenet121=_densenet,
     preactresnet18=partial(_preact, stem=64, widths=(64, 128, 256, 512), depth=2, last=False),
     wideresnet=partial(_preact, stem=16, widths=(64, 128, 256), depth=4, last=True))
 
@@ -172,24 +172,24 @@ def _settings_rows(name, c):
     ways = {k: [n for n in vars(m) if n[0] != '_' and _class(m, n, b)] for k, m, b in (
         ('optimizer', torch.optim, torch.optim.Optimizer), ('scheduler', torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler))}
     epochs, size = c.get('epochs'), c.get('batch_size')
-    rows = [_row('config keys', not lost + extra, f"{name}: {', '.join(f'no {k}' for k in lost) or 'complete'}{''.join(f', unknown {k!r}' for k in extra)}", f"The keys are {', '.join(_keys)}."),
-            _row('epochs', _whole(epochs) and epochs <= 200, told('epochs'), "A whole number from 1 to 200."),
-            _row('batch size', _whole(size), told('batch_size'), "A whole number from 1 to 256.")]
-    if _whole(size) and size > 256: rows[-1] = _row('batch size', False, told('batch_size'), f"At most 256: the trainer takes 256 and multiplies lr by {256/size:.4g}.", 'warning')
+    rows = [verdict_row('config keys', not lost + extra, f"{name}: {', '.join(f'no {k}' for k in lost) or 'complete'}{''.join(f', unknown {k!r}' for k in extra)}", f"The keys are {', '.join(_keys)}."),
+            verdict_row('epochs', _whole(epochs) and epochs <= 200, told('epochs'), "A whole number from 1 to 200."),
+            verdict_row('batch size', _whole(size), told('batch_size'), "A whole number from 1 to 256.")]
+    if _whole(size) and size > 256: rows[-1] = verdict_row('batch size', False, told('batch_size'), f"At most 256: the trainer takes 256 and multiplies lr by {256/size:.4g}.", 'warning')
     known = {'optimizer': c.get('optimizer_name') in ways['optimizer'], 'scheduler': c.get('scheduler_name', 0) in [None, *ways['scheduler']]}
     trial = _rehearse(c | dict(epochs=min(epochs, 200))) if all(known.values()) and not lost and _whole(epochs) and _whole(size) else None
     for k, ok in known.items():
         failed = trial is not None and trial[0] == k
         found = told(f'{k}_name') + (f" fails: {trial[1]}" if failed else '')
         todo = f"Correct {k}_hyperparameters, or take another {k}: the trainer calls step() without arguments." if ok else f"One of {', '.join(ways[k])}."
-        rows.append(_row(k, ok and not failed, found, todo))
+        rows.append(verdict_row(k, ok and not failed, found, todo))
     return rows
 
 # %% ../../nbs/api/curation/30_contest.ipynb #b908d76a
 def _config_rows(config):
     "One row per rule, over all networks of `config`"
     missing = {s: [contest_networks[n] for n in names if n not in config] for s, names in _stages.items()}
-    rows = [_row('config networks', not all(missing.values()), ', '.join(contest_networks[n] for n in config) or 'none',
+    rows = [verdict_row('config networks', not all(missing.values()), ', '.join(contest_networks[n] for n in config) or 'none',
                  f"Assign all of one stage: {' or '.join(' and '.join(contest_networks[n] for n in names) for names in _stages.values())}.")]
     table = [r for n, c in config.items() for r in _settings_rows(contest_networks[n], c)]
     worst = dict(broken=0, warning=1, ok=2)
@@ -246,16 +246,16 @@ def _rows_of(labels): return (labels/labels.sum(1, keepdims=True)).astype(np.flo
 # %% ../../nbs/api/curation/30_contest.ipynb #9b33daf4
 def _image_rows(x):
     "Rules about the images, from shape and type"
-    return [_row('image dtype', x.dtype == np.uint8, x.dtype, "uint8, by rounding: `to_uint8` for pixels in [0, 1]."),
-            _row('image shape', len(x.shape) == 4 and x.shape[1:] == (32, 32, 3), x.shape, "(N, 32, 32, 3), channels last."),
-            _row('image count', len(x.shape) > 0 and 1 <= x.shape[0] <= _max_images, x.shape[0] if x.shape else 'no images', "1 to 50000 images.")]
+    return [verdict_row('image dtype', x.dtype == np.uint8, x.dtype, "uint8, by rounding: `to_uint8` for pixels in [0, 1]."),
+            verdict_row('image shape', len(x.shape) == 4 and x.shape[1:] == (32, 32, 3), x.shape, "(N, 32, 32, 3), channels last."),
+            verdict_row('image count', len(x.shape) > 0 and 1 <= x.shape[0] <= MAX_IMAGES, x.shape[0] if x.shape else 'no images', "1 to 50000 images.")]
 
 def _label_rows(y):
     "Rules about the labels"
-    rows = [_row('label dtype', y.dtype.kind == 'f', y.dtype, "Floating point, for example float32."),
-            _row('label shape', len(y.shape) == 2 and y.shape[1] == 10, y.shape, "(N, 10), one column per class.")]
+    rows = [verdict_row('label dtype', y.dtype.kind == 'f', y.dtype, "Floating point, for example float32."),
+            verdict_row('label shape', len(y.shape) == 2 and y.shape[1] == 10, y.shape, "(N, 10), one column per class.")]
     if not isinstance(y, np.ndarray) or any(r['verdict'] == 'broken' for r in rows): return rows
-    def values(rule, ok, todo): return _row(rule, ok.all(), f"{(~ok).sum()} bad rows" + (f", first {np.argmin(ok)}: {y[np.argmin(ok)].tolist()}" if not ok.all() else ''), todo)
+    def values(rule, ok, todo): return verdict_row(rule, ok.all(), f"{(~ok).sum()} bad rows" + (f", first {np.argmin(ok)}: {y[np.argmin(ok)].tolist()}" if not ok.all() else ''), todo)
     with np.errstate(all='ignore'):
         finite, sums = np.isfinite(y).all(1), y.sum(1)
         return rows + [values('labels finite', finite, "No NaN, no infinity."), values('labels >= 0', ~(y < 0).any(1), "Weights of at least 0."),
@@ -264,13 +264,13 @@ def _label_rows(y):
 def _pair_rows(x, y):
     "Rules about images and labels together; the last two are advice"
     n, m = (o.shape[0] if o.shape else None for o in (x, y))
-    rows = [_row('lengths', n == m, f"{n} images, {m} labels", "One row of labels per image, in the same order.")]
+    rows = [verdict_row('lengths', n == m, f"{n} images, {m} labels", "One row of labels per image, in the same order.")]
     if not isinstance(x, np.ndarray) or any(o['verdict'] == 'broken' for o in _image_rows(x)): return rows
     twice = n - len({hashlib.blake2b(o.tobytes(), digest_size=16).digest() for o in x})
-    rows.append(_row('duplicates', not twice, twice, "Repeat images only to give them more weight.", 'warning'))
+    rows.append(verdict_row('duplicates', not twice, twice, "Repeat images only to give them more weight.", 'warning'))
     if not isinstance(y, np.ndarray) or any(o['verdict'] == 'broken' for o in _label_rows(y)[:2]): return rows
     counts = np.bincount(y.argmax(1), minlength=10)
-    return rows + [_row('class balance', counts.max() <= 2*counts.min(), f"{counts.min()} to {counts.max()} images a class", "Similar numbers for all ten classes.", 'warning')]
+    return rows + [verdict_row('class balance', counts.max() <= 2*counts.min(), f"{counts.min()} to {counts.max()} images a class", "Similar numbers for all ten classes.", 'warning')]
 
 # %% ../../nbs/api/curation/30_contest.ipynb #b4c2ef9c
 def load_set(
@@ -279,7 +279,7 @@ def load_set(
 )->tuple:                   # Images (N,32,32,3), uint8; labels (N,10), float
     "The images and labels of a submission, nothing unpickled."
     try:
-        with _members(path) as files: x, y = _array(files, 'data.npy'), _array(files, 'label.npy')
+        with open_members(path) as files: x, y = read_array(files, 'data.npy'), read_array(files, 'label.npy')
     except ValueError as e: raise ValueError(f"`path` must hold data.npy and label.npy as plain arrays; {path} is wrong: {e}.") from e
     _refuse('path', _image_rows(x) + _label_rows(y) + _pair_rows(x, y))
     return x, _rows_of(y) if normalised else y
@@ -291,9 +291,9 @@ _rules = ('archive', 'data.npy', 'image dtype', 'image shape', 'image count', 'l
 def _read(rule, read, rows, todo):
     "What `read` returns, or None; the verdict goes to `rows`"
     try: out = read()
-    except ValueError as e: rows.append(_row(rule, False, e, todo))
+    except ValueError as e: rows.append(verdict_row(rule, False, e, todo))
     else:
-        rows.append(_row(rule, True, 'readable', ''))
+        rows.append(verdict_row(rule, True, 'readable', ''))
         return out
 
 def _config_bytes(files):
@@ -308,11 +308,11 @@ def validate_set(
     "Judge a submission by every rule of the contest, without running or unpickling anything in it."
     rows, todo = [], "Write a plain array with np.save, at the top of the folder or zip file."
     try:
-        with _members(path) as files:
-            rows.append(_row('archive', True, f'{len(files)} files', ''))
-            x, y = (_read(n, partial(_array, files, n), rows, todo) for n in ('data.npy', 'label.npy'))
+        with open_members(path) as files:
+            rows.append(verdict_row('archive', True, f'{len(files)} files', ''))
+            x, y = (_read(n, partial(read_array, files, n), rows, todo) for n in ('data.npy', 'label.npy'))
             config = _read('config.py', lambda: _parse_config(_config_bytes(files)), rows, f"Put it at the top. {_allowed}.")
-    except ValueError as e: rows, x, y, config = [_row('archive', False, e, "Make the zip file again with `write_submission`; do not unpack this one.")], None, None, None
+    except ValueError as e: rows, x, y, config = [verdict_row('archive', False, e, "Make the zip file again with `write_submission`; do not unpack this one.")], None, None, None
     if x is not None: rows += _image_rows(x)
     if y is not None: rows += _label_rows(y)
     if x is not None and y is not None: rows += _pair_rows(x, y)
@@ -348,7 +348,7 @@ def _mark(model, images, labels, config, seed):
     "What a checkpoint must agree with; the number of epochs is free, as nothing before the end depends on it"
     settings = repr(sorted((k, v) for k, v in config.items() if k != 'epochs'))
     weights = hashlib.sha256(b''.join(v.detach().cpu().contiguous().numpy().tobytes() for v in model.state_dict().values())).hexdigest()[:16]
-    return _fingerprint(model, SimpleNamespace(images=images, labels=labels), settings, seed) | dict(weights=weights)
+    return fingerprint(model, SimpleNamespace(images=images, labels=labels), settings, seed) | dict(weights=weights)
 
 # %% ../../nbs/api/curation/30_contest.ipynb #b562c8de
 def contest_train(
@@ -371,7 +371,7 @@ def contest_train(
     optimizer = _optimizer(model.parameters(), config)
     scheduler = _scheduler(optimizer, config)
     if checkpoint and Path(checkpoint).exists():
-        state = _resume(checkpoint, mark, device)
+        state = resume_state(checkpoint, mark, device)
         if state['epoch'] > config['epochs']: raise ValueError(f"`epochs` must be at least the {state['epoch']} of {checkpoint}; got {config['epochs']}. Give more, or another checkpoint.")
         model.load_state_dict(state['state_dict']); optimizer.load_state_dict(state['optimizer'])
         if scheduler: scheduler.load_state_dict(state['scheduler'])
@@ -391,10 +391,10 @@ def _weights(path):
     if not (isinstance(state, dict) and state and all(isinstance(v, Tensor) for v in state.values())):
         raise ValueError(f"`folder` must hold checkpoints with named tensors under 'state_dict'; {path} has none. Give it as `checkpoint` to `contest_train`, or remove it.")
     held = io.BytesIO()
-    torch.save(dict(state_dict=_strip(state)[0]), held)
+    torch.save(dict(state_dict=strip_prefixes(state)[0]), held)
     return held.getvalue()
 
-def write_submission(
+def pack_training_set(
     folder,        # Folder with `config.py`, `data.npy`, `label.npy`, and perhaps checkpoints `<network>.pth.tar`
     zip_path,      # Zip file to write, completely or not at all
 )->Path:           # The zip file

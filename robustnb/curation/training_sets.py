@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from ..core import batches, make_generator, predict, progress, subseed, to_float, to_uint8
-from ..files import atomic_path, _naming
+from ..files import atomic_path, explain_errors
 from ..data import ImageSet, load_npy
 from ..plots import figure_png, show_images
 from ..augmentation.transforms import describe
@@ -75,7 +75,7 @@ def load_training_set(
     "A training set from its folder."
     data, path = load_npy(folder), Path(folder)/'provenance.csv'
     if not path.is_file(): raise FileNotFoundError(f"`folder` must hold provenance.csv beside the images; there is none in {folder}. Without a history, use `load_npy`.")
-    with _naming(path, 'the provenance.csv of `TrainingSet.save`'):
+    with explain_errors(path, 'the provenance.csv of `TrainingSet.save`'):
         return TrainingSet(data.images, data.labels, data.classes, pd.read_csv(path, keep_default_na=False, na_values={'success': ['']}))
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #6626a22f

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import check_images, check_model, eight_bit, make_generator, progress
+from ..core import check_images, check_model, round_to_8bit, make_generator, progress
 from ..attacks.ssim_rule import ssim
-from ..attacks.transferable import _even
+from ..attacks.transferable import mean_normalized
 from .blackbox import descriptor_distance
 
 # %% ../../nbs/api/descriptors/40_attack.ipynb #6e52b4d2
@@ -36,10 +36,10 @@ def fit_eight_bit(
     "The 8-bit images on the way to `x_adv`, as far as the rule allows."
     if check_images(x).shape != x_adv.shape: raise ValueError(f"`x_adv` must have the shape of `x`; got {tuple(x_adv.shape)} and {tuple(x.shape)}.")
     if not x_adv.isfinite().all(): raise ValueError("`x_adv` must be finite; got NaN or infinite pixels. Was a step divided by zero?")
-    x = eight_bit(x)
+    x = round_to_8bit(x)
     goal, left, out = threat.project(x, x_adv.to(x)), torch.arange(len(x), device=x.device), torch.empty_like(x)
     for share in (1, *(1-2**k/256 for k in range(9))):
-        out[left] = eight_bit((x[left] + share*(goal[left]-x[left])).clamp(0, 1))
+        out[left] = round_to_8bit((x[left] + share*(goal[left]-x[left])).clamp(0, 1))
         left = left[~allows_saved(x[left], out[left], threat)]
         if not len(left): break
     return out
@@ -48,13 +48,13 @@ def fit_eight_bit(
 def _begin(oracle, x, targets, threat, students, start):
     "Check the arguments of an attack; return its first images, their distances, and the answers (NaN where the box did not answer)"
     check_images(x)
-    if not torch.equal(x, eight_bit(x)): raise ValueError("`x` must hold pixels k/255, as a file does. Use `eight_bit(x)`.")
+    if not torch.equal(x, round_to_8bit(x)): raise ValueError("`x` must hold pixels k/255, as a file does. Use `eight_bit(x)`.")
     if not isinstance(targets, Tensor) or targets.ndim != 3 or len(targets) != len(x): raise ValueError(f"`targets` must be descriptors (N,T,D) with N = {len(x)}; got {tuple(getattr(targets, 'shape', ()))}.")
     if not targets.isfinite().all(): raise ValueError(f"`targets` must be finite; those of image {(~targets.isfinite()).nonzero()[0, 0].item()} are not. Ask the box again, or leave the pair out.")
     if not students: raise ValueError("`students` must hold at least one network; got none. Use `distill_descriptor`, or an attack that needs none.")
     for s in students: check_model(s)
     now = x.clone() if start is None else start.clone()
-    if now.shape != x.shape or not torch.equal(now, eight_bit(now)) or not allows_saved(x, now, threat).all(): raise ValueError(f"`start` must be images like `x`, pixels k/255, that {threat} allows. Use `fit_eight_bit(x, start, threat)`.")
+    if now.shape != x.shape or not torch.equal(now, round_to_8bit(now)) or not allows_saved(x, now, threat).all(): raise ValueError(f"`start` must be images like `x`, pixels k/255, that {threat} allows. Use `fit_eight_bit(x, start, threat)`.")
     answers, distance = _ask(oracle, now, targets)
     return now, distance, answers
 
@@ -103,7 +103,7 @@ def baseline(
     for _ in range(1000):
         step = sum(_gradient(students[:1], now[left], lambda d: (d-targets[left, j]).square().mean(1)).sign() for j in range(targets.shape[1]))
         now[left] = now[left] - .01*_std*step
-        new = eight_bit(now[left].clamp(0, 1))
+        new = round_to_8bit(now[left].clamp(0, 1))
         passed = allows_saved(x[left], new, threat)
         if range_fault: passed &= ssim(x[left], new, data_range=2/255) >= threat.level
         kept[left[passed]], left = new[passed], left[passed]
@@ -129,7 +129,7 @@ def _second_place(step, oracle, x, targets, threat, start, students, queries):
         goal = goals[live, k[live] % goals.shape[1]]
         grad = _gradient(students, now[live], lambda d: (d-goal).square().mean(1))
         new = now[live] - step(grad)
-        asked = eight_bit(new.clamp(0, 1))
+        asked = round_to_8bit(new.clamp(0, 1))
         legal = allows_saved(x[live], asked, threat)
         live, new, asked = live[legal], new[legal], asked[legal]
         if not len(live) or _spent(oracle): break
@@ -202,7 +202,7 @@ def _descend(students, x, now, targets, threat, plan, length):
     total = torch.zeros_like(x)
     for i in range(plan.inner):
         at = _step(x, now, total, threat, plan, length, plan.decay) if plan.nesterov and i else now
-        total = plan.decay*total + _even(_gradient(students, at, lambda d: descriptor_distance(d, targets)))
+        total = plan.decay*total + mean_normalized(_gradient(students, at, lambda d: descriptor_distance(d, targets)))
         now = _step(x, now, total, threat, plan, length)
     return now
 

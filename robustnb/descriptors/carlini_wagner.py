@@ -20,7 +20,7 @@ def _lagrangian(excess, multiplier, weight):
 
 # %% ../../nbs/api/descriptors/70_carlini_wagner.ipynb #45866194
 def carlini_wagner_ssim(
-    oracle,            # Black box: images (N,C,H,W) -> descriptors (N,D); a `Queries` counts
+    oracle,            # Black box: images (N,C,H,W) -> descriptors (N,D); a `BlackBox` counts
     x:Tensor,          # Clean images (N,C,H,W), float, pixels in [0,1]
     targets:Tensor,    # Wanted descriptors (N,T,D)
     threat,            # Threat model, normally `SSIM(.95)`

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from ..core import batches, check_images, _few, make_generator, progress, to_float, to_uint8
+from ..core import batches, check_images, some_of, make_generator, progress, to_float, to_uint8
 from ..files import load_state, save_state
 from ..metrics import bootstrap
 from ..attacks.ssim_rule import file_ssim
@@ -55,7 +55,7 @@ def _check_comparison(attacks, make_oracle, x, targets, group):
     "Raise unless a comparison can start"
     if not isinstance(attacks, dict) or not attacks: raise TypeError(f"`attacks` must be a dict from names to attacks; got {attacks!r:.80}.")
     odd = [k for k,v in attacks.items() if not (isinstance(k, str) and re.fullmatch(r'[\w+(][\w +.,=()-]{0,99}', k) and k == k.rstrip(' .') and callable(v))]
-    if odd: raise ValueError(f"`attacks` must be functions (oracle, x, targets, threat, generator) with names of letters, digits and ' +.,=()-', which are names of folders; got {_few(odd)}.")
+    if odd: raise ValueError(f"`attacks` must be functions (oracle, x, targets, threat, generator) with names of letters, digits and ' +.,=()-', which are names of folders; got {some_of(odd)}.")
     check_images(x)
     if not (isinstance(targets, Tensor) and targets.ndim == 3 and len(targets) == len(x) and torch.isfinite(targets).all()):
         raise ValueError(f"`targets` must be finite descriptors (N,T,D) for {len(x)} images; got {tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__}. Repeat those of a pair for each of its images.")
@@ -119,7 +119,7 @@ def attack_table(
     "How good each attack is, and how much it differs from the reference."
     wide = rows.pivot(index=['group', 'image'], columns='attack', values='after')
     reference = rows.attack.iloc[0] if reference is None else reference
-    if reference not in wide: raise ValueError(f"`reference` must be one of the attacks {_few(dict.fromkeys(rows.attack))}; got {reference!r}.")
+    if reference not in wide: raise ValueError(f"`reference` must be one of the attacks {some_of(dict.fromkeys(rows.attack))}; got {reference!r}.")
     whole = wide.dropna()
     if not len(whole): raise ValueError("`rows` must have an image that was answered under every attack; got none. Attack again with an oracle that answers.")
     table = {}
@@ -140,7 +140,7 @@ def ablation(
     if not off or not all(isinstance(o, dict) and o for o in off.values()): raise ValueError(f"`off` must give the arguments that switch each heuristic off, such as dict(momentum=dict(decay=0)); got {off!r}.")
     takes = inspect.signature(attack).parameters.values()
     unknown = {k for o in off.values() for k in o} - {o.name for o in takes}
-    if unknown and not any(o.kind == o.VAR_KEYWORD for o in takes): raise ValueError(f"`off` must name arguments of the attack: {', '.join(o.name for o in takes)}; got {_few(sorted(unknown))}.")
+    if unknown and not any(o.kind == o.VAR_KEYWORD for o in takes): raise ValueError(f"`off` must name arguments of the attack: {', '.join(o.name for o in takes)}; got {some_of(sorted(unknown))}.")
     without = lambda names: partial(attack, **{k: v for n in names for k,v in off[n].items()})
     if not cumulative: return dict(full=attack) | {f'without {n}': without([n]) for n in off}
     names = list(off)

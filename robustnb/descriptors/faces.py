@@ -10,8 +10,8 @@ import io
 from PIL import Image
 import numpy as np
 from ..core import progress
-from ..archives import _check_entry, _open_zip
-from ..data import _check_names, _decode, NamedSet, _tree
+from ..archives import check_entry, open_zip
+from ..data import check_names, _decode, NamedSet, _tree
 
 # %% ../../nbs/api/descriptors/20_faces.ipynb #707e629f
 def _start(length, crop): return round((length-crop)/2) if length >= crop else -((crop-length)//2)
@@ -38,10 +38,10 @@ def load_faces(
     size:int=112,    # Height and width of the result in pixels
 )->NamedSet:         # Images (N,size,size,3), uint8; the classes are the persons, sorted by name
     "Faces of several persons from a zip file, cut and resized."
-    with _open_zip(path) as z:
-        for e in z.infolist(): _check_entry(e, path)
+    with open_zip(path) as z:
+        for e in z.infolist(): check_entry(e, path)
         paths, y, persons = _tree([e.filename for e in z.infolist() if not e.is_dir()], None, path)
-        names = _check_names(['_'.join(o.split('/')[-2:]).rpartition('.')[0] + '.png' for o in paths], 'path')
+        names = check_names(['_'.join(o.split('/')[-2:]).rpartition('.')[0] + '.png' for o in paths], 'path')
         images, first = None, None
         for i,name in enumerate(progress(paths, 'faces')):
             try: a = _decode(io.BytesIO(z.read(name)), None)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from ..core import _few, subseed
+from ..core import some_of, subseed
 from ..files import atomic_path
-from ..data import _check_names, NamedSet
+from ..data import check_names, NamedSet
 
 # %% ../../nbs/api/descriptors/80_pairs.ipynb #2975790a
 _columns = 'source_imgs', 'target_imgs'
@@ -26,7 +26,7 @@ class Pairs:
 
     def __post_init__(self):
         for arg in ('sources', 'targets'):
-            rows = tuple(_check_names(o, f'{arg}[{i}]') for i,o in enumerate(getattr(self, arg)))
+            rows = tuple(check_names(o, f'{arg}[{i}]') for i,o in enumerate(getattr(self, arg)))
             object.__setattr__(self, arg, rows)
             counts = sorted({len(o) for o in rows})
             if len(counts) != 1 or not counts[0]: raise ValueError(f"`{arg}` must have the same number of images in every pair, at least 1; got {' and '.join(map(str, counts)) or 'no pairs'}.")
@@ -42,7 +42,7 @@ class Pairs:
         stem = lambda o: o.rpartition('.')[0] or o
         plain = [f'{stem(o)}.png' for row in self.sources for o in row]
         if len(set(plain)) == len(plain): return tuple(plain)
-        return _check_names([f'{i:04}_{stem(o)}.png' for i,row in enumerate(self.sources) for o in row], 'sources')
+        return check_names([f'{i:04}_{stem(o)}.png' for i,row in enumerate(self.sources) for o in row], 'sources')
 
 # %% ../../nbs/api/descriptors/80_pairs.ipynb #b2f70b02
 def write_pairs(
@@ -62,7 +62,7 @@ def read_pairs(
     if not Path(path).is_file(): raise FileNotFoundError(f"`path` must be a pairs file; there is none at {path}.")
     try:
         with open(path, newline='', encoding='utf-8-sig') as f: head, *rows = [o for o in csv.reader(f, strict=True) if o] or [[]]
-        if [head.count(c) for c in _columns] != [1, 1]: raise ValueError(f"the columns must be {' and '.join(_columns)}; got {_few(head) or 'none'}")
+        if [head.count(c) for c in _columns] != [1, 1]: raise ValueError(f"the columns must be {' and '.join(_columns)}; got {some_of(head) or 'none'}")
         bad = [i for i,o in enumerate(rows) if len(o) != len(head)]
         if bad: raise ValueError(f"every row must have {len(head)} cells; row {bad[0]+1} has {len(rows[bad[0]])}")
         pairs = Pairs(*(tuple(tuple(o[head.index(c)].split('|')) for o in rows) for c in _columns))
@@ -70,7 +70,7 @@ def read_pairs(
     if images is not None:
         known, names = set(getattr(images, 'names', images)), dict.fromkeys(n for rows in (pairs.sources, pairs.targets) for row in rows for n in row)
         lost = [n for n in names if n not in known]
-        if lost: raise ValueError(f"`images` must hold every image of the pairs file; {len(lost)} of {len(names)} are missing: {_few(lost)}. Load the images that belong to {path}.")
+        if lost: raise ValueError(f"`images` must hold every image of the pairs file; {len(lost)} of {len(names)} are missing: {some_of(lost)}. Load the images that belong to {path}.")
     return pairs
 
 # %% ../../nbs/api/descriptors/80_pairs.ipynb #9bcfcc71
@@ -86,9 +86,9 @@ def make_pairs(
     if isinstance(data, NamedSet): names, whose = np.array(data.names, object), np.array(data.classes, object)[data.y]
     elif isinstance(data, pd.DataFrame) and {'name', 'person'} <= set(data): names, whose = (data[c].to_numpy(object) for c in ('name', 'person'))
     else: raise TypeError(f"`data` must be a `NamedSet`, or a DataFrame with columns name and person; got {list(data) if isinstance(data, pd.DataFrame) else type(data).__name__}.")
-    _check_names(names, 'data')
+    check_names(names, 'data')
     persons = list(dict.fromkeys(whose) if persons is None else persons)
-    if len(persons) < 2 or len(set(persons)) < len(persons): raise ValueError(f"`persons` must be at least 2 different persons; got {_few(persons)}.")
+    if len(persons) < 2 or len(set(persons)) < len(persons): raise ValueError(f"`persons` must be at least 2 different persons; got {some_of(persons)}.")
     if not (n_source >= 1 and n_target >= 1): raise ValueError(f"`n_source` and `n_target` must be at least 1 image; got {n_source} and {n_target}.")
     sides = {}
     for p in persons:

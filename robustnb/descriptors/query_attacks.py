@@ -12,8 +12,8 @@ from math import inf
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import batches, check_images, draw, eight_bit, image_generators
-from ..attacks.score_based import _paint, _side, _window
+from ..core import batches, check_images, draw, round_to_8bit, image_generators
+from ..attacks.score_based import paint_pixels, square_side, square_window
 from .blackbox import descriptor_distance
 from .attack import allows_saved, fit_eight_bit, _spent
 
@@ -35,7 +35,7 @@ def _enter(oracle, x, targets, threat, start):
     check_images(x)
     if not (targets.ndim == 3 and len(targets) == len(x) and targets.isfinite().all()):
         raise ValueError(f"`targets` must be finite descriptors (N,T,D), those of the T wanted images for each of the {len(x)} images; got shape {tuple(targets.shape)}. Repeat common targets with `expand`.")
-    x = eight_bit(x)
+    x = round_to_8bit(x)
     now = x.clone() if start is None else fit_eight_bit(x, start, threat)
     d, value = _ask(oracle, now, targets.to(x))
     return x, now, targets.to(x), d, value, value.isfinite().nonzero().flatten()
@@ -45,7 +45,7 @@ def _heights(oracle, x, now, targets, threat, batch, genes):
     n, p = genes.shape[:2]
     who, flat, value = torch.arange(n*p, device=x.device)//p, genes.flatten(0, 1).to(x), torch.full((n*p,), inf).to(x)
     for s in batches(n*p, batch):
-        i, image = who[s], eight_bit(_paint(now[who[s]], flat[s][:, None]))
+        i, image = who[s], round_to_8bit(paint_pixels(now[who[s]], flat[s][:, None]))
         ok = allows_saved(x[i], image, threat).nonzero().flatten()
         value[s.start+ok] = _ask(oracle, image[ok], targets[i[ok]])[1]
     return value.view(n, p)
@@ -73,7 +73,7 @@ def _evolve(height, u):
 # %% ../../nbs/api/descriptors/50_query_attacks.ipynb #7651253c
 @torch.no_grad()
 def pixel_evolution(
-    oracle:Callable,      # Images (N,C,H,W) -> descriptors (N,D): a `Queries`, or any function; a row of NaN is no answer
+    oracle:Callable,      # Images (N,C,H,W) -> descriptors (N,D): a `BlackBox`, or any function; a row of NaN is no answer
     x:Tensor,             # Clean images (N,C,H,W), float, pixels in [0,1]
     targets:Tensor,       # Descriptors (N,T,D) of the T wanted images of each image
     threat,               # Threat model, e.g. `SSIM(.95)`; judged on the 8-bit image
@@ -93,14 +93,14 @@ def pixel_evolution(
         u = draw(torch.rand, own, 1+_GENERATIONS, _MEMBERS, 2*(2+x.shape[1]), like=double)
         genes, best = _evolve(partial(_heights, oracle, x[on], out[on], targets[on], threat, batch), u)
         better = best < value[on]
-        out[on] = torch.where(better.view(-1, 1, 1, 1), eight_bit(_paint(out[on], genes[:, None].to(x))), out[on])
+        out[on] = torch.where(better.view(-1, 1, 1, 1), round_to_8bit(paint_pixels(out[on], genes[:, None].to(x))), out[on])
         value[on] = torch.minimum(best, value[on])
     return out
 
 # %% ../../nbs/api/descriptors/50_query_attacks.ipynb #d03bda95
 @torch.no_grad()
 def square_descriptor(
-    oracle:Callable,      # Images (N,C,H,W) -> descriptors (N,D): a `Queries`, or any function; a row of NaN is no answer
+    oracle:Callable,      # Images (N,C,H,W) -> descriptors (N,D): a `BlackBox`, or any function; a row of NaN is no answer
     x:Tensor,             # Clean images (N,C,H,W), float, pixels in [0,1]
     targets:Tensor,       # Descriptors (N,T,D) of the T wanted images of each image
     threat,               # Threat model, e.g. `SSIM(.95)`; judged on the 8-bit image
@@ -119,8 +119,8 @@ def square_descriptor(
     for at in range(1, queries):
         if _spent(oracle): break
         if at % 100 == 1: u = draw(torch.rand, own, 100, 2+x.shape[1], like=x)
-        v, side, fresh = u[:, (at-1) % 100], _side(at, queries, p, x), torch.zeros_like(x)
-        fresh[_window(x, side, v[:, :2])] = torch.where(v[:, 2:] < .5, -1., 1.).to(x)[:, :, None, None]
+        v, side, fresh = u[:, (at-1) % 100], square_side(at, queries, p, x), torch.zeros_like(x)
+        fresh[square_window(x, side, v[:, :2])] = torch.where(v[:, 2:] < .5, -1., 1.).to(x)[:, :, None, None]
         pattern = torch.where(again.view(-1, 1, 1, 1), -pattern, fresh)
         asked = fit_eight_bit(x, now + threat.eps*threat.steepest(pattern, x, now), threat)
         far = _ask(oracle, asked, targets)[1]
@@ -170,7 +170,7 @@ def _best(now, value, images, far):
 
 @torch.no_grad()
 def nes_descriptor(
-    oracle:Callable,      # Images (N,C,H,W) -> descriptors (N,D): a `Queries`, or any function; a row of NaN is no answer
+    oracle:Callable,      # Images (N,C,H,W) -> descriptors (N,D): a `BlackBox`, or any function; a row of NaN is no answer
     x:Tensor,             # Clean images (N,C,H,W), float, pixels in [0,1]
     targets:Tensor,       # Descriptors (N,T,D) of the T wanted images of each image
     threat,               # Threat model, e.g. `SSIM(.95)`; judged on the 8-bit image

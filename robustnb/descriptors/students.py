@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['descriptor_names', 'student_recipes', 'descriptor_losses', 'Descriptor', 'descriptor_model', 'save_descriptor',
            'load_descriptor', 'DescriptorRecipe', 'cosface', 'train_teacher', 'distill_descriptor', 'fidelity', 'views',
-           'split_groups', 'Mixture']
+           'split_groups', 'WeightedEnsemble']
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #83a9870b
 import copy, hashlib, math
@@ -21,10 +21,10 @@ from torchvision.models.densenet import DenseNet
 from robustnb.core import (
     batches, fast_bf16, make_generator, memory_layout, pick_device, predict, progress, to_float,
     to_uint8)
-from ..files import load_state, _naming, save_state
+from ..files import load_state, explain_errors, save_state
 from ..augmentation.transforms import affine, gamma
 from ..models.wrapping import Normalize
-from ..models.blocks import _conv, _he_init, _Residual
+from ..models.blocks import conv_layers, he_init, Residual
 from ..models.training import crop_and_flip
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #7bdfb49c
@@ -54,12 +54,12 @@ def _caffe34(dim, c, size):
     pad = int(size < 96)
     layers, i, side = _prelu(3, c(32), pad), c(32), size - 2*(1-pad)
     for o, n in zip(map(c, (64, 128, 256, 512)), (1, 2, 5, 3)):
-        layers += [*_prelu(i, o, pad), nn.MaxPool2d(2)] + [_Residual(_prelu(o, o, 1) + _prelu(o, o, 1)) for _ in range(n)]
+        layers += [*_prelu(i, o, pad), nn.MaxPool2d(2)] + [Residual(_prelu(o, o, 1) + _prelu(o, o, 1)) for _ in range(n)]
         i, side = o, (side - 2*(1-pad))//2
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(i*side*side, dim))
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #48848e4d
-def _stem(o, size): return _conv(3, o, 3) if size < 64 else [*_conv(3, o, 7, 2), nn.MaxPool2d(3, 2, 1)]
+def _stem(o, size): return conv_layers(3, o, 3) if size < 64 else [*conv_layers(3, o, 7, 2), nn.MaxPool2d(3, 2, 1)]
 
 def _resnet(dim, c, size, depths):
     "He et al. 2015, arXiv:1512.03385"
@@ -67,7 +67,7 @@ def _resnet(dim, c, size, depths):
     for n, o, s in zip(depths, map(c, (64, 128, 256, 512)), (1, 2, 2, 2)):
         for j in range(n):
             stride = 1 if j else s
-            layers.append(_Residual([*_conv(i, o, 3, stride), *_conv(o, o, act=None)], _conv(i, o, 1, stride, act=None) if stride > 1 else (), [nn.ReLU()]))
+            layers.append(Residual([*conv_layers(i, o, 3, stride), *conv_layers(o, o, act=None)], conv_layers(i, o, 1, stride, act=None) if stride > 1 else (), [nn.ReLU()]))
             i = o
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(i, dim))
 
@@ -82,10 +82,10 @@ def _separable(i, o): return [nn.ReLU(), nn.Conv2d(i, i, 3, padding=1, groups=i,
 
 def _xception(dim, c, size):
     "Chollet 2017, arXiv:1610.02357: the entry flow, four blocks of the middle flow, the exit flow"
-    layers, i = [*_conv(3, c(32), 3, 1 if size < 64 else 2), *_conv(c(32), c(64))], c(64)
+    layers, i = [*conv_layers(3, c(32), 3, 1 if size < 64 else 2), *conv_layers(c(32), c(64))], c(64)
     for o in map(c, (128, 256, 728)):
-        layers, i = layers + [_Residual([*_separable(i, o), *_separable(o, o), nn.MaxPool2d(3, 2, 1)], _conv(i, o, 1, 2, act=None))], o
-    layers += [_Residual([*_separable(i, i), *_separable(i, i), *_separable(i, i)]) for _ in range(4)]
+        layers, i = layers + [Residual([*_separable(i, o), *_separable(o, o), nn.MaxPool2d(3, 2, 1)], conv_layers(i, o, 1, 2, act=None))], o
+    layers += [Residual([*_separable(i, i), *_separable(i, i), *_separable(i, i)]) for _ in range(4)]
     return nn.Sequential(*layers, *_separable(i, c(1024)), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c(1024), dim))
 
 _builders = dict(Caffe34=_caffe34, ResNet_18=partial(_resnet, depths=(2, 2, 2, 2)), ResNet_34=partial(_resnet, depths=(3, 4, 6, 3)), DenseNet=_densenet, Xception=_xception)
@@ -113,7 +113,7 @@ def descriptor_model(
         torch.manual_seed(make_generator(seed, 'descriptor_model', name).initial_seed())
         if name in _builders:
             net = _builders[name](dim, lambda n: max(8, round(n*width)), size)
-            _he_init(net, make_generator(seed, 'descriptor_model', name))
+            he_init(net, make_generator(seed, 'descriptor_model', name))
         else: net = _from_timm(name, dim, pretrained)
     model = Descriptor(net, dim).eval()
     model.made = dict(name=name, dim=dim, width=width, size=size)
@@ -134,7 +134,7 @@ def load_descriptor(
     "Read a descriptor network from disk."
     held = load_state(path)
     if not isinstance(held, dict) or held.get('format') != 'robustnb.descriptor/1': raise ValueError(f"`path` must be a file written by `save_descriptor`; {path} is something else.")
-    with _naming(path, 'a file written by `save_descriptor`, with the weights of the network it names'):
+    with explain_errors(path, 'a file written by `save_descriptor`, with the weights of the network it names'):
         model = descriptor_model(**held['made'])
         model.load_state_dict(held['state_dict'])
     return model
@@ -340,7 +340,7 @@ def split_groups(
     return np.flatnonzero(~out), np.flatnonzero(out)
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #385b0a6a
-class Mixture(nn.Module):
+class WeightedEnsemble(nn.Module):
     "Several students that answer as one: the weighted mean of their descriptors, whose weights can be trained."
     def __init__(self,
         students:list,       # Networks: images (N,3,H,W) -> descriptors (N,D)

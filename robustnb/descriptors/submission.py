@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from ..core import batches, check_images, _few, progress, subseed, to_float, to_uint8
+from ..core import batches, check_images, some_of, progress, subseed, to_float, to_uint8
 from ..files import atomic_path
-from ..archives import _array, _members, _row
-from ..data import _check_names, _check_pixels, NamedSet
+from ..archives import read_array, open_members, verdict_row
+from ..data import check_names, check_pixels, NamedSet
 from ..metrics import bootstrap
 from ..attacks.ssim_rule import file_ssim
 from .pairs import Pairs
@@ -59,9 +59,9 @@ def _pixels(x, name):
     "uint8 (N,H,W,3) from a tensor (N,3,H,W), such an array, or a list of images (H,W,3)"
     if isinstance(x, (list, tuple)):
         sizes = sorted({tuple(np.shape(o)) for o in x})
-        if len(sizes) != 1: raise ValueError(f"`{name}` must be images of one size; got {_few(sizes) or 'none'}. Prepare them all in the same way.")
+        if len(sizes) != 1: raise ValueError(f"`{name}` must be images of one size; got {some_of(sizes) or 'none'}. Prepare them all in the same way.")
         x = torch.stack(list(x)) if isinstance(x[0], Tensor) else np.stack(x)
-    x = to_uint8(check_images(x, name)) if isinstance(x, Tensor) else _check_pixels(x)
+    x = to_uint8(check_images(x, name)) if isinstance(x, Tensor) else check_pixels(x)
     if x.shape[3] != 3: raise ValueError(f"`{name}` must have 3 channels; got {x.shape[3]}. Repeat grey three times.")
     return x
 
@@ -89,14 +89,14 @@ def write_submission(
 )->Path:                 # The zip file
     "Pack changed images and their descriptors, if every image obeys the rule."
     _check_level(level)
-    names, changed, images, d = _check_names(names, 'names'), _pixels(x_adv, 'x_adv'), _pixels(x, 'x'), _stack(descriptors, 'descriptors', 2, '(N,D)').astype(np.float32)
+    names, changed, images, d = check_names(names, 'names'), _pixels(x_adv, 'x_adv'), _pixels(x, 'x'), _stack(descriptors, 'descriptors', 2, '(N,D)').astype(np.float32)
     odd = [n for n in names if not n.endswith('.png')]
-    if odd: raise ValueError(f"`names` must end in .png; got {_few(odd)}. `Pairs.files` has the names.")
+    if odd: raise ValueError(f"`names` must end in .png; got {some_of(odd)}. `Pairs.files` has the names.")
     if not len(names) == len(changed) == len(images) == len(d):
         raise ValueError(f"`names`, `x_adv`, `x` and `descriptors` must belong to the same images; got {len(names)}, {len(changed)}, {len(images)} and {len(d)}.")
     similar = file_ssim(images, changed)
     bad = [f'{names[i]} {similar[i]:.6f}' for i in np.flatnonzero(~(similar >= level))]
-    if bad: raise ValueError(f"`x_adv` must have a similarity of at least {level} to `x` as 8-bit images; {len(bad)} of {len(names)} have less: {_few(bad)}. "
+    if bad: raise ValueError(f"`x_adv` must have a similarity of at least {level} to `x` as 8-bit images; {len(bad)} of {len(names)} have less: {some_of(bad)}. "
                              "Move them back towards the originals until the rounded image obeys.")
     with atomic_path(path) as tmp, zipfile.ZipFile(tmp, 'w') as z:
         for name, content in [*((n, partial(_png, a)) for n,a in zip(names, changed)), ('descriptors.npy', partial(_npy, d))]:
@@ -129,7 +129,7 @@ def _read_pngs(files, names, shape):
         except Exception as e: wrong[n] = str(e) or type(e).__name__
     return images, wrong
 
-def _verdict(rule, ok, found, todo, value=float('nan'), verdict='broken'): return _row(rule, bool(ok), found, todo, verdict) | dict(value=float(value))
+def _verdict(rule, ok, found, todo, value=float('nan'), verdict='broken'): return verdict_row(rule, bool(ok), found, todo, verdict) | dict(value=float(value))
 
 def _skipped(rule, why): return dict(rule=rule, verdict='not checked', found='', what_to_do=why, value=float('nan'))
 
@@ -140,20 +140,20 @@ def _image_rows(files, names, originals, level):
     lost, other = [n for n in names if wrong.get(n) == 'missing'], [n for n in files if n not in {*names, 'descriptors.npy'}]
     odd = [f'{n}: {e}' for n,e in wrong.items() if e != 'missing']
     size = f'{originals.shape[2]}x{originals.shape[1]}'
-    rows = [_verdict('files', not lost, f"{len(lost)} of {len(names)} images are missing: {_few(lost)}" if lost else f'{len(names)} images', "Put every PNG of `pairs.files` at the top of the zip file.", len(lost)),
-            _verdict('other files', not other, _few(other) or 'none', "Only the images and descriptors.npy belong here.", len(other), 'warning'),
-            _verdict('png', not odd, _few(odd) or f'{len(names)-len(lost)} of {size}, RGB of 8 bits', f"Save PNG files of {size}, RGB, 8 bits a channel.", len(odd))]
+    rows = [_verdict('files', not lost, f"{len(lost)} of {len(names)} images are missing: {some_of(lost)}" if lost else f'{len(names)} images', "Put every PNG of `pairs.files` at the top of the zip file.", len(lost)),
+            _verdict('other files', not other, some_of(other) or 'none', "Only the images and descriptors.npy belong here.", len(other), 'warning'),
+            _verdict('png', not odd, some_of(odd) or f'{len(names)-len(lost)} of {size}, RGB of 8 bits', f"Save PNG files of {size}, RGB, 8 bits a channel.", len(odd))]
     here = [i for i,n in enumerate(names) if n not in wrong]
     if not here: return None, rows + [_skipped('ssim', "First repair the images.")]
     similar = file_ssim(originals[here], changed[here])
     bad = [f'{names[i]} {v:.6f}' for i,v in zip(here, similar) if not v >= level]
-    rows.append(_verdict('ssim', not bad, f"{len(bad)} below {level}: {_few(bad)}" if bad else f"at least {similar.min():.6f} ({names[here[similar.argmin()]]})",
+    rows.append(_verdict('ssim', not bad, f"{len(bad)} below {level}: {some_of(bad)}" if bad else f"at least {similar.min():.6f} ({names[here[similar.argmin()]]})",
                          "One such image rejects the submission. Move it back towards its original.", similar.min()))
     return None if wrong else changed, rows
 
 def _descriptor_rows(files, n):
     "The descriptors (None if they are wrong), and the verdicts about them"
-    try: d = _array(files, 'descriptors.npy')
+    try: d = read_array(files, 'descriptors.npy')
     except ValueError as e: return None, [_verdict('descriptors', False, e, "Write float32 (N,D) with np.save, allow_pickle=False."), _skipped('descriptors finite', "First repair descriptors.npy.")]
     ok = isinstance(d, np.ndarray) and d.dtype.kind == 'f' and d.ndim == 2 and len(d) == n and d.size
     rows = [_verdict('descriptors', ok, f'{d.dtype} of shape {d.shape}', f"Floating point ({n}, D), a row for each image in the order of `pairs.files`.")]
@@ -175,7 +175,7 @@ def _spot_row(oracle, changed, d, names, spot, seed):
     off = np.linalg.norm(said - d[at], axis=1)/np.maximum(np.linalg.norm(said, axis=1), 1e-12)
     if np.isnan(off).all(): return _skipped('spot check', "The oracle did not answer. Give one with questions left.")
     bad = [f'{names[i]} {o:.3g}' for i,o in zip(at, off) if o > 1e-3]
-    return _verdict('spot check', not bad, f"{len(bad)} of {(~np.isnan(off)).sum()} are off: {_few(bad)}" if bad else f"{(~np.isnan(off)).sum()} agree to {np.nanmax(off):.1g}",
+    return _verdict('spot check', not bad, f"{len(bad)} of {(~np.isnan(off)).sum()} are off: {some_of(bad)}" if bad else f"{(~np.isnan(off)).sum()} agree to {np.nanmax(off):.1g}",
                     "Describe the saved images again, as files with 8 bits, in the order of `pairs.files`.", np.nanmax(off))
 
 def _score_row(d, targets, n_pairs):
@@ -209,7 +209,7 @@ def check_submission(
         targets = _stack(targets, 'targets', 3, '(P,T,D)')
         if targets.shape[:2] != at.shape: raise ValueError(f"`targets` must be descriptors of {at.shape[0]} pairs with {at.shape[1]} images; got shape {targets.shape}.")
     try:
-        with _members(path) as files:
+        with open_members(path) as files:
             changed, rows = _image_rows(files, names, originals, level)
             d, more = _descriptor_rows(files, len(names))
             rows = [_verdict('archive', True, f'{len(files)} files', ''), *rows, *more]

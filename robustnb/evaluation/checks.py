@@ -18,7 +18,7 @@ from ..core import batches, check_images, check_labels, make_generator, subseed
 from ..attacks.threat_models import L1, L2, Linf
 from ..attacks.gradient import check_attack, cross_entropy, loss_and_grad, margin, pgd
 from ..attacks.score_based import random_search, square
-from .robust_accuracy import eight_bit
+from .robust_accuracy import on_8bit_images
 
 # %% ../../nbs/api/evaluation/20_checks.ipynb #53eac3ab
 def _state(model):
@@ -162,7 +162,7 @@ def _blackbox(case):
 def _rounding(case):
     on = (case.clean.argmax(1) == case.y).index_fill_(0, case.left, False)
     if not on.any(): return False, 'nothing fell, nothing to round'
-    try: rounded = eight_bit(lambda *a, **k: case.attacked[0][on])(case.model, case.x[on], case.y[on], case.threat)
+    try: rounded = on_8bit_images(lambda *a, **k: case.attacked[0][on])(case.model, case.x[on], case.y[on], case.threat)
     except ValueError as e: raise _NotJudged('the clean images are not 8-bit images') from e
     k, n = int(case.right(rounded, on).sum()), int(on.sum())
     return _many(k, n, .05), f'{k} of {n} successes are lost when their pixels are rounded to 8 bits'
@@ -177,10 +177,10 @@ _checks = {
     'zero budget': (_zero, 'Look for noise in the model, and for a step of the attack that ignores the budget.'),
     'larger budget': (_larger, 'Take more and shorter steps, and project after each.'),
     'unbounded': (_unbounded, 'The gradient does not lead to the border: take more steps, a scale-free loss such as `margin`, or attack around what hides it.'),
-    'vanishing gradient': (_gradients, 'Pass the gradient straight through what rounds, craft the images on a smooth copy (`crafted_on`), and add `square`.'),
+    'vanishing gradient': (_gradients, 'Pass the gradient straight through what rounds, craft the images on a smooth copy (`transfer_attack`), and add `square`.'),
     'saturated loss': (_loss, 'The loss saturates, as with logits that are scaled up: attack with `loss=margin`.'),
     'more steps': (_converged, 'Take more steps and restarts until the number stops falling.'),
-    'black box': (_blackbox, 'The gradient misleads: attack around it (straight-through, `crafted_on`), and count the worst of all attacks per image.'),
+    'black box': (_blackbox, 'The gradient misleads: attack around it (straight-through, `transfer_attack`), and count the worst of all attacks per image.'),
     '8-bit rounding': (_rounding, 'Judge rounded images: `eight_bit(attack)`. Attacks that stop at the border need a few steps beyond it.')}
 
 @contextmanager

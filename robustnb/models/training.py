@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core import fast_bf16, make_generator, memory_layout, predict, progress, subseed
-from ..files import _fingerprint, _resume, save_state
+from ..files import fingerprint, resume_state, save_state
 from ..data import ImageSet
 from ..distributed import (
-    as_main_, is_main, join, part, rank, size, total, total_gradients_, wait, whole_batch)
+    as_main_, is_main, init_distributed, part, rank, world_size, all_sum, all_sum_gradients_, wait, whole_batch)
 
 # %% ../../nbs/api/models/60_training.ipynb #0d58b573
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ def _train_epoch(model, x, targets, recipe, epoch, seed, optimizer, bf16):
         tb = targets[rows[own]]
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16): logits = model(xb)
         loss = F.cross_entropy(logits.float(), tb)*(len(tb)/len(rows)) if len(tb) else 0*logits.sum()
-        optimizer.zero_grad(set_to_none=True); loss.backward(); total_gradients_(model); optimizer.step()
+        optimizer.zero_grad(set_to_none=True); loss.backward(); all_sum_gradients_(model); optimizer.step()
         loss_sum += loss.detach()*len(rows); right += (logits.argmax(1) == tb.argmax(1)).sum()
-    loss_sum, right = total(loss_sum), total(right)
+    loss_sum, right = all_sum(loss_sum), all_sum(right)
     if not torch.isfinite(loss_sum): raise FloatingPointError(f"the loss is not finite in epoch {epoch+1}. Lower `lr` (now {recipe.lr}) or lengthen `warmup` (now {recipe.warmup}).")
     return loss_sum.item()/n, right.item()/n
 
@@ -105,20 +105,20 @@ def train(
     resume:bool=False,         # Continue from `checkpoint` if it exists
     device=None,               # Where to train; None takes CUDA if there is one
 )->tuple[nn.Module, pd.DataFrame]:  # Trained network in eval mode on the CPU; history, one row per epoch
-    "Train a copy of `model` by `recipe` with cross-entropy on soft labels."
-    device = join(device)
+    "Train a copy of `model` by `published_mixture` with cross-entropy on soft labels."
+    device = init_distributed(device)
     if len(data) < data.labels.shape[1]: raise ValueError(f"`data` must have at least one image per class; got {len(data)} images for {data.labels.shape[1]} classes.")
     if getattr(model, 'n_classes', None) not in (None, data.labels.shape[1]):
         raise ValueError(f"`model` must have one logit per class of `data`; got {model.n_classes} logits for {data.labels.shape[1]} classes. Build it with `n_classes={data.labels.shape[1]}`.")
-    mark, history, start = _fingerprint(model, data, recipe, seed), [], 0
+    mark, history, start = fingerprint(model, data, recipe, seed), [], 0
     model = copy.deepcopy(model).to(device, memory_format=memory_layout(model))
     optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0)
     if checkpoint and Path(checkpoint).exists():
         if not resume: raise ValueError(f"`checkpoint` already exists: {checkpoint}. Pass `resume=True` to continue that run, or choose another path.")
-        state = _resume(checkpoint, mark, device)
+        state = resume_state(checkpoint, mark, device)
         model.load_state_dict(state['model']); optimizer.load_state_dict(state['optimizer'])
         start, history = state['epoch'], state['history']
-    if total(torch.tensor(start, device=device)) != start*size(): raise ValueError(f"`checkpoint` must be a file that all {size()} processes see; one starts at epoch {start+1}, another elsewhere ({checkpoint}).")
+    if all_sum(torch.tensor(start, device=device)) != start*world_size(): raise ValueError(f"`checkpoint` must be a file that all {world_size()} processes see; one starts at epoch {start+1}, another elsewhere ({checkpoint}).")
     as_main_(model)
     x = torch.from_numpy(data.images).permute(0, 3, 1, 2).to(device)
     targets = torch.from_numpy(data.labels).to(device)

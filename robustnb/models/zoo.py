@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from ..core import make_generator
 from .wrapping import Normalized
-from .blocks import _conv, _he_init, _joined, _Residual, _resnet
+from .blocks import conv_layers, he_init, joined, Residual, resnet
 
 # %% ../../nbs/api/models/30_zoo.ipynb #f4b1aead
 class _Branches(nn.ModuleList):
@@ -22,19 +22,19 @@ class _Branches(nn.ModuleList):
 # %% ../../nbs/api/models/30_zoo.ipynb #3d2555c7
 def _alexnet(k, c, bn):
     "Krizhevsky et al. 2012 for 32x32: five convolutions with biases, three linear layers"
-    conv = partial(_conv, bias=True, bn=bn)
+    conv = partial(conv_layers, bias=True, bn=bn)
     a, b, d, e, f, g = map(c, (32, 64, 128, 256, 1024, 512))
     features = [*conv(3, a), nn.MaxPool2d(2), *conv(a, b), nn.MaxPool2d(2), *conv(b, d), *conv(d, e), *conv(e, e), nn.MaxPool2d(3, 2)]
-    return _joined(features, nn.Flatten(), nn.Dropout(.5), nn.Linear(9*e, f), nn.ReLU(), nn.Dropout(.5),
+    return joined(features, nn.Flatten(), nn.Dropout(.5), nn.Linear(9*e, f), nn.ReLU(), nn.Dropout(.5),
                    nn.Linear(f, g), nn.ReLU(), nn.Linear(g, k))
 
 def _vgg(k, c, depths):
     "Simonyan and Zisserman 2014, arXiv:1409.1556, with batch normalisation"
     layers, i, h = [], 3, c(4096)
     for n, o in zip(depths, map(c, (64, 128, 256, 512, 512))):
-        for _ in range(n): layers, i = layers + _conv(i, o, bias=True), o
+        for _ in range(n): layers, i = layers + conv_layers(i, o, bias=True), o
         layers.append(nn.MaxPool2d(2))
-    return _joined(layers, nn.Flatten(), nn.Linear(i, h), nn.ReLU(), nn.Dropout(.5),
+    return joined(layers, nn.Flatten(), nn.Linear(i, h), nn.ReLU(), nn.Dropout(.5),
                    nn.Linear(h, h), nn.ReLU(), nn.Dropout(.5), nn.Linear(h, k))
 
 # %% ../../nbs/api/models/30_zoo.ipynb #9f7f112f
@@ -46,38 +46,38 @@ _inception_table = ((64, 96, 128, 16, 32, 32), (128, 128, 192, 32, 96, 64), None
 def _inception_bn(k, c):
     "Szegedy et al. 2014, arXiv:1409.4842, with batch normalisation in the branches (Ioffe and Szegedy 2015)"
     i = c(64)
-    layers = [*_conv(3, i, bias=True, bn=False), *_conv(i, i, bias=True, bn=False)]
+    layers = [*conv_layers(3, i, bias=True, bn=False), *conv_layers(i, i, bias=True, bn=False)]
     for row in _inception_table:
         if row is None:
             layers.append(nn.MaxPool2d(3, 2, 1))
             continue
         one, r3, three, r5, five, pooled = map(c, row)
-        branches = (_conv(i, one, 1), _conv(i, r3, 1) + _conv(r3, three), _conv(i, r5, 1) + _conv(r5, five, 5),
-                    [nn.MaxPool2d(3, 1, 1), *_conv(i, pooled, 1)])
+        branches = (conv_layers(i, one, 1), conv_layers(i, r3, 1) + conv_layers(r3, three), conv_layers(i, r5, 1) + conv_layers(r5, five, 5),
+                    [nn.MaxPool2d(3, 1, 1), *conv_layers(i, pooled, 1)])
         layers.append(_Branches([nn.Sequential(*b) for b in branches]))
         i = one + three + five + pooled
-    return _joined(layers, nn.AdaptiveAvgPool2d(1), nn.Conv2d(i, k, 1), nn.Flatten())
+    return joined(layers, nn.AdaptiveAvgPool2d(1), nn.Conv2d(i, k, 1), nn.Flatten())
 
 def _mobilenet(k, c):
     "Sandler et al. 2018, arXiv:1801.04381: inverted residuals, convolutions with biases"
-    i, conv = c(32), partial(_conv, bias=True, act=nn.ReLU6)
+    i, conv = c(32), partial(conv_layers, bias=True, act=nn.ReLU6)
     layers = [nn.Conv2d(3, i, 1, padding=1), nn.BatchNorm2d(i), nn.ReLU6()]
     for t, o, n, s in ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 1), (6, 320, 1, 1)):
         o = c(o)
         for j in range(n):
             h = t*i
             body = [*conv(i, h, 1), *conv(h, h, 3, 1 if j else s, h), *conv(h, o, 1, act=None)]
-            layers.append(_Residual(body) if j else nn.Sequential(*body))
+            layers.append(Residual(body) if j else nn.Sequential(*body))
             i = o
     h = c(1280)
-    return _joined([*layers, *conv(i, h, 1)], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(h, k))
+    return joined([*layers, *conv(i, h, 1)], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(h, k))
 
 # %% ../../nbs/api/models/30_zoo.ipynb #15367e6e
 _builders = dict(AlexNet=partial(_alexnet, bn=False), AlexNet_BN=partial(_alexnet, bn=True),
     VGG_16=partial(_vgg, depths=(2, 2, 3, 3, 3)), VGG_19=partial(_vgg, depths=(2, 2, 4, 4, 4)),
-    Inception_BN=_inception_bn, MobileNetV2=_mobilenet, ResNet_18=partial(_resnet, depths=(2, 2, 2, 2), bottleneck=False),
-    ResNet_50=partial(_resnet, depths=(3, 4, 6, 3), bottleneck=True),
-    ResNet_152=partial(_resnet, depths=(3, 8, 36, 3), bottleneck=True))
+    Inception_BN=_inception_bn, MobileNetV2=_mobilenet, ResNet_18=partial(resnet, depths=(2, 2, 2, 2), bottleneck=False),
+    ResNet_50=partial(resnet, depths=(3, 4, 6, 3), bottleneck=True),
+    ResNet_152=partial(resnet, depths=(3, 8, 36, 3), bottleneck=True))
 
 model_names = tuple(_builders)
 _cifar_mean, _cifar_std = (.4914, .4822, .4465), (.2470, .2435, .2616)
@@ -107,5 +107,5 @@ def build_model(
 )->Normalized:         # In evaluation mode: images `(N,3,H,W)`, pixels in [0,1], to logits `(N,n_classes)`
     "One of the nine networks of the transfer study, with random weights (He et al. 2015, arXiv:1502.01852)."
     net = _blank(name, n_classes, width)
-    _he_init(net, make_generator(seed, 'build_model', name))
+    he_init(net, make_generator(seed, 'build_model', name))
     return Normalized(net, mean, std, _fixed_size.get(name), name, n_classes, width).eval()

@@ -20,7 +20,7 @@ from ..files import atomic_path
 from ..models.wrapping import Normalize
 from ..models.graph import fold_batchnorm
 from .formats import number_format
-from .ptq import Rounder
+from .ptq import FakeQuantize
 
 # %% ../../nbs/api/quant/80_export.ipynb #a7fe4444
 def _need(name):
@@ -117,13 +117,13 @@ _shape = lambda node: tuple(node.meta['tensor_meta'].shape)
 _two = lambda v: [int(o) for o in (v if isinstance(v, (tuple, list)) else (v, v))]
 
 def _refuse(node, what, why='is not known'):
-    known = ', '.join(sorted({k.__name__ for k in _layers if k is not Rounder}))
+    known = ', '.join(sorted({k.__name__ for k in _layers if k is not FakeQuantize}))
     raise TypeError(f"`model` must consist of operators that can be written; {node.name} ({what}) {why}. Known are sums, products, concatenations, means over "
         f"height and width, reshaping, and {known}. Replace it, or export the full-precision model with `torch.onnx.export`.")
 
 def _readers(w, node): return [w.graph.get_submodule(u.target) if u.op == 'call_module' else None for u in node.users]
 
-def _ends(w, node): return any(u.op == 'output' or not isinstance(m, Rounder) and _ends(w, u) for u, m in zip(node.users, _readers(w, node)))
+def _ends(w, node): return any(u.op == 'output' or not isinstance(m, FakeQuantize) and _ends(w, u) for u, m in zip(node.users, _readers(w, node)))
 
 def _reshape(w, node, x):
     if _shape(node)[0] != 2: _refuse(node, node.target, 'mixes the images of a batch')
@@ -147,7 +147,7 @@ def _linear(w, node, m, x):
 # %% ../../nbs/api/quant/80_export.ipynb #78527f12
 def _clip(w, node, m, x):
     low, high = (0., math.inf) if isinstance(m, nn.ReLU) else (m.min_val, m.max_val)
-    behind = [_grid(o) if w.integer and isinstance(o, Rounder) and o.on else None for o in _readers(w, node)]
+    behind = [_grid(o) if w.integer and isinstance(o, FakeQuantize) and o.on else None for o in _readers(w, node)]
     if all(g and (-127*g[0] if g[1] else 0) >= low and (127 if g[1] else 255)*g[0] <= high + g[0]/2 for g in behind): return w.same(node)
     if all(behind): x = w.pair(f'{node.name}.before', x, behind[0])
     if (low, high) == (0, math.inf): return w.move(node, w.op('Relu', node.name, x))
@@ -190,7 +190,7 @@ def _nothing(w, node, m, x):
     if type(m) is nn.Dropout and m.training: _refuse(node, 'dropout', 'drops values in evaluation mode too')
     w.same(node)
 
-_layers = {Rounder: _rounder, Normalize: _normalize, nn.Conv2d: _conv, nn.Linear: _linear, nn.BatchNorm2d: _batchnorm,
+_layers = {FakeQuantize: _rounder, Normalize: _normalize, nn.Conv2d: _conv, nn.Linear: _linear, nn.BatchNorm2d: _batchnorm,
     nn.ReLU: _clip, nn.ReLU6: _clip, nn.Hardtanh: _clip, nn.MaxPool2d: _max_pool, nn.AvgPool2d: _avg_pool, nn.AdaptiveAvgPool2d: _adaptive_pool,
     nn.Dropout: _nothing, nn.Dropout2d: _nothing, nn.Identity: _nothing, nn.Flatten: lambda w, node, m, x: w.move(node, _reshape(w, node, x)),
     nn.SiLU: _silu, nn.Sigmoid: _plain('Sigmoid'), nn.Tanh: _plain('Tanh'), nn.Hardswish: _plain('HardSwish'),
@@ -250,7 +250,7 @@ def _says(spec, writer):
 def _translate(model, shape):
     "What a folded copy of `model` on the CPU computes, its format if it has one, the node of its logits, and their shape."
     check_model(model)
-    spec = getattr(model, 'spec', None) if any(isinstance(m, Rounder) for m in model.modules()) else None
+    spec = getattr(model, 'spec', None) if any(isinstance(m, FakeQuantize) for m in model.modules()) else None
     graph = (copy.deepcopy(model) if spec else fold_batchnorm(model)).cpu().float()
     bad = [n for n, v in graph.state_dict().items() if not v.isfinite().all()]
     if bad: raise ValueError(f"`model` must have finite weights; {bad[0]} has values that are not ({len(bad)} such tensors). Did its training diverge?")
@@ -284,7 +284,7 @@ def export_onnx(
     onnx.checker.check_model(made)
     with atomic_path(path) as tmp: onnx.save(made, tmp)
     kinds = Counter(n.op_type for n in w.nodes)
-    return dict(path=str(path), format=name, integer=w.integer, says=says, rounded=sum(isinstance(m, Rounder) and m.on for m in w.graph.modules()),
+    return dict(path=str(path), format=name, integer=w.integer, says=says, rounded=sum(isinstance(m, FakeQuantize) and m.on for m in w.graph.modules()),
                 layers=kinds['Conv']+kinds['Gemm'], megabytes=os.path.getsize(path)/1e6)
 
 # %% ../../nbs/api/quant/80_export.ipynb #41684419

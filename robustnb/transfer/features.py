@@ -11,9 +11,9 @@ from torch import fx, nn, Tensor
 from ..core import check_images, predict
 from ..metrics import js_divergence
 from ..models.graph import fold_batchnorm
-from ..models.complexity import cost
-from ..quant.ptq import Rounder
-from ..quant.sensitivity import _noise_ratio
+from ..models.complexity import model_complexity
+from ..quant.ptq import FakeQuantize
+from ..quant.sensitivity import noise_ratio
 
 # %% ../../nbs/api/transfer/20_features.ipynb #6cac53ad
 def _changed_weights(model, quantised):
@@ -30,7 +30,7 @@ def noise_sum(
     "Noise-to-signal ratios of all roundings, added up."
     check_images(x)
     heard = []
-    hooks = [m.register_forward_hook(lambda m, args, out: heard.append(_noise_ratio(args[0], out))) for m in quantised.modules() if isinstance(m, Rounder)]
+    hooks = [m.register_forward_hook(lambda m, args, out: heard.append(noise_ratio(args[0], out))) for m in quantised.modules() if isinstance(m, FakeQuantize)]
     try: predict(quantised, x, len(x))
     finally:
         for h in hooks: h.remove()
@@ -52,7 +52,7 @@ def softmax_js(
     shape=(3, 32, 32),          # One image, for the multiply-accumulates
 )->dict:                        # flops, params: the mean over layers weighted by either share, in nats
     "Divergence of softmaxed weights, as `klin02/Model-Transfer-Adaptability` defines it."
-    macs = cost(fold_batchnorm(model), shape).groupby('name').macs.sum()
+    macs = model_complexity(fold_batchnorm(model), shape).groupby('name').macs.sum()
     rows = lambda w: w.double().softmax(1).movedim(1, -1).flatten(0, -2).numpy()
     layers = [(js_divergence(rows(a), rows(b)).sum().item(), float(macs.get(n, 0)), a.numel()) for n, a, b in _changed_weights(model, quantised)]
     js, flops, params = torch.tensor(layers, dtype=torch.float64).T

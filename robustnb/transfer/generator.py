@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core import batches, check_model, fast_bf16, make_generator, progress, subseed
-from ..files import _fit, load_state, _naming, save_state
+from ..files import fill, load_state, explain_errors, save_state
 from ..distributed import (
-    as_main_, join, moments, part, size as processes, total, total_gradients_, whole_batch)
+    as_main_, init_distributed, moments, part, world_size as processes, all_sum, all_sum_gradients_, whole_batch)
 from ..models.wrapping import batchnorms, last_linear
 
 # %% ../../nbs/api/transfer/10_generator.ipynb #05fbc83a
@@ -162,7 +162,7 @@ def train_generator(
     "A conditional generator from the model alone, with data-free losses as in Xu et al. 2020 (GDFQ, arXiv:2003.03603)."
     if not hasattr(check_model(model), 'normalize'): raise TypeError(f"`model` must have its normalisation inside; this {type(model).__name__} has none. Use `wrap_model`.")
     if steps < 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
-    device, g = join(device), make_generator(seed, 'generator')
+    device, g = init_distributed(device), make_generator(seed, 'generator')
     if batch_size < processes(): raise ValueError(f"`batch_size` must be at least the number of processes, {processes()}; got {batch_size}.")
     home, flags = next(model.parameters()).device, [p.requires_grad for p in model.parameters()]
     embedding, normalize = last_linear(model).weight.flatten(1), model.normalize
@@ -180,8 +180,8 @@ def train_generator(
             noise = torch.randn(batch_size, embedding.shape[1], generator=g)[own].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)), bn_inputs(model) as seen, whole_batch(net): logits = model(net(targets, noise))
             entropy, unusual = F.cross_entropy(logits.float(), targets)*(share := len(targets)/batch_size), _distance(seen, moments)
-            optimizer.zero_grad(set_to_none=True); (entropy + unusual/processes()).backward(); total_gradients_(net); optimizer.step()
-            history.append(dict(step=step+1, cross_entropy=total(entropy.detach()).item(), bn_distance=unusual.item(), agreement=total((logits.argmax(1) == targets.argmax(1)).float().mean()*share).item()))
+            optimizer.zero_grad(set_to_none=True); (entropy + unusual/processes()).backward(); all_sum_gradients_(net); optimizer.step()
+            history.append(dict(step=step+1, cross_entropy=all_sum(entropy.detach()).item(), bn_distance=unusual.item(), agreement=all_sum((logits.argmax(1) == targets.argmax(1)).float().mean()*share).item()))
     finally:
         model.to(home)
         for p, flag in zip(model.parameters(), flags): p.requires_grad_(flag)
@@ -209,9 +209,9 @@ def load_generator(
     "Read a generator."
     held = load_state(path)
     if not isinstance(held, dict) or held.get('format') != _generator: raise ValueError(f"`path` must be a file of `save_generator`; {path} is something else.")
-    with _naming(path, 'a file of `save_generator`'):
+    with explain_errors(path, 'a file of `save_generator`'):
         state = held['state_dict']
         generator = Generator(*(state[k] for k in ('embedding', 'mean', 'std')), held['size'], held['width'])
-        _fit(generator, state, path)
+        fill(generator, state, path)
         generator.knows = held['knows']
     return generator.eval()

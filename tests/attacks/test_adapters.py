@@ -12,7 +12,7 @@ foolbox = pytest.importorskip('foolbox', reason='foolbox is not installed')
 from robustnb.attacks.gradient import adapters
 from robustnb.attacks.adapters import brendel_bethge, from_foolbox, hop_skip_jump, pointwise
 from robustnb.attacks.gradient import margin
-from robustnb.attacks.threat_models import Pixels
+from robustnb.attacks.threat_models import L0
 from robustnb.core import image_generators, make_generator
 from robustnb.attacks.threat_models import L1, L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
@@ -32,7 +32,7 @@ minimal = {
 drawn = {
     'LinfPGD start': (fa.LinfPGD(steps=3), Linf(6/255)), 'L2 noise': (fa.L2RepeatedAdditiveGaussianNoiseAttack(repeats=5), L2(2.)), 'SaltAndPepper': (fa.SaltAndPepperNoiseAttack(steps=20), L2(2.)),
     'Boundary': (fa.BoundaryAttack(init_attack=blended, steps=15), L2(4.)), 'HopSkipJump': (fa.HopSkipJumpAttack(init_attack=blended, steps=2), L2(.5)),
-    'Pointwise': (fa.PointwiseAttack(init_attack=blended, l2_binary_search=False), Pixels(30)), 'Virtual': (fa.VirtualAdversarialAttack(steps=2), L2(.3))}
+    'Pointwise': (fa.PointwiseAttack(init_attack=blended, l2_binary_search=False), L0(30)), 'Virtual': (fa.VirtualAdversarialAttack(steps=2), L2(.3))}
 attacks = fixed | minimal | drawn
 named = pytest.mark.parametrize('name', attacks)
 
@@ -178,7 +178,7 @@ def test_names_choose_the_attack_of_the_norm(monkeypatch):
         return Made
     for name in ('LinfinityBrendelBethgeAttack', 'L2BrendelBethgeAttack', 'L1BrendelBethgeAttack', 'L0BrendelBethgeAttack', 'HopSkipJumpAttack'): monkeypatch.setattr(adapters.foolbox.attacks, name, stand_in(name))
     model, x, y, *_ = case('FGSM')
-    for threat in (Linf(.05), L2(.3), L1(3.), Pixels(9)): assert threat.allows(x[:2], brendel_bethge(model, x[:2], y[:2], threat, steps=7)).all()
+    for threat in (Linf(.05), L2(.3), L1(3.), L0(9)): assert threat.allows(x[:2], brendel_bethge(model, x[:2], y[:2], threat, steps=7)).all()
     for threat in (Linf(.05), L2(.3)): hop_skip_jump(model, x[:2], y[:2], threat, steps=8)
     assert made == [(f'{n}BrendelBethgeAttack', dict(steps=7)) for n in ('Linfinity', 'L2', 'L1', 'L0')] + [('HopSkipJumpAttack', dict(steps=8, constraint=n)) for n in ('linf', 'l2')]
 
@@ -205,7 +205,7 @@ def test_decisions_alone_and_few_pixels():
     class Decisions(nn.Module):
         def forward(self, x):
             with torch.no_grad(): return torch.eye(5, dtype=x.dtype)[model(x).argmax(1)]
-    for attack, threat in ((lambda *a: hop_skip_jump(*a, steps=4), Linf(16/255)), (lambda *a: hop_skip_jump(*a, steps=4), L2(.8)), (pointwise, Pixels(12)), (pointwise, L1(6.))):
+    for attack, threat in ((lambda *a: hop_skip_jump(*a, steps=4), Linf(16/255)), (lambda *a: hop_skip_jump(*a, steps=4), L2(.8)), (pointwise, L0(12)), (pointwise, L1(6.))):
         out = attack(Decisions().eval(), x[:4], y[:4], threat)
         assert threat.allows(x[:4], out).all() and (model(out).argmax(1) != y[:4]).sum() >= 2
 
@@ -219,7 +219,7 @@ def test_wrong_use_is_refused(use):
 
 @pytest.mark.parametrize('call, words', (
     (lambda *a: from_foolbox(fa.LinfPGD())(*a, L2(.5)), 'in the norm of the attack, Linf distance; got L2'), (lambda *a: from_foolbox(fa.L2PGD())(*a, SSIM(.9)), 'in the norm of the attack'),
-    (lambda *a: from_foolbox(fa.L1PGD())(*a, Pixels(1)), 'in the norm of the attack'), (lambda *a: from_foolbox(fa.LinfPGD), 'must be a configured foolbox attack'),
+    (lambda *a: from_foolbox(fa.L1PGD())(*a, L0(1)), 'in the norm of the attack'), (lambda *a: from_foolbox(fa.LinfPGD), 'must be a configured foolbox attack'),
     (lambda *a: from_foolbox(fa.LinfPGD().repeat(2)), 'use `restarts`'), (lambda *a: from_foolbox(fa.SpatialAttack()), 'changes pixel values'),
     (lambda *a: hop_skip_jump(*a, L1(3.)), 'must be Linf or L2'), (lambda *a: brendel_bethge(*a, SSIM(.9)), 'must be Linf, L2, L1 or Pixels')))
 def test_wrong_settings_are_refused(call, words):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from robustnb.attacks.gradient import cross_entropy, fgsm, in_turn, margin, pgd
+from robustnb.attacks.gradient import cross_entropy, fgsm, multi_attack, margin, pgd
 from robustnb.core import make_generator
-from robustnb.evaluation.robust_accuracy import crafted_on
+from robustnb.evaluation.robust_accuracy import transfer_attack
 from robustnb.models.wrapping import Normalized
 from robustnb.attacks.threat_models import L2, Linf
 
@@ -88,7 +88,7 @@ def test_fgsm_is_that_of_foolbox(threat, reference):
 
 
 attacks = dict(fgsm=fgsm, fgsm_margin=partial(fgsm, loss=margin), pgd=pgd, pgd_margin=partial(pgd, loss=margin), one_step=partial(pgd, steps=1),
-               long_steps=partial(pgd, steps=5, step_size=1.), transfer=crafted_on(make_net(seed=1), pgd), in_turn=in_turn(fgsm, pgd))
+               long_steps=partial(pgd, steps=5, step_size=1.), transfer=transfer_attack(make_net(seed=1), pgd), multi_attack=multi_attack(fgsm, pgd))
 threats = (Linf(0), Linf(2/255), Linf(8/255), Linf(1), L2(0), L2(.3), L2(3.))
 
 
@@ -139,7 +139,7 @@ def test_precision_of_the_images_is_kept(name, threat, dtype):
     assert (out.double() - attacks[name](make_net(), x.double(), y, threat)).abs().max() <= 2*threat.eps + 1e-6
 
 
-@pytest.mark.parametrize('name', ('fgsm', 'pgd', 'pgd_margin', 'in_turn'))
+@pytest.mark.parametrize('name', ('fgsm', 'pgd', 'pgd_margin', 'multi_attack'))
 @pytest.mark.parametrize('threat', (Linf(4/255), L2(.3)), ids=repr)
 def test_an_image_does_not_know_its_batch(name, threat):
     model = make_net()
@@ -176,7 +176,7 @@ class Ten(nn.Module):
 def test_a_constant_answer_cannot_be_changed(name):
     x = make_batch()[0]
     for y in (torch.full((len(x),), 9), torch.zeros(len(x), dtype=torch.int64)):
-        attack = crafted_on(Ten().eval(), pgd) if name == 'transfer' else attacks[name]
+        attack = transfer_attack(Ten().eval(), pgd) if name == 'transfer' else attacks[name]
         out = attack(Ten().eval(), x, y, Linf(8/255))
         assert torch.equal(out, x), 'no gradient, no move'
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from robustnb.attacks.gradient import score_based as blackbox
 from robustnb.attacks.gradient import cross_entropy, fgsm, margin, pgd
-from robustnb.attacks.threat_models import Pixels
+from robustnb.attacks.threat_models import L0
 from robustnb.attacks.score_based import one_pixel, random_search, square
 from robustnb.core import draw, image_generators, make_generator
 from robustnb.attacks.threat_models import L1, L2, Linf
@@ -45,8 +45,8 @@ def grey(n=10, shape=(3, 6, 6)):
 
 attacks = dict(random_search=random_search, square=partial(square, queries=60), square_ce=partial(square, queries=60, loss=cross_entropy),
                one_pixel=partial(one_pixel, population=20, generations=3))
-cases = [(name, threat) for name in attacks for threat in (Linf(0), Linf(4/255), Linf(1), L2(0), L2(.3), L1(3.), SSIM(.95), Pixels(0), Pixels(1), Pixels(4), Pixels(1000))
-         if name == 'random_search' or isinstance(threat, Pixels) == (name == 'one_pixel') and not isinstance(threat, SSIM)]
+cases = [(name, threat) for name in attacks for threat in (Linf(0), Linf(4/255), Linf(1), L2(0), L2(.3), L1(3.), SSIM(.95), L0(0), L0(1), L0(4), L0(1000))
+         if name == 'random_search' or isinstance(threat, L0) == (name == 'one_pixel') and not isinstance(threat, SSIM)]
 named = pytest.mark.parametrize('name, threat', cases, ids=lambda o: o if isinstance(o, str) else repr(o))
 
 
@@ -103,7 +103,7 @@ def test_no_image_is_asked_about_more_often_than_granted(threat, queries):
 
 
 @pytest.mark.parametrize('attack, threat', ((partial(random_search, tries=150), L2(.8)), (partial(square, queries=150), Linf(.03)), (partial(square, queries=150), L2(.4)), (partial(square, queries=150), L1(3.)),
-                                            (partial(one_pixel, population=10, generations=10), Pixels(2))), ids=('random', 'Linf', 'L2', 'L1', 'Pixels'))
+                                            (partial(one_pixel, population=10, generations=10), L0(2))), ids=('random', 'Linf', 'L2', 'L1', 'Pixels'))
 def test_an_image_that_fell_is_left_alone(attack, threat):
     x, y = grey(20)
     w = linear()[1]
@@ -122,7 +122,7 @@ def test_an_image_that_fell_is_left_alone(attack, threat):
 
 def test_one_pixel_and_random_search_count_as_documented():
     x, y = grey()
-    for attack, threat, granted in ((partial(random_search, tries=17), Linf(.01), 17), (partial(one_pixel, population=9, generations=4), Pixels(2), 9*5)):
+    for attack, threat, granted in ((partial(random_search, tries=17), Linf(.01), 17), (partial(one_pixel, population=9, generations=4), L0(2), 9*5)):
         model = Counter(linear()[0], x).eval()
         attack(model, x, y, threat)
         assert (model.asked[1:] == granted+1).all()
@@ -241,7 +241,7 @@ def test_random_search_finds_what_its_samples_hold():
 @pytest.mark.parametrize('n', (0, 1, 3, 36, 50))
 def test_projection_to_few_pixels_is_the_nearest(n):
     x, _ = grey()
-    far, threat = x + .6*torch.randn(x.shape, generator=make_generator(1), dtype=x.dtype), Pixels(n)
+    far, threat = x + .6*torch.randn(x.shape, generator=make_generator(1), dtype=x.dtype), L0(n)
     near = threat.project(x, far)
     changed = ((near-x).abs() > 0).any(1).flatten(1)
     assert (threat.distance(x, near) == changed.sum(1)).all() and (changed.sum(1) == min(n, 36)).all() and threat.allows(x, near).all()
@@ -249,12 +249,12 @@ def test_projection_to_few_pixels_is_the_nearest(n):
     for i in range(len(x)): assert set(changed[i].nonzero().flatten().tolist()) == set(sorted(range(36), key=lambda k: -size[i, k].item())[:n])
     assert torch.equal(near, torch.where(changed.view(-1, 1, 6, 6), far.clamp(0, 1), x)) and torch.equal(threat.project(x, near), near)
     assert threat.allows(x, x + 2e-8).all(), 'rounding is no change'
-    if n < 36: assert not threat.allows(x, far.clamp(0, 1)).any() and not Pixels(n).allows(x, Pixels(n+1).project(x, far)).any()
+    if n < 36: assert not threat.allows(x, far.clamp(0, 1)).any() and not L0(n).allows(x, L0(n+1).project(x, far)).any()
     for bad in (1.2, -.1, torch.nan): assert not threat.allows(x, near.index_fill(1, torch.tensor(0), bad)).any()
 
 
 def test_random_pixels_are_uniform():
-    x, threat = torch.full((4000, 1, 3, 3), .5) + 1e-5*torch.rand(4000, 1, 3, 3, generator=make_generator(9)), Pixels(2)
+    x, threat = torch.full((4000, 1, 3, 3), .5) + 1e-5*torch.rand(4000, 1, 3, 3, generator=make_generator(9)), L0(2)
     changed = ((threat.sample(x, make_generator(0))-x).abs() > 1e-4).flatten(1)
     assert (changed.sum(1) <= 2).all() and (changed.double().mean(0)-2/9).abs().max() < .03
     colours = threat.sample(x, make_generator(0)).flatten(1)[changed]
@@ -267,9 +267,9 @@ def test_one_step_is_exact_where_few_pixels_may_change(n):
     x, y = grey()
     best = torch.where(w > 0, 1-x, x).mul(w.abs()).sum(1).flatten(1).sort(1, descending=True).values[:, :n].sum(1)
     gain = lambda x_adv: (margin(model(x_adv), y)-margin(model(x), y)).detach()
-    assert torch.allclose(gain(fgsm(model, x, y, Pixels(n), loss=margin)), best)
-    assert (gain(pgd(model, x, y, Pixels(n), loss=margin)) > .7*best).all() and (gain(one_pixel(model, x, y, Pixels(n), population=10, generations=2)) < best).all()
-    assert torch.equal(Pixels(n).steepest(w.expand(4, 3, 6, 6)), w.sign()*Pixels(n)._top(w.abs().sum(0)[None]).expand(4, -1, -1, -1))
+    assert torch.allclose(gain(fgsm(model, x, y, L0(n), loss=margin)), best)
+    assert (gain(pgd(model, x, y, L0(n), loss=margin)) > .7*best).all() and (gain(one_pixel(model, x, y, L0(n), population=10, generations=2)) < best).all()
+    assert torch.equal(L0(n).steepest(w.expand(4, 3, 6, 6)), w.sign()*L0(n)._top(w.abs().sum(0)[None]).expand(4, -1, -1, -1))
 
 
 class Curved(nn.Module):
@@ -291,7 +291,7 @@ def test_one_pixel_finds_the_best_single_pixel():
         x = x[:, :shape[0]]
         model = Curved(linear(shape=shape)[1]).eval()
         best = model.best(x).flatten(1)
-        out = one_pixel(model, x, y, Pixels(1), population=100, generations=60)
+        out = one_pixel(model, x, y, L0(1), population=100, generations=60)
         where = ((out-x).abs() > 0).any(1).flatten(1)
         assert (where.sum(1) == 1).all()
         gain = margin(model(out), y)-margin(model(x), y)
@@ -301,7 +301,7 @@ def test_one_pixel_finds_the_best_single_pixel():
 def test_one_pixel_gains_as_much_as_the_evolution_of_scipy():
     optimize = pytest.importorskip('scipy.optimize')
     (x, y), model, members, generations = grey(10), Curved(linear()[1]).eval(), 30, 15
-    ours = margin(model(one_pixel(model, x, y, Pixels(1), make_generator(0), members, generations)), y)
+    ours = margin(model(one_pixel(model, x, y, L0(1), make_generator(0), members, generations)), y)
     def theirs(i):
         def cost(genes):
             image = x[i:i+1].clone()
@@ -314,7 +314,7 @@ def test_one_pixel_gains_as_much_as_the_evolution_of_scipy():
 
 def test_one_pixel_follows_a_slow_loop():
     (x, y), model, members, generations, left = grey(8), Curved(linear()[1]).eval(), 7, 6, []
-    out = one_pixel(model, x, y, Pixels(2), make_generator(0), members, generations)
+    out = one_pixel(model, x, y, L0(2), make_generator(0), members, generations)
     for i, g in enumerate(image_generators(make_generator(0), x)):
         genes = torch.cat([draw(torch.rand, [g], members, 2, 2, like=x), (.5 + .5*draw(torch.randn, [g], members, 2, 3, like=x)).clamp(0, 1)], 3)[0]
         shuffle = draw(torch.rand, [g], generations, members, like=x)[0]
@@ -339,15 +339,15 @@ def test_one_pixel_follows_a_slow_loop():
 def test_wrong_use_is_refused(name, use):
     change, error, words = wrong_uses[use]
     model = make_net()
-    with pytest.raises(error, match=words): attacks[name](*change(model, *make_batch(model=model)), Pixels(1) if name == 'one_pixel' else Linf(8/255))
+    with pytest.raises(error, match=words): attacks[name](*change(model, *make_batch(model=model)), L0(1) if name == 'one_pixel' else Linf(8/255))
 
 
 @pytest.mark.parametrize('call, words', (
-    (lambda *a: square(*a, SSIM(.9)), 'must be Linf, L2 or L1 .* Use `random_search`'), (lambda *a: square(*a, Pixels(1)), 'got Pixels'),
+    (lambda *a: square(*a, SSIM(.9)), 'must be Linf, L2 or L1 .* Use `random_search`'), (lambda *a: square(*a, L0(1)), 'got Pixels'),
     (lambda *a: one_pixel(*a, Linf(.1)), r'e.g. `Pixels\(1\)`; got Linf'), (lambda *a: square(*a, Linf(.1), queries=1), '`queries` must be at least 2'),
     (lambda *a: square(*a, Linf(.1), p=0.), 'got 5000 and 0'), (lambda *a: square(*a, Linf(.1), p=float('nan')), 'got 5000 and nan'), (lambda *a: square(*a, Linf(.1), p=1.1), r'`p` in \(0, 1\]'),
-    (lambda *a: random_search(*a, Linf(.1), tries=0), '`tries` must be at least 1; got 0'), (lambda *a: one_pixel(*a, Pixels(1), population=2), '`population` must be at least 3'),
-    (lambda *a: one_pixel(*a, Pixels(1), generations=-1), '`generations` not negative; got 100 and -1'), (lambda *a: Pixels(-1), 'at least 0; got -1'), (lambda *a: Pixels(1.), 'got 1.0')))
+    (lambda *a: random_search(*a, Linf(.1), tries=0), '`tries` must be at least 1; got 0'), (lambda *a: one_pixel(*a, L0(1), population=2), '`population` must be at least 3'),
+    (lambda *a: one_pixel(*a, L0(1), generations=-1), '`generations` not negative; got 100 and -1'), (lambda *a: L0(-1), 'at least 0; got -1'), (lambda *a: L0(1.), 'got 1.0')))
 def test_wrong_settings_are_refused(call, words):
     model = make_net()
     with pytest.raises((TypeError, ValueError), match=words): call(model, *make_batch(model=model))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from robustnb.attacks.adaptive_pgd import apgd, apgd_targeted
-from robustnb.attacks.gradient import in_turn, margin, pgd
+from robustnb.attacks.gradient import multi_attack, margin, pgd
 from robustnb.attacks.standard import autoattack, cascade, search_copy
 from robustnb.core import make_generator, predict
 from robustnb.data import digits, subset
@@ -44,7 +44,7 @@ threats = (Linf(4/255), Linf(16/255), L2(.8), L1(8.), SSIM(.9))
 @pytest.mark.parametrize('threat', threats, ids=repr)
 def test_the_cascade_reaches_the_answer_of_the_long_way(trained, threat):
     net, x, y = trained
-    long_way = in_turn(partial(apgd, steps=50), partial(apgd_targeted, steps=30))(net, x, y, threat)
+    long_way = multi_attack(partial(apgd, steps=50), partial(apgd_targeted, steps=30))(net, x, y, threat)
     found = cascade(net, x, y, threat)
     assert threat.allows(x, found).all()
     a, b, clean = stands(net, found, y), stands(net, long_way, y), stands(net, x, y)
@@ -58,7 +58,7 @@ def test_sparse_steps_get_enough_iterations():
     net, _ = train(recipe, build_model('ResNet_18', width=.125), subset(digits('train'), 300, seed=7), device='cpu')
     test = subset(digits('test'), 40, seed=7)
     x, y = test.x, torch.as_tensor(test.y)
-    long_way = in_turn(partial(apgd, steps=50), partial(apgd_targeted, steps=20, targets=4))(net, x, y, L1(8.))
+    long_way = multi_attack(partial(apgd, steps=50), partial(apgd_targeted, steps=20, targets=4))(net, x, y, L1(8.))
     left = stands(net, long_way, y).sum()
     assert stands(net, cascade(net, x, y, L1(8.)), y).sum() <= left + 1 < stands(net, x, y).sum()
 
@@ -73,7 +73,7 @@ def test_the_cascade_asks_for_a_small_share_of_the_gradients(trained):
         try: attack(counted, x, y, Linf(4/255))
         finally: module.search_copy = original
         return sum(seen)
-    assert gradients_of(cascade)*15 < gradients_of(in_turn(apgd, apgd_targeted))
+    assert gradients_of(cascade)*15 < gradients_of(multi_attack(apgd, apgd_targeted))
 
 
 @pytest.mark.parametrize('threat', (Linf(8/255), L2(.5)), ids=repr)

@@ -8,7 +8,7 @@ import pytest
 
 from robustnb.metrics import r2
 from robustnb.commands.fit_predictor import fit_predictor_command as fit
-from robustnb.transfer.predictor import load_link
+from robustnb.transfer.predictor import load_predictor
 from robustnb.transfer.predictor import predict_losses
 
 
@@ -30,16 +30,16 @@ def test_tables_links_and_scores(runs, capsys):
     assert {'eps', 'predicted_robust_loss', 'measured_robust_loss'} <= set(robust) and len(robust) == 72
     scores = json.loads((runs/'out'/'manifest.json').read_text())['scores']
     assert scores[0]['r2'] == pytest.approx(r2(loss.measured_loss, loss.predicted_loss), abs=1e-3) and scores[1]['rows'] == 72 and scores[1]['networks'] == 3
-    again = predict_losses(pd.read_csv(runs/'a'/'report_table.csv'), runs/'out'/'links.json')
+    again = predict_losses(pd.read_csv(runs/'a'/'report_table.csv'), runs/'out'/'predictors.json')
     assert np.allclose(pd.read_csv(runs/'out'/'predicted.csv').predicted_robust_loss, again.predicted_robust_loss)
-    assert load_link('loss', runs/'out'/'links.json').models == ('a', 'b', 'c') and 'mae' in capsys.readouterr().out
+    assert load_predictor('loss', runs/'out'/'predictors.json').models == ('a', 'b', 'c') and 'mae' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('given, said', [('', 'at least one'), ('a,a', 'twice'), ('a', 'at least 2 models'), ('a,nowhere', 'robustnb_assess with --test'), ('a,deep/a', 'different names')])
 def test_refusals(runs, given, said):
     (runs/'deep').mkdir(); (runs/'deep'/'a').symlink_to(runs/'a')
     with pytest.raises(SystemExit, match=said): fit(','.join(str(runs/o) if o else '' for o in given.split(',')), out=str(runs/'out'))
-    assert not (runs/'out'/'links.json').exists()
+    assert not (runs/'out'/'predictors.json').exists()
 
 
 def test_what_is_to_be_predicted_must_be_there(runs):

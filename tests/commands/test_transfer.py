@@ -12,7 +12,7 @@ from robustnb.commands import transfer as transfer_cli
 from robustnb.commands.train import train_command
 from robustnb.core import predict, to_float
 from robustnb.files import load_state, save_state
-from robustnb.models.complexity import cost
+from robustnb.models.complexity import model_complexity
 from robustnb.quant.ptq import model_bytes
 from robustnb.data import digits, load_data
 from robustnb.transfer.generator import generate
@@ -20,7 +20,7 @@ from robustnb.models.zoo import build_model
 from robustnb.models.loading import load_model, save_model
 from robustnb.models.graph import fold_batchnorm
 from robustnb.quant.ptq import quantize
-from robustnb.quant.checkpoints import load_quantised
+from robustnb.quant.checkpoints import load_quantized
 from robustnb.transfer.generator import load_generator
 from robustnb.commands.transfer import cost_command, generate_command, quantize_command
 
@@ -68,7 +68,7 @@ def test_cost_of_one_file_and_of_all(weights, tmp_path, capsys):
     for name, bits in (('float32', 32), ('INT8', 8), ('FLOAT6_E3', 6), ('INT3/INT8', 3)):
         for row in networks.to_dict('records'):
             net = load_model(weights) if row['network'] == 'weights' else build_model(row['network'])
-            own, table = layers[layers.network == row['network']], cost(net)
+            own, table = layers[layers.network == row['network']], model_complexity(net)
             assert row[f'kb_{name}']*1000 == model_bytes(fold_batchnorm(net), bits)
             assert 0 <= own[f'bytes_{name}'].sum() - row[f'kb_{name}']*1000 <= len(own), 'layers are rounded up to whole bytes'
             assert [row[k] for k in ('params', 'macs', 'ptflops')] == table[['params', 'macs', 'ptflops']].sum().tolist()
@@ -186,7 +186,7 @@ def test_quantised_copies(weights, tmp_path, capsys):
     everything = {o.tobytes() for o in pool.images}
     assert len(x) == 60 and all(o.tobytes() in everything for o in transfer_cli._some('digits', 60, 0).images) and len(np.unique(transfer_cli._some('digits', 60, 0).y)) == 10
     for row in table.to_dict('records'):
-        q, made = load_quantised(out/row['file']), quantize(net, row['format'], x)
+        q, made = load_quantized(out/row['file']), quantize(net, row['format'], x)
         assert torch.equal(predict(q, x), predict(made, x)) and str(q.spec) == row['format']
         assert row['agreement'] == pytest.approx((predict(q, x).argmax(1) == predict(net, x).argmax(1)).float().mean().item())
         assert row['size_kb']*1000 == model_bytes(q, q.spec.weights.bits) and row['n'] == 60
@@ -232,13 +232,13 @@ def test_images_from_a_folder_and_from_nothing(weights, tmp_path, monkeypatch):
     some = transfer_cli._some(str(tmp_path/'g'), 20, 0)
     made = load_data(tmp_path/'g').images
     assert len(some) == 20 and {o.tobytes() for o in some.images} <= {o.tobytes() for o in made}
-    assert torch.equal(predict(load_quantised(tmp_path/'a'/'INT8.pt'), some.x), predict(quantize(load_model(weights), 'INT8', some.x), some.x))
+    assert torch.equal(predict(load_quantized(tmp_path/'a'/'INT8.pt'), some.x), predict(quantize(load_model(weights), 'INT8', some.x), some.x))
     trained, train = [], transfer_cli.train_generator
     monkeypatch.setattr(transfer_cli, 'train_generator', lambda *a, **k: trained.append(k) or train(*a, **k))
     for formats in ('INT8', 'INT8,INT4'): run_quantize(weights, formats, n=20, steps=2, out=str(tmp_path/'b'), seed=3)
     assert trained == [dict(seed=3, steps=2)] and names(tmp_path/'b') == ['INT4.pt', 'INT8.pt', 'images', 'manifest.json', 'quantised.csv', 'question.json']
     x = load_data(tmp_path/'b'/'images').x
-    assert len(x) == 20 and torch.equal(predict(load_quantised(tmp_path/'b'/'INT4.pt'), x), predict(quantize(load_model(weights), 'INT4', x), x))
+    assert len(x) == 20 and torch.equal(predict(load_quantized(tmp_path/'b'/'INT4.pt'), x), predict(quantize(load_model(weights), 'INT4', x), x))
     assert json.loads((tmp_path/'b'/'manifest.json').read_text())['images'] == 'generated'
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from robustnb.curation.training_sets import contest as C
 from robustnb.curation.contest import (
     contest_network, contest_networks, contest_train, default_config, load_set, read_config,
-    validate_set, write_config, write_submission)
+    validate_set, write_config, pack_training_set)
 from robustnb.core import make_generator, predict
 from robustnb.files import load_state, save_state
 from robustnb.data import digits, subset
@@ -309,7 +309,7 @@ def test_every_broken_rule_of_the_arrays_is_named(what, case, data, tmp_path):
     with pytest.raises(ValueError) as e:
         contest_train(tiny(), array if what == 'data.npy' else data.images, array if what == 'label.npy' else data.labels, SGD, epochs=1)
     assert all(r in str(e.value) for r in want)
-    with pytest.raises(ValueError): write_submission(tmp_path, tmp_path/'x.zip')
+    with pytest.raises(ValueError): pack_training_set(tmp_path, tmp_path/'x.zip')
     assert not (tmp_path/'x.zip').exists()
 
 
@@ -342,7 +342,7 @@ def test_legal_but_doubtful(data, tmp_path):
         y = np.repeat(np.arange(10), [n] + [5]*9)
         rows = C._pair_rows(np.random.default_rng(0).integers(0, 256, (len(y), 32, 32, 3), np.uint8), np.eye(10)[y])
         assert rows[-1]['rule'] == 'class balance' and rows[-1]['verdict'] == verdict and rows[1]['verdict'] == 'ok'
-    write_submission(tmp_path, tmp_path/'x.zip')
+    pack_training_set(tmp_path, tmp_path/'x.zip')
 
 
 def test_several_rules_at_once_and_what_could_not_be_checked(data, tmp_path):
@@ -439,7 +439,7 @@ def test_a_submission_survives_the_round_trip(data, tmp_path):
     f = tmp_path/'wideresnet.pth.tar'
     model, _ = contest_train(contest_network('wideresnet', .0625), data.images, data.labels, SGD, epochs=1, checkpoint=f, device='cpu')
     (tmp_path/'notes.txt').write_text('private')
-    z = write_submission(tmp_path, tmp_path/'out'/'Dataset.zip')
+    z = pack_training_set(tmp_path, tmp_path/'out'/'Dataset.zip')
     assert validate_set(z).verdict.eq('ok').all() and (load_set(z)[0] == data.images).all() and (load_set(z)[1] == data.labels).all()
     with zipfile.ZipFile(z) as o:
         assert o.namelist() == ['config.py', 'data.npy', 'label.npy', 'wideresnet.pth.tar'] and o.testzip() is None
@@ -450,12 +450,12 @@ def test_a_submission_survives_the_round_trip(data, tmp_path):
     fresh.net.load_state_dict(held['state_dict'])
     assert list(held) == ['state_dict'] and same(fresh, model)
     before = z.read_bytes()
-    assert write_submission(tmp_path, z).read_bytes() == before
+    assert pack_training_set(tmp_path, z).read_bytes() == before
     for bad in (dict(model=1), dict(state_dict={}), dict(state_dict=dict(a=1)), [1]):
         save_state(bad, f)
-        with pytest.raises(ValueError, match='state_dict'): write_submission(tmp_path, z)
+        with pytest.raises(ValueError, match='state_dict'): pack_training_set(tmp_path, z)
     assert z.read_bytes() == before and [o.name for o in z.parent.iterdir()] == ['Dataset.zip']
-    with pytest.raises(NotADirectoryError): write_submission(z, tmp_path/'y.zip')
+    with pytest.raises(NotADirectoryError): pack_training_set(z, tmp_path/'y.zip')
 
 
 # ---- training

@@ -15,9 +15,9 @@ from robustnb.core import make_generator
 from robustnb.curation.training_sets import (
     attacked, build_training_set, load_training_set, set_card, summary, TrainingSet, unchanged)
 from robustnb.data import ImageSet
-from robustnb.curation.published import recipe, recipe_names, simulated_training, towards_random
+from robustnb.curation.published import published_mixture, published_names, simulated_training, towards_random
 from robustnb.curation.search import (
-    build_bank, join, mine_errors, mix, random_shares, successive_halving)
+    build_bank, concatenate_sets, mine_errors, mix, random_shares, successive_halving)
 from robustnb.attacks.threat_models import Linf
 
 seeded = lambda: make_generator(0)
@@ -184,15 +184,15 @@ def test_nothing_is_written_where_one_file_cannot_be(tmp_path, monkeypatch):
     assert not [*(tmp_path/'set').glob('*')]
 
 
-@pytest.mark.parametrize('name', recipe_names)
+@pytest.mark.parametrize('name', published_names)
 def test_every_recipe_has_shares_for_its_sources(name):
-    plan = recipe(name, dict(a=nets[0], b=nets[1]), nets[0], pool, effort=.01)
+    plan = published_mixture(name, dict(a=nets[0], b=nets[1]), nets[0], pool, effort=.01)
     assert abs(sum(plan['shares'].values())-1) < 1e-9 and set(plan['shares']) == set(plan['sources']) and all(k in plan['sources'] for o in ('select', 'candidates') for k in (plan.get(o) if isinstance(plan.get(o), dict) else ()))
 
 
 @pytest.mark.parametrize('kw, words', ((dict(name='gold'), '`name` must be one of clean'), (dict(nets={}), '`nets`'), (dict(effort=0), '`effort`'), (dict(name='mission_generated'), '`generated` must be given')))
 def test_recipes_that_do_not_exist(kw, words):
-    with pytest.raises(ValueError, match=words): recipe(**dict(name='mission', nets=dict(a=nets[0])) | kw)
+    with pytest.raises(ValueError, match=words): published_mixture(**dict(name='mission', nets=dict(a=nets[0])) | kw)
 
 
 def test_targets_are_wrong_and_random():
@@ -268,12 +268,12 @@ def test_mixing_and_joining():
     chosen = [mix(few, dict(a=.7, b=.3), 40, seed=s) for s in (0, 0, 1)]
     assert all((o.rows['image'].value_counts() == 2).all() for o in chosen) and np.array_equal(chosen[0].images, chosen[1].images) and not chosen[0].rows.equals(chosen[2].rows)
     assert mix(few, dict(a=.5, b=.5), 30).rows['image'].value_counts().between(1, 2).all()
-    assert len(join([made, bank['a']])) == 80 and (join([made, bank['a']]).images[40:] == bank['a'].images).all()
+    assert len(concatenate_sets([made, bank['a']])) == 80 and (concatenate_sets([made, bank['a']]).images[40:] == bank['a'].images).all()
     one = {k: build_bank(pool, dict(a=unchanged), 5, select=dict(a=partial(S.by_entropy, models=nets)), candidates=dict(a=18))['a'] for k in (0,)}[0]
     assert set(one.rows['image']) == set(candidates(S.by_entropy, 5, models=nets))
     for bad, words in ((dict(a=.5), 'sum to 1'), (dict(c=1.), 'it has 0'), (dict(a=1.), 'must hold 41')):
         with pytest.raises(ValueError, match=words): mix(bank, bad, 41)
-    with pytest.raises(ValueError, match='at least one'): join([])
+    with pytest.raises(ValueError, match='at least one'): concatenate_sets([])
 
 
 def test_mining_asks_the_networks_of_the_round_before():

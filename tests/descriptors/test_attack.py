@@ -13,8 +13,8 @@ from robustnb.descriptors.attack import (
     allows_saved, attack_descriptor, baseline, fgsm_masked, fgvm, fit_eight_bit, Plan,
     target_combinations)
 from robustnb.attacks.ssim_rule import ssim
-from robustnb.core import eight_bit
-from robustnb.descriptors.blackbox import descriptor_distance, Queries
+from robustnb.core import round_to_8bit
+from robustnb.descriptors.blackbox import descriptor_distance, BlackBox
 from robustnb.attacks.threat_models import L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
 
@@ -40,7 +40,7 @@ def photos(n=6, seed=0, rough=.05):
     "Smooth images with some texture"
     g = make_generator(seed)
     low = nn.functional.interpolate(torch.rand(n, 3, 4, 4, generator=g), size=16, mode='bilinear')
-    return eight_bit((low + rough*torch.randn(n, 3, 16, 16, generator=g)).clamp(0, 1))
+    return round_to_8bit((low + rough*torch.randn(n, 3, 16, 16, generator=g)).clamp(0, 1))
 
 
 @pytest.fixture(scope='module')
@@ -51,7 +51,7 @@ def case():
 
 
 def distance(box, x, targets):
-    with torch.no_grad(): return descriptor_distance(box(eight_bit(x)), targets)
+    with torch.no_grad(): return descriptor_distance(box(round_to_8bit(x)), targets)
 
 
 ATTACKS = dict(baseline=baseline, fgvm=lambda *a, **k: fgvm(*a, queries=12, **k), masked=lambda *a, **k: fgsm_masked(*a, queries=12, **k), ours=lambda *a, **k: attack_descriptor(*a, plan=Plan(queries=12), **k))
@@ -66,7 +66,7 @@ def test_saved_images_by_the_competition_rule():
     for a, b in zip(x, y):
         grey = [(o*255).round().byte().permute(1, 2, 0).numpy() for o in (a, b)]
         assert .95 <= skimage.structural_similarity(*grey, channel_axis=2, data_range=255) < .952
-    assert torch.equal(y, eight_bit(y))
+    assert torch.equal(y, round_to_8bit(y))
 
 
 def test_rule_is_exact_about_grey_levels():
@@ -85,7 +85,7 @@ def test_fit_goes_as_far_as_it_may():
     assert ((y-x).abs().amax((1, 2, 3))*255).round().eq(8).all()
     assert torch.equal(fit_eight_bit(x, x, RULE), x)
     mixed = torch.cat([x[:1] + 1/255, x[1:2] + move[1:2]]).clamp(0, 1)
-    assert torch.equal(fit_eight_bit(x[:2], mixed, RULE)[:1], eight_bit(mixed[:1])), 'one image does not depend on another'
+    assert torch.equal(fit_eight_bit(x[:2], mixed, RULE)[:1], round_to_8bit(mixed[:1])), 'one image does not depend on another'
 
 
 # ---- the second place
@@ -115,7 +115,7 @@ def slow_fgvm(box, x, targets, students, queries, step=cut):
         d = sum(s(at) for s in students)/len(students)
         g, = torch.autograd.grad((d-goals[k % 28]).square().mean(), at)
         new = now - .016*.225*step(g[0])
-        file = eight_bit(new.clamp(0, 1)[None])
+        file = round_to_8bit(new.clamp(0, 1)[None])
         if ssim(x[None].double(), file.double()) < .95: break
         s = descriptor_distance(box(file), targets[None]).item()
         if s < best: now, kept, best, patience = new, file[0], s, 28
@@ -150,7 +150,7 @@ def test_fgvm_jumps_after_five_failures():
     moved = [(o-x).abs().amax().item()*255 for o in asked]
     assert moved[0] == 0 and all(m <= 2.1 for m in moved[1:6]) and all(m <= 4.1 for m in moved[6:10])
     second = fgvm_step(Linear(), fgvm_step(Linear(), x, target_combinations(targets)[:, 4]), target_combinations(targets)[:, 5])
-    assert torch.allclose(asked[6], eight_bit(second.clamp(0, 1)), atol=1e-6), 'the step taken all the same is the fifth'
+    assert torch.allclose(asked[6], round_to_8bit(second.clamp(0, 1)), atol=1e-6), 'the step taken all the same is the fifth'
 
 
 def fgvm_step(student, now, goal):
@@ -172,7 +172,7 @@ def test_baseline_first_step(case):
     x, targets, box, student = case
     at = x[:1].clone().requires_grad_(True)
     step = sum(torch.autograd.grad((student(at)-targets[0, j]).square().mean(), at)[0].sign() for j in range(5))
-    wanted = eight_bit((x[:1] - .01*.225*step).clamp(0, 1))
+    wanted = round_to_8bit((x[:1] - .01*.225*step).clamp(0, 1))
     level = 1 - RULE.distance(x[:1].double(), wanted.double()).item() - 1e-6
     found = baseline(box, x[:1], targets[:1], SSIM(level), students=[student])
     assert torch.equal(found, wanted) or (ssim(x[:1], found) >= level and distance(box, found, targets[:1]) <= distance(box, wanted, targets[:1]))
@@ -183,7 +183,7 @@ def test_baseline_first_step(case):
 def test_perfect_student_reaches_the_best_linear_step(case):
     "For a linear descriptor and one target far away, the best image under L2 is known"
     x, _, box, _ = case
-    x = eight_bit(.4 + .2*x)
+    x = round_to_8bit(.4 + .2*x)
     with torch.no_grad(): goal = box(x)*1e3
     rule = L2(.5)
     found = attack_descriptor(box, x, goal[:, None], rule, students=[box], plan=Plan(queries=20, refresh=0))
@@ -221,7 +221,7 @@ def test_learning_brings_students_nearer(case):
 
 def test_learning_from_how_answers_differ(case):
     x, _, box, student = case
-    moved = eight_bit((x + .02*torch.randn(x.shape, generator=make_generator(3))).clamp(0, 1))
+    moved = round_to_8bit((x + .02*torch.randn(x.shape, generator=make_generator(3))).clamp(0, 1))
     off = lambda o: (o(moved) - o(x) - box(moved) + box(x)).norm(dim=1).mean().item()
     seen = seen_at(box, moved, x)
     assert off(learnt(case, seen, differences=1.)) < .3*off(learnt(case, seen, differences=0.)) and off(learnt(case, seen, differences=0.)) > .5*off(student)
@@ -229,7 +229,7 @@ def test_learning_from_how_answers_differ(case):
 
 def test_a_step_of_learning_written_out(case):
     x, _, box, student = case
-    moved = eight_bit((x + .02*torch.randn(x.shape, generator=make_generator(3))).clamp(0, 1))
+    moved = round_to_8bit((x + .02*torch.randn(x.shape, generator=make_generator(3))).clamp(0, 1))
     learner, plan, seen = copy.deepcopy(student), Plan(refresh=1, differences=.7), seen_at(box, moved, x)
     D._learn([learner], [torch.optim.SGD(learner.parameters(), .1)], seen, plan, make_generator(0))
     g, w = make_generator(0), student.w.detach().clone().requires_grad_(True)
@@ -246,7 +246,7 @@ def test_a_step_of_learning_written_out(case):
 
 def test_learning_passes_over_what_was_not_answered(case):
     x, _, box, student = case
-    first, last = seen_at(box, eight_bit(.9*x), x)
+    first, last = seen_at(box, round_to_8bit(.9*x), x)
     first[1][::2], last[1][1::2] = float('nan'), float('nan')     # no image has two answers
     assert torch.equal(learnt(case, [first, last]).w, learnt(case, [first, last], differences=0.).w) and not torch.equal(learnt(case, [first, last]).w, student.w)
     first[1].fill_(float('nan')); last[1].fill_(float('nan'))
@@ -287,7 +287,7 @@ def test_nesterov_looks_ahead(case):
 
 def test_shaped_steps_gain_more(case):
     x, targets, box, _ = case
-    x = eight_bit(torch.cat([x[:, :, :8], .5 + .1*x[:, :, 8:]], 2))     # one half rough, one half flat
+    x = round_to_8bit(torch.cat([x[:, :, :8], .5 + .1*x[:, :, 8:]], 2))     # one half rough, one half flat
     score = lambda **o: distance(box, attack_descriptor(box, x, targets, RULE, students=[box], plan=Plan(queries=30, refresh=0, **o)), targets).mean()
     assert score() < score(shaped=False)
 
@@ -307,11 +307,11 @@ def test_contract(case, name):
     x, targets, box, student = case
     keep = x.clone(), targets.clone()
     state = torch.get_rng_state()
-    found = ATTACKS[name](Queries(box, 1000), x, targets, RULE, students=[student])
+    found = ATTACKS[name](BlackBox(box, 1000), x, targets, RULE, students=[student])
     assert torch.equal(state, torch.get_rng_state()) and torch.equal(keep[0], x) and torch.equal(keep[1], targets)
-    assert torch.equal(found, eight_bit(found)) and allows_saved(x, found, RULE).all() and not found.requires_grad
+    assert torch.equal(found, round_to_8bit(found)) and allows_saved(x, found, RULE).all() and not found.requires_grad
     assert (distance(box, found, targets) <= distance(box, x, targets) + 1e-6).all() and distance(box, found, targets).mean() < distance(box, x, targets).mean()
-    again = ATTACKS[name](Queries(box, 1000), x, targets, RULE, students=[student], start=found)
+    again = ATTACKS[name](BlackBox(box, 1000), x, targets, RULE, students=[student], start=found)
     assert (distance(box, again, targets) <= distance(box, found, targets) + 1e-6).all(), 'a stage never loses what the one before gained'
 
 
@@ -331,7 +331,7 @@ def test_questions(case, name, most):
 @pytest.mark.parametrize('limit', [6, 7, 20])
 def test_budget_ends_in_the_middle(case, name, limit):
     x, targets, box, student = case
-    oracle = Queries(box, limit)
+    oracle = BlackBox(box, limit)
     found = ATTACKS[name](oracle, x, targets, RULE, students=[student])
     assert oracle.used <= limit and allows_saved(x, found, RULE).all() and (distance(box, found, targets) <= distance(box, x, targets) + 1e-6).all()
 

@@ -11,10 +11,10 @@ from torch import nn
 from robustnb.descriptors.attack import attack_network as E
 from robustnb.core import make_generator, to_uint8
 from robustnb.descriptors.attack_network import (
-    AttackerRecipe, end_to_end, LinkNetAttacker, train_attacker)
+    AttackerRecipe, network_attack, LinkNetAttacker, train_attacker)
 from robustnb.descriptors.carlini_wagner import carlini_wagner_ssim
 from robustnb.attacks.ssim_rule import ssim
-from robustnb.descriptors.blackbox import Queries
+from robustnb.descriptors.blackbox import BlackBox
 from robustnb.attacks.threat_models import L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
 
@@ -83,7 +83,7 @@ def trained(one_thread): return train_attacker(students, pictures(120, seed=3), 
 def attacks(people):
     net = LinkNetAttacker(width=4, k=1.)
     return dict(adam=lambda o, x, t, threat, g=None, start=None: carlini_wagner_ssim(o, x, t, threat, g, start, students=students, steps=20),
-                network=lambda o, x, t, threat, g=None, start=None: end_to_end(o, x, t, threat, g, start, attacker=net, target_images=people[:len(x)]))
+                network=lambda o, x, t, threat, g=None, start=None: network_attack(o, x, t, threat, g, start, attacker=net, target_images=people[:len(x)]))
 
 
 both = pytest.mark.parametrize('name', ['adam', 'network'])
@@ -171,14 +171,14 @@ def test_budget_and_missing_answers(name):
     x, people, targets = faces()
     clean, attack = (x*255).round()/255, attacks(people)[name]
     for limit in (3, 6, 8):
-        oracle = Queries(teacher, limit)
+        oracle = BlackBox(teacher, limit)
         out = attack(oracle, x, targets, rule)
         assert oracle.used == limit and torch.equal(out[limit:], clean[limit:]) and (distance(teacher(out), targets) <= distance(teacher(clean), targets)).all()
     assert oracle.left == 0 and torch.equal(attack(oracle, x, targets, rule), clean)
     class Unused(nn.Linear):
         def forward(self, *a): raise AssertionError('nobody can ask about what this would find')
     unused = Unused(1, 1).eval()
-    assert torch.equal(carlini_wagner_ssim(oracle, x, targets, rule, students=unused), clean) and torch.equal(end_to_end(oracle, x, targets, rule, attacker=unused,
+    assert torch.equal(carlini_wagner_ssim(oracle, x, targets, rule, students=unused), clean) and torch.equal(network_attack(oracle, x, targets, rule, attacker=unused,
         target_images=people), clean)
     lost = lambda o: torch.where(torch.arange(len(o))[:, None] == 2, torch.nan, teacher(o)) if len(o) == 6 else teacher(o)
     assert torch.equal(attack(lost, x, targets, rule)[2], clean[2]), 'nothing to compare with'
@@ -186,7 +186,7 @@ def test_budget_and_missing_answers(name):
     asked = []
     def never(o): asked.append(len(o)); return torch.full((len(o), 12), torch.nan)
     assert torch.equal(attack(never, x, targets, rule, start=start), start) and asked == [6]
-    oracle = Queries(teacher, 1000)
+    oracle = BlackBox(teacher, 1000)
     attack(oracle, x, targets, rule)
     assert oracle.used <= dict(adam=6*11, network=6*2)[name] and oracle.used > 6
 
@@ -428,7 +428,7 @@ def test_a_trained_attacker_beats_noise_on_images_it_has_never_seen(trained):
     x, people = pictures(30, seed=7), persons(30, 8)
     targets = teacher(people.flatten(0, 1)).detach().unflatten(0, (30, 2))
     clean = (x*255).round()/255
-    out = end_to_end(teacher, x, targets, rule, attacker=net, target_images=people)
+    out = network_attack(teacher, x, targets, rule, attacker=net, target_images=people)
     noise = [E.fit_eight_bit(clean, clean + torch.randn(x.shape, generator=make_generator(i)), rule) for i in range(3)]
     gain = [distance(teacher(clean), targets)-distance(teacher(o).detach(), targets) for o in (out, *noise)]
     assert gain[0].mean() > .2 and all(gain[0].mean() > 5*o.mean().abs() for o in gain[1:])
@@ -493,7 +493,7 @@ def test_the_default_attacker_has_the_seed_of_the_recipe(monkeypatch):
 def test_errors():
     x, people, targets = faces(2)
     adam = lambda **o: carlini_wagner_ssim(**dict(dict(oracle=teacher, x=x, targets=targets, threat=rule, students=students, steps=1), **o))
-    net = lambda **o: end_to_end(**dict(dict(oracle=teacher, x=x, targets=targets, threat=rule, attacker=LinkNetAttacker(width=4), target_images=people), **o))
+    net = lambda **o: network_attack(**dict(dict(oracle=teacher, x=x, targets=targets, threat=rule, attacker=LinkNetAttacker(width=4), target_images=people), **o))
     shared = [(dict(x=2*x), '`x` must hold pixels in'), (dict(targets=targets[:, 0]), r'`targets` must hold the wanted descriptors \(N,T,D\).*targets\[:, None\]'),
         (dict(targets=targets[:1]), '`targets` must hold'),
               (dict(targets=targets*torch.nan), '`targets` must be finite'), (dict(targets=targets[:, :0]), '`targets` must hold'), (dict(targets=None),

@@ -19,8 +19,8 @@ from torch import nn
 
 from robustnb.descriptors.attack import blackbox as module
 from robustnb.core import make_generator, to_float, to_uint8
-from robustnb.core import eight_bit
-from robustnb.descriptors.blackbox import descriptor_distance, http_box, Queries
+from robustnb.core import round_to_8bit
+from robustnb.descriptors.blackbox import descriptor_distance, http_blackbox, BlackBox
 
 weights = torch.randn(3*5*4, 7, generator=make_generator(0, 'weights'), dtype=torch.float64).float()
 
@@ -62,17 +62,17 @@ def fails(error=OSError('no\nroom')):
 def quiet(*args, **kw):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        return Queries(*args, **kw)
+        return BlackBox(*args, **kw)
 
 
 def test_eight_bit():
     x = torch.cat([images(), torch.arange(60).view(1, 3, 5, 4)/255, torch.ones(1, 3, 5, 4)])
     for dtype in (torch.float32, torch.float64):
-        out = eight_bit(x.to(dtype))
+        out = round_to_8bit(x.to(dtype))
         assert out.dtype == dtype and torch.equal(out, torch.from_numpy(np.rint(x.to(dtype).numpy()*255)/np.array(255, x.to(dtype).numpy().dtype)))
-        assert torch.equal(out.float(), to_float(to_uint8(x))) and torch.equal(eight_bit(out), out)
+        assert torch.equal(out.float(), to_float(to_uint8(x))) and torch.equal(round_to_8bit(out), out)
     for bad in (x*1.01, x-1, x[0], torch.full_like(x, torch.nan)):
-        with pytest.raises(ValueError, match='`x`'): eight_bit(bad)
+        with pytest.raises(ValueError, match='`x`'): round_to_8bit(bad)
 
 
 def test_descriptor_distance():
@@ -96,11 +96,11 @@ def test_every_image_is_counted_and_sent_once(size):
     before = twice.clone()
     d = oracle(twice.requires_grad_())
     assert d.shape == (8, 7) and d.dtype == torch.float32 and not d.requires_grad and torch.equal(twice, before)
-    assert torch.allclose(d, answer(eight_bit(x))[[0, 1, 0, 2, 3, 4, 1, 5]], atol=1e-5)
+    assert torch.allclose(d, answer(round_to_8bit(x))[[0, 1, 0, 2, 3, 4, 1, 5]], atol=1e-5)
     assert not torch.allclose(d[:2], answer(x)[:2], atol=1e-5), 'the box must not see what a PNG cannot hold'
     assert [o for c in box.calls for o in c] == grey(x) and [len(c) for c in box.calls] == {None: [6], 1: [1]*6, 4: [4, 2], 100: [6]}[size]
     assert (oracle.used, oracle.left, oracle.limit) == (6, 94, 100)
-    for same in (eight_bit(x), x.double(), (eight_bit(x) + .4/255).clamp_max(1)): assert torch.equal(oracle(same), d[[0, 1, 3, 4, 5, 7]]) and box.asked == 6
+    for same in (round_to_8bit(x), x.double(), (round_to_8bit(x) + .4/255).clamp_max(1)): assert torch.equal(oracle(same), d[[0, 1, 3, 4, 5, 7]]) and box.asked == 6
     log = oracle.log
     assert list(log) == ['key', 'seconds', 'outcome', 'repeated'] and (log.outcome == 'answered').all() and not log.repeated.any() and log.key.nunique() == 6
     oracle(images(1, seed=5)), oracle(x.flip(3)[:1])
@@ -110,9 +110,9 @@ def test_every_image_is_counted_and_sent_once(size):
 
 def test_images_of_other_sizes_are_other_images():
     seen = []
-    oracle = Queries(lambda x: seen.append(x.shape) or torch.ones(len(x), 2)*x.shape[2], 10)
+    oracle = BlackBox(lambda x: seen.append(x.shape) or torch.ones(len(x), 2)*x.shape[2], 10)
     assert oracle(torch.zeros(1, 3, 2, 6))[0, 0] == 2 and oracle(torch.zeros(1, 3, 6, 2))[0, 0] == 6 and len(seen) == 2
-    rigid = Queries(Box(), 20)
+    rigid = BlackBox(Box(), 20)
     rigid(images(2))
     assert rigid(torch.rand(1, 3, 6, 6)).isnan().all() and rigid.log.outcome.str.startswith('failed: RuntimeError').sum() == 3
     for mixed in ([torch.zeros(3, 5, 4), torch.zeros(3, 6, 4)], (images(1),)):
@@ -120,7 +120,7 @@ def test_images_of_other_sizes_are_other_images():
 
 
 def test_seconds_are_shares_of_the_call():
-    oracle = Queries(lambda x: time.sleep(.2) or answer(x), 10)
+    oracle = BlackBox(lambda x: time.sleep(.2) or answer(x), 10)
     start = time.perf_counter()
     oracle(images(4))
     assert .199 <= oracle.log.seconds.sum() <= time.perf_counter()-start and oracle.log.seconds.nunique() == 1
@@ -129,13 +129,13 @@ def test_seconds_are_shares_of_the_call():
 @pytest.mark.parametrize('size', [None, 1, 2])
 def test_the_budget_is_never_exceeded(size):
     x, box = images(), Box()
-    oracle = Queries(box, 4, batch_size=size)
+    oracle = BlackBox(box, 4, batch_size=size)
     d = oracle(x)
     assert d.isnan().all(1).tolist() == [False]*4 + [True]*2 and (oracle.used, oracle.left, box.asked) == (4, 0, 4)
     assert torch.equal(oracle(x.flip(0)).flip(0).nan_to_num(9), d.nan_to_num(9)) and box.asked == 4
     assert oracle._book.grant(['another process'], 4) == [] and len(oracle.log) == 4
     x, box = images(8, seed=3), Box(images(8, seed=3), i0=fails())
-    oracle = Queries(box, 5, batch_size=4)
+    oracle = BlackBox(box, 5, batch_size=4)
     d = oracle(x)
     assert box.asked == oracle.used == len(oracle.log) == 5 and [len(c) for c in box.calls] == [4, 1] and d.isnan().all(1).tolist() == [True]*4 + [False] + [True]*3
 
@@ -143,27 +143,27 @@ def test_the_budget_is_never_exceeded(size):
 def test_one_bad_image_does_not_lose_the_others():
     x = images()
     box = Box(x, i2=fails())
-    oracle = Queries(box, 100)
+    oracle = BlackBox(box, 100)
     d = oracle(x)
-    assert d.isnan().all(1).tolist() == [False, False, True, False, False, False] and torch.allclose(d[3:], answer(eight_bit(x))[3:], atol=1e-5)
+    assert d.isnan().all(1).tolist() == [False, False, True, False, False, False] and torch.allclose(d[3:], answer(round_to_8bit(x))[3:], atol=1e-5)
     assert [len(c) for c in box.calls] == [6] + [1]*6 + [1] and oracle.used == 13 and box.calls[-1] == grey(x[2:3])
     log = oracle.log
     assert log.outcome.tolist()[:6] == ['failed: OSError: no room']*6 and (log.outcome == 'answered').sum() == 5 and log.repeated.tolist() == [False]*6 + [True]*7
     for size, retries, used in ((1, 0, 6), (1, 3, 9), (6, 0, 6)):
         box = Box(x, i2=fails())
-        oracle = Queries(box, 100, batch_size=size, retries=retries)
+        oracle = BlackBox(box, 100, batch_size=size, retries=retries)
         if size == 6:
             with pytest.raises(RuntimeError, match='at least once'): oracle(x)
         else: assert oracle(x).isnan().any(1).sum() == 1
         assert oracle.used == box.asked == used
     box = Box(x, i2=[fails(), fails()])
-    assert not Queries(box, 100)(x).isnan().any() and box.asked == 6 + 6 + 1
+    assert not BlackBox(box, 100)(x).isnan().any() and box.asked == 6 + 6 + 1
 
 
 def test_a_box_that_always_fails_says_why():
-    oracle = Queries(fails(), 10)
+    oracle = BlackBox(fails(), 10)
     with pytest.raises(TypeError): oracle(None)
-    oracle = Queries(lambda x: fails(ZeroDivisionError('w'*999))(), 10)
+    oracle = BlackBox(lambda x: fails(ZeroDivisionError('w'*999))(), 10)
     with pytest.raises(RuntimeError, match='6 of 10 questions.*ZeroDivisionError: www'): oracle(images(2))
     assert oracle.log.outcome.str.len().max() == 300
     with pytest.raises(RuntimeError): oracle(images(2))
@@ -173,20 +173,20 @@ def test_a_box_that_always_fails_says_why():
 def test_not_a_number():
     x = images()
     box = Box(x, i1=torch.nan, i4=torch.inf)
-    oracle = Queries(box, 100)
+    oracle = BlackBox(box, 100)
     d = oracle(x)
     assert d.isnan().all(1).tolist() == d.isnan().any(1).tolist() == [False, True, False, False, True, False] and box.asked == 6
     assert oracle.log.outcome.tolist() == ['answered', 'not a number', 'answered', 'answered', 'not a number', 'answered']
     box.bad.clear()
     assert not oracle(x).isnan().any() and box.asked == 8
-    blind = Queries(lambda x: torch.full((len(x), 7), torch.nan), 10)
+    blind = BlackBox(lambda x: torch.full((len(x), 7), torch.nan), 10)
     assert blind(x).shape == (6, 7) and blind(x[:1]).isnan().all() and blind.used == 7
 
 
 def test_late_answers_are_thrown_away():
     x, gate = images(3), threading.Event()
     box = Box(x, i1=[lambda: gate.wait(20), lambda: gate.wait(20)])
-    oracle = Queries(box, 100, timeout=.3)
+    oracle = BlackBox(box, 100, timeout=.3)
     start = time.perf_counter()
     d = oracle(x)
     assert time.perf_counter()-start < 10 and not d.isnan().any()
@@ -195,15 +195,15 @@ def test_late_answers_are_thrown_away():
     assert all(o.daemon for o in threading.enumerate() if o is not threading.main_thread()), 'a stalled box must not keep the process alive'
     gate.set(); time.sleep(.2)
     assert oracle.log.equals(rows) and oracle.used == 7
-    with pytest.raises(RuntimeError, match='the last: late'): Queries(lambda x: time.sleep(2), 4, timeout=.05)(x)
-    with pytest.raises(KeyboardInterrupt): Queries(lambda x: fails(KeyboardInterrupt())(), 4, timeout=5)(x)
+    with pytest.raises(RuntimeError, match='the last: late'): BlackBox(lambda x: time.sleep(2), 4, timeout=.05)(x)
+    with pytest.raises(KeyboardInterrupt): BlackBox(lambda x: fails(KeyboardInterrupt())(), 4, timeout=5)(x)
 
 
 @pytest.mark.parametrize('timeout', [None, 30])
 def test_an_interruption_passes_and_is_logged(tmp_path, timeout):
     x = images()
     box = Box(x, i3=fails(KeyboardInterrupt()))
-    oracle = Queries(box, 100, cache=tmp_path/'a.db', batch_size=2, timeout=timeout)
+    oracle = BlackBox(box, 100, cache=tmp_path/'a.db', batch_size=2, timeout=timeout)
     with pytest.raises(KeyboardInterrupt): oracle(x)
     assert oracle.used == 4 and oracle.log.outcome.tolist() == ['answered']*2 + ['interrupted']*2
     box.bad.clear()
@@ -217,14 +217,14 @@ wrong_answers = dict(rows=lambda x: answer(x)[:1], more=lambda x: torch.cat([ans
 @pytest.mark.parametrize('name', wrong_answers)
 @pytest.mark.parametrize('timeout', [None, 30])
 def test_answers_of_the_wrong_form(name, timeout):
-    oracle = Queries(wrong_answers[name], 100, timeout=timeout)
+    oracle = BlackBox(wrong_answers[name], 100, timeout=timeout)
     with pytest.raises((ValueError, TypeError), match='`black_box` must answer') as e: oracle(images(3))
     assert oracle.used == 3 and oracle.log.outcome.str.startswith(f'failed: {type(e.value).__name__}: `black_box`').all()
     if name == 'rows': assert 'batch_size=1' in str(e.value)
 
 
 def test_a_descriptor_keeps_its_length():
-    oracle = Queries(lambda x: torch.ones(len(x), 8 if x.mean() > .5 else 7), 100)
+    oracle = BlackBox(lambda x: torch.ones(len(x), 8 if x.mean() > .5 else 7), 100)
     assert oracle(torch.zeros(2, 3, 2, 2)).shape == (2, 7)
     with pytest.raises(ValueError, match='8 numbers after earlier answers of 7'): oracle(torch.ones(2, 3, 2, 2))
     assert oracle.used == 2 and oracle(torch.zeros(2, 3, 2, 2)).shape == (2, 7)
@@ -232,25 +232,25 @@ def test_a_descriptor_keeps_its_length():
 
 def test_what_a_box_may_be():
     x, net = images(), nn.Sequential(nn.Flatten(), nn.Linear(60, 7))
-    with pytest.raises(ValueError, match='evaluation mode'): Queries(net, 5)
+    with pytest.raises(ValueError, match='evaluation mode'): BlackBox(net, 5)
     for box in (net.eval(), lambda x: net(x).detach().numpy(), lambda x: net(x).double(), lambda x: net(x).detach().numpy()[:, ::-1].copy()[:, ::-1], lambda x: net(x).tolist()):
-        d = Queries(box, 10)(x)
-        assert type(d) is torch.Tensor and d.dtype == torch.float32 and not d.requires_grad and torch.allclose(d, net(eight_bit(x)).detach(), atol=1e-6)
-    spoiler = Queries(lambda x: (answer(x), x.zero_())[0], 20, batch_size=2)
-    assert torch.allclose(spoiler(x), answer(eight_bit(x)), atol=1e-5)
+        d = BlackBox(box, 10)(x)
+        assert type(d) is torch.Tensor and d.dtype == torch.float32 and not d.requires_grad and torch.allclose(d, net(round_to_8bit(x)).detach(), atol=1e-6)
+    spoiler = BlackBox(lambda x: (answer(x), x.zero_())[0], 20, batch_size=2)
+    assert torch.allclose(spoiler(x), answer(round_to_8bit(x)), atol=1e-5)
     buffer = torch.zeros(2, 7)
-    lazy = Queries(lambda x: buffer.copy_(answer(x)), 20, batch_size=2)
-    assert torch.allclose(lazy(x), answer(eight_bit(x)), atol=1e-5), 'a box may use its memory again'
+    lazy = BlackBox(lambda x: buffer.copy_(answer(x)), 20, batch_size=2)
+    assert torch.allclose(lazy(x), answer(round_to_8bit(x)), atol=1e-5), 'a box may use its memory again'
 
 
 def test_wrong_settings():
     for bad in (None, 'box', 3, nn.Linear):
-        with pytest.raises(TypeError if bad is not nn.Linear else Exception): Queries(bad, 5)(images())
+        with pytest.raises(TypeError if bad is not nn.Linear else Exception): BlackBox(bad, 5)(images())
     for name, values in dict(limit=(0, -1, 2.5, 1e3, torch.nan, None, True, '9'), batch_size=(0, -1, 1.5, True), retries=(-1, .5, None), timeout=(0, -1, torch.nan, torch.inf, 'x')).items():
         for value in values:
-            with pytest.raises(ValueError, match=f'`{name}` must.*got'): Queries(answer, **{'limit': 5, name: value})
-    assert Queries(answer, np.int64(5), retries=0, timeout=1).left == 5
-    oracle = Queries(answer, 5)
+            with pytest.raises(ValueError, match=f'`{name}` must.*got'): BlackBox(answer, **{'limit': 5, name: value})
+    assert BlackBox(answer, np.int64(5), retries=0, timeout=1).left == 5
+    oracle = BlackBox(answer, 5)
     for bad in (images()*2, images()[:0], images()[0], to_uint8(images()), torch.zeros(1, 3, 5, 4, dtype=torch.uint8)):
         with pytest.raises((ValueError, TypeError), match='`x`'): oracle(bad)
     for kw in (dict(n=0), dict(n=1.5), dict(tolerance=-1), dict(tolerance=torch.nan)):
@@ -263,14 +263,14 @@ def test_repeats():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         box = Box(x, i1=torch.nan)
-        oracle = Queries(box, 100)
+        oracle = BlackBox(box, 100)
         table = oracle.repeats(x[[0, 1, 2, 0]], n=3)
         assert box.asked == oracle.used == 12 and table.answers.tolist() == [4, 0, 4, 4] and table.difference.fillna(-1).tolist() == [0, -1, 0, 0] and table.key[0] == table.key[3]
-        short = Queries(Box(), 3)
+        short = BlackBox(Box(), 3)
         table = short.repeats(x[:2], n=5)
         assert table.answers.tolist() == [2, 1] and table.difference.isna().tolist() == [False, True] and short.left == 0
     step = iter(range(100))
-    drift = Queries(lambda x: torch.tensor([[0., 1.]])*next(step) + torch.zeros(len(x), 2), 100)
+    drift = BlackBox(lambda x: torch.tensor([[0., 1.]])*next(step) + torch.zeros(len(x), 2), 100)
     with pytest.warns(UserWarning, match='up to 2: it is not deterministic') as said: table = drift.repeats(x[:2])
     assert said[0].filename == __file__ and table.difference.tolist() == [2, 2] and (drift(x[:2])[:, 1] == 0).all(), 'the first answer is kept'
     with warnings.catch_warnings():
@@ -280,26 +280,26 @@ def test_repeats():
 
 def test_the_file_goes_on_where_it_stopped(tmp_path):
     x, path = images(), tmp_path/'deep'/'asked.db'
-    first = Queries(Box(x, i2=fails()), 100, cache=path)
+    first = BlackBox(Box(x, i2=fails()), 100, cache=path)
     d, log = first(x), first.log
     box = Box()
-    second = Queries(box, 15, cache=str(path))
+    second = BlackBox(box, 15, cache=str(path))
     assert second.used == 13 and second.left == 2 and second.log.equals(log)
     assert torch.equal(second(x)[[0, 1, 3, 4, 5]], d[[0, 1, 3, 4, 5]]) and box.calls == [grey(x[2:3])]
     second(images(4, seed=1))
     assert box.asked == 2 and second.left == 0 and first.used == 15, 'one file, one budget'
-    third = Queries(fails(), 3, cache=path)
+    third = BlackBox(fails(), 3, cache=path)
     assert third.left == 0 and torch.equal(third(x), second(x))
-    assert Queries(Box(), 3).used == 0
-    other = Queries(lambda x: torch.ones(len(x), 9), 100, cache=path)
+    assert BlackBox(Box(), 3).used == 0
+    other = BlackBox(lambda x: torch.ones(len(x), 9), 100, cache=path)
     with pytest.raises(ValueError, match='9 numbers after earlier answers of 7.*`cache`'): other(images(1, seed=2))
-    assert torch.equal(Queries(fails(), 3, cache=path)(x), second(x))
+    assert torch.equal(BlackBox(fails(), 3, cache=path)(x), second(x))
 
 
 def test_files_that_are_not_ours(tmp_path):
     def refused(path, why):
         before = path.read_bytes() if path.is_file() else None
-        with pytest.raises(ValueError, match=f'`cache` must be.*{why}'): Queries(answer, 5, cache=path)
+        with pytest.raises(ValueError, match=f'`cache` must be.*{why}'): BlackBox(answer, 5, cache=path)
         assert before is None or path.read_bytes() == before
         assert not [o for o in tmp_path.iterdir() if o.name.startswith(path.name + '-')]
     (tmp_path/'a.txt').write_text('my thesis\n'*1000)
@@ -310,7 +310,7 @@ def test_files_that_are_not_ours(tmp_path):
     db = sqlite3.connect(tmp_path/'g.db')
     db.execute('pragma application_id=5'); db.close()
     refused(tmp_path/'g.db', 'another program')
-    Queries(answer, 900, cache=tmp_path/'c.db')(images(200))
+    BlackBox(answer, 900, cache=tmp_path/'c.db')(images(200))
     raw = (tmp_path/'c.db').read_bytes()
     (tmp_path/'d.db').write_bytes(raw[:len(raw)//2])
     refused(tmp_path/'d.db', '')
@@ -318,22 +318,22 @@ def test_files_that_are_not_ours(tmp_path):
     refused(tmp_path/'e.db', '')
     refused(tmp_path, '')
     (tmp_path/'f.db').touch()
-    Queries(answer, 5, cache=tmp_path/'f.db')(images(1))
-    assert Queries(answer, 5, cache=tmp_path/'f.db').used == 1
+    BlackBox(answer, 5, cache=tmp_path/'f.db')(images(1))
+    assert BlackBox(answer, 5, cache=tmp_path/'f.db').used == 1
 
 
 @pytest.mark.parametrize('room', (0, 12))
 def test_a_full_disk(tmp_path, room):
     "SQLite itself says that there is no room; what was answered before is kept, and every question was counted"
     box, book = Box(), tmp_path/'book.db'
-    queries = Queries(box, 900, cache=book, batch_size=100)
+    queries = BlackBox(box, 900, cache=book, batch_size=100)
     known = queries(images(3))
     queries._book.db.execute(f"pragma max_page_count={queries._book.get('pragma page_count')[0][0] + room}")
     with pytest.raises(OSError, match='could not write .*book.db: database or disk is full. Every answer .*free some space'): queries(images(800, 1))
     assert (queries.log.outcome[3:] != 'answered').all() if room == 0 else set(queries.log.outcome[3:]) >= {'interrupted'}
-    asked, again = box.asked, Queries(box, 2000, cache=book, batch_size=100)
+    asked, again = box.asked, BlackBox(box, 2000, cache=book, batch_size=100)
     assert torch.equal(again(images(3)), known) and box.asked == asked and again.used >= asked
-    assert torch.equal(again(images(800, 1)), answer(eight_bit(images(800, 1))))
+    assert torch.equal(again(images(800, 1)), answer(round_to_8bit(images(800, 1))))
 
 
 script = '''
@@ -360,9 +360,9 @@ def test_a_kill_loses_nothing(tmp_path):
         run.kill() if os.name == 'nt' else run.send_signal(signal.SIGKILL)
         run.communicate()
     x, box = images(), Box()
-    oracle = Queries(box, 100, cache=path)
+    oracle = BlackBox(box, 100, cache=path)
     assert oracle.used == 6 and oracle.log.outcome.tolist() == ['answered']*4 + ['interrupted']*2
-    assert torch.allclose(oracle(x), answer(eight_bit(x)), atol=1e-5) and box.calls == [grey(x[4:])] and oracle.used == 8
+    assert torch.allclose(oracle(x), answer(round_to_8bit(x)), atol=1e-5) and box.calls == [grey(x[4:])] and oracle.used == 8
     assert oracle.log.repeated.tolist() == [False]*6 + [True]*2
 
 
@@ -415,9 +415,9 @@ def server():
 
 def test_a_server_says_what_the_box_says(server):
     x = images()
-    oracle = Queries(http_box(server + '/'), 100, batch_size=4)
-    assert torch.allclose(oracle(x), answer(eight_bit(x)), atol=1e-5) and oracle.used == 6
-    assert (http_box(server + '/whole')(x) == 1).all()
+    oracle = BlackBox(http_blackbox(server + '/'), 100, batch_size=4)
+    assert torch.allclose(oracle(x), answer(round_to_8bit(x)), atol=1e-5) and oracle.used == 6
+    assert (http_blackbox(server + '/whole')(x) == 1).all()
 
 
 @pytest.mark.parametrize('path, error, words', [
@@ -426,19 +426,19 @@ def test_a_server_says_what_the_box_says(server):
     ('header', ValueError, 'allocate'), ('long', ValueError, f'at most {6*2**20} bytes'), ('status', ConnectionError, 'gave no answer.*BadStatusLine'), ('500', ConnectionError, 'HTTP 500.*out of memory'), ('slow', ConnectionError, 'timed out.*timeout 0.3 s')])
 def test_servers_that_lie(server, path, error, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(error, match=words) as e: http_box(f'{server}/{path}', timeout=.3 if path == 'slow' else 10)(images())
+    with pytest.raises(error, match=words) as e: http_blackbox(f'{server}/{path}', timeout=.3 if path == 'slow' else 10)(images())
     assert str(e.value).startswith(f'`url` {server}/{path}') and not os.path.exists('evil')
-    oracle = Queries(http_box(f'{server}/{path}', timeout=.3 if path == 'slow' else 10), 2, retries=1)
+    oracle = BlackBox(http_blackbox(f'{server}/{path}', timeout=.3 if path == 'slow' else 10), 2, retries=1)
     with pytest.raises(RuntimeError, match='2 of 2 questions.*`url`'): oracle(images(1))
 
 
 def test_a_server_that_is_not_there(server, monkeypatch):
-    box = http_box('http://127.0.0.1:9')
+    box = http_blackbox('http://127.0.0.1:9')
     with pytest.raises(ConnectionError, match='refused.*running'): box(images())
     for bad in ('file:///etc/passwd', 'ftp://host/x', '127.0.0.1:80', None, b'http://x'):
-        with pytest.raises(ValueError, match='`url` must start with'): http_box(bad)
+        with pytest.raises(ValueError, match='`url` must start with'): http_blackbox(bad)
     for bad in (0, -1, torch.nan, torch.inf, None):
-        with pytest.raises(ValueError, match='`timeout`'): http_box('http://127.0.0.1:9', timeout=bad)
+        with pytest.raises(ValueError, match='`timeout`'): http_blackbox('http://127.0.0.1:9', timeout=bad)
     monkeypatch.setattr(module, '_most_sent', 400)
-    with pytest.raises(ValueError, match='6 images of .* bytes.*batch_size'): http_box(server)(images())
-    assert http_box(server + '/')(images(2)).shape == (2, 7)
+    with pytest.raises(ValueError, match='6 images of .* bytes.*batch_size'): http_blackbox(server)(images())
+    assert http_blackbox(server + '/')(images(2)).shape == (2, 7)

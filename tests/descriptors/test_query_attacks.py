@@ -13,7 +13,7 @@ from robustnb.core import make_generator, to_uint8
 from robustnb.descriptors.query_attacks import nes_descriptor, pixel_evolution, square_descriptor
 from robustnb.descriptors.attack import fit_eight_bit
 from robustnb.attacks.ssim_rule import ssim
-from robustnb.core import eight_bit
+from robustnb.core import round_to_8bit
 from robustnb.descriptors.blackbox import descriptor_distance
 from robustnb.attacks.threat_models import L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
@@ -26,7 +26,7 @@ rule = SSIM(.95)
 
 def images(n=N, size=16, channels=3, dtype=torch.float64, seed=0):
     coarse = torch.rand(n, channels, 5, 5, generator=make_generator(seed, 'images'), dtype=dtype)
-    return eight_bit(nn.functional.interpolate(.15+.7*coarse, size=(size, size+2), mode='bilinear'))
+    return round_to_8bit(nn.functional.interpolate(.15+.7*coarse, size=(size, size+2), mode='bilinear'))
 
 
 def net(shape=(3, 16, 18), out=D, seed=0, smooth=True):
@@ -47,7 +47,7 @@ class Oracle:
         if limit is not None: type(self).left = property(lambda s: s.limit-s.used if s.limit is not None else float('inf'))
 
     def __call__(self, x):
-        assert torch.equal(x, eight_bit(x)) and len(x)
+        assert torch.equal(x, round_to_8bit(x)) and len(x)
         d = self.box(x).clone()
         if self.limit is not None:
             assert self.left > 0, 'asked although the budget is spent'
@@ -79,7 +79,7 @@ def test_promises(name):
     oracle = Oracle(box)
     out = attack(oracle, x, t, rule, make_generator(3))
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1] and (np.random.get_state()[1] == states[2]).all()
-    assert torch.equal(x, image) and out.dtype == x.dtype and out.data_ptr() != x.data_ptr() and torch.equal(out, eight_bit(out))
+    assert torch.equal(x, image) and out.dtype == x.dtype and out.data_ptr() != x.data_ptr() and torch.equal(out, round_to_8bit(out))
     assert really_allowed(x, out) and all(really_allowed(x[i:i+1].expand(len(o), -1, -1, -1), o) for i, o in enumerate(torch.cat(oracle.asked)[:N, None]))
     gain = far(x, t)-far(out, t)
     assert (gain >= 0).all() and gain.max() > 0
@@ -124,7 +124,7 @@ def test_a_constant_descriptor_cannot_be_moved(name):
 def test_other_threat_models(name, threat):
     x, box, t, far = problem()
     out = attacks[name](box, x, t, threat)
-    assert threat.allows(x, out).all() and (threat.distance(x, out) <= threat.eps+1e-9).all() and torch.equal(out, eight_bit(out))
+    assert threat.allows(x, out).all() and (threat.distance(x, out) <= threat.eps+1e-9).all() and torch.equal(out, round_to_8bit(out))
     assert (far(out, t) <= far(x, t)).all() and (far(out, t) < far(x, t)).sum() >= (1 if name == 'pixel' else N)
     if threat == Linf(8/255) and name != 'pixel': assert threat.distance(x, out).max() > 7.9/255
 
@@ -136,7 +136,7 @@ def test_float32_grey_and_odd_shapes(name):
         box = net(shape, out=D)
         t = box(torch.rand(2, *shape, generator=make_generator(3)))[:, None]
         out = attacks[name](box, x, t, rule)
-        assert out.dtype == torch.float32 and torch.equal(out, eight_bit(out)) and (ssim(eight_bit(x).double(), out.double()) >= .95-1e-6).all()
+        assert out.dtype == torch.float32 and torch.equal(out, round_to_8bit(out)) and (ssim(round_to_8bit(x).double(), out.double()) >= .95-1e-6).all()
 
 
 def test_questions_are_counted_as_granted():
@@ -197,19 +197,19 @@ def test_fit_eight_bit():
     noise = torch.randn(x.shape, generator=make_generator(1), dtype=x.dtype)
     for size in (.02, .1, .6, 3.):
         fit = fit_eight_bit(x, x+size*noise, rule)
-        assert torch.equal(fit, eight_bit(fit)) and really_allowed(x, fit) and torch.equal(fit_eight_bit(x, fit, rule), fit)
+        assert torch.equal(fit, round_to_8bit(fit)) and really_allowed(x, fit) and torch.equal(fit_eight_bit(x, fit, rule), fit)
         if size >= .1: assert (ssim(x, fit) < .953).all(), 'little of the allowed change is given away'
     assert torch.equal(fit_eight_bit(x, x+.1*noise, SSIM(1.)), x)
     gentle = x+.004*noise
-    assert torch.equal(fit_eight_bit(x, gentle, SSIM(.5)), eight_bit(gentle.clamp(0, 1)))
-    assert (ssim(x, eight_bit(rule.project(x, x+.1*noise))) < .95).any(), 'rounding alone breaks the rule'
+    assert torch.equal(fit_eight_bit(x, gentle, SSIM(.5)), round_to_8bit(gentle.clamp(0, 1)))
+    assert (ssim(x, round_to_8bit(rule.project(x, x+.1*noise))) < .95).any(), 'rounding alone breaks the rule'
     rough = (x+.0015).clamp(0, 1)
-    assert torch.equal(fit_eight_bit(rough, rough, rule), eight_bit(rough)), 'the clean image is rounded too'
+    assert torch.equal(fit_eight_bit(rough, rough, rule), round_to_8bit(rough)), 'the clean image is rounded too'
     rough = (x + .9/255*(torch.rand(x.shape, generator=make_generator(5))-.5)).clamp(0, 1)
-    assert torch.equal(fit_eight_bit(rough, x+.1*noise, rule), fit_eight_bit(eight_bit(rough), x+.1*noise, rule))
-    level = 1-(ssim(x, eight_bit((x+.05*noise).clamp(0, 1)))[:1]).item()
+    assert torch.equal(fit_eight_bit(rough, x+.1*noise, rule), fit_eight_bit(round_to_8bit(rough), x+.1*noise, rule))
+    level = 1-(ssim(x, round_to_8bit((x+.05*noise).clamp(0, 1)))[:1]).item()
     tight = SSIM(1-level+1e-9)
-    assert ssim(x[:1], fit_eight_bit(x[:1], eight_bit((x+.05*noise).clamp(0, 1))[:1], tight)).item() >= tight.level, 'no tolerance'
+    assert ssim(x[:1], fit_eight_bit(x[:1], round_to_8bit((x+.05*noise).clamp(0, 1))[:1], tight)).item() >= tight.level, 'no tolerance'
     with pytest.raises(ValueError, match='shape of `x`'): fit_eight_bit(x, x[:1], rule)
     with pytest.raises(ValueError, match='must be finite'): fit_eight_bit(x, x*torch.nan, rule)
     with pytest.raises(ValueError, match='pixels in'): fit_eight_bit(2*x, x, rule)

@@ -12,7 +12,7 @@ from robustnb.files import load_state, save_state
 from robustnb.data import digits, subset
 from robustnb.descriptors.students import (
     cosface, Descriptor, descriptor_losses, descriptor_model, descriptor_names, DescriptorRecipe,
-    distill_descriptor, fidelity, load_descriptor, Mixture, save_descriptor, split_groups,
+    distill_descriptor, fidelity, load_descriptor, WeightedEnsemble, save_descriptor, split_groups,
     student_recipes, train_teacher, views)
 
 FAST = DescriptorRecipe(epochs=3, batch_size=16, lr=3e-3)
@@ -258,20 +258,20 @@ def test_mixtures():
     x = torch.rand(4, 3, 16, 16, generator=make_generator(0))
     with torch.no_grad():
         a, b, ra, rb = *(n(x) for n in nets), *(n(x.flip(3)) for n in nets)
-        mix = Mixture(nets, [1, 3], mirror=True)
-        assert torch.allclose(mix(x), (a + ra + 3*b + 3*rb)/8, atol=1e-6) and torch.allclose(Mixture(nets)(x), (a+b)/2, atol=1e-6)
-        assert torch.allclose(Mixture(nets, [5e3, 5e3])(x), (a+b)/2, atol=1e-6)
+        mix = WeightedEnsemble(nets, [1, 3], mirror=True)
+        assert torch.allclose(mix(x), (a + ra + 3*b + 3*rb)/8, atol=1e-6) and torch.allclose(WeightedEnsemble(nets)(x), (a+b)/2, atol=1e-6)
+        assert torch.allclose(WeightedEnsemble(nets, [5e3, 5e3])(x), (a+b)/2, atol=1e-6)
     with torch.no_grad():
         mix.weights.mul_(7)
         assert torch.allclose(mix(x), (a + ra + 3*b + 3*rb)/8, atol=1e-6), 'weights are shares, trained or not'
-    assert not mix.training and Mixture([nets[0].train()]).training
+    assert not mix.training and WeightedEnsemble([nets[0].train()]).training
     nets[0].eval()
-    mix = Mixture(nets)
+    mix = WeightedEnsemble(nets)
     (mix(x)[:, 0].sum()).backward()
     assert mix.weights.grad.abs().max() > 0 and nets[1].net[0].weight.grad is not None
     for bad in ([], [1], [1, -1], [0, 0], [1, float('nan')], [1, float('inf')]):
-        with pytest.raises(ValueError, match='`weights`'): Mixture(nets, bad)
-    with pytest.raises(ValueError, match='`weights`'): Mixture([])
+        with pytest.raises(ValueError, match='`weights`'): WeightedEnsemble(nets, bad)
+    with pytest.raises(ValueError, match='`weights`'): WeightedEnsemble([])
 
 
 def test_views_are_altered_one_by_one(data):

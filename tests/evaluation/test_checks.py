@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from robustnb.attacks.adaptive_pgd import apgd
-from robustnb.attacks.gradient import fgsm, in_turn, margin, pgd
+from robustnb.attacks.gradient import fgsm, multi_attack, margin, pgd
 from robustnb.attacks.score_based import square
 from robustnb.evaluation.checks import red_flags
 from robustnb.core import make_generator
 from robustnb.data import digits, subset
-from robustnb.evaluation.robust_accuracy import crafted_on, eight_bit
+from robustnb.evaluation.robust_accuracy import transfer_attack, on_8bit_images
 from robustnb.models.zoo import build_model
 from robustnb.attacks.threat_models import L1, L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
@@ -84,7 +84,7 @@ def test_a_healthy_network_raises_no_doubt(net, threat):
     right = lambda x: (net(x).argmax(1) == y).float().mean().item()
     assert right(x) > .85 and .1 < right(pgd(net, x, y, threat)) < .7, 'the case is worth looking at'
     assert doubts(net, threat=threat) == {}
-    assert doubts(net, in_turn(fgsm, pgd), threat=threat) == {}
+    assert doubts(net, multi_attack(fgsm, pgd), threat=threat) == {}
 
 
 randomly = lambda z: z + 1e-3*z.detach().std()*torch.randn(z.shape)
@@ -188,10 +188,10 @@ def test_what_appears_in_a_model_has_changed_it(net):
 
 def test_the_number_can_be_right_where_the_model_is_odd(net):
     rounds, scaled = Around(net, before=seven_levels).eval(), Around(net, after=lambda z: 1000*z).eval()
-    assert set(doubts(rounds, in_turn(pgd, crafted_on(net, pgd)))) == {'vanishing gradient'}
+    assert set(doubts(rounds, multi_attack(pgd, transfer_attack(net, pgd)))) == {'vanishing gradient'}
     assert doubts(scaled, partial(pgd, loss=margin)) == {}
-    assert set(doubts(scaled, in_turn(pgd, partial(square, queries=400)))) == {'saturated loss'}
-    assert set(doubts(net, eight_bit(partial(pgd, loss=margin)))) == set()
+    assert set(doubts(scaled, multi_attack(pgd, partial(square, queries=400)))) == {'saturated loss'}
+    assert set(doubts(net, on_8bit_images(partial(pgd, loss=margin)))) == set()
 
 
 def test_answers_that_are_wrong_by_chance_are_seen_at_eps_0(net):

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from robustnb.attacks.gradient import fgsm
 from robustnb.core import make_generator, predict
-from robustnb.evaluation.robust_accuracy import plot_curve, quantised_attacks, robustness_curve
-from robustnb.attacks.gradient import in_turn, pgd
+from robustnb.evaluation.robust_accuracy import plot_curve, quantized_attacks, robustness_curve
+from robustnb.attacks.gradient import multi_attack, pgd
 from robustnb.models.wrapping import Normalize, Normalized, wrap_model
 from robustnb.models.zoo import build_model
 from robustnb.models.graph import fold_batchnorm
@@ -193,9 +193,9 @@ def test_worst_of_three_roads_over_a_curve():
     net, x = build_model('AlexNet_BN', width=.05), pixels(10, 3, 32, 32)
     q = quantize(net, 'INT4', x)
     y, threats = predict(q, x).argmax(1), [Linf(k/255) for k in (.25, .5, 1, 2, 4, 8)]
-    roads = quantised_attacks(net, partial(pgd, steps=3), queries=10)
-    rows = robustness_curve(q, x, y, in_turn(*roads.values()), threats)
-    again = robustness_curve(q, x, y, in_turn(*quantised_attacks(net, partial(pgd, steps=3), queries=10).values()), threats)
+    roads = quantized_attacks(net, partial(pgd, steps=3), queries=10)
+    rows = robustness_curve(q, x, y, multi_attack(*roads.values()), threats)
+    again = robustness_curve(q, x, y, multi_attack(*quantized_attacks(net, partial(pgd, steps=3), queries=10).values()), threats)
     pd.testing.assert_frame_equal(rows, again)
     alone = {k: robustness_curve(q, x, y, a, threats).groupby('eps').correct.mean() for k, a in roads.items()}
     together = rows.groupby('eps').correct.mean()

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from robustnb.attacks.gradient import fgsm, in_turn, margin, pgd, restarts
+from robustnb.attacks.gradient import fgsm, multi_attack, margin, pgd, restarts
 from robustnb.core import draw, image_generators, make_generator
 from robustnb.evaluation.robust_accuracy import (
-    compare, crafted_on, eight_bit, evaluate, plot_curve, quantised_attacks, robustness_curve,
-    summarize, worst)
+    compare, transfer_attack, on_8bit_images, evaluate, plot_curve, quantized_attacks, robustness_curve,
+    summarize, worst_case)
 from robustnb.metrics import paired_difference, wilson
 from robustnb.attacks.threat_models import L2, Linf
 
@@ -61,7 +61,7 @@ def jitter(model, x, y, threat, *, generator=None):
 
 @pytest.mark.parametrize('size', (1, 7, 40, 1000))
 def test_batch_size_does_not_matter(size):
-    attacks = dict(fgsm=fgsm, pgd=pgd, jitter=jitter, both=in_turn(jitter, pgd), transfer=crafted_on(make_net(1).double(), pgd))
+    attacks = dict(fgsm=fgsm, pgd=pgd, jitter=jitter, both=multi_attack(jitter, pgd), transfer=transfer_attack(make_net(1).double(), pgd))
     a, b = (evaluate(make_net().double(), x.double(), y, attacks, threat, batch_size=s) for s in (size, 13))
     assert a.drop(columns=['margin', 'distance']).equals(b.drop(columns=['margin', 'distance']))
     assert np.allclose(a.margin, b.margin, atol=1e-6) and np.allclose(a.distance, b.distance, atol=1e-6)
@@ -89,18 +89,18 @@ def test_only_survivors_are_given_to_the_next_attack():
             return attack(model, x, y, threat, generator=generator)
         return run
     weak, strong = partial(fgsm), partial(pgd, steps=10)
-    rows = evaluate(model, x, y, dict(weak=weak, both=in_turn(noted(0, weak), noted(1, strong), noted(2, strong))), threat)
+    rows = evaluate(model, x, y, dict(weak=weak, both=multi_attack(noted(0, weak), noted(1, strong), noted(2, strong))), threat)
     survivors = int((rows.pivot(index='image', columns='attack', values='correct')[['clean', 'weak']]).all(axis=1).sum())
     assert asked[0] == (0, int(rows[rows.attack == 'clean'].correct.sum())) and asked[1] == (1, survivors) and asked[2][1] <= survivors
     table = summarize(rows).set_index('attack').accuracy
     assert table['both'] <= table['weak'] < table['clean']
-    nothing_left = in_turn(noted(3, fgsm))(model, x, (y+1+torch.randint(1, (40,))) % 4, threat)
+    nothing_left = multi_attack(noted(3, fgsm))(model, x, (y+1+torch.randint(1, (40,))) % 4, threat)
     assert threat.allows(x, nothing_left).all()
 
 
 def test_in_turn_never_makes_a_wrong_image_right():
     helpful = lambda model, x, y, threat, *, generator=None: 2*x - pgd(model, x, y, threat)
-    out = in_turn(helpful, fgsm)(model, x.clamp(.1, .9), y, Linf(.1))
+    out = multi_attack(helpful, fgsm)(model, x.clamp(.1, .9), y, Linf(.1))
     with torch.no_grad(): wrong = model(x.clamp(.1, .9)).argmax(1) != y
     assert wrong.sum() >= 4 and torch.equal(out[wrong], x.clamp(.1, .9)[wrong]) and not torch.equal(out[~wrong], x.clamp(.1, .9)[~wrong])
 
@@ -110,13 +110,13 @@ def test_transferred_images_are_crafted_once_for_several_copies():
     def counted(model, x, y, threat, *, generator=None):
         calls.append(len(x))
         return fgsm(model, x, y, threat)
-    both, right = in_turn(crafted_on(model, counted), fgsm), torch.zeros(40, dtype=torch.bool)
+    both, right = multi_attack(transfer_attack(model, counted), fgsm), torch.zeros(40, dtype=torch.bool)
     for other in (model, make_net(1), make_net(2), model):
         rows, n = evaluate(other, x, y, dict(both=both), threat, batch_size=15), len(calls)
         seen, right = right, right | torch.tensor(rows[rows.attack == 'clean'].correct.to_numpy())
         assert sum(calls) == right.sum(), 'those that were right for the first time'
     assert right.sum() == 40 or not right.all()
-    assert torch.equal(crafted_on(model, fgsm)(None, x, y, threat), fgsm(model, x, y, threat))
+    assert torch.equal(transfer_attack(model, fgsm)(None, x, y, threat), fgsm(model, x, y, threat))
 
 
 def test_kept_images_belong_to_their_question():
@@ -124,7 +124,7 @@ def test_kept_images_belong_to_their_question():
     def counted(model, x, y, threat, *, generator=None):
         calls.append(1)
         return pgd(model, x, y, threat, generator=generator)
-    kept = crafted_on(model, counted)
+    kept = transfer_attack(model, counted)
     ask = lambda x=x, y=y, threat=threat, seed=0: kept(None, x, y, threat, generator=None if seed is None else make_generator(seed))
     first = ask()
     for other in (dict(y=(y+1) % 4), dict(seed=1), dict(seed=None), dict(threat=Linf(4/255)), dict(threat=L2(8/255)), dict(x=x.clamp_min(.02))):
@@ -140,7 +140,7 @@ def test_kept_images_belong_to_their_question():
 
 def test_percentages_by_hand():
     rows = pd.DataFrame(dict(image=[0, 1, 2, 3]*3, attack=['clean']*4 + ['b']*4 + ['a']*4, correct=[1, 1, 1, 0, 1, 0, 1, 1, 0, 1, 1, 0])).astype({'correct': bool})
-    assert worst(rows).correct.tolist() == [False, False, True, False] and worst(rows).image.tolist() == [0, 1, 2, 3]
+    assert worst_case(rows).correct.tolist() == [False, False, True, False] and worst_case(rows).image.tolist() == [0, 1, 2, 3]
     table = summarize(rows)
     assert table.attack.tolist() == ['clean', 'b', 'a', 'worst'] and table.accuracy.tolist() == [.75, .75, .5, .25] and set(table.n) == {4}
     assert [tuple(r) for r in table[['lo', 'hi']].to_numpy()] == [wilson(k, 4) for k in (3, 3, 2, 1)]
@@ -208,7 +208,7 @@ def test_wrong_uses(kw, words):
 
 
 def test_three_roads_to_a_quantised_model():
-    roads = quantised_attacks(model, fgsm, queries=7)
+    roads = quantized_attacks(model, fgsm, queries=7)
     assert set(roads) == {'white_box', 'transfer', 'square'} and roads['white_box'] is fgsm and roads['square'].keywords == dict(queries=7)
     assert torch.equal(roads['transfer'](None, x, y, threat), fgsm(model, x, y, threat))
 
@@ -220,7 +220,7 @@ grey = (255*x).round()/255
 
 @pytest.mark.parametrize('t', (Linf(8/255), Linf(7.6/255), Linf(.4/255), Linf(0), L2(.2), L2(.003)), ids=repr)
 def test_rounded_images_are_on_the_grid_and_inside(t):
-    free, out = pgd(model, grey, y, t), eight_bit(pgd)(model, grey, y, t)
+    free, out = pgd(model, grey, y, t), on_8bit_images(pgd)(model, grey, y, t)
     assert torch.equal(out, (255*out).round()/255) and t.allows(grey, out).all()
     nearest = (255*free).round()/255
     inside = t.allows(grey, nearest)
@@ -234,15 +234,15 @@ def test_rounded_images_are_on_the_grid_and_inside(t):
 
 def test_changes_that_may_stay_are_not_shortened():
     flat = torch.full((3, 1, 2, 2), 100/255, dtype=torch.float64)
-    grid = eight_bit(lambda model, x, y, threat, *, generator=None: x + 2.5001/255)
+    grid = on_8bit_images(lambda model, x, y, threat, *, generator=None: x + 2.5001/255)
     for eps, levels in ((3, 3.), (2.9, 2.)): assert (255*(grid(None, flat, None, Linf(eps/255))-flat) - levels).abs().max() < 1e-9
 
 
 def test_the_evaluator_judges_what_is_rounded():
-    rows = evaluate(model, grey, y, dict(free=pgd, grid=eight_bit(pgd), turn=in_turn(eight_bit(fgsm), eight_bit(pgd))), Linf(.4/255)).set_index(['attack', 'image'])
+    rows = evaluate(model, grey, y, dict(free=pgd, grid=on_8bit_images(pgd), turn=multi_attack(on_8bit_images(fgsm), on_8bit_images(pgd))), Linf(.4/255)).set_index(['attack', 'image'])
     assert (rows.distance['grid'] == 0).all() and (rows.distance['turn'] == 0).all() and rows.margin['grid'].tolist() == pytest.approx(rows.margin['clean'].tolist(), abs=1e-6)
     assert (rows.distance['free'] > .3/255).all()
-    with pytest.raises(ValueError, match='8-bit images.*image 3 is up to 0.3 grey levels off'): evaluate(model, grey + .3/255*(torch.arange(40) == 3).view(-1, 1, 1, 1)*(grey < .9), y, dict(grid=eight_bit(pgd)), threat)
+    with pytest.raises(ValueError, match='8-bit images.*image 3 is up to 0.3 grey levels off'): evaluate(model, grey + .3/255*(torch.arange(40) == 3).view(-1, 1, 1, 1)*(grey < .9), y, dict(grid=on_8bit_images(pgd)), threat)
 
 
 # Runs that are killed
@@ -307,12 +307,12 @@ def test_other_ways_of_asking_otherwise(folder):
     attacks = question()['attacks']
     same_weights = nn.Sequential(*make_net(), nn.Hardtanh(-100, 100)).eval()
     for other in (dict(model=same_weights), dict(x=x.double(), model=make_net().double()), dict(attacks=dict(reversed(attacks.items()))), dict(attacks=attacks | dict(pgd=partial(pgd, steps=3, loss=margin))),
-                  dict(attacks=attacks | dict(pgd=eight_bit(partial(pgd, steps=3)))), dict(attacks=attacks | dict(pgd=crafted_on(model, partial(pgd, steps=3)))), dict(attacks={}), dict(threat=L2(8/255))):
+                  dict(attacks=attacks | dict(pgd=on_8bit_images(partial(pgd, steps=3)))), dict(attacks=attacks | dict(pgd=transfer_attack(model, partial(pgd, steps=3)))), dict(attacks={}), dict(threat=L2(8/255))):
         with pytest.raises(ValueError, match='another question'): evaluate(**question(**other), save=folder)
 
 
-settings = (lambda m=model: crafted_on(m, pgd), lambda: crafted_on(other_net, pgd)), (lambda: in_turn(fgsm, pgd), lambda: in_turn(pgd, fgsm)), (lambda: restarts(pgd, 2), lambda: restarts(pgd, 3)), \
-    (lambda: eight_bit(partial(fgsm, loss=margin)), lambda: eight_bit(fgsm)), (lambda: in_turn(fgsm, crafted_on(model, pgd)), lambda: in_turn(fgsm, crafted_on(other_net, pgd)))
+settings = (lambda m=model: transfer_attack(m, pgd), lambda: transfer_attack(other_net, pgd)), (lambda: multi_attack(fgsm, pgd), lambda: multi_attack(pgd, fgsm)), (lambda: restarts(pgd, 2), lambda: restarts(pgd, 3)), \
+    (lambda: on_8bit_images(partial(fgsm, loss=margin)), lambda: on_8bit_images(fgsm)), (lambda: multi_attack(fgsm, transfer_attack(model, pgd)), lambda: multi_attack(fgsm, transfer_attack(other_net, pgd)))
 
 
 @pytest.mark.parametrize('same, other', settings)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from robustnb.core import make_generator
 from robustnb.files import load_state, save_state
-from robustnb.models.complexity import cost
+from robustnb.models.complexity import model_complexity
 from robustnb.quant.ptq import model_bytes
 from robustnb.models.wrapping import batchnorms, last_linear, wrap_model
 from robustnb.models.zoo import build_model, model_names
@@ -74,7 +74,7 @@ def test_folding_keeps_the_logits(name):
 def test_macs_against_torch(name):
     model = build_model(name, width=.125)
     with FlopCounterMode(display=False) as counter: model(images(1))
-    table = cost(model)
+    table = model_complexity(model)
     assert counter.get_total_flops() == 2*table[table.kind.isin(['conv', 'linear'])].macs.sum()
     assert table.params.sum() == sum(p.numel() for p in model.parameters())
     assert set(table.kind[table.macs == 0]) <= {'other'}
@@ -291,15 +291,15 @@ def test_trace_leaves_a_training_model_in_training():
 def test_cost_leaves_no_hooks_even_after_a_failure():
     model = build_model('AlexNet_BN', width=.125)
     weights = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError): cost(model, (3, 16, 16))
-    cost(model)
+    with pytest.raises(ValueError): model_complexity(model, (3, 16, 16))
+    model_complexity(model)
     assert not any(m._forward_hooks for m in model.modules())
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
 
 
 def test_cost_of_shared_and_transposed_layers():
     conv = nn.Conv2d(3, 3, 3, padding=1, bias=False)
-    table = cost(nn.Sequential(conv, conv, nn.ConvTranspose2d(3, 5, 2, 2)).eval(), (3, 4, 4))
+    table = model_complexity(nn.Sequential(conv, conv, nn.ConvTranspose2d(3, 5, 2, 2)).eval(), (3, 4, 4))
     assert table.params.tolist() == [81, 0, 3*5*4 + 5]
     assert table.macs.tolist() == [16*81, 16*81, 16*3*5*4]
     assert model_bytes(nn.Sequential(conv, conv), 4) == -(-81*4//8)

@@ -12,10 +12,10 @@ from robustnb.transfer.generator import generate, Generator, train_generator
 from robustnb.models.wrapping import wrap_model
 from robustnb.models.zoo import build_model, model_names
 from robustnb.models.loading import load_model, save_model
-from robustnb.quant.ptq import quantize, Rounder
+from robustnb.quant.ptq import quantize, FakeQuantize
 from robustnb.quant.formats import quant_spec
 from robustnb.quant.sensitivity import layer_sensitivity
-from robustnb.quant.checkpoints import load_quantised, save_quantised
+from robustnb.quant.checkpoints import load_quantized, save_quantized
 from robustnb.transfer.generator import load_generator, save_generator
 
 
@@ -42,8 +42,8 @@ def gradient(net, x):
 def test_every_network_answers_to_the_last_bit(name, tmp_path):
     net, x = net_of(name), images()
     q = quantize(net, 'INT5', x)
-    save_quantised(q, tmp_path/'q.pt')
-    again = load_quantised(tmp_path/'q.pt')
+    save_quantized(q, tmp_path/'q.pt')
+    again = load_quantized(tmp_path/'q.pt')
     assert torch.equal(predict(again, x), predict(q, x)) and torch.equal(gradient(again, x), gradient(q, x))
     assert not torch.equal(predict(again, x), predict(net, x)) and not again.training and not any(p.requires_grad for p in again.parameters())
     assert [again.name, again.n_classes, again.width, again.classes] == [name, 7, .06, net.classes]
@@ -54,32 +54,32 @@ def test_every_network_answers_to_the_last_bit(name, tmp_path):
 def test_every_format(spec, tmp_path):
     net, x = net_of('AlexNet_BN'), images()
     q = quantize(net, spec, x)
-    save_quantised(q, tmp_path/'q.pt')
-    again = load_quantised(tmp_path/'q.pt')
+    save_quantized(q, tmp_path/'q.pt')
+    again = load_quantized(tmp_path/'q.pt')
     assert torch.equal(predict(again, x), predict(q, x)) and again.spec == q.spec and (again.left_float, again.opaque) == (q.left_float, q.opaque)
-    rounders = [(n, m.fmt, m.signed, m.on, m.scale) for n, m in again.named_modules() if isinstance(m, Rounder)]
-    assert rounders == [(n, m.fmt, m.signed, m.on, m.scale) for n, m in q.named_modules() if isinstance(m, Rounder)]
+    rounders = [(n, m.fmt, m.signed, m.on, m.scale) for n, m in again.named_modules() if isinstance(m, FakeQuantize)]
+    assert rounders == [(n, m.fmt, m.signed, m.on, m.scale) for n, m in q.named_modules() if isinstance(m, FakeQuantize)]
     assert q.spec.activations.kind != 'INT' or {r[2] for r in rounders} == {True, False}
 
 
 def test_mixed_formats_come_back(tmp_path):
     "Rounders may differ from the specification, one by one"
     q, x = quantize(net_of('AlexNet'), 'INT8', images()), images()
-    rounders = [m for m in q.modules() if isinstance(m, Rounder)]
+    rounders = [m for m in q.modules() if isinstance(m, FakeQuantize)]
     rounders[2].fmt, rounders[3].on, rounders[4].signed = quant_spec('INT4').activations, False, True
-    save_quantised(q, tmp_path/'q.pt')
-    again = load_quantised(tmp_path/'q.pt')
+    save_quantized(q, tmp_path/'q.pt')
+    again = load_quantized(tmp_path/'q.pt')
     assert torch.equal(predict(again, x), predict(q, x))
-    found = [m for m in again.modules() if isinstance(m, Rounder)]
+    found = [m for m in again.modules() if isinstance(m, FakeQuantize)]
     assert [str(found[2].fmt), found[3].on, found[4].signed, str(found[5].fmt)] == ['INT4', False, True, 'INT8']
 
 
 def test_memory_layout_and_a_second_round(tmp_path):
     net, x = net_of('VGG_16').to(memory_format=torch.channels_last), images()
     q = quantize(net, 'INT6', x)
-    save_quantised(q, tmp_path/'q.pt')
-    save_quantised(load_quantised(tmp_path/'q.pt'), tmp_path/'r.pt')
-    again = load_quantised(tmp_path/'r.pt')
+    save_quantized(q, tmp_path/'q.pt')
+    save_quantized(load_quantized(tmp_path/'q.pt'), tmp_path/'r.pt')
+    again = load_quantized(tmp_path/'r.pt')
     assert torch.equal(predict(again, x), predict(q, x)) and torch.equal(predict(copy.deepcopy(again), x), predict(q, x))
     assert all(a.stride() == b.stride() for a, b in zip(q.state_dict().values(), again.state_dict().values()))
 
@@ -87,8 +87,8 @@ def test_memory_layout_and_a_second_round(tmp_path):
 def test_a_copy_of_a_model_from_a_file(tmp_path):
     save_model(net_of('AlexNet_BN'), tmp_path/'net.pt')
     q = quantize(load_model(tmp_path/'net.pt'), 'INT8', images())
-    save_quantised(q, tmp_path/'q.pt')
-    again = load_quantised(tmp_path/'q.pt')
+    save_quantized(q, tmp_path/'q.pt')
+    again = load_quantized(tmp_path/'q.pt')
     assert torch.equal(predict(again, images(3, 1)), predict(q, images(3, 1)))
     assert layer_sensitivity(net_of('AlexNet_BN'), again, images()).equals(layer_sensitivity(net_of('AlexNet_BN'), q, images())), 'a copy that was read can be examined like one that was made'
 
@@ -96,54 +96,54 @@ def test_a_copy_of_a_model_from_a_file(tmp_path):
 def test_what_cannot_be_built_again_is_refused(tmp_path):
     x, path = images(), tmp_path/'q.pt'
     foreign = quantize(wrap_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)), (.5,)*3, (.2,)*3), 'INT8', x)
-    with pytest.raises(ValueError, match='one of the networks of `build_model`'): save_quantised(foreign, path)
-    with pytest.raises(TypeError, match='made by `quantize`'): save_quantised(net_of('AlexNet'), path)
+    with pytest.raises(ValueError, match='one of the networks of `build_model`'): save_quantized(foreign, path)
+    with pytest.raises(TypeError, match='made by `quantize`'): save_quantized(net_of('AlexNet'), path)
     q = quantize(net_of('AlexNet'), 'INT8', x)
     altered = copy.deepcopy(q)
-    node = next(n for n in altered.graph.nodes if n.op == 'call_module' and isinstance(altered.get_submodule(n.target), Rounder))
+    node = next(n for n in altered.graph.nodes if n.op == 'call_module' and isinstance(altered.get_submodule(n.target), FakeQuantize))
     node.replace_all_uses_with(node.args[0]); altered.graph.erase_node(node); altered.recompile()
-    with pytest.raises(ValueError, match='Save before changing it'): save_quantised(altered, path)      # its state still has the scale
+    with pytest.raises(ValueError, match='Save before changing it'): save_quantized(altered, path)      # its state still has the scale
     altered.delete_all_unused_submodules()
-    save_quantised(altered, path)
-    assert torch.equal(predict(load_quantised(path), x), predict(altered, x)), 'with a rounder fewer it can be built again'
+    save_quantized(altered, path)
+    assert torch.equal(predict(load_quantized(path), x), predict(altered, x)), 'with a rounder fewer it can be built again'
     path.unlink()
     last = next(n for n in altered.graph.nodes if n.op == 'output')
     with altered.graph.inserting_before(last): last.args = (altered.graph.call_function(torch.neg, last.args),)
     altered.recompile()
-    with pytest.raises(ValueError, match='Save before changing it'): save_quantised(altered, path)
+    with pytest.raises(ValueError, match='Save before changing it'): save_quantized(altered, path)
     renamed = copy.deepcopy(q)
     renamed.name = 'ResNet_18'
-    with pytest.raises(ValueError, match='Save before changing it'): save_quantised(renamed, path)
+    with pytest.raises(ValueError, match='Save before changing it'): save_quantized(renamed, path)
     assert not list(tmp_path.iterdir())
 
 
 def test_files_that_are_something_else(tmp_path):
     q = quantize(net_of('AlexNet'), 'INT8', images())
     good, bad = tmp_path/'q.pt', tmp_path/'bad.pt'
-    save_quantised(q, good)
+    save_quantized(q, good)
     held = load_state(good)
-    with pytest.raises(FileNotFoundError, match='there is none'): load_quantised(tmp_path/'none.pt')
+    with pytest.raises(FileNotFoundError, match='there is none'): load_quantized(tmp_path/'none.pt')
     bad.write_bytes(good.read_bytes()[:2000])
-    with pytest.raises(ValueError, match='damaged'): load_quantised(bad)
+    with pytest.raises(ValueError, match='damaged'): load_quantized(bad)
     for state in (held['state_dict'], [1], dict(format='robustnb.model/1')):
         save_state(state, bad)
-        with pytest.raises(ValueError, match='file of `save_quantised`'): load_quantised(bad)
+        with pytest.raises(ValueError, match='file of `save_quantized`'): load_quantized(bad)
     save_state(held | dict(code=held['code']+' '), bad)
-    with pytest.raises(ValueError, match='quantise again'): load_quantised(bad)
+    with pytest.raises(ValueError, match='quantise again'): load_quantized(bad)
     for change in (lambda s: s.pop('normalize.mean'), lambda s: s.update(more=torch.ones(1)), lambda s: s.update({'normalize.mean': torch.ones(1, 2, 1, 1)})):
         state = dict(held['state_dict'])
         change(state)
         save_state(held | dict(state_dict=state), bad)
-        with pytest.raises(ValueError, match='do not fit'): load_quantised(bad)
+        with pytest.raises(ValueError, match='do not fit'): load_quantized(bad)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     q, path = quantize(net_of('AlexNet'), 'INT8', images()), tmp_path/'q.pt'
-    save_quantised(q, path)
+    save_quantized(q, path)
     before = path.read_bytes()
     def half(state, tmp): open(tmp, 'wb').write(b'half'); raise RuntimeError('no space')
     monkeypatch.setattr(torch, 'save', half)
-    for save, thing in ((save_quantised, q), (save_generator, Generator(torch.randn(5, 8), torch.zeros(3), torch.ones(3), width=8))):
+    for save, thing in ((save_quantized, q), (save_generator, Generator(torch.randn(5, 8), torch.zeros(3), torch.ones(3), width=8))):
         with pytest.raises(OSError, match='no space'): save(thing, path)
     assert path.read_bytes() == before and [o.name for o in tmp_path.iterdir()] == ['q.pt']
 
@@ -166,9 +166,9 @@ def test_a_trained_generator_and_wrong_files(tmp_path):
     made, _ = train_generator(net, 2, 8, width=8)
     save_generator(made, tmp_path/'g.pt')
     assert torch.equal(generate(load_generator(tmp_path/'g.pt'), 5)[0], generate(made, 5)[0])
-    save_quantised(quantize(net, 'INT8', images()), tmp_path/'q.pt')
+    save_quantized(quantize(net, 'INT8', images()), tmp_path/'q.pt')
     with pytest.raises(ValueError, match='file of `save_generator`'): load_generator(tmp_path/'q.pt')
-    with pytest.raises(ValueError, match='file of `save_quantised`'): load_quantised(tmp_path/'g.pt')
+    with pytest.raises(ValueError, match='file of `save_quantized`'): load_quantized(tmp_path/'g.pt')
     held = load_state(tmp_path/'g.pt')
     save_state(held | dict(width=9), tmp_path/'bad.pt')
     with pytest.raises(ValueError, match='do not fit'): load_generator(tmp_path/'bad.pt')

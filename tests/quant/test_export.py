@@ -16,7 +16,7 @@ from robustnb.core import make_generator, predict
 from robustnb.quant.export import check_export, engine_ops, export_onnx, OnnxModel, run_onnx
 from robustnb.models.wrapping import Normalized, wrap_model
 from robustnb.models.zoo import build_model, model_names
-from robustnb.quant.ptq import quantize, Rounder
+from robustnb.quant.ptq import quantize, FakeQuantize
 from robustnb.quant.formats import levels, number_format, quant_spec, to_levels
 
 onnx = pytest.importorskip('onnx')
@@ -60,7 +60,7 @@ def test_nine_networks_in_integers(name, tmp_path):
     q, path = quantize(model, 'INT8', x[:8]), tmp_path/'m.onnx'
     facts, convs = export_onnx(q, path), sum(isinstance(m, nn.Conv2d) for m in q.modules())
     check = check_export(q, path, x)
-    assert facts['integer'] and facts['format'] == 'INT8' and facts['rounded'] == sum(isinstance(m, Rounder) for m in q.modules())
+    assert facts['integer'] and facts['format'] == 'INT8' and facts['rounded'] == sum(isinstance(m, FakeQuantize) for m in q.modules())
     assert facts['layers'] == sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in q.modules())
     linear = facts['layers']-convs + (name == 'Inception_BN')
     adds = {'ResNet_18': 8, 'ResNet_50': 16, 'ResNet_152': 50, 'MobileNetV2': 10}.get(name, 0)
@@ -88,7 +88,7 @@ def test_integer_machine(tmp_path):
     x = images(32, 8)
     q = quantize(model_of(seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 6)))), 'INT8', x)
     export_onnx(q, tmp_path/'m.onnx', (3, 8, 8))
-    s = {n: m.scale.item() for n, m in q.named_modules() if isinstance(m, Rounder)}
+    s = {n: m.scale.item() for n, m in q.named_modules() if isinstance(m, FakeQuantize)}
     first, hidden = s['round_normalize'], s['round_net_1']
     def whole(layer, unit):
         w = layer.weight.double().flatten(1)
@@ -132,7 +132,7 @@ def test_rounding_in_float(name, signed, tmp_path):
     x = v[:len(v)//2*2].reshape(1, 1, 2, -1)*scale
     linear = nn.Sequential(nn.Flatten(), nn.Identity())
     w = export._Writer(seeded(lambda: linear), set(), False)
-    rounder = Rounder(quant_spec(f'INT8/{name}'), v if signed else v.abs())
+    rounder = FakeQuantize(quant_spec(f'INT8/{name}'), v if signed else v.abs())
     rounder.scale.fill_(scale)
     assert rounder.signed == signed
     out, h = export._round_in_float(w, 'r', 'images', rounder), onnx.helper
@@ -383,7 +383,7 @@ class Odd(nn.Conv2d):
 def test_refused_by_name(net, text, tmp_path):
     (tmp_path/'m.onnx').write_text('what was there')
     with pytest.raises(TypeError, match=text) as e: export_onnx(nn.Sequential(net).eval(), tmp_path/'m.onnx', (3, 8, 8))
-    assert 'Known are' in str(e.value) and 'AdaptiveAvgPool2d' in str(e.value) and 'Rounder' not in str(e.value)
+    assert 'Known are' in str(e.value) and 'AdaptiveAvgPool2d' in str(e.value) and 'FakeQuantize' not in str(e.value)
     assert (tmp_path/'m.onnx').read_text() == 'what was there' and len(list(tmp_path.iterdir())) == 1
 
 

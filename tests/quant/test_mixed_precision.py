@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from robustnb.core import make_generator, predict
-from robustnb.models.complexity import cost
+from robustnb.models.complexity import model_complexity
 from robustnb.quant.ptq import model_bytes
 from robustnb.quant.mixed_precision import (
-    assign_bits, _choices, _greedy, quantize_mixed, weight_noise)
+    allocate_bits, _choices, _greedy, quantize_mixed, weight_noise)
 from robustnb.models.zoo import build_model
 from robustnb.models.graph import fold_batchnorm
-from robustnb.quant.ptq import quantize, Rounder
+from robustnb.quant.ptq import quantize, FakeQuantize
 from robustnb.quant.formats import choose_scale, fake_quantize, levels, number_format, quant_spec
-from robustnb.quant.reconstruction import correct_bias, round_adaptively
+from robustnb.quant.reconstruction import correct_bias, adaround
 from robustnb.quant.sensitivity import layer_sensitivity
 
 formats = ('INT8', 'INT6', 'INT4', 'INT3', 'INT2')
@@ -49,7 +49,7 @@ def size(model, bits):
 
 
 @cache
-def macs_of(model): return cost(fold_batchnorm(model)).set_index('name').macs
+def macs_of(model): return model_complexity(fold_batchnorm(model)).set_index('name').macs
 
 
 def bit_operations(model, bits, by):
@@ -66,7 +66,7 @@ def test_noise_is_that_of_each_layer_rounded_alone(model, spec):
     found = weight_noise(model, x, ('INT5', 'POT3'), spec).set_index(['layer', 'format'])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     signal, s, held = predict(model, x), quant_spec(spec), layers(model)
-    macs = cost(fold_batchnorm(model)).set_index('name').macs
+    macs = model_complexity(fold_batchnorm(model)).set_index('name').macs
     assert found.index.tolist() == [(k, f) for k in held for f in ('INT5', 'POT3')]
     for name in list(held)[::5]:
         for f in ('INT5', 'POT3'):
@@ -98,7 +98,7 @@ def test_a_layer_called_twice_works_twice_but_is_stored_once():
     net = Twice().eval()
     rows = weight_noise(net, images(), ('INT4',)).set_index('layer')
     assert rows.params.tolist() == [108, 144, 20] and rows.macs['b'] == 2*144*900 and rows.macs['a'] == 108*900
-    table = assign_bits(net, images(), budget_kb=model_bytes(net, 4)/1000, formats=('INT4',))
+    table = allocate_bits(net, images(), budget_kb=model_bytes(net, 4)/1000, formats=('INT4',))
     assert table.kb.sum()*1000 + 4*(4 + 4 + 5) == model_bytes(net, 4)
 
 
@@ -107,7 +107,7 @@ def test_no_budget_is_exceeded_and_no_room_is_wasted(model, noise):
     wider = {8: None, 6: 8, 4: 6, 3: 4, 2: 3}
     before = np.inf
     for kb in np.linspace(floor, top*1.05, 25):
-        table = assign_bits(model, None, budget_kb=kb, noise=noise)
+        table = allocate_bits(model, None, budget_kb=kb, noise=noise)
         bits = bits_of(table)
         used = size(model, bits)/1000
         assert used <= kb + 1e-9 and list(bits) == list(layers(model))
@@ -123,30 +123,30 @@ def test_no_budget_is_exceeded_and_no_room_is_wasted(model, noise):
 def test_bit_operations_as_a_budget(model, noise):
     low, high = (bit_operations(model, dict.fromkeys(layers(model), b), 6) for b in (2, 8))
     for budget in np.linspace(low, high, 9):
-        table = assign_bits(model, None, budget_mbops=budget, spec='INT8/INT6', noise=noise)
+        table = allocate_bits(model, None, budget_mbops=budget, spec='INT8/INT6', noise=noise)
         used = bit_operations(model, bits_of(table), 6)
         assert used <= budget*(1 + 1e-9) and table.mbops.sum() == pytest.approx(used)
     assert set(table.format) == {'INT8'}
     half = (low+high)/2
-    by_size = assign_bits(model, None, budget_kb=size(model, bits_of(assign_bits(model, None, budget_mbops=half, spec='INT8/INT6', noise=noise)))/1000, noise=noise)
-    assert by_size.noise.sum() < assign_bits(model, None, budget_mbops=half, spec='INT8/INT6', noise=noise).noise.sum(), 'each budget has its own best answer'
-    assert assign_bits(model, None, budget_mbops=half, spec='INT8/INT6', noise=noise).noise.sum() < noise[noise.format == 'INT4'].noise.sum()
+    by_size = allocate_bits(model, None, budget_kb=size(model, bits_of(allocate_bits(model, None, budget_mbops=half, spec='INT8/INT6', noise=noise)))/1000, noise=noise)
+    assert by_size.noise.sum() < allocate_bits(model, None, budget_mbops=half, spec='INT8/INT6', noise=noise).noise.sum(), 'each budget has its own best answer'
+    assert allocate_bits(model, None, budget_mbops=half, spec='INT8/INT6', noise=noise).noise.sum() < noise[noise.format == 'INT4'].noise.sum()
 
 
 @pytest.mark.parametrize('kind', ('kb', 'mbops'))
 def test_the_least_that_is_named_is_accepted_and_less_is_not(model, noise, kind):
-    with pytest.raises(ValueError, match=f'`budget_{kind}` must be at least ([0-9.]+), what the narrowest formats take; got 0.1.') as e: assign_bits(model, None, noise=noise, **{f'budget_{kind}': .1})
+    with pytest.raises(ValueError, match=f'`budget_{kind}` must be at least ([0-9.]+), what the narrowest formats take; got 0.1.') as e: allocate_bits(model, None, noise=noise, **{f'budget_{kind}': .1})
     least = float(str(e.value).split('at least ')[1].split(',')[0])
     narrowest = dict.fromkeys(layers(model), 2)
     assert least == pytest.approx(size(model, narrowest)/1000 if kind == 'kb' else bit_operations(model, narrowest, 8), abs=1e-3, rel=1e-9)
-    assert set(assign_bits(model, None, noise=noise, **{f'budget_{kind}': least}).format) == {'INT2'}
+    assert set(allocate_bits(model, None, noise=noise, **{f'budget_{kind}': least}).format) == {'INT2'}
     for bad in (least*(1-1e-6), -1., 0, float('nan')):
-        with pytest.raises(ValueError, match='must be at least'): assign_bits(model, None, noise=noise, **{f'budget_{kind}': bad})
+        with pytest.raises(ValueError, match='must be at least'): allocate_bits(model, None, noise=noise, **{f'budget_{kind}': bad})
 
 
 @pytest.mark.parametrize('bits', (3, 4, 6))
 def test_the_size_of_a_uniform_model_buys_less_noise(model, noise, bits):
-    table = assign_bits(model, None, budget_kb=model_bytes(fold_batchnorm(model), bits)/1000, noise=noise)
+    table = allocate_bits(model, None, budget_kb=model_bytes(fold_batchnorm(model), bits)/1000, noise=noise)
     assert table.noise.sum() < .8*noise[noise.bits == bits].noise.sum() and len(set(table.bits)) > 1
 
 
@@ -171,8 +171,8 @@ def test_room_is_not_used_to_add_noise():
 def test_the_least_is_rounded_up_to_whole_bytes():
     net = nn.Sequential(nn.Flatten(), nn.Linear(7, 3)).eval()
     x = torch.rand(4, 1, 1, 7, generator=make_generator(0))
-    with pytest.raises(ValueError, match='at least 0.02, '): assign_bits(net, x, budget_kb=.0199, formats=('INT3',))
-    table = assign_bits(net, x, budget_kb=.02, formats=('INT3',))
+    with pytest.raises(ValueError, match='at least 0.02, '): allocate_bits(net, x, budget_kb=.0199, formats=('INT3',))
+    table = allocate_bits(net, x, budget_kb=.02, formats=('INT3',))
     assert table.kb.item()*1000 == 63/8 and model_bytes(net, 3) == 20
 
 
@@ -204,9 +204,9 @@ def test_every_layer_gets_its_format(model):
     before = copy.deepcopy(model.state_dict())
     q = quantize_mixed(model, table.sample(frac=1, random_state=0), 'INT6/INT7', x)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and q.left_float == () and not q.training and not any(p.requires_grad for p in q.parameters())
-    assert {m.fmt for m in q.modules() if isinstance(m, Rounder)} == {number_format('INT7')}
+    assert {m.fmt for m in q.modules() if isinstance(m, FakeQuantize)} == {number_format('INT7')}
     plain = quantize(model, 'INT6/INT7', x)
-    assert all(torch.equal(m.scale, plain.get_submodule(n).scale) for n, m in q.named_modules() if isinstance(m, Rounder))
+    assert all(torch.equal(m.scale, plain.get_submodule(n).scale) for n, m in q.named_modules() if isinstance(m, FakeQuantize))
     same = {f: quantize(model, f'{f}/INT7', x) for f in set(table.format)}
     for name, f in zip(table.layer, table.format):
         assert torch.equal(same[f].get_submodule(name).weight, q.get_submodule(name).weight)
@@ -214,7 +214,7 @@ def test_every_layer_gets_its_format(model):
         assert q.layer_formats[name] == number_format(f)
     again = copy.deepcopy(q)
     assert again.layer_formats == q.layer_formats and torch.equal(predict(again, x), predict(q, x))
-    for f in (correct_bias, lambda *args: round_adaptively(*args, steps=5)):
+    for f in (correct_bias, lambda *args: adaround(*args, steps=5)):
         better = f(model, q, x)
         assert better.layer_formats == q.layer_formats and all(len(w.unique()) <= 3 for w in better.get_submodule(table.layer[4]).weight)
 
@@ -233,14 +233,14 @@ def test_what_is_refused(model, noise):
     with pytest.raises(ValueError, match='22 rows for 21 layers, some twice'): quantize_mixed(model, pd.concat([table, table[:1]]), 'INT8', x)
     with pytest.raises(ValueError, match="got 'INT1'"): quantize_mixed(model, table.assign(format='INT1'), 'INT8', x)
     with pytest.raises(TypeError, match='`images` must be a torch tensor'): quantize_mixed(model, table, 'INT8', None)
-    with pytest.raises(TypeError, match='`images` must be a torch tensor'): assign_bits(model, None, budget_kb=10)
+    with pytest.raises(TypeError, match='`images` must be a torch tensor'): allocate_bits(model, None, budget_kb=10)
     with pytest.raises(ValueError, match='must name at least one number format'): weight_noise(model, x, ())
-    with pytest.raises(ValueError, match='got neither'): assign_bits(model, x, noise=noise)
-    with pytest.raises(ValueError, match="must be given; got {'budget_kb': 1, 'budget_mbops': 2}"): assign_bits(model, x, 1, 2, noise=noise)
-    with pytest.raises(ValueError, match='`noise` must be that of `model`'): assign_bits(model, x, 100, noise=noise[noise.layer != 'net.features.0'])
+    with pytest.raises(ValueError, match='got neither'): allocate_bits(model, x, noise=noise)
+    with pytest.raises(ValueError, match="must be given; got {'budget_kb': 1, 'budget_mbops': 2}"): allocate_bits(model, x, 1, 2, noise=noise)
+    with pytest.raises(ValueError, match='`noise` must be that of `model`'): allocate_bits(model, x, 100, noise=noise[noise.layer != 'net.features.0'])
     with pytest.raises(ValueError, match='pixels in'): weight_noise(model, x*torch.nan)
     broken = copy.deepcopy(model)
     next(broken.parameters()).data[0] = torch.inf
     for f in (lambda: weight_noise(broken, x), lambda: quantize_mixed(broken, table, 'INT8', x)):
         with pytest.raises(ValueError, match='must have finite weights'): f()
-    with pytest.raises(ValueError, match='evaluation mode'): assign_bits(copy.deepcopy(model).train(), x, 100, noise=noise)
+    with pytest.raises(ValueError, match='evaluation mode'): allocate_bits(copy.deepcopy(model).train(), x, 100, noise=noise)

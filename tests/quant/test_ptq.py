@@ -15,8 +15,8 @@ from robustnb.data import digits
 from robustnb.models.wrapping import Normalized, wrap_model
 from robustnb.models.zoo import build_model, model_names
 from robustnb.models.graph import fold_batchnorm
-from robustnb.quant.ptq import calibrate, quantize, Rounder, rounding_points
-from robustnb.models.complexity import cost
+from robustnb.quant.ptq import calibrate, quantize, FakeQuantize, quantization_points
+from robustnb.models.complexity import model_complexity
 from robustnb.quant.formats import (
     choose_scale, fake_quantize, levels, number_format, quant_spec, to_levels)
 from robustnb.quant.sensitivity import layer_sensitivity
@@ -108,7 +108,7 @@ def test_a_layer_with_two_inputs_keeps_its_bias():
 def test_stored_tensors_lie_on_the_levels(name):
     q, stored = quantize(small(), name, images()), {}
     for n, m in q.named_modules():
-        if isinstance(m, Rounder): m.register_forward_hook(lambda m, a, out, n=n: stored.update({n: (m, out)}))
+        if isinstance(m, FakeQuantize): m.register_forward_hook(lambda m, a, out, n=n: stored.update({n: (m, out)}))
     predict(q, images(seed=1))
     assert list(stored) == ['round_normalize', 'round_net_2', 'round_net_3', 'round_net_4', 'round_net_5']
     for m, out in stored.values():
@@ -129,8 +129,8 @@ def test_nothing_of_the_nine_networks_stays_in_full_precision(name):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and all(p.requires_grad for p in model.parameters())
     a, b = predict(model, x), predict(q, x)
     assert 0 < (a-b).square().mean() < .03*a.var(), 'INT8 answers nearly as the original does'
-    points = [n.name for n in rounding_points(fold_batchnorm(model))]
-    assert points[0] == 'normalize' and sum(isinstance(m, Rounder) for m in q.modules()) == len(points)
+    points = [n.name for n in quantization_points(fold_batchnorm(model))]
+    assert points[0] == 'normalize' and sum(isinstance(m, FakeQuantize) for m in q.modules()) == len(points)
     sums = sum(hasattr(m, 'body') and bool(len(m.shortcut) or 1) for m in model.modules() if type(m).__name__ == '_Residual')
     joins = sum(type(m).__name__ == '_Branches' for m in model.modules())
     weighted = sum(isinstance(m, layers) for m in q.modules())
@@ -167,7 +167,7 @@ class Attention(nn.Module):
 
 def source(node, model):
     "What a tensor was before it was moved or clipped"
-    while not (isinstance(model.get_submodule(node.target), Rounder) if node.op == 'call_module' else False) and (ptq._moves_only(node, model) or ptq._is(node, model, ptq._clips)): node = node.all_input_nodes[0]
+    while not (isinstance(model.get_submodule(node.target), FakeQuantize) if node.op == 'call_module' else False) and (ptq._moves_only(node, model) or ptq._is(node, model, ptq._clips)): node = node.all_input_nodes[0]
     return node
 
 
@@ -178,7 +178,7 @@ def assert_operands_are_rounded(q):
         if not (n.target in (torch.matmul, operator.matmul, F.linear, F.conv2d, ptq._scores) or n.op == 'call_module' and isinstance(q.get_submodule(n.target), (nn.Conv2d, nn.Linear))): continue
         for i in n.all_input_nodes:
             o = source(i, q)
-            assert o.op == 'get_attr' or o.op == 'call_module' and isinstance(q.get_submodule(o.target), Rounder), f'{i} into {n}'
+            assert o.op == 'get_attr' or o.op == 'call_module' and isinstance(q.get_submodule(o.target), FakeQuantize), f'{i} into {n}'
         seen += 1
     return seen
 
@@ -244,7 +244,7 @@ def test_torchs_attention_function_is_opened_and_says_the_same(how):
     a, b = predict(model, x), predict(q, x)
     assert q.left_float == q.opaque == () and 0 < (a-b).square().mean() < 1e-6*(a-a.mean(0)).square().mean()
     for m in q.modules():
-        if isinstance(m, Rounder): m.on = False
+        if isinstance(m, FakeQuantize): m.on = False
     assert (predict(q, x)-a).abs().max() < 1e-3*a.std()
 
 
@@ -351,7 +351,7 @@ def test_a_network_without_normalisation_inside_gets_its_input_rounded():
     net = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4*30*30, 5)))
     q = quantize(net, 'INT2', images())
     stored = []
-    rounders = {n: m for n, m in q.named_modules() if isinstance(m, Rounder)}
+    rounders = {n: m for n, m in q.named_modules() if isinstance(m, FakeQuantize)}
     assert list(rounders) == ['round_input_1', 'round__1']
     rounders['round_input_1'].register_forward_hook(lambda m, a, out: stored.append(out))
     predict(q, images())
@@ -374,7 +374,7 @@ class Shapes(nn.Module):
 
 def test_every_computed_tensor_is_rounded_once_and_nothing_else():
     model, x = model_of(seeded(Shapes)), images()
-    assert [n.name for n in rounding_points(fold_batchnorm(model))] == ['normalize', 'net_a', 'relu', 'net_b_1', 'add', 'cat']
+    assert [n.name for n in quantization_points(fold_batchnorm(model))] == ['normalize', 'net_a', 'relu', 'net_b_1', 'add', 'cat']
     q = quantize(model, 'INT16', x)
     assert q.left_float == () and (predict(q, x)-predict(model, x)).abs().max() < 1e-2*predict(model, x).std()
     calls = [n.target for n in q.graph.nodes if n.op == 'call_module' and str(n.target).startswith('round_')]
@@ -387,9 +387,9 @@ def test_calibration_reads_all_images_and_only_the_extremes_matter_to_minmax():
     model, x = small(), .4 + .2*images(250)
     x[-1] = images(1, seed=1)
     spec = quant_spec('INT8', rule='minmax')
-    scales = [m.scale.item() for m in quantize(model, spec, x).modules() if isinstance(m, Rounder)]
-    again = [m.scale.item() for m in quantize(model, spec, x.flip(0)).modules() if isinstance(m, Rounder)]
-    without = [m.scale.item() for m in quantize(model, spec, x[:-1]).modules() if isinstance(m, Rounder)]
+    scales = [m.scale.item() for m in quantize(model, spec, x).modules() if isinstance(m, FakeQuantize)]
+    again = [m.scale.item() for m in quantize(model, spec, x.flip(0)).modules() if isinstance(m, FakeQuantize)]
+    without = [m.scale.item() for m in quantize(model, spec, x[:-1]).modules() if isinstance(m, FakeQuantize)]
     assert scales == pytest.approx(again, rel=1e-5) and scales != pytest.approx(without, rel=1e-3)
     values, seen = {}, fold_batchnorm(model)
     for n, m in seen.named_modules():
@@ -413,7 +413,7 @@ def test_every_calibration_image_counts_the_same(monkeypatch):
 def test_values_between_the_extremes_decide_the_mse_scale():
     model, x = small(), images(250)
     x[0, :, :4, :4] = 1000/255 % 1
-    one, two = (next(m for m in quantize(model, quant_spec('INT4', rule=r), x).modules() if isinstance(m, Rounder)).scale for r in ('mse', 'minmax'))
+    one, two = (next(m for m in quantize(model, quant_spec('INT4', rule=r), x).modules() if isinstance(m, FakeQuantize)).scale for r in ('mse', 'minmax'))
     normalised = model.normalize(x)
     assert one == pytest.approx(choose_scale(normalised, number_format('INT4')).item(), rel=.05) and one <= two
 
@@ -483,7 +483,7 @@ def test_the_sample_comes_from_every_channel_row_and_column(shape, last):
 def test_the_memory_format_is_kept():
     q, seen = quantize(small(), 'POT4/POT4', images()), []
     for m in q.modules():
-        if isinstance(m, Rounder): m.register_forward_hook(lambda m, a, out: seen.append((a[0].stride(), out.stride(), a[0].is_contiguous(memory_format=torch.channels_last) if a[0].ndim == 4 else None)))
+        if isinstance(m, FakeQuantize): m.register_forward_hook(lambda m, a, out: seen.append((a[0].stride(), out.stride(), a[0].is_contiguous(memory_format=torch.channels_last) if a[0].ndim == 4 else None)))
     predict(q, images())
     assert all(a == b for a, b, _ in seen) and seen[0][2] and seen[1][2]
 
@@ -528,7 +528,7 @@ def test_constant_activations(spec, rule, bias):
     q = quantize(model, quant_spec(spec, rule=rule), x)
     a, b = predict(model, x), predict(q, x)
     assert torch.equal(a, b) if bias <= 0 and spec[:3] != 'INT' else (a-b).abs().max() < (.05 if spec == 'INT8' else 1.), 'all values alike, all zero too'
-    assert all(m.scale > 0 for m in q.modules() if isinstance(m, Rounder))
+    assert all(m.scale > 0 for m in q.modules() if isinstance(m, FakeQuantize))
 
 
 def test_no_linear_layer_at_the_end():
@@ -551,7 +551,7 @@ def test_large_images_and_many_classes():
     model, x = model_of(seeded(lambda: torchvision.models.shufflenet_v2_x0_5(weights=None), size=64)), images(2, 224)
     q = quantize(model, 'INT8', x)
     assert predict(q, x).shape == (2, 1000) and q.left_float == q.opaque == () and q.n_classes == 1000
-    assert cost(model, (3, 224, 224)).macs.sum() > 3e7
+    assert model_complexity(model, (3, 224, 224)).macs.sum() > 3e7
 
 
 def test_a_network_without_weights():

@@ -12,11 +12,11 @@ from robustnb.quant.formats import reconstruction as refine
 from robustnb.core import make_generator, predict
 from robustnb.models.wrapping import wrap_model
 from robustnb.models.zoo import build_model, model_names
-from robustnb.models.graph import fold_batchnorm, _keep
-from robustnb.quant.ptq import quantize, Rounder, rounding_points
+from robustnb.models.graph import fold_batchnorm, keep_facts
+from robustnb.quant.ptq import quantize, FakeQuantize, quantization_points
 from robustnb.quant.formats import choose_scale, levels, number_format, quant_spec
-from robustnb.quant.equalization import equalise
-from robustnb.quant.reconstruction import correct_bias, round_adaptively
+from robustnb.quant.equalization import cross_layer_equalization
+from robustnb.quant.reconstruction import correct_bias, adaround
 
 layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -64,7 +64,7 @@ def test_the_nine_networks_answer_as_before(name):
     for i, m in enumerate(model.modules()):
         if isinstance(m, nn.BatchNorm2d): m.weight.data.mul_(10**(torch.rand(len(m.weight), generator=make_generator(i)) - .5))
     before, x = copy.deepcopy(model.state_dict()), images(4).double()
-    e = equalise(model)
+    e = cross_layer_equalization(model)
     assert untouched(before, model) and not e.training and (e.name, e.n_classes) == (name, 10)
     a, b = predict(model, x), predict(e, x)
     assert (a-b).abs().max() < 1e-5*a.std()
@@ -81,7 +81,7 @@ def test_two_layers_meet_at_the_geometric_mean():
     model = model_of(lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(5*900, 2)))
     a, b = model.net[0], model.net[2]
     made, read = a.weight.detach().abs().amax((1, 2, 3)), b.weight.detach().abs().amax((0, 2, 3))
-    e = equalise(model, rounds=1)
+    e = cross_layer_equalization(model, rounds=1)
     first, second = (e.get_submodule(f'net.{i}') for i in (0, 2))
     assert e.equalised == (('net.0', 'net.2'), ('net.2', 'net.4'))
     assert torch.allclose(first.weight.abs().amax((1, 2, 3)), (made*read).sqrt()) and torch.allclose(first.bias, a.bias*(read/made).sqrt())
@@ -93,7 +93,7 @@ def test_three_layers_with_a_depthwise_one_share_one_range():
     model = model_of(lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.ReLU6(), nn.Conv2d(4, 5, 1), nn.Tanh(), nn.Flatten(), nn.Linear(5*900, 2)))
     a, b, c = (model.net[i].weight.detach() for i in (0, 2, 4))
     third = (a.abs().amax((1, 2, 3))*b.abs().amax((1, 2, 3))*c.abs().amax((0, 2, 3)))**(1/3)
-    e = equalise(model)
+    e = cross_layer_equalization(model)
     assert e.equalised == (('net.0', 'net.2'), ('net.2', 'net.4')), 'a tanh lets no factor through'
     for i, dims in ((0, (1, 2, 3)), (2, (1, 2, 3)), (4, (0, 2, 3))): assert torch.allclose(e.get_submodule(f'net.{i}').weight.abs().amax(dims), third, rtol=2e-3)
 
@@ -122,7 +122,7 @@ class Ways(nn.Module):
 
 def test_a_factor_stops_at_sums_shared_layers_and_other_activations():
     model = model_of(Ways).double()
-    e, x = equalise(model), images(4).double()
+    e, x = cross_layer_equalization(model), images(4).double()
     assert e.equalised == (('net.a', 'net.b'), ('net.b', 'net.c'), ('net.two', 'net.three'))
     assert (predict(e, x)-predict(model, x)).abs().max() < 1e-6*predict(model, x).std()
 
@@ -131,13 +131,13 @@ def test_a_factor_stops_at_sums_shared_layers_and_other_activations():
                                  (lambda: nn.Flatten(0, 1), lambda: nn.Flatten(1), lambda: nn.Linear(36, 3), lambda: nn.Unflatten(0, (-1, 8)), lambda: nn.Flatten(), lambda: nn.LazyLinear(3))), ids=('from 2', 'along a row', 'with the batch'))
 def test_flattening_something_else_stops_it(end):
     model = model_of(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(6), *[o() for o in end]))
-    e = equalise(model)
+    e = cross_layer_equalization(model)
     assert ('net.0', 'net.2') not in e.equalised and ('net.0', 'net.3') not in e.equalised and torch.allclose(predict(e, images()), predict(model, images()), atol=1e-5)
 
 
 def test_linear_layers_over_tokens_are_a_pair():
     model = model_of(lambda: nn.Sequential(nn.Flatten(2), nn.Linear(1024, 6), nn.ReLU(), nn.Linear(6, 4), nn.Flatten(), nn.Linear(12, 3)))
-    e = equalise(model)
+    e = cross_layer_equalization(model)
     assert e.equalised == (('net.1', 'net.3'),) and torch.allclose(predict(e, images()), predict(model, images()), atol=1e-5)
 
 
@@ -146,20 +146,20 @@ def test_clipping_at_six_is_kept_exactly_and_adds_no_rounding():
     with torch.no_grad(): model.net[3].weight.mul_(40)
     depthwise = outputs(fold_batchnorm(model), x)['net.3'][1]
     assert .1 < (depthwise > 6).float().mean() < .9, 'the limit matters'
-    e = equalise(model)
+    e = cross_layer_equalization(model)
     assert e.equalised == (('net.0', 'net.3'), ('net.3', 'net.5'), ('net.5', 'net.9'), ('net.9', 'net.11'))
     assert (predict(e, x)-predict(model, x)).abs().max() < 1e-6*predict(model, x).std()
-    assert len(rounding_points(fold_batchnorm(e))) == len(rounding_points(fold_batchnorm(model)))
+    assert len(quantization_points(fold_batchnorm(e))) == len(quantization_points(fold_batchnorm(model)))
     a, b = predict(quantize(model, 'INT12', x), x), predict(quantize(e, 'INT12', x), x)
     assert quantize(e, 'INT12', x).left_float == () and (a-b).abs().max() < .05*a.std()
-    assert equalise(e).equalised == (('net.0', 'net.3'), ('net.5', 'net.9'), ('net.9', 'net.11')), 'a limit for each channel is a limit that stays'
+    assert cross_layer_equalization(e).equalised == (('net.0', 'net.3'), ('net.5', 'net.9'), ('net.9', 'net.11')), 'a limit for each channel is a limit that stays'
 
 
 def test_dead_channels_stay_and_nothing_overflows():
     model = small()
     with torch.no_grad():
         model.net[1].weight[2], model.net[3].weight[4], model.net[1].weight[5] = 0, 0, 1e-30
-    e = equalise(model)
+    e = cross_layer_equalization(model)
     assert all(p.isfinite().all() for p in e.parameters()) and torch.allclose(predict(e, images()), predict(model, images()), atol=1e-4)
     assert torch.equal(e.get_submodule('net.0').bias[2], fold_batchnorm(model).get_submodule('net.0').bias[2])
 
@@ -174,16 +174,16 @@ class ByName(nn.Module):
 
 def test_inputs_given_by_name_stop_it():
     model, x = model_of(ByName), images()
-    e = equalise(model)
+    e = cross_layer_equalization(model)
     assert e.equalised == () and torch.equal(predict(e, x), predict(fold_batchnorm(model), x))
     q = quantize(model, 'INT3', x)
-    assert predict(round_adaptively(model, q, x, steps=5), x).isfinite().all() and predict(correct_bias(model, q, x), x).isfinite().all()
+    assert predict(adaround(model, q, x, steps=5), x).isfinite().all() and predict(correct_bias(model, q, x), x).isfinite().all()
 
 
 def test_a_dead_channel_with_a_bias_does_not_take_the_range():
     model, x = small(), images()
     with torch.no_grad(): model.net[1].weight[3], model.net[1].bias[3] = 1e-8, .5
-    e = equalise(model)
+    e = cross_layer_equalization(model)
     assert e.get_submodule('net.0').bias[3] == .5 and e.get_submodule('net.0').bias.abs().max() < 10
     error = lambda m: (predict(quantize(m, 'INT8', x), x)-predict(model, x)).square().mean()
     assert error(e) < 2*error(model)
@@ -195,7 +195,7 @@ def test_equal_channels_help_one_scale_for_all():
         s = 10**torch.linspace(-1.5, 1.5, 8)
         model.net[1].weight.mul_(s), model.net[1].bias.mul_(s), model.net[3].weight.div_(s.view(-1, 1, 1, 1))
     error = lambda m: (predict(quantize(m, quant_spec('INT6/INT16', per_channel=False), x), x)-predict(model, x)).square().mean()
-    assert error(equalise(model)) < .1*error(model)
+    assert error(cross_layer_equalization(model)) < .1*error(model)
 
 
 # ---- corrected biases
@@ -269,7 +269,7 @@ def test_every_weight_is_on_one_of_its_two_levels(name, per_channel):
     model, x = small(), images(24)
     q = quantize(model, quant_spec(name, per_channel), x)
     before = copy.deepcopy(q.state_dict())
-    r = round_adaptively(model, q, x, steps=30)
+    r = adaround(model, q, x, steps=30)
     assert untouched(before, q) and all(p.requires_grad for p in model.parameters()) and not any(p.requires_grad for p in r.parameters()) and not r.training
     assert {k for k, v in r.state_dict().items() if not torch.equal(v, before[k])} <= {f'net.{i}.weight' for i in (0, 3, 5, 9, 11)} and r.left_float == () and r.spec == q.spec
     at, moved = levels(number_format(name)), 0
@@ -299,10 +299,10 @@ def pair():
 def test_errors_of_equal_inputs_cancel_where_the_sum_is_nearer_to_another_level():
     spec = quant_spec('INT3/INT16', rule='minmax')
     model, x = pair()
-    learnt = round_adaptively(model, quantize(model, spec, x), x).get_submodule('net.1').weight.flatten()
+    learnt = adaround(model, quantize(model, spec, x), x).get_submodule('net.1').weight.flatten()
     assert sorted(learnt.round(decimals=4).tolist()) == [0, 1, 3], '.85 of the common input is nearer to 1 than to 0'
     with torch.no_grad(): model.net[1].weight[0, 1:] = torch.tensor([.2, .15])
-    learnt = round_adaptively(model, quantize(model, spec, x), x).get_submodule('net.1').weight.flatten()
+    learnt = adaround(model, quantize(model, spec, x), x).get_submodule('net.1').weight.flatten()
     assert sorted(learnt.round(decimals=4).tolist()) == [0, 0, 3], '.35 is nearer to 0'
 
 
@@ -313,7 +313,7 @@ def test_close_to_the_best_of_all_choices(fmt):
     model = wrap_model(nn.Sequential(nn.Flatten(), nn.Linear(8, 10)), (0.,), (1.,))
     with torch.no_grad(): model.net[1].weight.copy_(torch.randn(10, 8, generator=g)), model.net[1].bias.fill_(.3)
     q = quantize(model, f'{fmt}/INT16', x)
-    r, w, flat = round_adaptively(model, q, x, steps=400), model.net[1].weight.detach(), x.flatten(1).double()
+    r, w, flat = adaround(model, q, x, steps=400), model.net[1].weight.detach(), x.flatten(1).double()
     low, high, _ = refine._around(w, number_format(fmt), q.spec)
     choices = torch.tensor(list(itertools.product((False, True), repeat=8)))
     error = lambda o, row: ((o-row).double() @ flat.T).square().mean(-1)
@@ -326,12 +326,12 @@ def test_close_to_the_best_of_all_choices(fmt):
 def test_no_steps_is_the_nearest_and_the_seed_decides_the_rest():
     model, x = small(), images(24)
     q = quantize(model, 'INT3', x)
-    assert untouched(q.state_dict(), round_adaptively(model, q, x, steps=0))
+    assert untouched(q.state_dict(), adaround(model, q, x, steps=0))
     state = torch.random.get_rng_state()
-    a, b, c = (round_adaptively(model, q, x, steps=40, places=300, seed=s) for s in (0, 0, 1))
+    a, b, c = (adaround(model, q, x, steps=40, places=300, seed=s) for s in (0, 0, 1))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert untouched(a.state_dict(), b) and not untouched(a.state_dict(), c)
-    with torch.no_grad(): assert untouched(a.state_dict(), round_adaptively(model, q, x, steps=40, places=300))
+    with torch.no_grad(): assert untouched(a.state_dict(), adaround(model, q, x, steps=40, places=300))
 
 
 @pytest.mark.parametrize('name', ('INT3', 'POT4', 'FLOAT4'))
@@ -339,7 +339,7 @@ def test_learnt_rounding_brings_the_logits_closer(name):
     model, x, others = small(), images(64), images(64, seed=1)
     error = lambda m: (predict(m, others)-predict(model, others)).square().mean()
     q = quantize(model, f'{name}/INT8', x)
-    r = round_adaptively(model, q, x)
+    r = adaround(model, q, x)
     assert error(r) < .7*error(q) and error(correct_bias(model, r, x)) < error(q)
 
 
@@ -356,9 +356,9 @@ def test_formats_of_single_layers_are_followed():
     model, x = small(), images(24)
     q = quantize(model, 'INT8', x)
     with pytest.raises(ValueError, match='in net.9 .* of 480 weights'):
-        correct_bias(model, _keep(q, layer_formats={'net.9': number_format('INT3')}), x)
+        correct_bias(model, keep_facts(q, layer_formats={'net.9': number_format('INT3')}), x)
     q.get_submodule('net.9').weight.copy_(quantize(model, 'INT3', x).get_submodule('net.9').weight)
-    r = round_adaptively(model, q, x, steps=30)
+    r = adaround(model, q, x, steps=30)
     assert all(len(w.unique()) <= 7 for w in r.get_submodule('net.9').weight) and len(r.get_submodule('net.11').weight[0].unique()) > 7
 
 
@@ -369,30 +369,30 @@ def test_what_does_not_belong_together():
     q = quantize(model, 'INT4', x)
     other = small()
     with torch.no_grad(): other.net[9].weight[0, 0] += 1
-    for f in (correct_bias, round_adaptively):
+    for f in (correct_bias, adaround):
         with pytest.raises(ValueError, match=r'must be a rounded copy of `model`; in net.9 \d+ of 480 weights'): f(other, q, x)
         with pytest.raises(ValueError, match='must have the layers of `model`; net.0 is .8, 3, 3, 3. there and .4, 3, 1, 1. here'): f(model_of(lambda: nn.Sequential(nn.Conv2d(3, 4, (1, 1)), nn.Flatten(), nn.LazyLinear(2))), q, x)
         with pytest.raises(ValueError, match='net.features.0 is None there'): f(build_model('VGG_16', width=.1), q, x)
-        with pytest.raises(ValueError, match='rounded copy'): f(equalise(model), q, x)
+        with pytest.raises(ValueError, match='rounded copy'): f(cross_layer_equalization(model), q, x)
         with pytest.raises(TypeError, match='must come from `quantize`; got Normalized'): f(model, model, x)
         with pytest.raises(TypeError, match='must come from `quantize`'): f(model, fold_batchnorm(model), x)
         with pytest.raises(TypeError, match='`images` must be a torch tensor'): f(model, q, None)
         with pytest.raises(ValueError, match='non-empty'): f(model, q, x[:0])
         with pytest.raises(ValueError, match=r'pixels in \[0, 1\]'): f(model, q, x*torch.nan)
         with pytest.raises(ValueError, match='evaluation mode'): f(copy.deepcopy(model).train(), q, x)
-    with pytest.raises(ValueError, match='`steps` must be at least 0'): round_adaptively(model, q, x, steps=-1)
-    with pytest.raises(ValueError, match='`places` at least 8; got 100 and 4'): round_adaptively(model, q, x, places=4)
+    with pytest.raises(ValueError, match='`steps` must be at least 0'): adaround(model, q, x, steps=-1)
+    with pytest.raises(ValueError, match='`places` at least 8; got 100 and 4'): adaround(model, q, x, places=4)
 
 
 def test_equalise_refuses_what_it_cannot_do():
     model = small()
-    with pytest.raises(ValueError, match='at least 1; got 0'): equalise(model, rounds=0)
-    with pytest.raises(ValueError, match='evaluation mode'): equalise(model.train())
+    with pytest.raises(ValueError, match='at least 1; got 0'): cross_layer_equalization(model, rounds=0)
+    with pytest.raises(ValueError, match='evaluation mode'): cross_layer_equalization(model.train())
     model.eval()
     for bad in (torch.nan, torch.inf):
         with torch.no_grad(): model.net[9].weight[0, 1] = bad
-        with pytest.raises(ValueError, match='finite weights; 1 of 480 in net.net.9|finite weights; 1 of 480 in net.9.weight'): equalise(model)
+        with pytest.raises(ValueError, match='finite weights; 1 of 480 in net.net.9|finite weights; 1 of 480 in net.9.weight'): cross_layer_equalization(model)
         with pytest.raises(ValueError, match='finite weights'): correct_bias(model, quantize(small(), 'INT4', images(4)), images(4))
     plain = model_of(lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 2)))
-    assert equalise(plain).equalised == () and torch.equal(predict(equalise(plain), images()), predict(plain, images()))
-    assert not any(isinstance(m, Rounder) for m in equalise(small()).modules())
+    assert cross_layer_equalization(plain).equalised == () and torch.equal(predict(cross_layer_equalization(plain), images()), predict(plain, images()))
+    assert not any(isinstance(m, FakeQuantize) for m in cross_layer_equalization(small()).modules())

@@ -9,7 +9,7 @@ from scipy.optimize import curve_fit
 from scipy.special import expit
 
 from robustnb.quant.sensitivity import output_change
-from robustnb.transfer.predictor import fit_link, Link, load_link
+from robustnb.transfer.predictor import fit_predictor, LossPredictor, load_predictor
 
 
 def made_up(models='abcdef', n=30, shift=0., seed=0):
@@ -21,22 +21,22 @@ def made_up(models='abcdef', n=30, shift=0., seed=0):
 
 def test_coefficients_are_those_of_least_squares():
     rows = made_up(shift=.3)
-    link, _ = fit_link(rows, ('change',), 'loss', resamples=2)
+    link, _ = fit_predictor(rows, ('change',), 'loss', resamples=2)
     b, _ = curve_fit(lambda x, a, b: .9*expit(a + b*x), np.log10(rows.change), rows.loss, p0=(1, 1))
     assert np.allclose(link.coefficients, b, atol=.02)
 
 
 def test_a_model_left_out_has_no_say_in_its_prediction():
     rows = made_up(shift=.3)
-    _, left = fit_link(rows, ('change',), 'loss', resamples=2)
+    _, left = fit_predictor(rows, ('change',), 'loss', resamples=2)
     spoilt = rows.assign(loss=np.where(rows.model == 'c', .9-rows.loss, rows.loss))
-    _, again = fit_link(spoilt, ('change',), 'loss', resamples=2)
+    _, again = fit_predictor(spoilt, ('change',), 'loss', resamples=2)
     c = rows.model == 'c'
     assert np.allclose(left.predicted[c], again.predicted[c]) and not np.allclose(left.predicted[~c], again.predicted[~c], atol=.01)
 
 
 def test_the_interval_widens_with_the_difference_between_models_and_holds_for_new_ones():
-    alike, unlike = (fit_link(made_up('abcdefghijkl', 10, s), ('change',), 'loss')[0] for s in (.05, .8))
+    alike, unlike = (fit_predictor(made_up('abcdefghijkl', 10, s), ('change',), 'loss')[0] for s in (.05, .8))
     assert unlike.spread > 3*alike.spread
     new = made_up([str(k) for k in range(40)], 10, .8, 5)
     p = unlike.predict(new)
@@ -45,9 +45,9 @@ def test_the_interval_widens_with_the_difference_between_models_and_holds_for_ne
 
 def test_the_link_is_monotone_and_knows_its_range():
     rows = made_up()
-    link, _ = fit_link(rows.assign(loss=.9-rows.loss), ('change',), 'loss', resamples=2)
+    link, _ = fit_predictor(rows.assign(loss=.9-rows.loss), ('change',), 'loss', resamples=2)
     assert link.coefficients[1] >= 0        # more change never means less loss, whatever the rows say
-    link, _ = fit_link(rows, ('change',), 'loss', resamples=2)
+    link, _ = fit_predictor(rows, ('change',), 'loss', resamples=2)
     p = link.predict(pd.DataFrame(dict(change=[1e-4, rows.change.min(), .01, rows.change.max(), 1.], n_classes=10)))
     assert p.outside.tolist() == [True, False, False, False, True] and p.predicted.is_monotonic_increasing and (p.lo < p.predicted).all() and (p.predicted < p.hi).all()
     many = link.predict(pd.DataFrame(dict(change=[1.], n_classes=[1000])))
@@ -56,12 +56,12 @@ def test_the_link_is_monotone_and_knows_its_range():
 
 def test_same_seed_same_interval_and_two_models_are_enough():
     rows = made_up('ab', shift=.3)
-    a, b, c = (fit_link(rows, ('change',), 'loss', 9, seed)[0] for seed in (0, 0, 1))
+    a, b, c = (fit_predictor(rows, ('change',), 'loss', 9, seed)[0] for seed in (0, 0, 1))
     assert a == b and a.spread > 0 and replace(c, spread=0) == replace(a, spread=0)
-    with pytest.raises(ValueError, match='at least 2 models'): fit_link(rows[rows.model == 'a'], ('change',), 'loss')
+    with pytest.raises(ValueError, match='at least 2 models'): fit_predictor(rows[rows.model == 'a'], ('change',), 'loss')
 
 
 def test_what_ships():
-    for name in ('loss', 'robust_loss'): assert isinstance(load_link(name), Link)
-    with pytest.raises(ValueError, match='robust_loss'): load_link('speed')
+    for name in ('loss', 'robust_loss'): assert isinstance(load_predictor(name), LossPredictor)
+    with pytest.raises(ValueError, match='robust_loss'): load_predictor('speed')
     with pytest.raises(ValueError, match='same images'): output_change(torch.zeros(3, 2), torch.zeros(4, 2))

@@ -15,8 +15,8 @@ from robustnb.transfer.generator import bn_distance, bn_inputs, draw_targets, ge
 from robustnb.models.wrapping import batchnorms, last_linear
 from robustnb.models.zoo import build_model, model_names
 from robustnb.transfer.probe_quality import (
-    adjust, compose, dimensions, feature_pca, features, generator_quality, optimise_images,
-    plot_features, plot_sources, prediction_error, Shares, survivors)
+    adjust, compose, effective_rank, feature_pca, features, generator_quality, optimize_images,
+    plot_features, plot_sources, prediction_error, Composition, is_robust)
 from robustnb.attacks.threat_models import Linf
 
 
@@ -63,24 +63,24 @@ def test_survivors_of_a_linear_model_and_their_order(pair):
     y = predict(model, x).argmax(1)
     y[:30] = (y[:30]+1) % 4
     eps = (.002, .01, .03)
-    kept = survivors(model, x, y, eps, steps=10)
+    kept = is_robust(model, x, y, eps, steps=10)
     gap = -margin(predict(model, x), y)
     assert torch.equal(kept[0], gap >= 0) and kept[0].sum() == 270
     for e, row in zip(eps, kept[1:]): assert torch.equal(row, gap > 20*e), 'one row rises, another falls'
     assert (kept.float().diff(dim=0) <= 0).all()
-    assert torch.equal(survivors(model, x, y, ()), kept[:1])
+    assert torch.equal(is_robust(model, x, y, ()), kept[:1])
     for bad in ((.1, .1), (0., .1), (float('nan'),)):
-        with pytest.raises(ValueError, match='positive and grow'): survivors(model, x, y, bad)
+        with pytest.raises(ValueError, match='positive and grow'): is_robust(model, x, y, bad)
 
 
 def test_survivors_withstand_both_losses(small):
     _, model = small
     x = torch.rand(40, 3, 16, 16, generator=make_generator(2))
     y = predict(model, x).argmax(1)
-    kept = survivors(model, x, y, (1/255, 4/255), steps=5)
+    kept = is_robust(model, x, y, (1/255, 4/255), steps=5)
     alone = predict(model, pgd(model, x, y, Linf(1/255), make_generator(0, 'survivors', 1/255), steps=5)).argmax(1) == y
     assert not (kept[1] & ~alone).any() and kept[2].sum() < kept[1].sum() < 40
-    assert torch.equal(survivors(model, x[:7], y[:7], (1/255,), steps=5)[1], survivors(model, x, y, (1/255,), steps=5)[1][:7]), 'an image does not know its batch'
+    assert torch.equal(is_robust(model, x[:7], y[:7], (1/255,), steps=5)[1], is_robust(model, x, y, (1/255,), steps=5)[1][:7]), 'an image does not know its batch'
 
 
 def test_a_classifier_too_sure_for_the_cross_entropy_falls_to_the_margin():
@@ -89,7 +89,7 @@ def test_a_classifier_too_sure_for_the_cross_entropy_falls_to_the_margin():
     y = predict(model, x).argmax(1)
     gap = -margin(predict(model, x), y)
     assert gap.median() > 500, 'its softmax is one exactly'
-    assert torch.equal(survivors(model, x, y, (.01,))[1], gap > 2e5*.01)
+    assert torch.equal(is_robust(model, x, y, (.01,))[1], gap > 2e5*.01)
 
 
 @pytest.mark.parametrize('name', ('Inception_BN', 'AlexNet', 'MobileNetV2'))
@@ -103,21 +103,21 @@ def test_features_are_what_makes_the_logits(name):
 
 def test_dimensions():
     g = make_generator(0)
-    assert dimensions(torch.randn(4000, 6, generator=g)) == pytest.approx(6, abs=.05)
-    assert dimensions(torch.randn(50, 1, generator=g) @ torch.randn(1, 9, generator=g) + 100) == pytest.approx(1, abs=1e-4)
+    assert effective_rank(torch.randn(4000, 6, generator=g)) == pytest.approx(6, abs=.05)
+    assert effective_rank(torch.randn(50, 1, generator=g) @ torch.randn(1, 9, generator=g) + 100) == pytest.approx(1, abs=1e-4)
     f = torch.randn(4000, 2, generator=g)*torch.tensor([3., 1.])
-    assert dimensions(f) == pytest.approx(np.exp(-.9*np.log(.9)-.1*np.log(.1)), abs=.02)
-    assert dimensions(7*f+3) == pytest.approx(dimensions(f), rel=1e-4) and dimensions(torch.ones(5, 3)) == dimensions(f[:1]) == dimensions(torch.zeros(4, 2)) == 0
+    assert effective_rank(f) == pytest.approx(np.exp(-.9*np.log(.9)-.1*np.log(.1)), abs=.02)
+    assert effective_rank(7*f+3) == pytest.approx(effective_rank(f), rel=1e-4) and effective_rank(torch.ones(5, 3)) == effective_rank(f[:1]) == effective_rank(torch.zeros(4, 2)) == 0
 
 
 @pytest.mark.parametrize('bad', (dict(boundary=.7, adversarial=.4), dict(boundary=-.1), dict(adversarial=-.1), dict(boundary=float('nan')), dict(adversarial=float('nan'))))
 def test_shares_are_shares(bad):
-    with pytest.raises(ValueError, match='shares that sum to at most 1'): Shares(**bad)
+    with pytest.raises(ValueError, match='shares that sum to at most 1'): Composition(**bad)
 
 
 def test_composition_counts_and_pushes(small):
     g, model = small
-    shares = Shares(.25, .5, spread=.2, push=2/255)
+    shares = Composition(.25, .5, spread=.2, push=2/255)
     x, t = compose(g, model, 40, shares, seed=3)
     plain, same = generate(g, 40, .25, seed=3, spread=.2)
     assert torch.equal(t, same)
@@ -129,7 +129,7 @@ def test_composition_counts_and_pushes(small):
     assert (-margin(predict(model, x[moved]), y[moved])).mean() < (-margin(predict(model, plain[moved]), y[moved])).mean()
     assert torch.equal(compose(g, model, 40, shares, seed=3)[0], x) and not torch.equal(compose(g, model, 40, shares, seed=4)[0], x)
     assert torch.equal(compose(g, model, 40)[0], generate(g, 40, .5)[0])
-    all_pushed = compose(g, model, 40, Shares(0., 1.))[0]
+    all_pushed = compose(g, model, 40, Composition(0., 1.))[0]
     assert (all_pushed != generate(g, 40, 0.)[0]).flatten(1).any(1).all()
 
 
@@ -144,7 +144,7 @@ def test_best_shares_are_those_of_least_squares():
 
 def test_unlabelled_images_are_matched_in_their_margins(pair):
     g, model = pair
-    real = compose(g, model, 400, Shares(.6, 0., spread=.5), seed=9)[0]
+    real = compose(g, model, 400, Composition(.6, 0., spread=.5), seed=9)[0]
     noise = torch.rand(1000, 3, 4, 4, generator=make_generator(0))
     assert torch.allclose(Q._statistic(model, noise, 1/255, 0)[1], torch.arange(1, 10)/10, atol=2e-3), 'deciles'
     shares, history = adjust(g, model, real, n=300, rounds=8)
@@ -166,7 +166,7 @@ def test_rounds_are_bounded(pair, rounds):
 
 def test_the_strength_grows_until_the_target_is_reached(pair):
     g, model = pair
-    real = compose(g, model, 400, Shares(1., 0., spread=.1), seed=9)[0]
+    real = compose(g, model, 400, Composition(1., 0., spread=.1), seed=9)[0]
     shares, history = adjust(g, model, real, n=200, rounds=10)
     assert shares.spread <= .125 and shares.boundary > .7 and history.spread.iloc[0] == 1
     assert history.miss[history.kept].iloc[-1] < .3*history.miss.iloc[0]
@@ -235,7 +235,7 @@ def test_quality_table_against_slow_versions(pair):
     assert row.margin_distance == pytest.approx(wasserstein_distance(m, r), rel=1e-4) and table.loc['real'].margin_distance == 0
     assert row.accuracy == pytest.approx((m >= 0).float().mean().item()) and row['robust_2.55'] == pytest.approx((m > .2).float().mean().item(), abs=.02)
     assert [row.margin_10, row.margin_50, row.margin_90] == pytest.approx(np.quantile(m, (.1, .5, .9)).tolist(), abs=1e-4)
-    assert row.clip_rate == pytest.approx(.1) and np.isnan(row.bn_distance) and row.dimensions == pytest.approx(dimensions(features(model, x)))
+    assert row.clip_rate == pytest.approx(.1) and np.isnan(row.bn_distance) and row.dimensions == pytest.approx(effective_rank(features(model, x)))
     numbers = generator_quality(model, dict(made=(x, t.argmax(1))), eps=())
     assert len(numbers) == 1 and np.isnan(numbers.margin_distance[0]) and numbers.accuracy[0] == row.accuracy
     with pytest.raises(ValueError, match='`made` must hold class numbers'): generator_quality(model, dict(made=(x, t.argmax(1)+9)))
@@ -293,24 +293,24 @@ def test_optimised_images(small):
     _, model = small
     before = {k: v.clone() for k, v in model.state_dict().items()}
     t = draw_targets(6, 4, 0., make_generator(0))
-    x, history = optimise_images(model, t, steps=12, batch_size=4, size=16)
-    start, _ = optimise_images(model, t, steps=0, batch_size=4, size=16)
+    x, history = optimize_images(model, t, steps=12, batch_size=4, size=16)
+    start, _ = optimize_images(model, t, steps=0, batch_size=4, size=16)
     assert x.shape == (6, 3, 16, 16) and x.min() >= 0 and x.max() <= 1 and not x.requires_grad
     assert list(history.batch.unique()) == [0, 1] and len(history) == 24 and history.step.max() == 12
     for _, h in history.groupby('batch'): assert h.bn_distance.iloc[-1] < .7*h.bn_distance.iloc[0] and h.cross_entropy.iloc[-1] < h.cross_entropy.iloc[0]
     flat = (start-model.normalize.mean)/model.normalize.std
     assert abs(flat.mean()) < .1 and .8 < flat.std() < 1.05
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and all(p.grad is None and p.requires_grad for p in model.parameters())
-    assert torch.equal(optimise_images(model, t, steps=12, batch_size=4, size=16)[0], x)
-    assert not torch.equal(optimise_images(model, t, steps=12, batch_size=4, size=16, seed=1)[0], x)
-    with pytest.raises(TypeError, match='Use `wrap_model`'): optimise_images(model.net, t)
+    assert torch.equal(optimize_images(model, t, steps=12, batch_size=4, size=16)[0], x)
+    assert not torch.equal(optimize_images(model, t, steps=12, batch_size=4, size=16, seed=1)[0], x)
+    with pytest.raises(TypeError, match='Use `wrap_model`'): optimize_images(model.net, t)
     z = ((start-model.normalize.mean)/model.normalize.std).requires_grad_()
     with bn_inputs(model) as seen: logits = model((model.normalize.mean + model.normalize.std*z)[4:])
     loss = nn.functional.cross_entropy(logits, t[4:])
     assert history[(history.batch == 1) & (history.step == 1)].cross_entropy.item() == pytest.approx(loss.item(), rel=1e-3)
     grad, = torch.autograd.grad(loss + bn_distance(seen), z)
     inside = ((start > .03) & (start < .97))[4:]
-    moved = (optimise_images(model, t, steps=1, batch_size=4, size=16)[0]-start)[4:]
+    moved = (optimize_images(model, t, steps=1, batch_size=4, size=16)[0]-start)[4:]
     assert (moved.sign() == -grad[4:].sign())[inside].float().mean() > .99, 'the first step of Adam follows the sign of the whole loss'
 
 
@@ -348,5 +348,5 @@ def test_figure_of_sources_puts_the_best_on_top():
 def test_random_numbers_of_others_are_left_alone(small):
     g, model = small
     before, np_before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    compose(g, model, 8, Shares(.25, .25)); adjust(g, model, (.9, .5), rounds=1, n=8); optimise_images(model, torch.eye(4), steps=1, size=16)
+    compose(g, model, 8, Composition(.25, .25)); adjust(g, model, (.9, .5), rounds=1, n=8); optimize_images(model, torch.eye(4), steps=1, size=16)
     assert torch.equal(torch.get_rng_state(), before) and (np.random.get_state()[1] == np_before).all()
