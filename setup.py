@@ -17,7 +17,7 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], license=cfg['license'], url=cfg['git_url'],
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path']+'.*']),
-    package_data={cfg['lib_path']: ['*.json']},
+    package_data={cfg['lib_path']: ['**/*.json']},
     python_requires='>='+cfg['min_python'],
     install_requires=lines('requirements'),
     extras_require={k: lines(f'{k}_requirements') for k in ('dev', 'export', 'slurm', 'accelerate')},

@@ -5,6 +5,9 @@
 import ast, io, json, re, sys, tokenize
 from collections import namedtuple
 from pathlib import Path
+import lines
+import rooms
+from rooms import places, room_of
 
 PACKAGE = 'robustnb'
 LINES, PARAMETERS, CELLS, BYTES = 40, 8, 60, 400_000
@@ -55,13 +58,20 @@ def undocumented(node, comments):
     "Names of the arguments of `node`, and 'return' unless it is a method, that have no comment to themselves"
     a = node.args
     args = a.posonlyargs + a.args
-    ends = {o.arg: o.end_lineno for o in args + a.kwonlyargs + [o for o in (a.vararg, a.kwarg) if o]}
-    for o,d in list(zip(args[::-1], a.defaults[::-1])) + [(o, d) for o,d in zip(a.kwonlyargs, a.kw_defaults) if d]:
-        ends[o.arg] = d.end_lineno
+    starts = {o.arg: o.lineno for o in args + a.kwonlyargs + [o for o in (a.vararg, a.kwarg) if o]}
+    ends = dict(starts)
+    last = list(zip(args[::-1], a.defaults[::-1]))
+    for o, default in last + [(o, d) for o, d in zip(a.kwonlyargs, a.kw_defaults) if d]:
+        ends[o.arg] = default.end_lineno
     if args and args[0].arg in ('self', 'cls'): ends.pop(args[0].arg)
     elif node.returns and ast.unparse(node.returns) != 'None':
+        starts['return'] = node.returns.lineno
         ends['return'] = node.returns.end_lineno
-    return [k for k,line in ends.items() if line not in comments or list(ends.values()).count(line) > 1]
+
+    def has_comment(name):
+        above = comments.get(starts[name] - 1, ('', False))
+        return ends[name] in comments or above[1]
+    return [k for k, line in ends.items() if not has_comment(k) or list(ends.values()).count(line) > 1]
 
 
 def is_decorated(node, name): return any(name in ast.unparse(o) for o in node.decorator_list)
@@ -132,13 +142,51 @@ def teaching(cells, trees):
     if waiting: yield waiting
 
 
+def floor(module, path):
+    "Where a module stands: the place of its room, then the number of its notebook"
+    number = re.match(r'\d+', path.name)
+    return places().get(room_of(module), -1), int(number[0]) if number else -1
+
+
+def misplaced(path, module):
+    "What is wrong with the address of the notebook of `module`"
+    if not number_and_name(path): return
+    room, _, name = module.rpartition('.')
+    if number_and_name(path)[1] != name: yield f'its module is called {module}, so the file must be NN_{name}.ipynb'
+    if room and path.parent.name != room: yield f'its module is {module}, so its folder must be {room}/'
+
+
+def number_and_name(path):
+    "Number and module in the file name of a notebook of nbs/api; None elsewhere"
+    found = re.fullmatch(r'(\d+)_(\w+)', path.stem)
+    return found.groups() if found and 'api' in path.parts else None
+
+
+def wrong_imports(tree, module, exported, floors):
+    "Modules imported in a cell of the notebook of `module` that do not stand below it"
+    here = floors[module]
+    for m in imports_of(tree):
+        if not m and not exported or m == module: continue
+        if floors.get(m, here) >= here: yield f'imports {m or "the package itself"}, which is not below it'
+
+
+def read_books(paths):
+    "The cells of each notebook by its path, and the module that each one exports"
+    books, modules = {}, {}
+    for path in map(Path, paths):
+        cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+        books[path] = [parse_cell(c) for c in cells]
+        for cell in books[path]:
+            if 'default_exp' in cell.directives: modules[path] = cell.directives['default_exp'].strip()
+    return books, modules
+
+
 def breaches(paths):
     "One line for each breach of the house limits in the notebooks at `paths`, which are read together"
-    books = {Path(p): [parse_cell(c) for c in json.loads(Path(p).read_text(encoding='utf-8'))['cells']] for p in paths}
-    module = {p: c.directives['default_exp'].strip() for p,cells in books.items() for c in cells if 'default_exp' in c.directives}
-    number = {m: int(n[0]) if (n := re.match(r'\d+', p.name)) else -1 for p,m in module.items()}
+    books, modules = read_books(paths)
+    floors = {m: floor(m, p) for p, m in modules.items()}
     found = []
-    for p,cells in books.items():
+    for p, cells in books.items():
         def add(*messages): found.extend(f'{p}: {m}' for m in messages)
         if len(cells) > CELLS: add(f'{len(cells)} cells, at most {CELLS}')
         if p.stat().st_size > BYTES: add(f'{p.stat().st_size//1000} KB, at most {BYTES//1000}')
@@ -147,20 +195,23 @@ def breaches(paths):
             add(f'not Python: {e.text or e}')
             continue
         add(*teaching(cells, trees))
-        for i,(cell,tree) in enumerate(zip(cells, trees)):
+        if p in modules:
+            add(*misplaced(p, modules[p]))
+            if list(modules.values()).count(modules[p]) > 1: add(f'{modules[p]} is exported by another notebook too')
+        for i, (cell, tree) in enumerate(zip(cells, trees)):
             exported = bool(cell.directives.keys() & EXPORTS)
             if exported: add(*(f'cell {i}: {m}' for m in exported_cell(cell, tree)))
-            if p not in module: continue
-            for m in imports_of(tree):
-                here = number[module[p]]
-                if (m or exported) and m != module[p] and number.get(m, here) >= here:
-                    add(f'cell {i}: imports {m or "the package itself"}, which is not below it')
+            if p in modules: add(*(f'cell {i}: {m}' for m in wrong_imports(tree, modules[p], exported, floors)))
     return found
 
 
-if __name__ == '__main__':
+def main():
     paths = sys.argv[1:] or [f for f in sorted(Path('nbs').rglob('*.ipynb')) if '/.' not in f.as_posix()]
     found = breaches(paths)
+    if not sys.argv[1:]: found += rooms.broken_rules(Path(PACKAGE)) + lines.broken_limits()
     for o in found: print(o)
     print(f'house: {len(paths)} notebooks, {len(found)} breaches')
     sys.exit(bool(found))
+
+
+if __name__ == '__main__': main()
