@@ -21,20 +21,29 @@ def check_entry(e, path):
     "Raise if zip entry `e` would leave its folder or is too large"
     parts = PurePosixPath(e.filename.replace('\\', '/')).parts
     if not parts or parts[0][0] == '/' or parts[0][1:2] == ':' or '..' in parts:
-        raise ValueError(f"entry {e.filename!r} of {path} points outside its folder. Nothing was read; do not trust this file.")
-    if e.file_size > _MAX_FILE: raise ValueError(f"entry {e.filename!r} of {path} unpacks to {e.file_size} bytes, over the limit of {_MAX_FILE}. Nothing was read.")
+        raise ValueError(f"entry {e.filename!r} of {path} points outside its folder. Nothing "
+                         "was read; do not trust this file.")
+    if e.file_size > _MAX_FILE:
+        raise ValueError(f"entry {e.filename!r} of {path} unpacks to {e.file_size} bytes, "
+                         f"over the limit of {_MAX_FILE}. Nothing was read.")
 
 @contextmanager
 def open_zip(path):
     "An open zip file, or an error that names it"
-    if not Path(path).is_file(): raise FileNotFoundError(f"`path` must be a zip file of images; there is none at {path}.")
-    try: z = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as e: raise ValueError(f"`path` must be a zip file; {path} is not one or is damaged ({e}). Copy it again.") from e
-    with z: yield z
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"`path` must be a zip file of images; there is none at {path}.")
+    try:
+        z = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as e:
+        raise ValueError(f"`path` must be a zip file; {path} is not one or is damaged ({e}). "
+                         "Copy it again.") from e
+    with z:
+        yield z
 
 # %% ../nbs/api/10_archives.ipynb #67d8084e
 def verdict_row(rule, ok, found, what_to_do, verdict='broken'):
-    return dict(rule=rule, verdict='ok' if ok else verdict, found=str(found), what_to_do='' if ok else what_to_do)
+    return dict(rule=rule, verdict='ok' if ok else verdict, found=str(found),
+                what_to_do='' if ok else what_to_do)
 
 # %% ../nbs/api/10_archives.ipynb #ce9de41f
 MAX_IMAGES, _max_entry = 50_000, 2**30
@@ -46,25 +55,37 @@ def open_members(path):
     if path.is_dir():
         yield {o.name: partial(open, o, 'rb') for o in path.iterdir() if o.is_file()}
         return
-    if not path.is_file(): raise FileNotFoundError(f"`path` must be a folder or a zip file; there is none at {path}.")
-    try: z = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as e: raise ValueError(f"not a zip file, or damaged ({e})") from e
+    if not path.is_file():
+        raise FileNotFoundError(f"`path` must be a folder or a zip file; there is none at {path}.")
+    try:
+        z = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as e:
+        raise ValueError(f"not a zip file, or damaged ({e})") from e
     with z:
         entries = {}
         for e in z.infolist():
             parts = PurePosixPath(e.filename.replace('\\', '/')).parts
-            if not parts or parts[0][0] == '/' or parts[0][1:2] == ':' or '..' in parts: raise ValueError(f"entry {e.filename!r} points outside its folder")
-            if e.file_size > _max_entry: raise ValueError(f"entry {e.filename!r} unpacks to {e.file_size} bytes, over the limit of {_max_entry}")
+            if not parts or parts[0][0] == '/' or parts[0][1:2] == ':' or '..' in parts:
+                raise ValueError(f"entry {e.filename!r} points outside its folder")
+            if e.file_size > _max_entry:
+                raise ValueError(f"entry {e.filename!r} unpacks to {e.file_size} bytes, over "
+                                 f"the limit of {_max_entry}")
             if e.filename in entries: raise ValueError(f"entry {e.filename!r} is there twice")
             entries[e.filename] = partial(z.open, e)
         yield entries
 
 def read_array(files, name):
     "The array in a .npy file; only its shape and type where it is too large or holds objects"
-    if name not in files: raise ValueError(f"missing, there are only {', '.join(sorted(files)[:6]) or 'no files'}")
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if name not in files:
+        raise ValueError(f"missing, there are only {', '.join(sorted(files)[:6]) or 'no files'}")
+    readers = {(1, 0): np.lib.format.read_array_header_1_0,
+               (2, 0): np.lib.format.read_array_header_2_0}
     try:
-        with files[name]() as f: shape, _, dtype = readers[np.lib.format.read_magic(f)](f)
-        if dtype.hasobject or dtype.itemsize*math.prod(shape) > 3072*MAX_IMAGES: return SimpleNamespace(shape=shape, dtype=dtype)
-        with files[name]() as f: return np.lib.format.read_array(f, allow_pickle=False)
-    except Exception as e: raise ValueError(f"not a plain numpy array ({type(e).__name__}: {e})") from e
+        with files[name]() as f:
+            shape, _, dtype = readers[np.lib.format.read_magic(f)](f)
+        if dtype.hasobject or dtype.itemsize*math.prod(shape) > 3072*MAX_IMAGES:
+            return SimpleNamespace(shape=shape, dtype=dtype)
+        with files[name]() as f:
+            return np.lib.format.read_array(f, allow_pickle=False)
+    except Exception as e:
+        raise ValueError(f"not a plain numpy array ({type(e).__name__}: {e})") from e

@@ -20,14 +20,21 @@ def check_images(
     name:str='x',    # What the caller calls them, for the message
 )->Tensor:           # The same tensor
     "Raise unless `x` is a non-empty float batch `(N,C,H,W)` with pixels in [0,1]."
-    if not isinstance(x, Tensor): raise TypeError(f"`{name}` must be a torch tensor (N,C,H,W); got {type(x).__name__}. Use `to_float` for uint8 arrays.")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"`{name}` must be a torch tensor (N,C,H,W); got {type(x).__name__}. "
+                        "Use `to_float` for uint8 arrays.")
     what = f"{x.dtype} of shape {tuple(x.shape)}"
-    if x.ndim != 4 or x.numel() == 0: raise ValueError(f"`{name}` must be a non-empty batch of images (N,C,H,W); got {what}. Add the batch dimension with `x[None]`.")
-    if not x.is_floating_point(): raise TypeError(f"`{name}` must be floating point with pixels in [0, 1]; got {what}. Use `to_float` for 8-bit images.")
+    if x.ndim != 4 or x.numel() == 0:
+        raise ValueError(f"`{name}` must be a non-empty batch of images (N,C,H,W); got "
+                         f"{what}. Add the batch dimension with `x[None]`.")
+    if not x.is_floating_point():
+        raise TypeError(f"`{name}` must be floating point with pixels in [0, 1]; got {what}. "
+                        "Use `to_float` for 8-bit images.")
     lo, hi = x.aminmax()
     if not (lo >= 0 and hi <= 1):
-        raise ValueError(f"`{name}` must hold pixels in [0, 1]; got {what} with values in [{lo:.4g}, {hi:.4g}]. "
-                         "Divide by 255, or undo the normalisation: the model normalises, the caller does not.")
+        raise ValueError(f"`{name}` must hold pixels in [0, 1]; got {what} with values in "
+                         f"[{lo:.4g}, {hi:.4g}]. Divide by 255, or undo the normalisation: "
+                         "the model normalises, the caller does not.")
     return x
 
 # %% ../nbs/api/00_core.ipynb #32aefa8c
@@ -38,14 +45,21 @@ def check_labels(
     name:str='y',      # What the caller calls them, for the message
 )->Tensor:             # The same tensor
     "Raise unless `y` holds `n` class numbers in `[0, n_classes)`."
-    if not isinstance(y, Tensor): raise TypeError(f"`{name}` must be a torch tensor (N,); got {type(y).__name__}. Use `torch.as_tensor`.")
-    if y.dtype != torch.int64 or y.ndim != 1: raise TypeError(f"`{name}` must be int64 class numbers (N,); got {y.dtype} of shape {tuple(y.shape)}. For soft labels take `y.argmax(1)`.")
-    if len(y) != n: raise ValueError(f"`{name}` must have one label per image; got {len(y)} labels for {n} images.")
+    if not isinstance(y, Tensor):
+        raise TypeError(
+            f"`{name}` must be a torch tensor (N,); got {type(y).__name__}. Use `torch.as_tensor`.")
+    if y.dtype != torch.int64 or y.ndim != 1:
+        raise TypeError(f"`{name}` must be int64 class numbers (N,); got {y.dtype} of shape "
+                        f"{tuple(y.shape)}. For soft labels take `y.argmax(1)`.")
+    if len(y) != n:
+        raise ValueError(
+            f"`{name}` must have one label per image; got {len(y)} labels for {n} images.")
     bad = ((y < 0) | (y >= n_classes)).nonzero().flatten()
     if len(bad):
         i = bad[0].item()
-        raise ValueError(f"`{name}` must hold class numbers in [0, {n_classes}); got {y[i].item()} at position {i} ({len(bad)} such labels). "
-                         "Is this the label set of another model?")
+        raise ValueError(f"`{name}` must hold class numbers in [0, {n_classes}); got "
+                         f"{y[i].item()} at position {i} ({len(bad)} such labels). Is this "
+                         "the label set of another model?")
     return y
 
 # %% ../nbs/api/00_core.ipynb #5f4d74a2
@@ -53,9 +67,13 @@ def check_model(
     model:nn.Module,   # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K)
 )->nn.Module:          # The same model
     "Raise unless `model` is a module with every part in evaluation mode."
-    if not isinstance(model, nn.Module): raise TypeError(f"`model` must be a torch.nn.Module from pixels in [0, 1] to logits; got {type(model).__name__}.")
+    if not isinstance(model, nn.Module):
+        raise TypeError("`model` must be a torch.nn.Module from pixels in [0, 1] to logits; "
+                        f"got {type(model).__name__}.")
     on = [n or 'the model itself' for n,m in model.named_modules() if m.training]
-    if on: raise ValueError(f"`model` must be in evaluation mode; {on[0]} is in training mode ({len(on)} parts). Call `model.eval()`.")
+    if on:
+        raise ValueError(f"`model` must be in evaluation mode; {on[0]} is in training mode "
+                         f"({len(on)} parts). Call `model.eval()`.")
     return model
 
 # %% ../nbs/api/00_core.ipynb #3457df72
@@ -64,14 +82,17 @@ def to_float(
 )->Tensor:              # float32 images (N,C,H,W), pixels in [0,1]
     "Pixels as the models want them."
     images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4: raise TypeError(f"`images` must be uint8 (N,H,W,C); got {images.dtype} of shape {images.shape}.")
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise TypeError(
+            f"`images` must be uint8 (N,H,W,C); got {images.dtype} of shape {images.shape}.")
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float().div_(255)
 
 def to_uint8(
     x:Tensor,      # Images (N,C,H,W), float, pixels in [0,1]
 )->np.ndarray:     # uint8 images (N,H,W,C), rounded to the nearest grey level
     "Pixels as files want them."
-    return (check_images(x).detach()*255).round_().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return (check_images(x).detach()*255).round_().byte().permute(
+        0, 2, 3, 1).contiguous().cpu().numpy()
 
 # %% ../nbs/api/00_core.ipynb #765cfd28
 def subseed(
@@ -79,9 +100,11 @@ def subseed(
     *names,       # What the stream is for: strings and numbers
 )->int:           # Seed in [0, 2**63), the same on every machine
     "A seed for one named part of a run."
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)): raise TypeError(f"`seed` must be an integer; got {seed!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise TypeError(f"`seed` must be an integer; got {seed!r}.")
     names = [o.item() if isinstance(o, np.generic) else o for o in names]
-    return int.from_bytes(hashlib.sha256(repr((int(seed), *names)).encode()).digest()[:8], 'big') >> 1
+    return int.from_bytes(hashlib.sha256(repr((int(seed), *names)).encode()).digest()[:8],
+                          'big') >> 1
 
 def make_generator(
     seed:int,            # Seed of the run
@@ -97,10 +120,12 @@ def image_generators(
     x:Tensor,      # Images (N,C,H,W)
 )->list:           # N generators on the CPU
     "A generator per image that knows neither its batch nor its place in it."
-    if generator is None: generator = make_generator(0)
+    if generator is None:
+        generator = make_generator(0)
     key = torch.randint(2**62, (), generator=generator, device=generator.device).item()
     pixels = x.detach().to('cpu', torch.float32).contiguous().numpy()
-    return [make_generator(key, hashlib.blake2b(o.tobytes(), digest_size=16).hexdigest()) for o in pixels]
+    return [make_generator(key, hashlib.blake2b(o.tobytes(), digest_size=16).hexdigest())
+            for o in pixels]
 
 def draw(
     kind,            # `torch.rand` or `torch.randn`
@@ -118,7 +143,9 @@ def pick_device(
     "Where to compute."
     if device is None: return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     device = torch.device(device)
-    if device.type == 'cuda' and not torch.cuda.is_available(): raise ValueError("`device` is 'cuda', but torch finds no CUDA device here. Use device='cpu', or install a CUDA build of torch.")
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise ValueError("`device` is 'cuda', but torch finds no CUDA device here. Use "
+                         "device='cpu', or install a CUDA build of torch.")
     return device
 
 def batches(
@@ -136,8 +163,10 @@ class _Screen:
     def flush(self): pass
     def write(self, text):
         shown = {'text/plain': text.strip()}
-        if self.shown: self.shown.update(shown, raw=True)
-        else: self.shown = sys.modules['IPython'].display.display(shown, raw=True, display_id=True)
+        if self.shown:
+            self.shown.update(shown, raw=True)
+        else:
+            self.shown = sys.modules['IPython'].display.display(shown, raw=True, display_id=True)
 
 def _in_notebook():
     "Is this a Jupyter kernel?"
@@ -150,7 +179,8 @@ def progress(
     total:int|None=None,     # Number of items; None asks `len(items)`
 ):                           # The same items, with a bar in terminals and notebooks
     "Go through `items` with a progress bar that logs do not see."
-    where = dict(file=_Screen(), ncols=90, delay=.5, mininterval=.25) if _in_notebook() else dict(disable=None, dynamic_ncols=True)
+    where = dict(file=_Screen(), ncols=90, delay=.5,
+                 mininterval=.25) if _in_notebook() else dict(disable=None, dynamic_ncols=True)
     return tqdm(items, desc=desc, total=total, leave=False, **where)
 
 # %% ../nbs/api/00_core.ipynb #d5b084db
@@ -161,9 +191,11 @@ def predict(
     batch_size:int=250,     # Images at a time
 )->Tensor:                  # Logits (N,K), float32, on the CPU
     "The model's answers, one row per image."
-    check_model(model); check_images(x)
+    check_model(model)
+    check_images(x)
     like = next((p for p in model.parameters()), x)
-    ask = lambda s: model(x[s].to(like.device).contiguous(memory_format=torch.channels_last)).float().cpu()
+    ask = lambda s: model(
+        x[s].to(like.device).contiguous(memory_format=torch.channels_last)).float().cpu()
     return torch.cat([ask(s) for s in batches(len(x), batch_size)])
 
 # %% ../nbs/api/00_core.ipynb #9f3f111e
@@ -187,7 +219,8 @@ def fast_bf16(
     device = torch.device(device)
     if device.type == 'cuda': return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != 'cpu' or not torch.ops.mkldnn._is_mkldnn_bf16_supported(): return False
-    return platform.machine().lower() not in ('x86_64', 'amd64') or torch.cpu._is_avx512_bf16_supported()
+    return (platform.machine().lower() not in ('x86_64', 'amd64')
+            or torch.cpu._is_avx512_bf16_supported())
 
 # %% ../nbs/api/00_core.ipynb #15065cec
 def memory_layout(

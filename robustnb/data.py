@@ -21,19 +21,26 @@ from .archives import check_entry, open_zip
 # %% ../nbs/api/20_data.ipynb #ff5a39af
 def check_pixels(images):
     "uint8 (N,H,W,C) or an error"
-    if not isinstance(images, np.ndarray): raise TypeError(f"`images` must be a numpy array (N,H,W,C); got {type(images).__name__}. Use `to_uint8` for tensors.")
+    if not isinstance(images, np.ndarray):
+        raise TypeError("`images` must be a numpy array (N,H,W,C); got "
+                        f"{type(images).__name__}. Use `to_uint8` for tensors.")
     got = f"{images.dtype} of shape {images.shape}"
-    if images.dtype != np.uint8: raise TypeError(f"`images` must be uint8; got {got}. Use `to_uint8` for pixels in [0, 1].")
+    if images.dtype != np.uint8:
+        raise TypeError(f"`images` must be uint8; got {got}. Use `to_uint8` for pixels in [0, 1].")
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
-        raise ValueError(f"`images` must be a non-empty array (N,H,W,C) with 1 or 3 channels last; got {got}.")
+        raise ValueError(
+            f"`images` must be a non-empty array (N,H,W,C) with 1 or 3 channels last; got {got}.")
     return images
 
 def _class_names(classes, labels):
     "A tuple of different names, one per column of `labels`"
     if classes is None:
-        if labels.ndim != 2: raise ValueError("`classes` must be given with class numbers, as they do not tell how many classes there are. Pass the names or the count.")
+        if labels.ndim != 2:
+            raise ValueError("`classes` must be given with class numbers, as they do not tell "
+                             "how many classes there are. Pass the names or the count.")
         classes = labels.shape[1]
-    if isinstance(classes, (int, np.integer)): classes = map(str, range(classes))
+    if isinstance(classes, (int, np.integer)):
+        classes = map(str, range(classes))
     names = tuple(map(str, classes))
     if len(names) < 2: raise ValueError(f"`classes` must name at least 2 classes; got {names}.")
     twice = sorted({o for o in names if names.count(o) > 1})
@@ -43,32 +50,45 @@ def _class_names(classes, labels):
 # %% ../nbs/api/20_data.ipynb #262e181c
 def _soft_labels(labels, n, classes):
     "float32 (n,K), rows of probabilities, from such rows or from class numbers (n,)"
-    K, labels = len(classes), np.asarray(labels)
-    if len(labels) != n: raise ValueError(f"`labels` must have one row per image; got {len(labels)} for {n} images.")
+    K = len(classes)
+    labels = np.asarray(labels)
+    if len(labels) != n:
+        raise ValueError(f"`labels` must have one row per image; got {len(labels)} for {n} images.")
     if labels.ndim == 1:
-        if labels.dtype.kind not in 'iu': raise TypeError(f"`labels` (N,) must be whole class numbers; got {labels.dtype}.")
+        if labels.dtype.kind not in 'iu':
+            raise TypeError(f"`labels` (N,) must be whole class numbers; got {labels.dtype}.")
         bad = np.flatnonzero((labels < 0) | (labels >= K))
-        if len(bad): raise ValueError(f"`labels` must lie in [0, {K}); got {labels[bad[0]]} at position {bad[0]} ({len(bad)} such labels).")
+        if len(bad):
+            raise ValueError(f"`labels` must lie in [0, {K}); got {labels[bad[0]]} at "
+                             f"position {bad[0]} ({len(bad)} such labels).")
         return np.eye(K, dtype=np.float32)[labels]
-    if labels.shape != (n, K): raise ValueError(f"`labels` must be (N,) or (N,K) with K = {K} classes; got shape {labels.shape}.")
+    if labels.shape != (n, K):
+        raise ValueError(
+            f"`labels` must be (N,) or (N,K) with K = {K} classes; got shape {labels.shape}.")
     ok = (labels >= 0).all(1) & (abs(labels.astype(np.float64).sum(1)-1) <= 1e-3)
     if not ok.all():
         i = np.flatnonzero(~ok)[0]
-        raise ValueError(f"`labels` must be rows of probabilities, >= 0 with sum 1; row {i} is {labels[i].tolist()} "
-                         f"({(~ok).sum()} such rows). Divide each row by its sum.")
+        raise ValueError(f"`labels` must be rows of probabilities, >= 0 with sum 1; row {i} "
+                         f"is {labels[i].tolist()} ({(~ok).sum()} such rows). Divide "
+                         "each row by its sum.")
     return labels.astype(np.float32)
 
 # %% ../nbs/api/20_data.ipynb #9145bcd3
 def _save(data, folder):
     "The three files of an image set, put in place only when all of them are complete"
     try:
-        with atomic_path(folder/'data.npy') as d, atomic_path(folder/'label.npy') as l, atomic_path(folder/'classes.json') as c:
+        with (atomic_path(folder/'data.npy') as d, atomic_path(folder/'label.npy') as l,
+              atomic_path(folder/'classes.json') as c):
             for p,a in ((d, data.images), (l, data.labels)):
-                with open(p, 'wb') as f: np.save(f, a, allow_pickle=False)
+                with open(p, 'wb') as f:
+                    np.save(f, a, allow_pickle=False)
             c.write_text(json.dumps(data.classes, ensure_ascii=False), encoding='utf-8')
     except OSError as e:     # numpy says how much was written of what, and no number
-        while isinstance(e.__cause__, OSError): e = e.__cause__
-        raise OSError(e.errno or errno.ENOSPC, f"could not save the image set in {folder}: {e.strerror or e}. What was there is unchanged; free some space or choose another folder") from e
+        while isinstance(e.__cause__, OSError):
+            e = e.__cause__
+        raise OSError(e.errno or errno.ENOSPC,
+                      f"could not save the image set in {folder}: {e.strerror or e}. What was "
+                      "there is unchanged; free some space or choose another folder") from e
     return folder
 
 # %% ../nbs/api/20_data.ipynb #117e6f0c
@@ -79,7 +99,8 @@ class ImageSet:
         labels:np.ndarray,   # Rows of probabilities (N,K), or class numbers (N,) in [0,K)
         classes=None,        # K different names, or K itself; None counts the columns of `labels`
     ):
-        self.images, labels = check_pixels(images), np.asarray(labels)
+        self.images = check_pixels(images)
+        labels = np.asarray(labels)
         self.classes = _class_names(classes, labels)
         self.labels = _soft_labels(labels, len(images), self.classes)
 
@@ -96,13 +117,16 @@ class ImageSet:
     def __len__(self): return len(self.images)
 
     def __getitem__(self, i):
-        if isinstance(i, (int, np.integer)): raise TypeError(f"an ImageSet is indexed by a slice, an array of positions or a mask; got {i}. Use `[{i}:{i+1}]`.")
+        if isinstance(i, (int, np.integer)):
+            raise TypeError("an ImageSet is indexed by a slice, an array of positions or a "
+                            f"mask; got {i}. Use `[{i}:{i+1}]`.")
         return ImageSet(self.images[i], self.labels[i], self.classes)
 
     def __repr__(self):
         counts = np.bincount(self.y, minlength=len(self.classes))
         each = '-'.join(map(str, sorted({counts.min(), counts.max()})))
-        return f"ImageSet({len(self)} images {'x'.join(map(str, self.images.shape[1:]))}, {len(self.classes)} classes, {each} a class)"
+        return (f"ImageSet({len(self)} images {'x'.join(map(str, self.images.shape[1:]))}, "
+                f"{len(self.classes)} classes, {each} a class)")
 
     def save(self,
         folder,    # Folder for the three files; made if it is missing
@@ -116,11 +140,13 @@ def digits(
     size:int=32,       # Height and width in pixels, by bicubic interpolation
 )->ImageSet:           # Images (N,size,size,3), ten classes
     "Real handwritten digits, bundled with scikit-learn (Alpaydin and Kaynak 1998, UCI)."
-    if split not in ('train', 'test', 'all'): raise ValueError(f"`split` must be 'train', 'test' or 'all' for digits; got {split!r}.")
+    if split not in ('train', 'test', 'all'):
+        raise ValueError(f"`split` must be 'train', 'test' or 'all' for digits; got {split!r}.")
     if not size >= 1: raise ValueError(f"`size` must be at least 1 pixel; got {size}.")
     raw = load_digits()
     grey = (raw.images*255/16).round().astype(np.uint8)
-    big = np.stack([np.asarray(Image.fromarray(o).resize((size, size), Image.BICUBIC)) for o in grey])
+    big = np.stack(
+        [np.asarray(Image.fromarray(o).resize((size, size), Image.BICUBIC)) for o in grey])
     data = ImageSet(np.repeat(big[..., None], 3, -1), raw.target, 10)
     if split == 'all': return data
     return split_data(data, 500/len(data), seed=0)[split == 'train']
@@ -133,16 +159,21 @@ def split_data(
 )->tuple:            # Two image sets without a common image, each in the order of `data`
     "Divide the images of every class in the same proportion."
     if not 0 < share < 1: raise ValueError(f"`share` must lie inside (0, 1); got {share}.")
-    rng, y = np.random.default_rng(subseed(seed, 'split')), data.y
+    rng = np.random.default_rng(subseed(seed, 'split'))
+    y = data.y
     order = rng.permutation(len(y))
     order = order[np.argsort(y[order], kind='stable')]
     quota = np.bincount(y, minlength=len(data.classes))*share
-    take, n = np.floor(quota+1e-9).astype(int), round(share*len(y))
+    take = np.floor(quota+1e-9).astype(int)
+    n = round(share*len(y))
     take[np.argsort(take-quota, kind='stable')[:n-take.sum()]] += 1
     start = np.searchsorted(y[order], np.arange(len(take)))
     first = np.zeros(len(y), bool)
-    for s,t in zip(start, take): first[order[s:s+t]] = True
-    if first.all() or not first.any(): raise ValueError(f"`share` {share} of {len(y)} images leaves one part empty. Use a share nearer to 1/2, or more images.")
+    for s,t in zip(start, take):
+        first[order[s:s+t]] = True
+    if first.all() or not first.any():
+        raise ValueError(f"`share` {share} of {len(y)} images leaves one part empty. Use a "
+                         "share nearer to 1/2, or more images.")
     return data[first], data[~first]
 
 def subset(
@@ -151,16 +182,21 @@ def subset(
     seed:int,        # Which images
 )->ImageSet:         # `n` images in mixed order; class counts differ by at most 1
     "A class-balanced draw without replacement; those of a larger `n` contain those of a smaller one."
-    K, y = len(data.classes), data.y
+    K = len(data.classes)
+    y = data.y
     if not n >= K: raise ValueError(f"`n` must not be fewer images than classes; got {n} for {K} classes.")
     rng = np.random.default_rng(subseed(seed, 'subset'))
-    order, extra = rng.permutation(len(y)), rng.permutation(K) < n % K
-    want, have = n//K + extra, np.bincount(y, minlength=K)
+    order = rng.permutation(len(y))
+    extra = rng.permutation(K) < n % K
+    want = n//K + extra
+    have = np.bincount(y, minlength=K)
     if (have < want).any():
         k = np.argmax(want-have)
-        raise ValueError(f"`n` = {n} needs {want[k]} images of class {data.classes[k]!r}; there are {have[k]} (of {len(y)} images). Ask for fewer.")
+        raise ValueError(f"`n` = {n} needs {want[k]} images of class {data.classes[k]!r}; "
+                         f"there are {have[k]} (of {len(y)} images). Ask for fewer.")
     rank = np.empty(len(y), int)
-    for k in range(K): rank[order[y[order] == k]] = np.arange(have[k])
+    for k in range(K):
+        rank[order[y[order] == k]] = np.arange(have[k])
     return data[order[(rank < want[y])[order]]]
 
 # %% ../nbs/api/20_data.ipynb #5c1891ab
@@ -176,21 +212,38 @@ def _count(names, depth=0):
 # %% ../nbs/api/20_data.ipynb #f7975051
 def _tree(names, split, source):
     "Sort image names `split/class/file` of one split by class: names, class numbers, class names"
-    images = sorted(o for o in names if o.lower().endswith(_SUFFIXES) and not any(p[0] == '.' or p == '__MACOSX' for p in o.split('/')))
-    if not images: raise ValueError(f"`source` must hold images ({' '.join(_SUFFIXES)}) in folders split/class or class; none in {source}.")
+    images = sorted(o for o in names if o.lower().endswith(_SUFFIXES) and not any(
+        p[0] == '.' or p == '__MACOSX' for p in o.split('/')))
+    if not images:
+        raise ValueError(f"`source` must hold images ({' '.join(_SUFFIXES)}) in folders "
+                         f"split/class or class; none in {source}.")
     by_depth = {o.count('/'): o for o in reversed(images)}
-    if len(by_depth) > 1: raise ValueError(f"`source` must hold all images at one depth, split/class/image or class/image; {source} has {' and '.join(map(repr, by_depth.values()))}.")
-    depth, tops = next(iter(by_depth)), {o.split('/')[0] for o in images}
+    if len(by_depth) > 1:
+        raise ValueError("`source` must hold all images at one depth, split/class/image or "
+                         f"class/image; {source} has "
+                         f"{' and '.join(map(repr, by_depth.values()))}.")
+    depth = next(iter(by_depth))
+    tops = {o.split('/')[0] for o in images}
     strip = len(tops) == 1 and depth == (2 if split is None else 3)
     short = {o: o.split('/', 1)[1] if strip else o for o in images}
     depth -= strip
-    if depth not in (1, 2): raise ValueError(f"`source` must hold images as split/class/image or class/image; {source} has {images[0]!r}.")
-    if split is None and depth == 2: raise ValueError(f"`split` must name one of the splits of {source}; found {_count(short.values())}.")
-    if split is not None and depth == 1: raise ValueError(f"`split` must be None, as {source} holds class folders only; got {split!r}. Found {_count(short.values())}.")
+    if depth not in (1, 2):
+        raise ValueError("`source` must hold images as split/class/image or class/image; "
+                         f"{source} has {images[0]!r}.")
+    if split is None and depth == 2:
+        raise ValueError(
+            f"`split` must name one of the splits of {source}; found {_count(short.values())}.")
+    if split is not None and depth == 1:
+        raise ValueError(f"`split` must be None, as {source} holds class folders only; got "
+                         f"{split!r}. Found {_count(short.values())}.")
     classes = sorted({o.split('/')[-2] for o in images})
-    if len(classes) < 2: raise ValueError(f"`source` must hold at least 2 classes; {source} has only {classes[0]!r}. Splits found: {_count(short.values())}.")
+    if len(classes) < 2:
+        raise ValueError(f"`source` must hold at least 2 classes; {source} has only "
+                         f"{classes[0]!r}. Splits found: {_count(short.values())}.")
     chosen = [o for o in images if split is None or short[o].split('/')[0] == split]
-    if not chosen: raise ValueError(f"`split` must name a split with images; {split!r} has none in {source}. Splits found: {_count(short.values())}.")
+    if not chosen:
+        raise ValueError(f"`split` must name a split with images; {split!r} has none in "
+                         f"{source}. Splits found: {_count(short.values())}.")
     chosen.sort(key=lambda o: o.split('/')[-2:])
     return chosen, np.array([classes.index(o.split('/')[-2]) for o in chosen]), classes
 
@@ -198,11 +251,14 @@ def _tree(names, split, source):
 def _decode(f, size):
     "uint8 (H,W,3) from an open image file, or an exception with the reason"
     with Image.open(f, formats=('PNG', 'JPEG', 'BMP', 'PPM')) as im:
-        if im.width*im.height > _MAX_PIXELS: raise ValueError(f"{im.width}x{im.height} pixels, over the limit of {_MAX_PIXELS}")
+        if im.width*im.height > _MAX_PIXELS:
+            raise ValueError(f"{im.width}x{im.height} pixels, over the limit of {_MAX_PIXELS}")
         if im.mode[0] in 'IF': raise ValueError(f"mode {im.mode}, more than 8 bits a pixel")
-        if size: im.draft('RGB', (2*size, 2*size))      # a large JPEG is decoded at a fraction of its size
+        if size:
+            im.draft('RGB', (2*size, 2*size))  # a large JPEG is decoded at a fraction of its size
         rgb = im.convert('RGB')
-    if size and rgb.size != (size, size): rgb = rgb.resize((size, size), Image.BICUBIC)
+    if size and rgb.size != (size, size):
+        rgb = rgb.resize((size, size), Image.BICUBIC)
     return np.asarray(rgb)
 
 def _read(names, open_file, size, source):
@@ -211,14 +267,22 @@ def _read(names, open_file, size, source):
     images = None
     for i,name in enumerate(progress(names, f'reading {Path(source).name}')):
         try:
-            with open_file(name) as f: a = _decode(f, size)
-        except Exception as e: raise ValueError(f"{name!r} in {source} cannot be read as an image: {e}. Replace or remove it.") from e
+            with open_file(name) as f:
+                a = _decode(f, size)
+        except Exception as e:
+            raise ValueError(f"{name!r} in {source} cannot be read as an image: {e}. Replace "
+                             "or remove it.") from e
         if images is None:
-            if len(names)*a.nbytes > _MAX_SET: raise ValueError(f"`size` must be given: {len(names)} images of {a.shape[1]}x{a.shape[0]} pixels need {len(names)*a.nbytes/2**30:.0f} GiB.")
+            if len(names)*a.nbytes > _MAX_SET:
+                raise ValueError(f"`size` must be given: {len(names)} images of "
+                                 f"{a.shape[1]}x{a.shape[0]} pixels need "
+                                 f"{len(names)*a.nbytes/2**30:.0f} GiB.")
             images = np.empty((len(names), *a.shape), np.uint8)
         if a.shape != images.shape[1:]:
             wh = lambda s: f'{s[1]}x{s[0]}'
-            raise ValueError(f"all images must have one size; in {source}, {names[0]!r} is {wh(images.shape[1:])} and {name!r} is {wh(a.shape)}. Give `size` to resize.")
+            raise ValueError(f"all images must have one size; in {source}, {names[0]!r} is "
+                             f"{wh(images.shape[1:])} and {name!r} is {wh(a.shape)}. Give "
+                             "`size` to resize.")
         images[i] = a
     return images
 
@@ -230,8 +294,10 @@ def load_folder(
 )->ImageSet:              # Images (N,H,W,3), grey repeated over the channels; classes sorted by name
     "Images from class folders, as ImageNet is usually kept."
     path = Path(path)
-    if not path.is_dir(): raise FileNotFoundError(f"`path` must be a folder of images; there is none at {path}.")
-    files = [Path(d, f).relative_to(path).as_posix() for d,_,fs in os.walk(path, followlinks=True) for f in fs]
+    if not path.is_dir():
+        raise FileNotFoundError(f"`path` must be a folder of images; there is none at {path}.")
+    files = [Path(d, f).relative_to(path).as_posix()
+             for d,_,fs in os.walk(path, followlinks=True) for f in fs]
     names, y, classes = _tree(files, split, path)
     return ImageSet(_read(names, lambda o: open(path/o, 'rb'), size, path), y, classes)
 
@@ -245,33 +311,49 @@ def load_zip(
         entries = {}
         for e in z.infolist():
             check_entry(e, path)
-            if e.filename in entries: raise ValueError(f"entry names must be unique; {path} has {e.filename!r} twice.")
+            if e.filename in entries:
+                raise ValueError(f"entry names must be unique; {path} has {e.filename!r} twice.")
             entries[e.filename] = e
         names, y, classes = _tree([o for o,e in entries.items() if not e.is_dir()], split, path)
-        return ImageSet(_read(names, lambda o: io.BytesIO(z.read(entries[o])), size, path), y, classes)
+        return ImageSet(_read(names, lambda o: io.BytesIO(z.read(entries[o])), size, path), y,
+                        classes)
 
 # %% ../nbs/api/20_data.ipynb #4dd2f678
 def _load_npy(path):
     "An array from a .npy file without pickled objects"
-    if not path.is_file(): raise FileNotFoundError(f"`folder` must hold data.npy and label.npy; there is no {path}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"`folder` must hold data.npy and label.npy; there is no {path}.")
     try:
-        with open(path, 'rb') as f: return np.lib.format.read_array(f, allow_pickle=False)
-    except Exception as e: raise ValueError(f"{path} must be a plain numpy array; it is damaged or holds Python objects ({e}).") from e
+        with open(path, 'rb') as f:
+            return np.lib.format.read_array(f, allow_pickle=False)
+    except Exception as e:
+        raise ValueError(f"{path} must be a plain numpy array; it is damaged or holds Python "
+                         f"objects ({e}).") from e
 
 def load_npy(
-    folder,                    # Folder with data.npy (N,H,W,C) uint8, label.npy (N,K) float or (N,) int, and perhaps classes.json
+    # Folder with data.npy (N,H,W,C) uint8, label.npy (N,K) float or (N,) int, and perhaps
+    # classes.json
+    folder,
     n_classes:int|None=None,   # Number of classes; None asks classes.json, then the columns of label.npy
 )->ImageSet:                   # The image set
     "An image set from the files that its method `save` writes."
     folder = Path(folder)
-    images, labels, names = _load_npy(folder/'data.npy'), _load_npy(folder/'label.npy'), folder/'classes.json'
+    images = _load_npy(folder/'data.npy')
+    labels = _load_npy(folder/'label.npy')
+    names = folder/'classes.json'
     classes = n_classes
     if n_classes is None and names.is_file():
-        try: classes = json.loads(names.read_text(encoding='utf-8'))
-        except ValueError as e: raise ValueError(f"{names} must be a JSON list of class names; {e}.") from e
-        if not isinstance(classes, list): raise ValueError(f"{names} must be a JSON list of class names; got {type(classes).__name__}.")
-    try: return ImageSet(images, labels, classes)
-    except (ValueError, TypeError) as e: raise type(e)(f"in {folder}: {e}") from e
+        try:
+            classes = json.loads(names.read_text(encoding='utf-8'))
+        except ValueError as e:
+            raise ValueError(f"{names} must be a JSON list of class names; {e}.") from e
+        if not isinstance(classes, list):
+            raise ValueError(
+                f"{names} must be a JSON list of class names; got {type(classes).__name__}.")
+    try:
+        return ImageSet(images, labels, classes)
+    except (ValueError, TypeError) as e:
+        raise type(e)(f"in {folder}: {e}") from e
 
 # %% ../nbs/api/20_data.ipynb #2acaf6e2
 def cifar10(
@@ -292,19 +374,26 @@ def cifar100(
 
 def _cifar(name, split, root, download):
     "CIFAR `name` as an image set"
-    if split not in ('train', 'test'): raise ValueError(f"`split` must be 'train' or 'test' for {name}; got {split!r}.")
+    if split not in ('train', 'test'):
+        raise ValueError(f"`split` must be 'train' or 'test' for {name}; got {split!r}.")
     from torchvision import datasets
     root = Path(root) if root is not None else Path.home()/'.cache/robustnb'
-    try: raw = getattr(datasets, name)(root, train=split == 'train', download=download)
+    try:
+        raw = getattr(datasets, name)(root, train=split == 'train', download=download)
     except RuntimeError as e:
-        raise FileNotFoundError(f"`root` must hold {name}; it is missing or damaged in {root}. Pass `download=True` to fetch it, or `root` where it is.") from e
+        raise FileNotFoundError(f"`root` must hold {name}; it is missing or damaged in "
+                                f"{root}. Pass `download=True` to fetch it, or "
+                                "`root` where it is.") from e
     except OSError as e:
-        raise OSError(f"could not fetch {name} into {root} ({e}). Try again, or put the files there by hand and leave `download` out.") from e
+        raise OSError(f"could not fetch {name} into {root} ({e}). Try again, or put the files "
+                      "there by hand and leave `download` out.") from e
     return ImageSet(raw.data, np.array(raw.targets), raw.classes)
 
 # %% ../nbs/api/20_data.ipynb #8165d24a
 def load_data(
-    source,                # 'digits', 'cifar10', 'cifar100', or the path of a zip file, a folder of images or a folder with data.npy
+    # 'digits', 'cifar10', 'cifar100', or the path of a zip file, a folder of images or a folder
+    # with data.npy
+    source,
     split:str|None=None,   # Name of the split; None where there are none (all of the digits)
     size:int|None=None,    # Height and width in pixels; None leaves files as they are (digits: 32)
     root=None,             # Folder of the CIFAR files; None is `~/.cache/robustnb`
@@ -312,29 +401,44 @@ def load_data(
 )->ImageSet:               # The images and their labels
     "An image set by name or path."
     if source == 'digits': return digits(split or 'all', **({} if size is None else dict(size=size)))
-    named, path = {'cifar10': cifar10, 'cifar100': cifar100}, Path(source)
+    named = {'cifar10': cifar10, 'cifar100': cifar100}
+    path = Path(source)
     if source in named or (path/'data.npy').is_file():
         if size is not None: raise ValueError(f"`size` cannot be changed for {source}; leave it out.")
         if source in named: return named[source](split, root, download)
-        if split is not None: raise ValueError(f"`split` must be None for a folder with data.npy; got {split!r} for {path}. Give the folder of that split.")
+        if split is not None:
+            raise ValueError(f"`split` must be None for a folder with data.npy; got {split!r} "
+                             f"for {path}. Give the folder of that split.")
         return load_npy(path)
     if path.is_dir(): return load_folder(path, split, size)
     if zipfile.is_zipfile(path): return load_zip(path, split, size)
     found = 'a file that is not a zip file' if path.is_file() else 'nothing there'
-    raise ValueError(f"`source` must be 'digits', 'cifar10', 'cifar100', or the path of a zip file of images, a folder of images or a folder with data.npy; got {str(source)!r} ({found}).")
+    raise ValueError("`source` must be 'digits', 'cifar10', 'cifar100', or the path of a zip "
+                     "file of images, a folder of images or a folder with data.npy; got "
+                     f"{str(source)!r} ({found}).")
 
 # %% ../nbs/api/20_data.ipynb #e0a3051a
 def check_names(names, arg):
     "A tuple of names that are safe as file names, or an error"
-    if isinstance(names, str) or not isinstance(names, Iterable): raise TypeError(f"`{arg}` must be a list of names; got {type(names).__name__}.")
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"`{arg}` must be a list of names; got {type(names).__name__}.")
     names = tuple(names)
-    bad = [o for o in names if not (isinstance(o, str) and o.isprintable() and o.strip() == o and 0 < len(o.encode()) <= 200 and o[0] != '.' and not set(o) & set('/\\|:'))]
-    if bad: raise ValueError(f"`{arg}` must hold plain file names: no folders, none of / \\ | :, no dot or space in front, at most 200 bytes; got {some_of(bad)}. Rename {'them' if bad[1:] else 'it'}.")
-    seen, twice = set(), {}
+    bad = [o for o in names if not (isinstance(o, str) and o.isprintable() and o.strip() == o
+                                    and 0 < len(o.encode()) <= 200 and o[0] != '.'
+                                    and not set(o) & set('/\\|:'))]
+    if bad:
+        raise ValueError(f"`{arg}` must hold plain file names: no folders, none of / \\ | :, "
+                         f"no dot or space in front, at most 200 bytes; got {some_of(bad)}. "
+                         f"Rename {'them' if bad[1:] else 'it'}.")
+    seen = set()
+    twice = {}
     for o in names:
-        if o in seen: twice[o] = None
+        if o in seen:
+            twice[o] = None
         seen.add(o)
-    if twice: raise ValueError(f"`{arg}` must be different names; more than once: {some_of(twice)}. Rename or remove the copies.")
+    if twice:
+        raise ValueError(f"`{arg}` must be different names; more than once: {some_of(twice)}. "
+                         "Rename or remove the copies.")
     return names
 
 # %% ../nbs/api/20_data.ipynb #bae7a682
@@ -348,8 +452,11 @@ class NamedSet(ImageSet):
     ):
         super().__init__(images, labels, classes)
         n = len(images)
-        self.names = check_names([f'{i:0{len(str(n-1))}}.png' for i in range(n)] if names is None else names, 'names')
-        if len(self.names) != n: raise ValueError(f"`names` must have one name per image; got {len(self.names)} for {n} images.")
+        self.names = check_names(
+            [f'{i:0{len(str(n-1))}}.png' for i in range(n)] if names is None else names, 'names')
+        if len(self.names) != n:
+            raise ValueError(
+                f"`names` must have one name per image; got {len(self.names)} for {n} images.")
 
     def __getitem__(self, i):
         part = super().__getitem__(i)
@@ -359,7 +466,11 @@ class NamedSet(ImageSet):
         names,           # Names, a nested list or array of any shape
     )->np.ndarray:       # Positions in the set, int64, of the same shape
         "Where images of these names are; all missing ones are reported together."
-        place, names = {o: i for i,o in enumerate(self.names)}, np.array(names, object)
+        place = {o: i for i,o in enumerate(self.names)}
+        names = np.array(names, object)
         lost = dict.fromkeys(o for o in names.flat if o not in place)
-        if lost: raise ValueError(f"`names` must be names of this set; {len(lost)} of {len(set(names.flat))} are missing: {some_of(lost)}. Correct the names, or load the set that has them.")
+        if lost:
+            raise ValueError(f"`names` must be names of this set; {len(lost)} of "
+                             f"{len(set(names.flat))} are missing: {some_of(lost)}. Correct "
+                             "the names, or load the set that has them.")
         return np.array([place[o] for o in names.flat], np.int64).reshape(names.shape)

@@ -36,15 +36,20 @@ def init_distributed(
 )->torch.device:      # Device of this process
     "Find the other processes that `accelerate launch` started, if there are any."
     if world_size() == 1 and int(os.environ.get('WORLD_SIZE') or 1) == 1: return pick_device(device)
-    try: from accelerate import PartialState
-    except ImportError as e: raise ImportError(f"{os.environ.get('WORLD_SIZE')} processes were launched, and need the package accelerate to find each other: pip install 'robustnb[accelerate]', or start one process only.") from e
+    try:
+        from accelerate import PartialState
+    except ImportError as e:
+        raise ImportError(f"{os.environ.get('WORLD_SIZE')} processes were launched, and need "
+                          "the package accelerate to find each other: pip install "
+                          "'robustnb[accelerate]', or start one process only.") from e
     where = PartialState(cpu=pick_device(device).type == 'cpu').device
     return where if where.type != 'cpu' else torch.device('cpu')
 
 def wait(
 )->None:
     "Go on when all processes have come here."
-    if world_size() > 1: dist.barrier()
+    if world_size() > 1:
+        dist.barrier()
 
 # %% ../nbs/api/50_distributed.ipynb #f468989c
 class _Total(torch.autograd.Function):
@@ -79,7 +84,8 @@ def all_sum_gradients_(
     if world_size() == 1 or not held: return
     flat = torch.cat([g.reshape(-1) for g in held])
     dist.all_reduce(flat)
-    for g, v in zip(held, flat.split([g.numel() for g in held])): g.copy_(v.view_as(g))
+    for g, v in zip(held, flat.split([g.numel() for g in held])):
+        g.copy_(v.view_as(g))
 
 @torch.no_grad()
 def as_main_(
@@ -105,8 +111,12 @@ def moments(
 def _whole(bn, x):
     "Forward pass of a batch norm that exchanges its sums"
     if not bn.training and bn.track_running_stats: return type(bn).forward(bn, x)
-    (var, mean), n = moments(x.float()), all_sum(torch.tensor(float(x.numel()//x.shape[1]), device=x.device))
-    if n <= 1: raise ValueError(f"batch norm needs more than one value per channel to train; the whole batch has {n:.0f} (its part here: {tuple(x.shape)}). Choose another `batch_size`.")
+    var, mean = moments(x.float())
+    n = all_sum(torch.tensor(float(x.numel()//x.shape[1]), device=x.device))
+    if n <= 1:
+        raise ValueError("batch norm needs more than one value per channel to train; the "
+                         f"whole batch has {n:.0f} (its part here: {tuple(x.shape)}). Choose "
+                         "another `batch_size`.")
     if bn.training and bn.track_running_stats:
         with torch.no_grad():
             bn.num_batches_tracked.add_(1)
@@ -119,15 +129,20 @@ def _normalised(bn, x, mean, var):
     "Each channel by its mean and variance, then the layer's own scale and shift"
     wide = lambda t: t.view(1, -1, *[1]*(x.ndim-2))
     scale = (var + bn.eps).rsqrt() * (1 if bn.weight is None else bn.weight)
-    return ((x.float() - wide(mean))*wide(scale) + (0 if bn.bias is None else wide(bn.bias))).to(x.dtype)
+    return ((x.float() - wide(mean))*wide(scale) + (0 if bn.bias is None else wide(bn.bias))).to(
+        x.dtype)
 
 @contextmanager
 def whole_batch(
     module:nn.Module,  # Network to train; its batch norms are changed inside the block
 ):
     "Batch norms that see the batch of all processes."
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if world_size() > 1 else []
-    for m in norms: m.forward = MethodType(_whole, m)
-    try: yield module
+    norms = [m for m in module.modules()
+             if isinstance(m, nn.modules.batchnorm._BatchNorm)] if world_size() > 1 else []
+    for m in norms:
+        m.forward = MethodType(_whole, m)
+    try:
+        yield module
     finally:
-        for m in norms: del m.forward
+        for m in norms:
+            del m.forward

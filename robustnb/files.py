@@ -25,13 +25,16 @@ def atomic_path(
         fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
         os.close(fd)
         yield Path(tmp)
-        with open(tmp, 'rb+') as f: os.fsync(f.fileno())
+        with open(tmp, 'rb+') as f:
+            os.fsync(f.fileno())
         os.chmod(tmp, 0o666 & ~_umask())
         os.replace(tmp, path)
     except OSError as e:
-        raise OSError(e.errno, f"could not write {path}: {e.strerror or e}. Nothing was left half written; free some space or choose another folder") from e
+        raise OSError(e.errno, f"could not write {path}: {e.strerror or e}. Nothing was left "
+                               "half written; free some space or choose another folder") from e
     finally:
-        if tmp and os.path.exists(tmp): os.remove(tmp)
+        if tmp and os.path.exists(tmp):
+            os.remove(tmp)
 
 def _umask():
     "The permissions that new files do not get."
@@ -46,30 +49,41 @@ def save_state(
 )->Path:           # The path written
     "`torch.save`, completely or not at all."
     with atomic_path(path) as tmp:
-        try: torch.save(state, tmp)
-        except RuntimeError as e: raise OSError(28, f'{os.strerror(28)} (torch.save: {e})') from e
+        try:
+            torch.save(state, tmp)
+        except RuntimeError as e:
+            raise OSError(28, f'{os.strerror(28)} (torch.save: {e})') from e
     return Path(path)
 
 @contextmanager
 def explain_errors(path, what):
     "An error about what is in a file says which file it is and what it should be."
-    try: yield
-    except (OSError, MemoryError): raise
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
     except Exception as e:
         if isinstance(e, (ValueError, TypeError)) and ('`' in str(e) or str(path) in str(e)): raise
-        raise ValueError(f"`path` must be {what}; {path} is damaged or something else ({type(e).__name__}: {' '.join(str(e).split())[:150]}). Copy it again, or write it again.") from e
+        raise ValueError(f"`path` must be {what}; {path} is damaged or something else "
+                         f"({type(e).__name__}: {' '.join(str(e).split())[:150]}). Copy it "
+                         "again, or write it again.") from e
 
 def load_state(
     path,             # File to read
     device='cpu',     # Where the tensors go
 )->dict:              # What was saved
     "`torch.load` that never runs code and names the file when it is damaged."
-    if not Path(path).is_file(): raise FileNotFoundError(f"`path` must be a file of saved weights; there is none at {path}.")
-    try: return torch.load(path, map_location=device, weights_only=True)
-    except (PermissionError, MemoryError): raise
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"`path` must be a file of saved weights; there is none at {path}.")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (PermissionError, MemoryError):
+        raise
     except Exception as e:
-        raise ValueError(f"`path` must be a file of plain tensors written by torch.save; {path} is damaged or holds other objects "
-                         f"({type(e).__name__}). Save `model.state_dict()` rather than the model, or copy the file again.") from e
+        raise ValueError("`path` must be a file of plain tensors written by torch.save; "
+                         f"{path} is damaged or holds other objects ({type(e).__name__}). "
+                         "Save `model.state_dict()` rather than the model, or copy "
+                         "the file again.") from e
 
 # %% ../nbs/api/05_files.ipynb #59e5c77c
 def manifest(
@@ -78,37 +92,47 @@ def manifest(
     "What somebody needs to know to run it again."
     packages = {k: version(k) for k in ('torch', 'torchvision', 'numpy', 'pandas')}
     command = ' '.join(Path(o).name if Path(o).is_absolute() else o for o in sys.argv)
-    return dict(command=command, python=platform.python_version(), **packages, machine=platform.machine(),
-                cpu_capability=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads()) | facts
+    return dict(command=command, python=platform.python_version(), **packages,
+                machine=platform.machine(), cpu_capability=torch.backends.cpu.get_cpu_capability(),
+                threads=torch.get_num_threads()) | facts
 
 def save_json(
     facts:dict,    # Numbers, strings, and lists and dicts of them
     path,          # File to write
 )->Path:           # The path written
     "Readable JSON, completely or not at all."
-    with atomic_path(path) as tmp: tmp.write_text(json.dumps(facts, indent=1, default=str) + '\n', encoding='utf-8')
+    with atomic_path(path) as tmp:
+        tmp.write_text(json.dumps(facts, indent=1, default=str) + '\n', encoding='utf-8')
     return Path(path)
 
 # %% ../nbs/api/05_files.ipynb #3903e8b5
 def fingerprint(model, data, recipe, seed):
     "What a checkpoint must agree with before a run may continue from it."
     images = hashlib.sha256(data.images.tobytes() + data.labels.tobytes()).hexdigest()[:16]
-    return dict(network=hashlib.sha256(repr([(k, tuple(v.shape)) for k,v in model.state_dict().items()]).encode()).hexdigest()[:16],
+    return dict(network=hashlib.sha256(repr(
+        [(k, tuple(v.shape)) for k,v in model.state_dict().items()]).encode()).hexdigest()[:16],
                 recipe=repr(recipe), seed=int(seed), images=images)
 
 def resume_state(path, mark, device):
     "The state in `path`, if it belongs to the run that `mark` describes."
     state = load_state(path, device)
     if not isinstance(state, dict) or state.get('format') != 'robustnb.training/1':
-        raise ValueError(f"`checkpoint` must be a training checkpoint of `train`; {path} is something else. Choose another path, or load finished weights with `load_model`.")
+        raise ValueError(f"`checkpoint` must be a training checkpoint of `train`; {path} is "
+                         "something else. Choose another path, or load finished weights with "
+                         "`load_model`.")
     for k, want in mark.items():
         if state['mark'][k] != want:
-            raise ValueError(f"`checkpoint` belongs to another run: its {k} is {state['mark'][k]}, this run's is {want} ({path}). "
-                             f"Give the same {k}, or another checkpoint path.")
+            raise ValueError(f"`checkpoint` belongs to another run: its {k} is "
+                             f"{state['mark'][k]}, this run's is {want} ({path}). Give the "
+                             f"same {k}, or another checkpoint path.")
     return state
 
 # %% ../nbs/api/05_files.ipynb #764cd5b7
 def fill(module, state, path):
     "Put the tensors of a file in place as they are, memory layout included"
-    try: module.load_state_dict(state, assign=True)
-    except RuntimeError as e: raise ValueError(f"`path` must hold a complete file of one version of this library; the tensors in {path} do not fit what it describes: {str(e).splitlines()[-1].strip()}") from e
+    try:
+        module.load_state_dict(state, assign=True)
+    except RuntimeError as e:
+        raise ValueError("`path` must hold a complete file of one version of this library; "
+                         f"the tensors in {path} do not fit what it describes: "
+                         f"{str(e).splitlines()[-1].strip()}") from e

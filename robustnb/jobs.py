@@ -22,13 +22,17 @@ def write_row(
 )->None:
     "A row under its checksum, completely or not at all."
     path = Path(path)
-    tmp = path.with_name(f'.{path.name}.{platform.node()}.{os.getpid()}.{threading.get_ident()}.tmp')
+    tmp = path.with_name(
+        f'.{path.name}.{platform.node()}.{os.getpid()}.{threading.get_ident()}.tmp')
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(tmp, 'w', encoding='utf-8') as f:
-            f.write(f'{digest(row)}\n{json.dumps(row, indent=1)}\n'); f.flush(); os.fsync(f.fileno())
+            f.write(f'{digest(row)}\n{json.dumps(row, indent=1)}\n')
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 def read_row(
     path,         # File of `write_row`
@@ -38,7 +42,8 @@ def read_row(
         head, _, body = Path(path).read_text(encoding='utf-8').partition('\n')
         row = json.loads(body)
         return row if head == digest(row) else None
-    except (FileNotFoundError, ValueError): return None
+    except (FileNotFoundError, ValueError):
+        return None
 
 # %% ../nbs/api/60_jobs.ipynb #96fa5b64
 facts = ('status', 'error', 'tries', 'seconds', 'host')
@@ -48,17 +53,25 @@ def plain(
     what:str,     # What it is, for the message
 ):                # The same as JSON keeps it
     "A number or a word."
-    if hasattr(value, 'dtype') and getattr(value, 'ndim', 1) == 0: value = value.item()
-    if isinstance(value, Path): value = str(value)
+    if hasattr(value, 'dtype') and getattr(value, 'ndim', 1) == 0:
+        value = value.item()
+    if isinstance(value, Path):
+        value = str(value)
     if value is None or isinstance(value, (bool, int, float, str)): return value
-    raise TypeError(f"{what} must be a number, a string, True, False or None; got {type(value).__name__}. A file can hold what is larger: write it, and pass on its path.")
+    raise TypeError(f"{what} must be a number, a string, True, False or None; got "
+                    f"{type(value).__name__}. A file can hold what is larger: write it, and "
+                    "pass on its path.")
 
 # %% ../nbs/api/60_jobs.ipynb #647215d0
 def _answer(found, arguments):
     "What a job returned, as it is kept"
-    if not isinstance(found, dict): raise TypeError(f"`job` must return a dict from names to numbers or words; got {type(found).__name__}.")
+    if not isinstance(found, dict):
+        raise TypeError(
+            f"`job` must return a dict from names to numbers or words; got {type(found).__name__}.")
     taken = [k for k in map(str, found) if k in arguments or k in facts]
-    if taken: raise ValueError(f"`job` must return names that are not those of its arguments, nor {', '.join(facts)}; got {taken[0]!r}. Rename it.")
+    if taken:
+        raise ValueError("`job` must return names that are not those of its arguments, nor "
+                         f"{', '.join(facts)}; got {taken[0]!r}. Rename it.")
     return {str(k): plain(v, f"`job` returned {k!r}, which") for k, v in found.items()}
 
 def run_job(
@@ -68,11 +81,15 @@ def run_job(
     tries:int=1,     # Which attempt this is
 )->None:
     "Run one job and write its row, whatever comes of it."
-    began, row = time.time(), dict(job=name, arguments=arguments, tries=tries, host=platform.node())
+    began = time.time()
+    row = dict(job=name, arguments=arguments, tries=tries, host=platform.node())
     try:
         module, function = name.split(':')
-        row |= dict(status='done', error='', values=_answer(getattr(importlib.import_module(module), function)(**arguments), arguments))
-    except (Exception, SystemExit) as e: row |= dict(status='failed', error=f'{type(e).__name__}: {e}', values={}, traceback=traceback.format_exc())
+        row |= dict(status='done', error='', values=_answer(
+            getattr(importlib.import_module(module), function)(**arguments), arguments))
+    except (Exception, SystemExit) as e:
+        row |= dict(status='failed', error=f'{type(e).__name__}: {e}', values={},
+                    traceback=traceback.format_exc())
     write_row(row | dict(seconds=round(time.time()-began, 3)), path)
 
 def run_jobs(
@@ -82,24 +99,29 @@ def run_jobs(
     "Jobs one after the other; those that have a row are left out."
     sys.path.extend(o for o in folders if o not in sys.path)
     for o in orders:
-        if read_row(o[2]) is None: run_job(*o)
+        if read_row(o[2]) is None:
+            run_job(*o)
 
 # %% ../nbs/api/60_jobs.ipynb #6005e882
 def serve(
 )->None:
     "Run the jobs that come in on standard input, one per line."
-    out, todo = os.fdopen(os.dup(1), 'w'), queue.SimpleQueue()
+    out = os.fdopen(os.dup(1), 'w')
+    todo = queue.SimpleQueue()
     os.dup2(2, 1)
     def listen():
-        for line in sys.stdin: todo.put(json.loads(line))
+        for line in sys.stdin:
+            todo.put(json.loads(line))
         os._exit(0)
     threading.Thread(target=listen, daemon=True).start()
     while True:
         run_job(*todo.get())
-        out.write('written\n'); out.flush()
+        out.write('written\n')
+        out.flush()
 
 def worker_command(
 )->list:          # For `subprocess.Popen`
     "What starts a worker, without the package around it."
-    boot = "import importlib.util as u; s = u.spec_from_file_location('robustnb_jobs', {!r}); m = u.module_from_spec(s); s.loader.exec_module(m); m.serve()"
+    boot = ("import importlib.util as u; s = u.spec_from_file_location('robustnb_jobs', "
+            "{!r}); m = u.module_from_spec(s); s.loader.exec_module(m); m.serve()")
     return [sys.executable, '-u', '-c', boot.format(__file__)]

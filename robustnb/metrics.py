@@ -13,8 +13,11 @@ import numpy as np
 def _column(a, name):
     "`a` as a finite float64 array with at least one row"
     a = np.asarray(a, dtype=np.float64)
-    if a.ndim == 0 or not len(a): raise ValueError(f"`{name}` must have at least one row; got shape {a.shape}.")
-    if not np.isfinite(a).all(): raise ValueError(f"`{name}` must be finite; row {np.argwhere(~np.isfinite(a))[0][0]} is not. Leave that row out of every column, or find out why.")
+    if a.ndim == 0 or not len(a):
+        raise ValueError(f"`{name}` must have at least one row; got shape {a.shape}.")
+    if not np.isfinite(a).all():
+        raise ValueError(f"`{name}` must be finite; row {np.argwhere(~np.isfinite(a))[0][0]} "
+                         "is not. Leave that row out of every column, or find out why.")
     return a
 
 def _columns(**named):
@@ -22,7 +25,9 @@ def _columns(**named):
     cols = {k: _column(v, k) for k,v in named.items()}
     (a, one), *others = cols.items()
     for b,o in others:
-        if o.shape != one.shape: raise ValueError(f"`{a}` and `{b}` must belong to the same rows; got shapes {one.shape} and {o.shape}.")
+        if o.shape != one.shape:
+            raise ValueError(f"`{a}` and `{b}` must belong to the same rows; got shapes "
+                             f"{one.shape} and {o.shape}.")
     return list(cols.values())
 
 def _z(level):
@@ -36,10 +41,15 @@ def accuracy(
     y,          # True class numbers (N,), in [0,K)
 )->float:       # Share of correct predictions
     "How often the prediction is right."
-    logits, y = _column(logits, 'logits'), np.asarray(y)
-    if logits.ndim != 2 or y.shape != logits.shape[:1]: raise ValueError(f"`logits` must be (N,K) and `y` (N,); got shapes {logits.shape} and {y.shape}.")
+    logits = _column(logits, 'logits')
+    y = np.asarray(y)
+    if logits.ndim != 2 or y.shape != logits.shape[:1]:
+        raise ValueError(
+            f"`logits` must be (N,K) and `y` (N,); got shapes {logits.shape} and {y.shape}.")
     bad = np.flatnonzero((y < 0) | (y >= logits.shape[1]) | (y != np.floor(y)))
-    if len(bad): raise ValueError(f"`y` must be class numbers in [0, {logits.shape[1]}); got {y[bad[0]]} at position {bad[0]}.")
+    if len(bad):
+        raise ValueError(f"`y` must be class numbers in [0, {logits.shape[1]}); got "
+                         f"{y[bad[0]]} at position {bad[0]}.")
     return float((logits.argmax(1) == y).mean())
 
 # %% ../nbs/api/30_metrics.ipynb #35e25801
@@ -50,10 +60,15 @@ def wilson(
 )->tuple:               # Lower and upper end, in [0,1]
     "Score interval of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953)."
     if not n >= 1: raise ValueError(f"`n` must be at least 1 image; got {n}.")
-    if not 0 <= successes <= n: raise ValueError(f"`successes` must lie in [0, {n}]; got {successes}. Give a count, not a share.")
-    z, p = _z(level), successes/n
-    centre, half = p + z*z/(2*n), z*np.sqrt(p*(1-p)/n + (z/(2*n))**2)
-    lo, hi = (centre-half)/(1+z*z/n), (centre+half)/(1+z*z/n)
+    if not 0 <= successes <= n:
+        raise ValueError(
+            f"`successes` must lie in [0, {n}]; got {successes}. Give a count, not a share.")
+    z = _z(level)
+    p = successes/n
+    centre = p + z*z/(2*n)
+    half = z*np.sqrt(p*(1-p)/n + (z/(2*n))**2)
+    lo = (centre-half)/(1+z*z/n)
+    hi = (centre+half)/(1+z*z/n)
     return (0. if successes == 0 else float(lo)), (1. if successes == n else float(hi))
 
 # %% ../nbs/api/30_metrics.ipynb #48eaca43
@@ -65,8 +80,12 @@ def paired_difference(
     "Difference of two shares of the same images (Agresti and Min 2005, doi:10.1002/sim.1781)."
     a, b = _columns(a=a, b=b)
     for name,o in (('a', a), ('b', b)):
-        if not np.isin(o, (0, 1)).all(): raise ValueError(f"`{name}` must hold outcomes 0 or 1; got {o[~np.isin(o, (0, 1))][0]}.")
-    only_a, only_b, n = (a > b).sum(), (b > a).sum(), a.size+2
+        if not np.isin(o, (0, 1)).all():
+            raise ValueError(
+                f"`{name}` must hold outcomes 0 or 1; got {o[~np.isin(o, (0, 1))][0]}.")
+    only_a = (a > b).sum()
+    only_b = (b > a).sum()
+    n = a.size+2
     d = (only_a-only_b)/n
     half = _z(level)*np.sqrt(((only_a+only_b+1)/n - d*d)/n)
     return float(a.mean()-b.mean()), float(max(d-half, -1)), float(min(d+half, 1))
@@ -83,14 +102,20 @@ def bootstrap(
     if not columns: raise ValueError("`columns` must be at least one array.")
     columns = [np.asarray(o) for o in columns]
     rows = {o.shape[:1] for o in columns}
-    if len(rows) > 1 or rows & {(), (0,), (1,)}: raise ValueError(f"`columns` must have the same rows, at least 2; got shapes {[o.shape for o in columns]}.")
+    if len(rows) > 1 or rows & {(), (0,), (1,)}:
+        raise ValueError("`columns` must have the same rows, at least 2; got shapes "
+                         f"{[o.shape for o in columns]}.")
     if not n >= 100: raise ValueError(f"`n` must be at least 100 draws; got {n}.")
     _z(level)
-    rng, size, value = np.random.default_rng(seed), len(columns[0]), float(fn(*columns))
+    rng = np.random.default_rng(seed)
+    size = len(columns[0])
+    value = float(fn(*columns))
     draws = (rng.integers(size, size=size) for _ in range(n))
     seen = np.array([float(fn(*(o[i] for o in columns))) for i in draws])
     ok = np.isfinite(seen)
-    if not np.isfinite(value) or ok.mean() < .95: raise ValueError(f"`fn` must give finite numbers; it is {value} on the {size} rows and undefined on {(~ok).sum()} of {n} draws. Use more rows.")
+    if not np.isfinite(value) or ok.mean() < .95:
+        raise ValueError(f"`fn` must give finite numbers; it is {value} on the {size} rows "
+                         f"and undefined on {(~ok).sum()} of {n} draws. Use more rows.")
     lo, hi = np.quantile(seen[ok], [(1-level)/2, (1+level)/2])
     return value, float(lo), float(hi)
 
@@ -106,7 +131,8 @@ def mae(
 def r2(
     true,       # Measured values
     pred,       # Predicted values, same shape
-)->float:       # At most 1; 0 for a prediction as good as the mean of `true`; NaN when all of `true` are equal
+    # At most 1; 0 for a prediction as good as the mean of `true`; NaN when all of `true` are equal
+)->float:
     "Share of the variance that is predicted, without a fit in between."
     true, pred = _columns(true=true, pred=pred)
     spread = ((true-true.mean())**2).sum()
@@ -131,7 +157,9 @@ def js_divergence(
     p, q = _columns(p=p, q=q)
     for name,o in (('p', p), ('q', q)):
         if o.ndim != 2 or (o < 0).any() or not np.allclose(o.sum(1), 1, atol=1e-3):
-            raise ValueError(f"`{name}` must be rows of probabilities (N,K), >= 0 with sum 1; got shape {o.shape} with values in [{o.min():.3g}, {o.max():.3g}]. Take the softmax of logits.")
+            raise ValueError(f"`{name}` must be rows of probabilities (N,K), >= 0 with sum 1; "
+                             f"got shape {o.shape} with values in [{o.min():.3g}, "
+                             f"{o.max():.3g}]. Take the softmax of logits.")
     m = (p+q)/2
     part = lambda o: (o*np.log(np.where(o > 0, o, 1)/np.where(o > 0, m, 1))).sum(1)
     return np.clip((part(p)+part(q))/2, 0, np.log(2))

@@ -17,16 +17,21 @@ from .core import to_uint8
 # %% ../nbs/api/40_plots.ipynb #71c56d28
 def _numbers(df, **columns):
     "The columns of `df` as float arrays, None for columns that are None"
-    if not isinstance(df, pd.DataFrame): raise TypeError(f"`df` must be a pandas DataFrame; got {type(df).__name__}.")
+    if not isinstance(df, pd.DataFrame):
+        raise TypeError(f"`df` must be a pandas DataFrame; got {type(df).__name__}.")
     if not len(df): raise ValueError("`df` must have at least one row; got an empty table.")
     _need(df, **columns)
-    try: return [None if c is None else df[c].to_numpy(dtype=float) for c in columns.values()]
-    except (TypeError, ValueError) as e: raise TypeError(f"columns {list(columns.values())} of `df` must hold numbers; {e}.") from e
+    try:
+        return [None if c is None else df[c].to_numpy(dtype=float) for c in columns.values()]
+    except (TypeError, ValueError) as e:
+        raise TypeError(f"columns {list(columns.values())} of `df` must hold numbers; {e}.") from e
 
 def _need(df, **columns):
     "Raise unless `df` has all of the columns that are not None"
     for arg,c in columns.items():
-        if c is not None and c not in df.columns: raise ValueError(f"`{arg}` must be a column of `df`; got {c!r}. Columns: {', '.join(map(str, df.columns))}.")
+        if c is not None and c not in df.columns:
+            raise ValueError(f"`{arg}` must be a column of `df`; got {c!r}. Columns: "
+                             f"{', '.join(map(str, df.columns))}.")
 
 def _axes(ax, width, height):
     "`ax`, or the axes of a new figure of that size in inches"
@@ -35,13 +40,17 @@ def _axes(ax, width, height):
 def _finish(ax, caption):
     "Plain frame, and the caption under the x label"
     ax.spines[['top', 'right']].set_visible(False)
-    if caption: ax.annotate(caption, (.5, 0), xycoords=ax.xaxis.label, xytext=(0, -4), textcoords='offset points', ha='center', va='top', fontsize='small', color='.35')
+    if caption:
+        ax.annotate(caption, (.5, 0), xycoords=ax.xaxis.label, xytext=(0, -4),
+                    textcoords='offset points', ha='center', va='top', fontsize='small',
+                    color='.35')
     return ax
 
 def _styles(n):
     "`n` styles that differ in grey level, dash and marker"
     dashes, markers = ['-', '--', '-.', ':'], 'osD^vPX*'
-    return [dict(color=c, ls=dashes[i % 4], marker=markers[i % 8]) for i,c in enumerate(plt.cm.viridis(np.linspace(0, .7, n)))]
+    return [dict(color=c, ls=dashes[i % 4], marker=markers[i % 8])
+            for i,c in enumerate(plt.cm.viridis(np.linspace(0, .7, n)))]
 
 # %% ../nbs/api/40_plots.ipynb #2390a95d
 def show_images(
@@ -53,19 +62,24 @@ def show_images(
     "Images side by side."
     x = to_uint8(x) if isinstance(x, Tensor) else np.asarray(x)
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] not in (1, 3) or not x.size:
-        raise ValueError(f"`x` must be uint8 images (N,H,W,C) or a float tensor (N,C,H,W) with 1 or 3 channels; got {x.dtype} of shape {x.shape}.")
-    if titles is not None and len(titles) != len(x): raise ValueError(f"`titles` must be one per image; got {len(titles)} for {len(x)} images.")
+        raise ValueError("`x` must be uint8 images (N,H,W,C) or a float tensor (N,C,H,W) with "
+                         f"1 or 3 channels; got {x.dtype} of shape {x.shape}.")
+    if titles is not None and len(titles) != len(x):
+        raise ValueError(f"`titles` must be one per image; got {len(titles)} for {len(x)} images.")
     if not cols >= 1: raise ValueError(f"`cols` must be at least 1; got {cols}.")
     n, h, w, _ = x.shape
     cols = min(cols, n)
-    rows, side = -(-n//cols), max(1, w//16)
+    rows = -(-n//cols)
+    side = max(1, w//16)
     above = side + (0 if titles is None else round(.28*w))
     sheet = np.full((rows*(h+above), cols*(w+side)-side, 3), 255, np.uint8)
     ax = _axes(ax, .75*cols, .75*sheet.shape[0]/(w+side))
     for i,image in enumerate(x):
-        r, c = i//cols*(h+above)+above, i%cols*(w+side)
+        r = i//cols*(h+above)+above
+        c = i%cols*(w+side)
         sheet[r:r+h, c:c+w] = image
-        if titles is not None: ax.text(c+w/2, r-side/2, titles[i], ha='center', va='bottom', fontsize=8)
+        if titles is not None:
+            ax.text(c+w/2, r-side/2, titles[i], ha='center', va='bottom', fontsize=8)
     ax.imshow(sheet, interpolation='nearest')
     ax.set_axis_off()
     return ax
@@ -95,13 +109,17 @@ def plot_lines(
 ):                         # The axes
     "One line per value of `by`, named where it ends."
     lo, hi = band or (None, None)
-    _numbers(df, x=x, y=y, band=lo); _numbers(df, band=hi); _need(df, by=by)
-    ax, ends = _axes(ax, 4.6, 3), []
+    _numbers(df, x=x, y=y, band=lo)
+    _numbers(df, band=hi)
+    _need(df, by=by)
+    ax = _axes(ax, 4.6, 3)
+    ends = []
     groups = list(df.groupby(by, sort=False, dropna=False))
     for (name,rows),style in zip(groups, _styles(len(groups))):
         rows = rows.sort_values(x)
         ax.plot(rows[x], rows[y], ms=4, **style)
-        if band: ax.fill_between(rows[x], rows[lo], rows[hi], color=style['color'], alpha=.15, lw=0)
+        if band:
+            ax.fill_between(rows[x], rows[lo], rows[hi], color=style['color'], alpha=.15, lw=0)
         ends.append((rows[x].iloc[-1], rows[y].iloc[-1], str(name), style['color']))
     if baseline:
         ax.axhline(baseline[0], color='.5', lw=1, ls=(0, (1, 2)))
@@ -110,14 +128,16 @@ def plot_lines(
     ax.autoscale_view()
     height = ax.transAxes.inverted().transform(ax.transData.transform([e[:2] for e in ends]))[:, 1]
     for (ex,ey,name,color),h in zip(ends, _spread(height, .07)):
-        ax.annotate(name, (ex, ey), xytext=(1.02, h), textcoords='axes fraction', va='center', color=color, fontsize=9,
-                    arrowprops=dict(arrowstyle='-', color=color, lw=.5, alpha=.5, shrinkA=0, shrinkB=3))
+        ax.annotate(name, (ex, ey), xytext=(1.02, h), textcoords='axes fraction', va='center',
+                    color=color, fontsize=9, arrowprops=dict(
+                        arrowstyle='-', color=color, lw=.5, alpha=.5, shrinkA=0, shrinkB=3))
     return _finish(ax, caption)
 
 # %% ../nbs/api/40_plots.ipynb #a000208f
 def plot_predicted(
     df,                         # Table with one row per point: a quantised model, say
-    measured:str='measured',    # Column of the horizontal axis; its interval is in columns with `_lo` and `_hi` behind the name
+    # Column of the horizontal axis; its interval is in columns with `_lo` and `_hi` behind the name
+    measured:str='measured',
     predicted:str='predicted',  # Column of the vertical axis; intervals likewise
     by:str|None=None,           # Column with a marker for each value; None draws one kind
     label:str|None=None,        # Column whose texts are written beside the points; None writes none
@@ -125,27 +145,39 @@ def plot_predicted(
     ax=None,                    # Axes to draw on; None makes a figure
 ):                              # The axes
     "Predicted against measured values, with their intervals and the diagonal."
-    both, (m, p) = (measured, predicted), _numbers(df, measured=measured, predicted=predicted)
+    both = (measured, predicted)
+    m, p = _numbers(df, measured=measured, predicted=predicted)
     _need(df, by=by, label=label)
-    if not np.isfinite(m+p).any(): raise ValueError(f"`df` must have a row with both numbers; {measured!r} and {predicted!r} are never known together.")
+    if not np.isfinite(m+p).any():
+        raise ValueError(f"`df` must have a row with both numbers; {measured!r} and "
+                         f"{predicted!r} are never known together.")
     ends = {c: _numbers(df, lo=f'{c}_lo', hi=f'{c}_hi') for c in both if f'{c}_lo' in df.columns}
     ax = _axes(ax, 3.8, 3.8)
-    bars = {c: np.clip([v-ends[c][0], ends[c][1]-v], 0, None) for c,v in zip(both, (m, p)) if c in ends}
-    groups = {None: np.ones(len(df), bool)} if by is None else {k: (df[by] == k).to_numpy() for k in df[by].unique()}
+    bars = {c: np.clip([v-ends[c][0], ends[c][1]-v], 0, None) for c,v in zip(both, (m, p))
+            if c in ends}
+    groups = ({None: np.ones(len(df), bool)} if by is None
+              else {k: (df[by] == k).to_numpy() for k in df[by].unique()})
     for (name,rows),s in zip(groups.items(), _styles(len(groups))):
         err = {a: bars[c][:, rows] for a,c in zip(('xerr', 'yerr'), both) if c in bars}
-        ax.errorbar(m[rows], p[rows], **err, fmt=s['marker'], color=s['color'], ms=5, elinewidth=.8, label=name)
+        ax.errorbar(m[rows], p[rows], **err, fmt=s['marker'], color=s['color'], ms=5,
+                    elinewidth=.8, label=name)
     if label is not None:
         for a,b,t in zip(m, p, df[label]):
-            ax.annotate(str(t), (a, b), xytext=(-4, 4) if b > a else (4, -4), textcoords='offset points', fontsize=8,
+            ax.annotate(str(t), (a, b), xytext=(-4, 4) if b > a else (4, -4),
+                        textcoords='offset points', fontsize=8,
                         ha='right' if b > a else 'left', va='bottom' if b > a else 'top')
     values = np.concatenate([m, p, *(o for c in ends.values() for o in c)])
-    lo, hi = np.nanmin(values), np.nanmax(values)
+    lo = np.nanmin(values)
+    hi = np.nanmax(values)
     pad = .08*(hi-lo) or .05
-    ax.set(xlabel=measured, ylabel=predicted, xlim=(lo-pad, hi+pad), ylim=(lo-pad, hi+pad), aspect='equal')
+    ax.set(xlabel=measured, ylabel=predicted, xlim=(lo-pad, hi+pad), ylim=(lo-pad, hi+pad),
+           aspect='equal')
     ax.axline((lo, lo), slope=1, color='.5', lw=1, ls=(0, (1, 2)), zorder=0)
-    ax.annotate('equal', (hi, hi), ha='right', va='bottom', rotation=45, color='.5', fontsize=8, rotation_mode='anchor')
-    if by is not None: ax.legend(frameon=False, fontsize=8, title=by, title_fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
+    ax.annotate('equal', (hi, hi), ha='right', va='bottom', rotation=45, color='.5',
+                fontsize=8, rotation_mode='anchor')
+    if by is not None:
+        ax.legend(frameon=False, fontsize=8, title=by, title_fontsize=8, loc='center left',
+                  bbox_to_anchor=(1, .5))
     return _finish(ax, caption)
 
 # %% ../nbs/api/40_plots.ipynb #23531fd6
@@ -158,11 +190,16 @@ def plot_layers(
     ax=None,             # Axes to draw on; None makes a figure as high as the layers need
 ):                       # The axes
     "One bar per layer, first layer on top."
-    (v,), n = _numbers(df, value=value), len(df)
+    v, = _numbers(df, value=value)
+    n = len(df)
     _need(df, name=name)
-    if not np.isfinite(v).all(): raise ValueError(f"`value` must be finite; layer {df[name].iloc[np.flatnonzero(~np.isfinite(v))[0]]!r} has {v[~np.isfinite(v)][0]}.")
+    if not np.isfinite(v).all():
+        raise ValueError("`value` must be finite; layer "
+                         f"{df[name].iloc[np.flatnonzero(~np.isfinite(v))[0]]!r} has "
+                         f"{v[~np.isfinite(v)][0]}.")
     if not top >= 0: raise ValueError(f"`top` must be at least 0; got {top}.")
-    ax, size = _axes(ax, 4.6, .9+.13*max(n, 6)), 7 if n > 20 else 9
+    ax = _axes(ax, 4.6, .9+.13*max(n, 6))
+    size = 7 if n > 20 else 9
     dark = np.isin(np.arange(n), np.argsort(-v, kind='stable')[:top])
     bars = ax.barh(np.arange(n), v, color=np.where(dark, '.2', '.7'), height=.8)
     ax.bar_label(bars, [f'{o:.3g}' if d else '' for o,d in zip(v, dark)], padding=2, fontsize=size)
@@ -177,7 +214,8 @@ def figure_svg(
     ax,          # Axes or figure
 )->str:          # 'data:image/svg+xml;base64,...', for the src of an <img>
     "A figure as text that a page can hold, in lines."
-    with rc_context({'svg.hashsalt': 'robustnb'}): return _data_uri(ax, 'svg', metadata=dict(Date=None))
+    with rc_context({'svg.hashsalt': 'robustnb'}):
+        return _data_uri(ax, 'svg', metadata=dict(Date=None))
 
 def figure_png(
     ax,               # Axes or figure
@@ -188,7 +226,10 @@ def figure_png(
 
 def _data_uri(ax, kind, **kw):
     "The figure of `ax` in the format `kind`"
-    figure, f = getattr(ax, 'figure', None) or ax, io.BytesIO()
-    if not hasattr(figure, 'savefig'): raise TypeError(f"`ax` must be matplotlib axes or a figure; got {type(ax).__name__}.")
+    figure = getattr(ax, 'figure', None) or ax
+    f = io.BytesIO()
+    if not hasattr(figure, 'savefig'):
+        raise TypeError(f"`ax` must be matplotlib axes or a figure; got {type(ax).__name__}.")
     figure.savefig(f, format=kind, bbox_inches='tight', **kw)
-    return f"data:image/{'svg+xml' if kind == 'svg' else kind};base64,{base64.b64encode(f.getvalue()).decode()}"
+    return (
+        f"data:image/{'svg+xml' if kind == 'svg' else kind};base64,{base64.b64encode(f.getvalue()).decode()}")

@@ -23,154 +23,231 @@ def grid(
     **values,         # Name of an argument -> list of its values; what is not a list stands for itself
 )->pd.DataFrame:      # One row per combination, the last name changing fastest
     "Every combination of some values."
-    lists = {k: list(v) if isinstance(v, (list, tuple, range, set, np.ndarray, pd.Series)) else [v] for k, v in values.items()}
+    lists = {k: list(v) if isinstance(v, (list, tuple, range, set, np.ndarray, pd.Series)) else [v]
+             for k, v in values.items()}
     empty = [k for k, v in lists.items() if not v]
-    if empty or not lists: raise ValueError(f"`values` must hold at least one value for each name; {empty[0] if empty else 'there is no name'} has none.")
+    if empty or not lists:
+        raise ValueError("`values` must hold at least one value for each name; "
+                         f"{empty[0] if empty else 'there is no name'} has none.")
     return pd.DataFrame([dict(zip(lists, row)) for row in itertools.product(*lists.values())])
 
 # %% ../nbs/api/70_sweeps.ipynb #c24b9f91
 def _name(job):
     "module:function, if another process can find it by that name"
-    if not callable(job): raise TypeError(f"`job` must be a function (arguments of a row) -> dict; got {type(job).__name__}.")
-    module, name = getattr(job, '__module__', None), getattr(job, '__qualname__', type(job).__name__)
+    if not callable(job):
+        raise TypeError(
+            f"`job` must be a function (arguments of a row) -> dict; got {type(job).__name__}.")
+    module = getattr(job, '__module__', None)
+    name = getattr(job, '__qualname__', type(job).__name__)
     found = getattr(sys.modules.get(module), name, None) if module != '__main__' else None
-    if found is not job: raise ValueError(f"`job` must be a function at the top level of a module, which other processes can import; got {name} of {module}. Write it to a file jobs.py beside the script, and `from jobs import {name.rpartition('.')[2].strip('<>')}`.")
+    if found is not job:
+        raise ValueError("`job` must be a function at the top level of a module, which other "
+                         f"processes can import; got {name} of {module}. Write it to a file "
+                         "jobs.py beside the script, and `from jobs import "
+                         f"{name.rpartition('.')[2].strip('<>')}`.")
     return f'{module}:{name}'
 
 def _jobs(job, table):
     "Key -> arguments, in the order of the table; empty cells are left to the function"
     rows = table.to_dict('records') if isinstance(table, pd.DataFrame) else table
-    if not (isinstance(rows, (list, tuple)) and rows and all(isinstance(r, dict) for r in rows)): raise TypeError(f"`table` must be a DataFrame with at least one row, or a list of dicts, one per job; got {type(table).__name__} of length {len(table) if hasattr(table, '__len__') else '?'}. Use `grid`.")
-    name, jobs, takes = _name(job), {}, inspect.signature(job)
+    if not (isinstance(rows, (list, tuple)) and rows and all(isinstance(r, dict) for r in rows)):
+        raise TypeError("`table` must be a DataFrame with at least one row, or a list of "
+                        f"dicts, one per job; got {type(table).__name__} of length "
+                        f"{len(table) if hasattr(table, '__len__') else '?'}. Use `grid`.")
+    name = _name(job)
+    jobs = {}
+    takes = inspect.signature(job)
     for i, row in enumerate(rows):
-        row = {str(k): plain(v, f"`table` row {i}: {k}") for k, v in row.items() if not (v is pd.NA or v is None or v != v)}
-        try: takes.bind(**row)
-        except TypeError as e: raise TypeError(f"`table` must name the arguments of `{name}`; row {i}: {e}. It takes {takes}.") from None
-        if (key := digest([name, row])) in jobs: raise ValueError(f"`table` must not hold a job twice; row {i} repeats {row}. Drop it: `table.drop_duplicates()`.")
+        row = {str(k): plain(v, f"`table` row {i}: {k}") for k, v in row.items()
+               if not (v is pd.NA or v is None or v != v)}
+        try:
+            takes.bind(**row)
+        except TypeError as e:
+            raise TypeError(f"`table` must name the arguments of `{name}`; row {i}: {e}. It "
+                            f"takes {takes}.") from None
+        if (key := digest([name, row])) in jobs:
+            raise ValueError(f"`table` must not hold a job twice; row {i} repeats {row}. Drop "
+                             "it: `table.drop_duplicates()`.")
         jobs[key] = row
     return jobs
 
 # %% ../nbs/api/70_sweeps.ipynb #f5e0e3a4
 def _environment(i):
     "What worker `i` finds: the same modules, a thread of its own, its GPU"
-    kept = {k: v for k, v in os.environ.items() if k not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')}
-    seen = [o for o in kept.get('CUDA_VISIBLE_DEVICES', '').split(',') if o] or [str(k) for k in range(torch.cuda.device_count())]
+    kept = {k: v for k, v in os.environ.items() if k not in (
+        'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')}
+    seen = ([o for o in kept.get('CUDA_VISIBLE_DEVICES', '').split(',') if o]
+            or [str(k) for k in range(torch.cuda.device_count())])
     turn = dict(CUDA_VISIBLE_DEVICES=seen[i % len(seen)]) if len(seen) > 1 else {}
-    return dict(OMP_NUM_THREADS='1') | kept | turn | dict(PYTHONPATH=os.pathsep.join(o or os.getcwd() for o in sys.path))
+    return dict(OMP_NUM_THREADS='1') | kept | turn | dict(
+        PYTHONPATH=os.pathsep.join(o or os.getcwd() for o in sys.path))
 
 def _start(i, log):
     "Worker `i`, its log started anew"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, 'w') as f: return subprocess.Popen(worker_command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=f, env=_environment(i), text=True)
+    with open(log, 'w') as f:
+        return subprocess.Popen(worker_command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                stderr=f, env=_environment(i), text=True)
 
 def _last_words(how, log):
     "Why a process is gone, as far as its log knows"
-    said = [o for o in log.read_text(errors='replace').splitlines() if o.strip()] if log.exists() else []
+    said = [o for o in log.read_text(errors='replace').splitlines()
+            if o.strip()] if log.exists() else []
     return f"ProcessDied: {how}{'; its last words: ' + said[-1].strip() if said else ''} ({log})"
 
 def _cores():
     "Processor cores this process may use"
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1     # neither macOS nor Windows has the first
+    # neither macOS nor Windows has the first
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
-def _gone(code): return f'the process ended with {"signal " + signal.Signals(-code).name if code < 0 else f"exit code {code}"}'
+def _gone(code):
+    return ('the process ended with '
+            f'{"signal " + signal.Signals(-code).name if code < 0 else f"exit code {code}"}')
 
 def _fail(name, arguments, path, tries, error):
     "The row of a job that took its process with it"
-    write_row(dict(job=name, arguments=arguments, tries=tries, host=platform.node(), status='failed', error=error, values={}, seconds=math.nan), path)
+    write_row(dict(job=name, arguments=arguments, tries=tries, host=platform.node(),
+                   status='failed', error=error, values={}, seconds=math.nan),
+              path)
 
 # %% ../nbs/api/70_sweeps.ipynb #cdf47921
 def _run_here(orders, out, workers, tries, tell):
     "Jobs on this machine, `workers` at a time"
-    idle, procs, over = queue.SimpleQueue(), {}, threading.Event()
-    for i in range(workers): idle.put(i)
+    idle = queue.SimpleQueue()
+    procs = {}
+    over = threading.Event()
+    for i in range(workers):
+        idle.put(i)
     def attempt(order, i, turn):
-        path, log = order[2], Path(out)/'logs'/f'{i}.log'
-        if i not in procs: procs[i] = _start(i, log)
+        path = order[2]
+        log = Path(out)/'logs'/f'{i}.log'
+        if i not in procs:
+            procs[i] = _start(i, log)
         Path(path).unlink(missing_ok=True)
         try:
-            procs[i].stdin.write(json.dumps([*order, turn]) + '\n'); procs[i].stdin.flush()
+            procs[i].stdin.write(json.dumps([*order, turn]) + '\n')
+            procs[i].stdin.flush()
             written = procs[i].stdout.readline()
-        except BrokenPipeError: written = ''
-        if not written and not over.is_set(): _fail(*order, turn, _last_words(_gone(procs.pop(i).wait()), log))
+        except BrokenPipeError:
+            written = ''
+        if not written and not over.is_set():
+            _fail(*order, turn, _last_words(_gone(procs.pop(i).wait()), log))
         return over.is_set() or read_row(path)['status'] == 'done'
     def run(order):
         i = idle.get()
         try:
             for turn in range(1, tries+1):
                 if over.is_set() or attempt(order, i, turn): break
-        finally: idle.put(i)
+        finally:
+            idle.put(i)
         return order
     with ThreadPoolExecutor(workers) as pool:
         runs = [pool.submit(run, o) for o in orders]
         try:
-            for r in as_completed(runs): tell(r.result())
+            for r in as_completed(runs):
+                tell(r.result())
         finally:
             over.set()
-            for r in runs: r.cancel()
-            for p in list(procs.values()): p.kill(); p.communicate()
+            for r in runs:
+                r.cancel()
+            for p in list(procs.values()):
+                p.kill()
+                p.communicate()
 
 # %% ../nbs/api/70_sweeps.ipynb #3b72c520
 def _executor(out, slurm, workers):
     "What hands jobs to Slurm"
-    try: from submitit import AutoExecutor
-    except ImportError as e: raise ImportError("`slurm` needs the package submitit: pip install 'robustnb[slurm]', or leave `slurm` out to compute on this machine.") from e
+    try:
+        from submitit import AutoExecutor
+    except ImportError as e:
+        raise ImportError("`slurm` needs the package submitit: pip install 'robustnb[slurm]', "
+                          "or leave `slurm` out to compute on this machine.") from e
     try:
         executor = AutoExecutor(Path(out).resolve()/'slurm', cluster='slurm')
-        executor.update_parameters(**dict(name='robustnb', slurm_array_parallelism=workers or 256) | slurm)
-    except (RuntimeError, NameError, ValueError, AssertionError, TypeError) as e: raise ValueError(f"`slurm` must hold parameters of submitit, such as dict(timeout_min=60, mem_gb=8, slurm_partition='gpu'), on a machine with Slurm; submitit says: {' '.join(str(e).split())}") from e
+        executor.update_parameters(**dict(name='robustnb',
+                                          slurm_array_parallelism=workers or 256) | slurm)
+    except (RuntimeError, NameError, ValueError, AssertionError, TypeError) as e:
+        raise ValueError("`slurm` must hold parameters of submitit, such as "
+                         "dict(timeout_min=60, mem_gb=8, slurm_partition='gpu'), on a machine "
+                         f"with Slurm; submitit says: {' '.join(str(e).split())}") from e
     return executor
 
 def _submit(executor, orders, chunk):
     "Slurm's number -> orders of the task"
     size = max(chunk, math.ceil(len(orders)/1000))
     parts = [orders[i:i+size] for i in range(0, len(orders), size)]
-    importlib.import_module('cloudpickle').register_pickle_by_value(sys.modules[run_jobs.__module__])
+    importlib.import_module(
+        'cloudpickle').register_pickle_by_value(sys.modules[run_jobs.__module__])
     try:
-        with executor.batch(): tasks = [executor.submit(run_jobs, part, [o or os.getcwd() for o in sys.path]) for part in parts]
-    except RuntimeError as e: raise ValueError(f"`slurm` must hold what this cluster accepts; it refused the jobs: {' '.join(str(e).split())}. Ask `sinfo` for its partitions and limits.") from e
+        with executor.batch():
+            tasks = [executor.submit(run_jobs, part, [o or os.getcwd() for o in sys.path])
+                     for part in parts]
+    except RuntimeError as e:
+        raise ValueError("`slurm` must hold what this cluster accepts; it refused the jobs: "
+                         f"{' '.join(str(e).split())}. Ask `sinfo` for its "
+                         "partitions and limits.") from e
     return {t.job_id: part for t, part in zip(tasks, parts)}
 
 # %% ../nbs/api/70_sweeps.ipynb #b89118aa
 def _queued():
     "Slurm's numbers of the tasks that wait or run; None where it does not answer"
-    try: said = subprocess.run(['squeue', '--me', '--noheader', '--array', '--format=%i'], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired): return None
+    try:
+        said = subprocess.run(['squeue', '--me', '--noheader', '--array', '--format=%i'],
+                              capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
     return set(said.stdout.split()) if said.returncode == 0 else None
 
 def _submitted(out):
     "Slurm's number -> orders, as an earlier sweep left them"
-    try: return dict(json.loads((Path(out)/'slurm'/'tasks.json').read_text(encoding='utf-8')))
-    except (FileNotFoundError, ValueError, TypeError): return {}
+    try:
+        return dict(json.loads((Path(out)/'slurm'/'tasks.json').read_text(encoding='utf-8')))
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
 
 # %% ../nbs/api/70_sweeps.ipynb #486ac2af
 def _run_slurm(orders, out, executor, tries, tell, chunk=1):
     "Jobs on a cluster; one round of submissions for each attempt"
-    out, wait, spent, missing = Path(out), .5, Counter(), Counter()
-    paths, queued = {o[2] for o in orders}, _queued()
-    flying = {k: o for k, o in _submitted(out).items() if queued and k in queued and paths & {p for _, _, p, *_ in o}}
+    out = Path(out)
+    wait = .5
+    spent = Counter()
+    missing = Counter()
+    paths = {o[2] for o in orders}
+    queued = _queued()
+    flying = {k: o for k, o in _submitted(out).items()
+              if queued and k in queued and paths & {p for _, _, p, *_ in o}}
     adopted = {o[2] for part in flying.values() for o in part}
     todo = [o for o in orders if o[2] not in adopted]
     while todo or flying:
         if todo:
-            for o in todo: Path(o[2]).unlink(missing_ok=True)
+            for o in todo:
+                Path(o[2]).unlink(missing_ok=True)
             flying |= _submit(executor, [[*o[:3], spent[o[2]]+1] for o in todo], chunk)
             save_json(flying, out/'slurm'/'tasks.json')
             todo, wait = [], .5
         time.sleep(wait)
-        wait, queued = min(1.3*wait, 10), _queued()
+        wait = min(1.3*wait, 10)
+        queued = _queued()
         for task, part in list(flying.items()):
-            if queued is not None: missing[task] = 0 if task in queued else missing[task]+1
+            if queued is not None:
+                missing[task] = 0 if task in queued else missing[task]+1
             found = [read_row(o[2]) for o in part]
             if None in found and missing[task] < 2: continue
             del flying[task]
             died = found.index(None) if None in found else -1
             for k, (o, row) in enumerate(zip(part, found)):
                 if o[2] not in paths: continue
-                if k == died: _fail(*o, _last_words(f"Slurm's task {task} ended without a row", out/'slurm'/f'{task}_0_log.err'))
-                elif row is None: todo.append(o); continue
+                if k == died:
+                    _fail(*o, _last_words(f"Slurm's task {task} ended without a row",
+                                          out/'slurm'/f'{task}_0_log.err'))
+                elif row is None:
+                    todo.append(o)
+                    continue
                 spent[o[2]] += 1
-                if (row is None or row['status'] == 'failed') and spent[o[2]] < tries: todo.append(o)
-                else: tell(o)
+                if (row is None or row['status'] == 'failed') and spent[o[2]] < tries:
+                    todo.append(o)
+                else:
+                    tell(o)
 
 # %% ../nbs/api/70_sweeps.ipynb #001545c3
 @contextmanager
@@ -178,16 +255,20 @@ def _board(jobs, lines=24):
     "A line for each value of the first argument, or one for all; gives what to call for each job that ended"
     first = [str(next(iter(a.values()), 'jobs')) for a in jobs.values()]
     names = Counter(first if len(set(first)) <= lines else ['jobs']*len(first))
-    of, failed = dict(zip(jobs, first if len(names) > 1 else [*names]*len(first))), Counter()
+    of = dict(zip(jobs, first if len(names) > 1 else [*names]*len(first)))
+    failed = Counter()
     bars = {k: progress(None, Path(k).name, n) for k, n in names.items()}
     def tell(key, row):
         name = of[key]
         failed[name] += row['status'] == 'failed'
-        if failed[name]: bars[name].set_postfix(failed=failed[name], refresh=False)
+        if failed[name]:
+            bars[name].set_postfix(failed=failed[name], refresh=False)
         bars[name].update()
-    try: yield tell
+    try:
+        yield tell
     finally:
-        for b in bars.values(): b.close()
+        for b in bars.values():
+            b.close()
 
 def _table(rows):
     "Rows of jobs as a DataFrame: arguments, what came of it, values"
@@ -196,34 +277,51 @@ def _table(rows):
 # %% ../nbs/api/70_sweeps.ipynb #48632b11
 def sweep_rows(
     out,              # Folder of a sweep, also of one that is still running
-)->pd.DataFrame:      # One row per job that ended: arguments, status ('done' or 'failed'), error, tries, seconds, host, values
+    # One row per job that ended: arguments, status ('done' or 'failed'), error, tries, seconds,
+    # host, values
+)->pd.DataFrame:
     "What a sweep has found so far."
     folder = Path(out)/'rows'
-    if not folder.is_dir(): raise FileNotFoundError(f"`out` must be the folder of a sweep; there are no rows in {out}.")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"`out` must be the folder of a sweep; there are no rows in {out}.")
     files = sorted(folder.glob('*.json'), key=lambda f: (f.stat().st_mtime_ns, f.name))
     return _table([r for f in files if (r := read_row(f))])
 
 def sweep(
-    job,                    # Function (arguments of a row) -> dict of numbers and words; at the top level of a module
-    table,                  # Arguments: a DataFrame or list of dicts, one per job; empty cells take the function's default
+    # Function (arguments of a row) -> dict of numbers and words; at the top level of a module
+    job,
+    # Arguments: a DataFrame or list of dicts, one per job; empty cells take the function's default
+    table,
     out,                    # Folder of the rows; that of an earlier sweep is continued
     workers:int|None=None,  # Jobs at a time; None takes one per processor core, on Slurm 256
     tries:int=2,            # Attempts at a job before it counts as failed, >= 1
-    slurm:dict|None=None,   # Parameters of submitit, as dict(timeout_min=60, mem_gb=8, slurm_partition='gpu'); None computes on this machine
+    # Parameters of submitit, as dict(timeout_min=60, mem_gb=8, slurm_partition='gpu'); None
+    # computes on this machine
+    slurm:dict|None=None,
     chunk:int=1,            # Jobs that a Slurm task computes one after the other, >= 1
-)->pd.DataFrame:            # One row per job, in the order of the table: arguments, status, error, tries, seconds, host, values
+    # One row per job, in the order of the table: arguments, status, error, tries, seconds, host,
+    # values
+)->pd.DataFrame:
     "Run every job that has no row yet."
-    jobs, out = _jobs(job, table), Path(out)
+    jobs = _jobs(job, table)
+    out = Path(out)
     for k, v in dict(workers=1 if workers is None else workers, tries=tries, chunk=chunk).items():
-        if isinstance(v, bool) or not isinstance(v, (int, np.integer)) or v < 1: raise ValueError(f"`{k}` must be a whole number, at least 1; got {v!r}.")
-    if not (slurm is None or isinstance(slurm, dict)): raise TypeError(f"`slurm` must be a dict of parameters such as dict(timeout_min=60), or None for this machine; got {type(slurm).__name__}.")
+        if isinstance(v, bool) or not isinstance(v, (int, np.integer)) or v < 1:
+            raise ValueError(f"`{k}` must be a whole number, at least 1; got {v!r}.")
+    if not (slurm is None or isinstance(slurm, dict)):
+        raise TypeError("`slurm` must be a dict of parameters such as dict(timeout_min=60), "
+                        f"or None for this machine; got {type(slurm).__name__}.")
     if out.exists() and not out.is_dir(): raise ValueError(f"`out` must be a folder; {out} is a file.")
     paths = {key: str(out.resolve()/'rows'/f'{key}.json') for key in jobs}
-    orders = [(_name(job), a, paths[key]) for key, a in jobs.items() if (read_row(paths[key]) or {}).get('status') != 'done']
+    orders = [(_name(job), a, paths[key]) for key, a in jobs.items()
+              if (read_row(paths[key]) or {}).get('status') != 'done']
     executor = _executor(out, slurm, workers) if slurm is not None and orders else None
     with _board(jobs) as board:
         tell = lambda o: board(Path(o[2]).stem, read_row(o[2]))
-        for key in jobs.keys() - {Path(o[2]).stem for o in orders}: board(key, dict(status='done'))
-        if executor: _run_slurm(orders, out, executor, tries, tell, chunk)
-        elif orders: _run_here(orders, out, min(workers or _cores(), len(orders)), tries, tell)
+        for key in jobs.keys() - {Path(o[2]).stem for o in orders}:
+            board(key, dict(status='done'))
+        if executor:
+            _run_slurm(orders, out, executor, tries, tell, chunk)
+        elif orders:
+            _run_here(orders, out, min(workers or _cores(), len(orders)), tries, tell)
     return _table(map(read_row, paths.values()))

@@ -23,32 +23,44 @@ from .gradient import check_attack, margin, is_correct
 @contextmanager
 def _lent(model, x, seed):
     "Freeze the parameters and seed all global random numbers; afterwards all is as before."
-    wanted, before = [p for p in model.parameters() if p.requires_grad], (random.getstate(), np.random.get_state())
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    before = (random.getstate(), np.random.get_state())
     try:
         with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.enable_grad():
-            (torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator).manual_seed(seed)
-            random.seed(seed); np.random.seed(seed % 2**32)
-            for p in wanted: p.requires_grad_(False)
+            (torch.cuda.default_generators[x.device.index] if x.is_cuda
+             else torch.default_generator).manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            for p in wanted:
+                p.requires_grad_(False)
             yield
     finally:
-        for p in wanted: p.requires_grad_()
-        random.setstate(before[0]); np.random.set_state(before[1])
+        for p in wanted:
+            p.requires_grad_()
+        random.setstate(before[0])
+        np.random.set_state(before[1])
 
 def _start(attack, bounded, x, y):
     "Wrong images to start from, and which of them (N,) are wrong."
-    default = foolbox.attacks.SaltAndPepperNoiseAttack() if isinstance(attack, foolbox.attacks.PointwiseAttack) else foolbox.attacks.LinearSearchBlendedUniformNoiseAttack(steps=50)
+    default = (foolbox.attacks.SaltAndPepperNoiseAttack()
+               if isinstance(attack, foolbox.attacks.PointwiseAttack)
+               else foolbox.attacks.LinearSearchBlendedUniformNoiseAttack(steps=50))
     start = (attack.init_attack or default).run(bounded, x, foolbox.criteria.Misclassification(y))
-    with torch.no_grad(): return start, bounded(start).argmax(1) != y
+    with torch.no_grad():
+        return start, bounded(start).argmax(1) != y
 
 def _attacked(attack, model, x, y, eps, seed):
     "What foolbox's attack answers; images without a starting point come back unchanged."
-    bounded, out, options = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device), x.clone(), dict(epsilon=eps) if isinstance(attack, FixedEpsilonAttack) else {}
+    bounded = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
+    out = x.clone()
+    options = dict(epsilon=eps) if isinstance(attack, FixedEpsilonAttack) else {}
     with _lent(model, x, seed):
         found = torch.ones(len(x), dtype=torch.bool, device=x.device)
         if hasattr(attack, 'init_attack'):
             start, found = _start(attack, bounded, x, y)
             options = dict(starting_points=start[found])
-        if found.any(): out[found] = attack.run(bounded, x[found], y[found], **options).detach().to(x)
+        if found.any():
+            out[found] = attack.run(bounded, x[found], y[found], **options).detach().to(x)
     return out
 
 # %% ../../nbs/api/attacks/85_adapters.ipynb #20b08ddc
@@ -56,27 +68,39 @@ _norms = {Linf: foolbox.distances.linf, L2: foolbox.distances.l2, L1: foolbox.di
 
 def from_foolbox(
     attack,                # A configured attack, e.g. `foolbox.attacks.LinfPGD(steps=10, random_start=False)`
-    alone:bool|None=None,  # Attack each image alone? None does so unless the attack is gradient descent without a random start
+    # Attack each image alone? None does so unless the attack is gradient descent without a random
+    # start
+    alone:bool|None=None,
 )->Callable:               # An attack (model, x, y, threat, generator=None) -> x_adv
     "An attack of foolbox (Rauber et al. 2020, doi:10.21105/joss.02607) with the contract of this package."
     if not isinstance(attack, (FixedEpsilonAttack, MinimizationAttack)):
-        raise TypeError(f"`attack` must be a configured foolbox attack that changes pixel values, e.g. `foolbox.attacks.LinfPGD()`; got {attack!r}. Instead of its `repeat` use `restarts`.")
-    if alone is None: alone = not (isinstance(attack, BaseGradientDescent) and not attack.random_start)
+        raise TypeError("`attack` must be a configured foolbox attack that changes pixel "
+                        f"values, e.g. `foolbox.attacks.LinfPGD()`; got {attack!r}. Instead "
+                        "of its `repeat` use `restarts`.")
+    if alone is None:
+        alone = not (isinstance(attack, BaseGradientDescent) and not attack.random_start)
     def adapted(model, x, y, threat, generator=None):
         check_attack(model, x, y, threat)
-        if isinstance(attack, FixedEpsilonAttack) and _norms.get(type(threat)) is not attack.distance:
-            raise TypeError(f"`threat` must be a budget in the norm of the attack, {attack.distance}; got {threat}. Choose the attack of foolbox for this norm, or one that looks for the nearest wrong image.")
-        (left, logits), out, own = is_correct(model, x, y), x.clone(), image_generators(generator, x)
+        if isinstance(attack,
+                      FixedEpsilonAttack) and _norms.get(type(threat)) is not attack.distance:
+            raise TypeError("`threat` must be a budget in the norm of the attack, "
+                            f"{attack.distance}; got {threat}. Choose the attack of foolbox "
+                            "for this norm, or one that looks for the nearest wrong image.")
+        left, logits = is_correct(model, x, y)
+        out = x.clone()
+        own = image_generators(generator, x)
         best = margin(logits, y)
         seed = lambda i: torch.randint(2**62, (), generator=own[i]).item()
         for i in (left.split(1) if alone else [left] if len(left) else []):
             found = _attacked(attack, model, x[i], y[i], threat.eps, seed(i[0]))
             for stretch in (0, .02) if isinstance(attack, MinimizationAttack) else (0,):
                 image = found + stretch*(found-x[i])
-                image = torch.where(threat.allows(x[i], image).view(-1, 1, 1, 1), image, threat.project(x[i], image.clamp(0, 1)))
+                image = torch.where(threat.allows(x[i], image).view(-1, 1, 1, 1), image,
+                                    threat.project(x[i], image.clamp(0, 1)))
                 height = margin(is_correct(model, image, y[i])[1], y[i])
                 better = height > best[i]
-                out[i[better]], best[i[better]] = image[better], height[better]
+                out[i[better]] = image[better]
+                best[i[better]] = height[better]
         return out
     return adapted
 
@@ -100,8 +124,12 @@ def hop_skip_jump(
     steps:int=64,        # Estimates of the border's direction, of 100 questions at first and more later
 )->Tensor:               # Images like `x`, allowed by `threat`
     "HopSkipJump attack (Chen et al. 2020, arXiv:1904.02144)."
-    if not isinstance(threat, (Linf, L2)): raise TypeError(f"`threat` must be Linf or L2 for `hop_skip_jump`; got {threat}. Use `pointwise` or `random_search`, which take any threat model.")
-    return from_foolbox(foolbox.attacks.HopSkipJumpAttack(steps=steps, constraint='linf' if isinstance(threat, Linf) else 'l2'))(model, x, y, threat, generator)
+    if not isinstance(threat, (Linf, L2)):
+        raise TypeError(f"`threat` must be Linf or L2 for `hop_skip_jump`; got {threat}. Use "
+                        "`pointwise` or `random_search`, which take any threat model.")
+    return from_foolbox(foolbox.attacks.HopSkipJumpAttack(
+        steps=steps,
+        constraint='linf' if isinstance(threat, Linf) else 'l2'))(model, x, y, threat, generator)
 
 def brendel_bethge(
     model:nn.Module,     # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
@@ -113,5 +141,9 @@ def brendel_bethge(
 )->Tensor:               # Images like `x`, allowed by `threat`
     "Brendel and Bethge attack (2019, arXiv:1907.01003)."
     kinds = {Linf: 'Linfinity', L2: 'L2', L1: 'L1', L0: 'L0'}
-    if type(threat) not in kinds: raise TypeError(f"`threat` must be Linf, L2, L1 or Pixels for `brendel_bethge`; got {threat}. Use `pointwise` or `random_search`, which take any threat model.")
-    return from_foolbox(getattr(foolbox.attacks, f'{kinds[type(threat)]}BrendelBethgeAttack')(steps=steps))(model, x, y, threat, generator)
+    if type(threat) not in kinds:
+        raise TypeError("`threat` must be Linf, L2, L1 or Pixels for `brendel_bethge`; got "
+                        f"{threat}. Use `pointwise` or `random_search`, which take "
+                        "any threat model.")
+    return from_foolbox(getattr(foolbox.attacks, f'{kinds[type(threat)]}BrendelBethgeAttack')(
+        steps=steps))(model, x, y, threat, generator)

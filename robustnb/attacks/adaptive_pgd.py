@@ -16,7 +16,8 @@ from .gradient import (
 # %% ../../nbs/api/attacks/40_adaptive_pgd.ipynb #1f68dc82
 def _windows(steps):
     "Iterations after which step lengths are judged (section 3 of the paper)."
-    ends, length = [], max(int(.22*steps), 1)
+    ends = []
+    length = max(int(.22*steps), 1)
     while sum(ends) + length <= steps:
         ends.append(length)
         length = max(length - max(int(.03*steps), 1), int(.06*steps), 1)
@@ -26,13 +27,16 @@ def _halve(s, window):
     "Halve the steps of images whose loss has stopped rising, and send them back to their best point."
     halve = (s['rises'] <= .75*window) | (~s['halved'] & (s['best_loss'] <= s['checked']))
     at = halve.view(-1, 1, 1, 1)
-    return s | dict(step=torch.where(at, s['step']/2, s['step']), now=torch.where(at, s['best'], s['now']), grad=torch.where(at, s['best_grad'], s['grad']),
-                    halved=halve, checked=s['best_loss'], rises=torch.zeros_like(s['rises']))
+    return s | dict(step=torch.where(at, s['step']/2, s['step']),
+                    now=torch.where(at, s['best'], s['now']),
+                    grad=torch.where(at, s['best_grad'], s['grad']), halved=halve,
+                    checked=s['best_loss'], rises=torch.zeros_like(s['rises']))
 
 def _move(s, threat, first):
     "A step along the gradient, then a quarter of the last move."
     goal = threat.project(s['x'], s['now'] + s['step']*threat.steepest(s['grad'], s['x'], s['now']))
-    if not first: goal = threat.project(s['x'], s['now'] + .75*(goal-s['now']) + .25*(s['now']-s['old']))
+    if not first:
+        goal = threat.project(s['x'], s['now'] + .75*(goal-s['now']) + .25*(s['now']-s['old']))
     return s | dict(now=goal, old=s['now'])
 
 # %% ../../nbs/api/attacks/40_adaptive_pgd.ipynb #91e09b95
@@ -47,7 +51,8 @@ def gradients(
         logits = model(x)
         return loss(logits, y), x[:, :0], logits
     def ask(x, y, wanted=True):
-        parts = [(loss_and_grad if wanted else only_ask)(model, x[s], y[s], loss) for s in batches(len(x), batch_size)]
+        parts = [(loss_and_grad if wanted else only_ask)(model, x[s], y[s], loss)
+                 for s in batches(len(x), batch_size)]
         return [torch.cat(o) for o in zip(*parts)]
     return ask
 
@@ -60,26 +65,39 @@ def climb(
     start:Tensor,      # Where to start, allowed images like `x`
     steps:int,         # Iterations, >= 0
     judge:Callable|None=None,  # (images, true labels) -> has each fallen (M,)? None believes the logits
-)->tuple:              # Images (N,C,H,W): fallen, or with the largest margin met; that margin (N,); fallen (N,)
+    # Images (N,C,H,W): fallen, or with the largest margin met; that margin (N,); fallen (N,)
+)->tuple:
     "Climb the loss by Auto-PGD's schedule; each image leaves when it has fallen."
-    windows, out = _windows(steps), start.clone()
-    found, fallen = x.new_full((len(x),), -torch.inf), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    s = dict(id=torch.arange(len(x), device=x.device), x=x, y=y, now=start, old=start, step=2*threat.eps*torch.ones_like(x[:, :1, :1, :1]))
+    windows = _windows(steps)
+    out = start.clone()
+    found = x.new_full((len(x),), -torch.inf)
+    fallen = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    s = dict(id=torch.arange(len(x), device=x.device), x=x, y=y, now=start, old=start,
+             step=2*threat.eps*torch.ones_like(x[:, :1, :1, :1]))
     for i in range(steps+1):
         value, grad, logits = ask(s['now'], s['y'], wanted=i < steps)
-        true, ids = s['y'].flatten(1)[:, 0] if s['y'].ndim > 1 else s['y'], s['id']
+        true = s['y'].flatten(1)[:, 0] if s['y'].ndim > 1 else s['y']
+        ids = s['id']
         height = margin(logits, true).to(x.dtype)
         gone = height > 0
-        if judge is not None and gone.any(): gone[gone.clone()] = judge(s['now'][gone], true[gone])
+        if judge is not None and gone.any():
+            gone[gone.clone()] = judge(s['now'][gone], true[gone])
         take = gone | (height > found[ids])
-        out[ids[take]], found[ids[take]], fallen[ids[gone]] = s['now'][take], height[take], True
+        out[ids[take]] = s['now'][take]
+        found[ids[take]] = height[take]
+        fallen[ids[gone]] = True
         if i == steps or gone.all(): break
-        if i == 0: s |= dict(value=value, best=s['now'], best_grad=grad, best_loss=value, checked=value, rises=torch.zeros_like(value), halved=torch.ones_like(gone))
+        if i == 0:
+            s |= dict(value=value, best=s['now'], best_grad=grad, best_loss=value, checked=value,
+                      rises=torch.zeros_like(value), halved=torch.ones_like(gone))
         better = value > s['best_loss']
         at = better.view(-1, 1, 1, 1)
-        s |= dict(grad=grad, rises=s['rises'] + (value > s['value']), value=value, best=torch.where(at, s['now'], s['best']),
-                  best_grad=torch.where(at, grad, s['best_grad']), best_loss=torch.where(better, value, s['best_loss']))
-        if gone.any(): s = {k: v[~gone] for k, v in s.items()}
+        s |= dict(grad=grad, rises=s['rises'] + (value > s['value']), value=value,
+                  best=torch.where(at, s['now'], s['best']),
+                  best_grad=torch.where(at, grad, s['best_grad']),
+                  best_loss=torch.where(better, value, s['best_loss']))
+        if gone.any():
+            s = {k: v[~gone] for k, v in s.items()}
         s = _move(_halve(s, windows[i]) if i in windows else s, threat, i == 0)
     return out, found, fallen
 
@@ -96,9 +114,11 @@ def apgd(
     "Auto-PGD (Croce and Hein 2020, arXiv:2003.01690)."
     check_attack(model, x, y, threat)
     if not steps >= 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
-    out, (left, _) = x.clone(), is_correct(model, x, y)
+    out = x.clone()
+    left, _ = is_correct(model, x, y)
     start = x if generator is None else threat.sample(x, generator)
-    if len(left): out[left] = climb(gradients(model, loss), x[left], y[left], threat, start[left], steps)[0]
+    if len(left):
+        out[left] = climb(gradients(model, loss), x[left], y[left], threat, start[left], steps)[0]
     return out
 
 # %% ../../nbs/api/attacks/40_adaptive_pgd.ipynb #eb6ee0d5
@@ -114,15 +134,24 @@ def apgd_targeted(
 )->Tensor:                      # Images like `x`, allowed by `threat`
     "Targeted Auto-PGD (Croce and Hein 2020, arXiv:2003.01690)."
     n_classes = check_attack(model, x, y, threat)
-    if not (steps >= 0 and targets >= 1): raise ValueError(f"`steps` must not be negative and `targets` at least 1; got {steps} and {targets}.")
-    out, (left, logits) = x.clone(), is_correct(model, x, y)
-    wanted = logits[left].scatter(1, y[left, None], -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    if not (steps >= 0 and targets >= 1):
+        raise ValueError(
+            f"`steps` must not be negative and `targets` at least 1; got {steps} and {targets}.")
+    out = x.clone()
+    left, logits = is_correct(model, x, y)
+    wanted = logits[left].scatter(1, y[left, None],
+                                  -torch.inf).sort(dim=1, descending=True, stable=True).indices
     best = torch.full_like(logits[left, 0], -torch.inf)
     for k in range(min(targets, n_classes-1)):
         start = x if generator is None else threat.sample(x, generator)
         if not len(left): break
-        found, height, fallen = climb(gradients(model, loss), x[left], torch.stack([y[left], wanted[:, k]], 1), threat, start[left], steps)
+        found, height, fallen = climb(gradients(model, loss), x[left],
+                                      torch.stack([y[left], wanted[:, k]], 1), threat,
+                                      start[left], steps)
         take = height > best
-        out[left[take]], best = found[take], torch.maximum(best, height)
-        left, wanted, best = left[~fallen], wanted[~fallen], best[~fallen]
+        out[left[take]] = found[take]
+        best = torch.maximum(best, height)
+        left = left[~fallen]
+        wanted = wanted[~fallen]
+        best = best[~fallen]
     return out

@@ -33,7 +33,9 @@ def margin(
 # %% ../../nbs/api/attacks/30_gradient.ipynb #55389836
 def _top(logits, k):
     "The `k` largest logits, for losses that need so many classes."
-    if logits.shape[1] < k: raise ValueError(f"`loss` needs a model with at least {k} classes; this one has {logits.shape[1]}. Use `margin`.")
+    if logits.shape[1] < k:
+        raise ValueError(f"`loss` needs a model with at least {k} classes; this one has "
+                         f"{logits.shape[1]}. Use `margin`.")
     return logits.topk(k, 1).values
 
 def dlr(
@@ -67,13 +69,24 @@ def check_attack(
     threat=None,       # Threat model, where there is one to check
 )->int:                # Number of classes K
     "Raise unless the model can be attacked on these images and labels."
-    if threat is not None: check_threat(threat)
-    check_model(model); check_images(x)
-    with torch.no_grad(): logits = model(x[:1])
-    if not isinstance(logits, Tensor): raise TypeError(f"`model` must return logits (N,K); got {type(logits).__name__}. Wrap it in a module that returns the logits alone.")
-    if logits.ndim != 2 or len(logits) != 1: raise ValueError(f"`model` must return logits (N,K); got shape {tuple(logits.shape)} for one image.")
-    if not logits.isfinite().all(): raise ValueError("`model` must answer with finite logits; it gives NaN or infinity for the first image. Check its weights and its normalisation.")
-    if isinstance(y, Tensor) and y.device != x.device: raise ValueError(f"`y` must be on the device of `x`, {x.device}; got {y.device}. Use `y.to(x.device)`.")
+    if threat is not None:
+        check_threat(threat)
+    check_model(model)
+    check_images(x)
+    with torch.no_grad():
+        logits = model(x[:1])
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"`model` must return logits (N,K); got {type(logits).__name__}. Wrap "
+                        "it in a module that returns the logits alone.")
+    if logits.ndim != 2 or len(logits) != 1:
+        raise ValueError(
+            f"`model` must return logits (N,K); got shape {tuple(logits.shape)} for one image.")
+    if not logits.isfinite().all():
+        raise ValueError("`model` must answer with finite logits; it gives NaN or infinity "
+                         "for the first image. Check its weights and its normalisation.")
+    if isinstance(y, Tensor) and y.device != x.device:
+        raise ValueError(
+            f"`y` must be on the device of `x`, {x.device}; got {y.device}. Use `y.to(x.device)`.")
     check_labels(y, len(x), logits.shape[1])
     return logits.shape[1]
 
@@ -90,10 +103,16 @@ def loss_and_grad(
     with torch.enable_grad():
         logits = model(x)
         value = loss(logits, y)
-        if not value.requires_grad: raise ValueError("`model` must be differentiable for a gradient attack; its logits do not depend on the images through autograd. "
-                                                     "Use `square`, which only asks, or craft the images on a differentiable copy.")
+        if not value.requires_grad:
+            raise ValueError("`model` must be differentiable for a gradient attack; its "
+                             "logits do not depend on the images through autograd. Use "
+                             "`square`, which only asks, or craft the images on a "
+                             "differentiable copy.")
         grad, = torch.autograd.grad(value.sum(), x)
-    if not grad.isfinite().all(): raise ValueError(f"`model` must have finite gradients; {int((~grad.flatten(1).isfinite().all(1)).sum())} of {len(x)} images have NaN or infinity. Use `square`, which only asks.")
+    if not grad.isfinite().all():
+        raise ValueError("`model` must have finite gradients; "
+                         f"{int((~grad.flatten(1).isfinite().all(1)).sum())} of {len(x)} "
+                         "images have NaN or infinity. Use `square`, which only asks.")
     return value.detach(), grad, logits.detach()
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #11f0a966
@@ -105,7 +124,8 @@ def fgsm(
     generator:torch.Generator|None=None, # Not used: there is nothing random here
     loss:Callable=cross_entropy, # (logits, y) -> loss per image
 )->Tensor:             # Images like `x`, allowed by `threat`
-    "One step of length `eps` along the steepest direction (Goodfellow et al. 2015, arXiv:1412.6572); for `L2` the fast gradient method."
+    """One step of length `eps` along the steepest direction (Goodfellow et al. 2015,
+    arXiv:1412.6572); for `L2` the fast gradient method."""
     check_attack(model, x, y, threat)
     _, grad, _ = loss_and_grad(model, x, y, loss)
     return threat.project(x, x + threat.eps*threat.steepest(grad, x, x))
@@ -124,16 +144,22 @@ def pgd(
     "Projected gradient descent (Madry et al. 2018, arXiv:1706.06083), the best iterate kept."
     check_attack(model, x, y, threat)
     if steps < 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
-    if step_size is None: step_size = 2.5*threat.eps/max(steps, 1)
+    if step_size is None:
+        step_size = 2.5*threat.eps/max(steps, 1)
     value_of = lambda at: torch.no_grad()(lambda: loss(model(at), y))()
     now = x if generator is None else threat.sample(x, generator)
-    best, best_loss = x, torch.full_like(y, -torch.inf, dtype=x.dtype) if generator is None else value_of(x)
+    best, best_loss = x, torch.full_like(y, -torch.inf,
+                                         dtype=x.dtype) if generator is None else value_of(x)
     for i in range(steps+1):
-        if i < steps: value, grad, _ = loss_and_grad(model, now, y, loss)
-        else: value = value_of(now)
+        if i < steps:
+            value, grad, _ = loss_and_grad(model, now, y, loss)
+        else:
+            value = value_of(now)
         better = value > best_loss
-        best, best_loss = torch.where(better.view(-1, 1, 1, 1), now, best), torch.where(better, value, best_loss)
-        if i < steps: now = threat.project(x, now + step_size*threat.steepest(grad, x, now))
+        best = torch.where(better.view(-1, 1, 1, 1), now, best)
+        best_loss = torch.where(better, value, best_loss)
+        if i < steps:
+            now = threat.project(x, now + step_size*threat.steepest(grad, x, now))
     return best.detach()
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #72b019c1
@@ -154,7 +180,8 @@ def multi_attack(
 )->Callable:            # One attack with the same contract
     "Each attack works on the images that survived those before it."
     def all_of_them(model, x, y, threat, generator=None):
-        out, (left, _) = x.clone(), is_correct(model, x, y)
+        out = x.clone()
+        left, _ = is_correct(model, x, y)
         for attack in attacks:
             if not len(left): break
             out[left] = attack(model, x[left], y[left], threat, generator=generator).to(out)
@@ -172,13 +199,16 @@ def restarts(
     @torch.no_grad()
     def repeated(model, x, y, threat, generator=None):
         generator = generator or make_generator(0)
-        best, height = x.clone(), margin(is_correct(model, x, y)[1], y)
-        for seed in torch.randint(2**62, (n,), generator=generator, device=generator.device).tolist():
+        best = x.clone()
+        height = margin(is_correct(model, x, y)[1], y)
+        for seed in torch.randint(2**62, (n,), generator=generator,
+                                  device=generator.device).tolist():
             left = (height <= 0).nonzero().flatten()
             if not len(left): break
             found = attack(model, x[left], y[left], threat, generator=make_generator(seed))
             value = margin(is_correct(model, found, y[left])[1], y[left])
             better = value > height[left]
-            best[left[better]], height[left[better]] = found[better], value[better]
+            best[left[better]] = found[better]
+            height[left[better]] = value[better]
         return best
     return repeated

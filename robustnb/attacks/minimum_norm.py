@@ -18,9 +18,12 @@ def onto_plane(
     gain:Tensor,   # How much the value is to change, of either sign (N,)
     threat,        # `Linf`, `L2` or `L1` says in which norm; any other stands for `L2`
 )->Tensor:         # The shortest change (N,C,H,W) with that gain that keeps the pixels in [0,1]
-    "The nearest point of a plane within the range of the pixels (Croce and Hein 2020, arXiv:1907.02044, section 2)."
-    slope, gain = grad.flatten(1).double()*gain.sign().view(-1, 1), gain.abs().double().view(-1, 1)
-    size, room = slope.abs(), torch.where(slope > 0, 1-x.flatten(1).double(), x.flatten(1).double())
+    """The nearest point of a plane within the range of the pixels (Croce and Hein 2020,
+    arXiv:1907.02044, section 2)."""
+    slope = grad.flatten(1).double()*gain.sign().view(-1, 1)
+    gain = gain.abs().double().view(-1, 1)
+    size = slope.abs()
+    room = torch.where(slope > 0, 1-x.flatten(1).double(), x.flatten(1).double())
     if isinstance(threat, L1):
         order = size.argsort(dim=1, descending=True)
         each = (size*room).gather(1, order)
@@ -29,17 +32,20 @@ def onto_plane(
     else:
         speed = torch.ones_like(size) if isinstance(threat, Linf) else size
         order = (room/speed.clamp_min(1e-300)).argsort(dim=1)
-        each, rate = (size*room).gather(1, order), (size*speed).gather(1, order)
+        each = (size*room).gather(1, order)
+        rate = (size*speed).gather(1, order)
         lengths = (gain-each.cumsum(1)+each)/rate.flip(1).cumsum(1).flip(1).clamp_min(1e-300)
         change = torch.where(speed > 0, lengths.amax(1, keepdim=True)*speed, 0).minimum(room)
     return (change*slope.sign()).view_as(x).to(x.dtype)
 
 # %% ../../nbs/api/attacks/50_minimum_norm.ipynb #d39d7549
 def _begin(model, x, y, threat, classes):
-    "Copies to fill, distances (0 where already wrong), the likeliest wrong classes, and the distance at which an image leaves."
+    """Copies to fill, distances (0 where already wrong), the likeliest wrong classes, and the
+    distance at which an image leaves."""
     left, logits = is_correct(model, x, y)
     far = torch.zeros_like(x[:, 0, 0, 0]).index_fill(0, left, torch.inf)
-    wrong = logits.scatter(1, y[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :min(classes, logits.shape[1]-1)]
+    wrong = logits.scatter(1, y[:, None], -torch.inf).argsort(
+        dim=1, descending=True, stable=True)[:, :min(classes, logits.shape[1]-1)]
     unlimited = threat.allows(torch.zeros_like(x[:1]), torch.ones_like(x[:1])).item()
     return x.clone(), far, wrong, 0 if unlimited else threat.eps
 
@@ -54,7 +60,8 @@ def _check_counts(**counts):
     "Raise unless each count is a whole number within its range."
     for name, n in counts.items():
         least = int(name != 'steps')
-        if not (isinstance(n, int) and n >= least): raise ValueError(f"`{name}` must be a whole number, at least {least}; got {n}.")
+        if not (isinstance(n, int) and n >= least):
+            raise ValueError(f"`{name}` must be a whole number, at least {least}; got {n}.")
 
 # %% ../../nbs/api/attacks/50_minimum_norm.ipynb #97f4ee7d
 def deepfool(
@@ -65,23 +72,31 @@ def deepfool(
     generator:torch.Generator|None=None, # Not used: there is nothing random here
     steps:int=50,          # Steps at most, >= 0
     overshoot:float=.02,   # Share by which the way is stretched, >= 0
-    candidates:int=10,     # Wrong classes to compare, the likeliest first, >= 1; each costs a gradient per step
+    # Wrong classes to compare, the likeliest first, >= 1; each costs a gradient per step
+    candidates:int=10,
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "DeepFool (Moosavi-Dezfooli et al. 2016, arXiv:1511.04599)."
-    check_attack(model, x, y, threat); _check_counts(steps=steps, candidates=candidates)
-    if not overshoot >= 0: raise ValueError(f"`overshoot` must not be negative; got {overshoot}. The usual value is .02.")
+    check_attack(model, x, y, threat)
+    _check_counts(steps=steps, candidates=candidates)
+    if not overshoot >= 0:
+        raise ValueError(
+            f"`overshoot` must not be negative; got {overshoot}. The usual value is .02.")
     now, far, wrong, _ = _begin(model, x, y, threat, candidates)
-    left, way = far.nonzero().flatten(), torch.zeros_like(x)
+    left = far.nonzero().flatten()
+    way = torch.zeros_like(x)
     for _ in range(steps):
         if not len(left): break
-        at, shortest, step = now[left], torch.full_like(far[left], torch.inf), torch.zeros_like(x[left])
+        at = now[left]
+        shortest = torch.full_like(far[left], torch.inf)
+        step = torch.zeros_like(x[left])
         for other in wrong[left].T:
             gap, grad, _ = loss_and_grad(model, at, torch.stack([y[left], other], 1), margin_to)
             change = onto_plane(at, grad, 1e-6-gap, threat)
             reached = (grad*change).flatten(1).sum(1)/(1e-6-gap)
             length = threat.distance(at, at+change)/reached
             nearer = length < shortest
-            step[nearer], shortest[nearer] = change[nearer], length[nearer]
+            step[nearer] = change[nearer]
+            shortest[nearer] = length[nearer]
         way[left] += step
         now[left] = (x[left] + (1+overshoot)*way[left]).clamp(0, 1)
         left = left[is_correct(model, now[left], y[left])[0]]
@@ -90,11 +105,13 @@ def deepfool(
 # %% ../../nbs/api/attacks/50_minimum_norm.ipynb #0fd8f181
 def _draw_near(model, x, y, found, halvings=12):
     "The last wrong image on the way from `found` to `x`."
-    lo, hi = torch.zeros_like(x[:, :1, :1, :1]), torch.ones_like(x[:, :1, :1, :1])
+    lo = torch.zeros_like(x[:, :1, :1, :1])
+    hi = torch.ones_like(x[:, :1, :1, :1])
     for _ in range(halvings):
         mid = (lo+hi)/2
         wrong = (margin(is_correct(model, x + mid*(found-x), y)[1], y) > 0).view(-1, 1, 1, 1)
-        lo, hi = torch.where(wrong, lo, mid), torch.where(wrong, mid, hi)
+        lo = torch.where(wrong, lo, mid)
+        hi = torch.where(wrong, mid, hi)
     return torch.where(hi < 1, x + hi*(found-x), found)
 
 def fab(
@@ -102,12 +119,15 @@ def fab(
     x:Tensor,              # Clean images (N,C,H,W), float, pixels in [0,1]
     y:Tensor,              # True labels (N,), int64
     threat,                # Threat model; `Linf`, `L2` and `L1` also say in which norm to step
-    generator:torch.Generator|None=None, # Random start drawn from it; None starts at `x`, and so does a threat model that allows everything
+    # Random start drawn from it; None starts at `x`, and so does a threat model that allows
+    # everything
+    generator:torch.Generator|None=None,
     steps:int=100,         # Iterations for each wrong class, >= 0
     targets:int=9,         # Wrong classes to try, the likeliest first, >= 1
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "Fast adaptive boundary attack, targeted (Croce and Hein 2020, arXiv:1907.02044)."
-    check_attack(model, x, y, threat); _check_counts(steps=steps, targets=targets)
+    check_attack(model, x, y, threat)
+    _check_counts(steps=steps, targets=targets)
     found, far, wrong, enough = _begin(model, x, y, threat, targets)
     start = x if generator is None or not enough else (x + threat.sample(x, generator))/2
     for other in wrong.T:
@@ -115,18 +135,25 @@ def fab(
         for _ in range(steps):
             left = (far > enough).nonzero().flatten()
             if not len(left): break
-            a, b = x[left], now[left]
-            gap, grad, _ = loss_and_grad(model, b, torch.stack([y[left], other[left]], 1), margin_to)
-            step, home = onto_plane(b, grad, 1e-6-gap, threat), onto_plane(a, grad, 1e-6-gap - (grad*(a-b)).flatten(1).sum(1), threat)
-            near, away = threat.distance(b, b+step), threat.distance(a, a+home)
+            a = x[left]
+            b = now[left]
+            gap, grad, _ = loss_and_grad(model, b, torch.stack([y[left], other[left]], 1),
+                                         margin_to)
+            step = onto_plane(b, grad, 1e-6-gap, threat)
+            home = onto_plane(a, grad, 1e-6-gap - (grad*(a-b)).flatten(1).sum(1), threat)
+            near = threat.distance(b, b+step)
+            away = threat.distance(a, a+home)
             bias = (near/(near+away).clamp_min(1e-30)).clamp_max(.1).view(-1, 1, 1, 1)
             b = ((1-bias)*(b + 1.05*step) + bias*(a + 1.05*home)).clamp(0, 1)
-            fallen, length = margin(is_correct(model, b, y[left])[1], y[left]) > 0, threat.distance(a, b)
+            fallen = margin(is_correct(model, b, y[left])[1], y[left]) > 0
+            length = threat.distance(a, b)
             better = fallen & (length < far[left])
-            found[left[better]], far[left[better]] = b[better], length[better]
+            found[left[better]] = b[better]
+            far[left[better]] = length[better]
             now[left] = torch.where(fallen.view(-1, 1, 1, 1), a + .9*(b-a), b)
     left = ((far > enough) & (far < torch.inf)).nonzero().flatten()
-    if len(left): found[left] = _draw_near(model, x[left], y[left], found[left])
+    if len(left):
+        found[left] = _draw_near(model, x[left], y[left], found[left])
     return _finish(model, x, y, threat, found)
 
 # %% ../../nbs/api/attacks/50_minimum_norm.ipynb #48cbb73c
@@ -141,25 +168,38 @@ def carlini_wagner(
     confidence:float=0.,   # Margin a wrong image must exceed, in logits, >= 0
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "The Euclidean attack of Carlini and Wagner (2017, arXiv:1608.04644)."
-    check_attack(model, x, y, threat); _check_counts(steps=steps)
-    if not (lr > 0 and confidence >= 0): raise ValueError(f"`lr` must be positive and `confidence` not negative; got {lr} and {confidence}.")
+    check_attack(model, x, y, threat)
+    _check_counts(steps=steps)
+    if not (lr > 0 and confidence >= 0):
+        raise ValueError(
+            f"`lr` must be positive and `confidence` not negative; got {lr} and {confidence}.")
     found, far, _, enough = _begin(model, x, y, threat, 1)
-    low, high, const = torch.zeros_like(far), torch.full_like(far, torch.inf), torch.full_like(far, 1e-3)
+    low = torch.zeros_like(far)
+    high = torch.full_like(far, torch.inf)
+    const = torch.full_like(far, 1e-3)
     for _ in range(9):
         left = (far > enough).nonzero().flatten()
         if not len(left): break
-        a, worked = x[left], torch.zeros_like(left, dtype=torch.bool)
+        a = x[left]
+        worked = torch.zeros_like(left, dtype=torch.bool)
         w = ((2*a-1)*.9999).atanh()
-        first, second = torch.zeros_like(w), torch.zeros_like(w)
+        first = torch.zeros_like(w)
+        second = torch.zeros_like(w)
         for i in range(1, steps+1):
             b = (w.tanh()+1)/2
-            _, grad, logits = loss_and_grad(model, b, y[left], lambda z, y: (confidence-margin(z, y)).clamp_min(0))
-            fallen, length = margin(logits, y[left]) > confidence, threat.distance(a, b)
-            better, worked = fallen & (length < far[left]), worked | (fallen & (2*i > steps))
-            found[left[better]], far[left[better]] = b[better], length[better]
+            _, grad, logits = loss_and_grad(model, b, y[left],
+                                            lambda z, y: (confidence-margin(z, y)).clamp_min(0))
+            fallen = margin(logits, y[left]) > confidence
+            length = threat.distance(a, b)
+            better = fallen & (length < far[left])
+            worked = worked | (fallen & (2*i > steps))
+            found[left[better]] = b[better]
+            far[left[better]] = length[better]
             slope = (2*(b-a) + const[left].view(-1, 1, 1, 1)*grad)*(1-w.tanh()**2)/2
-            first, second = .9*first + .1*slope, .999*second + .001*slope**2
+            first = .9*first + .1*slope
+            second = .999*second + .001*slope**2
             w = w - lr*first/(1-.9**i)/((second/(1-.999**i)).sqrt() + 1e-8)
-        high[left], low[left] = torch.where(worked, const[left], high[left]), torch.where(worked, low[left], const[left])
+        high[left] = torch.where(worked, const[left], high[left])
+        low[left] = torch.where(worked, low[left], const[left])
         const = torch.where(high < torch.inf, (low+high)/2, 10*const)
     return _finish(model, x, y, threat, found)

@@ -16,10 +16,12 @@ from .gradient import check_attack, loss_and_grad, margin, is_correct
 
 # %% ../../nbs/api/attacks/80_perceptual.ipynb #2a8a8c04
 def _search(model, x, y, threat, loss, steps, form):
-    "The allowed image with the largest margin; `form(x)` gives the numbers to start from, the image they make and the next step."
+    """The allowed image with the largest margin; `form(x)` gives the numbers to start from, the
+    image they make and the next step."""
     check_attack(model, x, y, threat)
     if not steps >= 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
-    out, (left, logits) = x.clone(), is_correct(model, x, y)
+    out = x.clone()
+    left, logits = is_correct(model, x, y)
     if not len(left): return out
     x, y, height = x[left], y[left], margin(logits, y)[left]
     best, (now, made, follow) = x, form(x)
@@ -31,7 +33,8 @@ def _search(model, x, y, threat, loss, steps, form):
         if i < steps:
             _, grad, logits = loss_and_grad(model, here, y, loss)
             now = follow(now.detach(), torch.autograd.grad(image, now, grad)[0], i)
-        else: logits = is_correct(model, here, y)[1]
+        else:
+            logits = is_correct(model, here, y)[1]
         value = margin(logits, y)
         best = torch.where((value > height).view(-1, 1, 1, 1), here, best)
         height = torch.maximum(value, height)
@@ -47,10 +50,12 @@ def _cosines(like):
     return rows.to(like.dtype)
 
 def _dct(x):
-    "Cosine transforms (N,C,rows,columns,8,8) of the blocks of images on the scale -128..127; a border of repeated pixels fills the last blocks."
+    """Cosine transforms (N,C,rows,columns,8,8) of the blocks of images on the scale -128..127; a
+    border of repeated pixels fills the last blocks."""
     h, w = x.shape[2:]
     full = F.pad(255*x - 128, (0, -w % 8, 0, -h % 8), mode='replicate')
-    return _cosines(x) @ full.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4) @ _cosines(x).T
+    return _cosines(x) @ full.unflatten(
+        3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4) @ _cosines(x).T
 
 def _idct(blocks, h, w):
     "The images (N,C,h,w) that `_dct` came from."
@@ -59,12 +64,14 @@ def _idct(blocks, h, w):
 
 # %% ../../nbs/api/attacks/80_perceptual.ipynb #816de0e6
 def _retable(whole, now, slope, tables, share):
-    "The rounded transform `now` with a better rounding step for the `share` of entries that gain most; `whole` is not rounded."
+    """The rounded transform `now` with a better rounding step for the `share` of entries that gain
+    most; `whole` is not rounded."""
     gain, new = torch.zeros_like(now[:, :, :1, :1]), now
     for step in tables:
         other = (whole/step).round()*step
         gains = ((other-now)*slope).sum((2, 3), keepdim=True)
-        new, gain = torch.where(gains > gain, other, new), torch.maximum(gain, gains)
+        new = torch.where(gains > gain, other, new)
+        gain = torch.maximum(gain, gains)
     least = gain.flatten(1).topk(math.ceil(share*gain[0].numel()), 1).values[:, -1]
     return torch.where(gain >= least.view(-1, 1, 1, 1, 1, 1), new, now)
 
@@ -78,13 +85,17 @@ def advdrop(
     tables:tuple=(5, 40),  # Smallest and largest rounding step, in grey levels of 255, > 0
     loss:Callable=margin,  # (logits, y) -> loss per image
 )->Tensor:                 # Images like `x`, allowed by `threat`
-    "Detail dropped by rounding cosine transforms (Duan et al. 2021, arXiv:2108.09034); another search than theirs."
+    """Detail dropped by rounding cosine transforms (Duan et al. 2021, arXiv:2108.09034); another
+    search than theirs."""
     low, high = tables
-    if not 0 < low <= high < math.inf: raise ValueError(f"`tables` must be two positive rounding steps, the smaller first; got {tables}. The paper's range is (5, 40).")
+    if not 0 < low <= high < math.inf:
+        raise ValueError("`tables` must be two positive rounding steps, the smaller first; "
+                         f"got {tables}. The paper's range is (5, 40).")
     every = torch.linspace(low, high, 36, dtype=torch.float64).tolist()
     def form(x):
         whole = _dct(x)
-        return (whole/low).round()*low, lambda blocks: _idct(blocks, *x.shape[2:]).clamp(0, 1), lambda now, slope, i: _retable(whole, now, slope, every, 2/(i+2))
+        return (whole/low).round()*low, lambda blocks: _idct(blocks, *x.shape[2:]).clamp(
+            0, 1), lambda now, slope, i: _retable(whole, now, slope, every, 2/(i+2))
     return _search(model, x, y, threat, loss, steps, form)
 
 # %% ../../nbs/api/attacks/80_perceptual.ipynb #3cc156e5
@@ -102,10 +113,12 @@ def _moved(x, flow):
 
 def _fitting(flow, give, take):
     "The flow, cut on each edge until no pixel gives or takes more than so much (N,C,H,W)."
-    on, back = flow.clamp_min(0), (-flow).clamp_min(0)
+    on = flow.clamp_min(0)
+    back = (-flow).clamp_min(0)
     give = (give/(on.sum(2) + _came(back)).clamp_min(1e-30)).clamp_max(1)
     take = (take/(back.sum(2) + _came(on)).clamp_min(1e-30)).clamp_max(1)
-    return on*torch.minimum(give[:, :, None], _next(take)) - back*torch.minimum(_next(give), take[:, :, None])
+    return on*torch.minimum(give[:, :, None],
+                            _next(take)) - back*torch.minimum(_next(give), take[:, :, None])
 
 # %% ../../nbs/api/attacks/80_perceptual.ipynb #da47e6d0
 def wasserstein(
@@ -119,17 +132,23 @@ def wasserstein(
     loss:Callable=margin,  # (logits, y) -> loss per image
 )->Tensor:                 # Images like `x`, allowed by `threat`; each channel has the light of `x`
     "Light moved between neighbouring pixels (flows: Levine and Feizi 2020, arXiv:1910.10783)."
-    if not 0 <= mass < math.inf: raise ValueError(f"`mass` must be finite and not negative; got {mass}. One per cent of the light moved by one pixel is .01.")
+    if not 0 <= mass < math.inf:
+        raise ValueError(f"`mass` must be finite and not negative; got {mass}. One per cent "
+                         "of the light moved by one pixel is .01.")
     def form(x):
-        budget, start = mass*x.flatten(1).sum(1, keepdim=True), torch.zeros_like(x[:, :, None]).repeat(1, 1, 2, 1, 1)
-        least, most = (threat.project(x, torch.full_like(x, end)) if isinstance(threat, Linf) else end for end in (0., 1.))
+        budget = mass*x.flatten(1).sum(1, keepdim=True)
+        start = torch.zeros_like(x[:, :, None]).repeat(1, 1, 2, 1, 1)
+        least = threat.project(x, torch.full_like(x, 0.)) if isinstance(threat, Linf) else 0.
+        most = threat.project(x, torch.full_like(x, 1.)) if isinstance(threat, Linf) else 1.
         def made(flow):
             image = _moved(x, flow)
             if not isinstance(threat, L1): return image
-            return x + (image-x)*(threat.eps/threat.distance(x, image.detach()).clamp_min(1e-30)).clamp_max(1).view(-1, 1, 1, 1)
+            return (x + (image-x)*(threat.eps/threat.distance(x, image.detach()).clamp_min(1e-30))
+                                  .clamp_max(1).view(-1, 1, 1, 1))
         def follow(flow, slope, i):
             slope[:, :, 0, :, -1], slope[:, :, 1, -1] = 0, 0
-            goal = (flow.flatten(1) + 4*(steps-i)/steps**2*budget*slope.flatten(1)/slope.flatten(1).norm(dim=1, keepdim=True).clamp_min(1e-30)).view_as(flow)
+            goal = (flow.flatten(1) + 4*(steps-i)/steps**2*budget*slope.flatten(
+                1)/slope.flatten(1).norm(dim=1, keepdim=True).clamp_min(1e-30)).view_as(flow)
             size = goal.flatten(1).abs()
             return _fitting(_shrink(size, size, budget).view_as(flow)*goal.sign(), x-least, most-x)
         return start, made, follow
@@ -138,13 +157,16 @@ def wasserstein(
 # %% ../../nbs/api/attacks/80_perceptual.ipynb #89e2c7f6
 def _hats(x, knots):
     "The weight (N,C,knots,H*W) of each of `knots` equally spaced values for each pixel, of which two share."
-    return (1 - ((knots-1)*x.flatten(2)[:, :, None] - torch.arange(knots, device=x.device)[:, None]).abs()).clamp_min(0)
+    return (1 - ((knots-1)*x.flatten(2)[:, :, None] - torch.arange(
+        knots, device=x.device)[:, None]).abs()).clamp_min(0)
 
 def _at_colours(lattice, hats):
-    "Offsets (N,C,H*W) of the colours behind `hats`, between those at the points of `lattice` (N, C, knots**C)."
+    """Offsets (N,C,H*W) of the colours behind `hats`, between those at the points of `lattice` (N,
+    C, knots**C)."""
     n, c, knots, pixels = hats.shape
     out = lattice.view(n, -1, knots) @ hats[:, -1]
-    for i in reversed(range(c-1)): out = (out.view(n, -1, knots, pixels)*hats[:, i, None]).sum(2)
+    for i in reversed(range(c-1)):
+        out = (out.view(n, -1, knots, pixels)*hats[:, i, None]).sum(2)
     return out
 
 # %% ../../nbs/api/attacks/80_perceptual.ipynb #4cdc7f9d
@@ -159,12 +181,14 @@ def recolor(
     loss:Callable=margin,  # (logits, y) -> loss per image
 )->Tensor:                 # Images like `x`, allowed by `threat`, in which equal colours stay equal
     "The same change for all pixels of a colour (Laidlaw and Feizi 2019, arXiv:1906.00001)."
-    if not (isinstance(knots, int) and knots >= 2): raise ValueError(f"`knots` must be a whole number, at least 2; got {knots!r}.")
+    if not (isinstance(knots, int) and knots >= 2):
+        raise ValueError(f"`knots` must be a whole number, at least 2; got {knots!r}.")
     def form(x):
         hats = _hats(x, knots)
         reach = threat.eps/threat.distance(torch.zeros_like(x), torch.ones_like(x)).view(-1, 1, 1)
         most = reach if isinstance(threat, Linf) else torch.ones_like(reach)
         made = lambda lattice: x + _at_colours(lattice, hats).view_as(x)
-        follow = lambda lattice, slope, i: (lattice + 2.5*reach/steps*slope.sign()).clamp(-most, most)
+        follow = lambda lattice, slope, i: (lattice + 2.5*reach/steps*slope.sign()).clamp(
+            -most, most)
         return x.new_zeros(*x.shape[:2], knots**x.shape[1]), made, follow
     return _search(model, x, y, threat, loss, steps, form)

@@ -27,14 +27,17 @@ def random_search(
     check_attack(model, x, y, threat)
     if not tries >= 1: raise ValueError(f"`tries` must be at least 1; got {tries}.")
     left, logits = is_correct(model, x, y)
-    out, best = x.clone(), margin(logits, y)
+    out = x.clone()
+    best = margin(logits, y)
     generator = generator or make_generator(0)
-    for seed in torch.randint(2**62, (tries,), generator=generator, device=generator.device).tolist():
+    for seed in torch.randint(2**62, (tries,), generator=generator,
+                              device=generator.device).tolist():
         if not len(left): break
         found = threat.sample(x[left], make_generator(seed))
         value = margin(is_correct(model, found, y[left])[1], y[left])
         better = value > best[left]
-        out[left[better]], best[left[better]] = found[better], value[better]
+        out[left[better]] = found[better]
+        best[left[better]] = value[better]
         left = left[value <= 0]
     return out
 
@@ -49,7 +52,8 @@ def square_window(x, side, u):
     n, c, h, w = x.shape
     count = lambda k: torch.arange(k, device=x.device)
     top, start = (u*torch.tensor([h-side+1, w-side+1], device=x.device)).long().T
-    return count(n).view(-1, 1, 1, 1), count(c).view(-1, 1, 1), (top[:, None] + count(side)).view(n, 1, side, 1), (start[:, None] + count(side)).view(n, 1, 1, side)
+    return count(n).view(-1, 1, 1, 1), count(c).view(-1, 1, 1), (top[:, None] + count(side)).view(
+        n, 1, side, 1), (start[:, None] + count(side)).view(n, 1, 1, side)
 
 def _bump(side, power, like):
     "Two opposite pyramids, one above the other (side,side), of length one; steeper for L1."
@@ -61,34 +65,46 @@ def _bump(side, power, like):
 
 def _first(threat, x, u):
     "Stripes for Linf, a grid of bumps for L2 and L1; their signs from the random numbers `u` (N,C*H*W)."
-    (n, c, h, w), sign = x.shape, torch.where(u < .5, -1., 1.).to(x)
+    n, c, h, w = x.shape
+    sign = torch.where(u < .5, -1., 1.).to(x)
     if isinstance(threat, Linf): return (x + threat.eps*sign[:, :c*w].view(n, c, 1, w)).clamp(0, 1)
-    side, power, d = max(min(h, w)//5, 1), 2 if isinstance(threat, L2) else 1, torch.zeros_like(x)
-    rows, cols = h//side, w//side
-    signs = sign[:, :c*rows*cols].view(n, c, rows, cols).repeat_interleave(side, 2).repeat_interleave(side, 3)
+    side = max(min(h, w)//5, 1)
+    power = 2 if isinstance(threat, L2) else 1
+    d = torch.zeros_like(x)
+    rows = h//side
+    cols = w//side
+    signs = sign[:, :c*rows*cols].view(
+        n, c, rows, cols).repeat_interleave(side, 2).repeat_interleave(side, 3)
     d[:, :, :rows*side, :cols*side] = signs*_bump(side, power, x).repeat(rows, cols)
     return threat.project(x, x + threat.eps*d/threat._length(d).view(-1, 1, 1, 1))
 
 # %% ../../nbs/api/attacks/60_score_based.ipynb #04840e3b
 def _propose(threat, x, best, side, u):
     "The next image to ask about, for random numbers `u` (N,5+C)."
-    c, sign = x.shape[1], torch.where(u[:, 5:] < .5, -1., 1.).to(x)[:, :, None, None]
+    c = x.shape[1]
+    sign = torch.where(u[:, 5:] < .5, -1., 1.).to(x)[:, :, None, None]
     if isinstance(threat, Linf):
-        here, asked = square_window(x, side, u[:, :2]), best.clone()
+        here = square_window(x, side, u[:, :2])
+        asked = best.clone()
         asked[here] = (x[here] + threat.eps*sign).clamp(0, 1)
         return asked
     side = min(max(side + 1 - side % 2, 3), *x.shape[2:])
-    power, d = 2 if isinstance(threat, L2) else 1, best-x
+    power = 2 if isinstance(threat, L2) else 1
+    d = best-x
     size = lambda d: d.abs().pow(power).sum((2, 3), keepdim=True)
-    to, donor = square_window(x, side, u[:, :2]), square_window(x, side, u[:, 2:4])
-    kept, bump = d.clone(), _bump(side, power, x)
+    to = square_window(x, side, u[:, :2])
+    donor = square_window(x, side, u[:, 2:4])
+    kept = d.clone()
+    bump = _bump(side, power, x)
     kept[to], kept[donor] = 0, 0
     unused = (threat.eps**power - size(d).sum(1, keepdim=True)).clamp_min(0)/c
     budget = (unused + size(d) - size(kept)).clamp_min(0)
-    patch = torch.where(u[:, 4].view(-1, 1, 1, 1) < .5, bump, bump.T)*sign + d[to]/size(d[to]).clamp_min(1e-24)**(1/power)
+    patch = torch.where(u[:, 4].view(-1, 1, 1, 1) < .5, bump,
+                        bump.T)*sign + d[to]/size(d[to]).clamp_min(1e-24)**(1/power)
     patch = patch*(budget/size(patch).clamp_min(1e-24))**(1/power)
     kept[to] = patch if power == 2 else c*patch
-    if power == 2: kept = kept*(threat.eps/threat._length(kept).clamp_min(1e-12)).view(-1, 1, 1, 1)
+    if power == 2:
+        kept = kept*(threat.eps/threat._length(kept).clamp_min(1e-12)).view(-1, 1, 1, 1)
     return threat.project(x, x + kept)
 
 @torch.no_grad()
@@ -104,26 +120,38 @@ def square(
 )->Tensor:               # Images like `x`, allowed by `threat`
     "Square attack (Andriushchenko et al. 2020, arXiv:1912.00049)."
     check_attack(model, x, y, threat)
-    if not isinstance(threat, (Linf, L2, L1)): raise TypeError(f"`threat` must be Linf, L2 or L1 for `square`; got {threat}. Use `random_search`, which takes any threat model.")
-    if not (queries >= 2 and 0 < p <= 1): raise ValueError(f"`queries` must be at least 2 and `p` in (0, 1]; got {queries} and {p}.")
+    if not isinstance(threat, (Linf, L2, L1)):
+        raise TypeError(f"`threat` must be Linf, L2 or L1 for `square`; got {threat}. Use "
+                        "`random_search`, which takes any threat model.")
+    if not (queries >= 2 and 0 < p <= 1):
+        raise ValueError(f"`queries` must be at least 2 and `p` in (0, 1]; got {queries} and {p}.")
     return _search(model, x, y, threat, generator, queries, p, loss)
 
 # %% ../../nbs/api/attacks/60_score_based.ipynb #59823c77
 def _search(model, x, y, threat, generator, queries, p, loss):
     "The loop of `square`: images leave it when they fall."
     left, logits = is_correct(model, x, y)
-    out, clean, own = x.clone(), margin(logits, y), image_generators(generator, x)
-    s = dict(id=left, x=x[left], y=y[left], best=x[left], value=torch.full_like(clean[left], -torch.inf), height=clean[left])
+    out = x.clone()
+    clean = margin(logits, y)
+    own = image_generators(generator, x)
+    s = dict(id=left, x=x[left], y=y[left], best=x[left],
+             value=torch.full_like(clean[left], -torch.inf), height=clean[left])
     own = [own[i] for i in left.tolist()]
     for at in range(queries-2 if own else 0):
-        if at == 0: asked = _first(threat, s['x'], draw(torch.rand, own, x[0].numel(), like=x))
+        if at == 0:
+            asked = _first(threat, s['x'], draw(torch.rand, own, x[0].numel(), like=x))
         else:
-            if at % 100 == 1: s['u'] = draw(torch.rand, own, 100, 5+x.shape[1], like=x)
-            asked = _propose(threat, s['x'], s['best'], square_side(at, queries, p, x), s['u'][:, (at-1) % 100])
+            if at % 100 == 1:
+                s['u'] = draw(torch.rand, own, 100, 5+x.shape[1], like=x)
+            asked = _propose(threat, s['x'], s['best'], square_side(at, queries, p, x),
+                             s['u'][:, (at-1) % 100])
         logits = is_correct(model, asked, s['y'])[1]
-        value, height = loss(logits, s['y']), margin(logits, s['y'])
+        value = loss(logits, s['y'])
+        height = margin(logits, s['y'])
         better = (value > s['value']) | (height > 0)
-        s |= dict(best=torch.where(better.view(-1, 1, 1, 1), asked, s['best']), value=torch.where(better, value, s['value']), height=torch.where(better, height, s['height']))
+        s |= dict(best=torch.where(better.view(-1, 1, 1, 1), asked, s['best']),
+                  value=torch.where(better, value, s['value']),
+                  height=torch.where(better, height, s['height']))
         fallen = s['height'] > 0
         if fallen.any() or at == queries-3:
             gained = (s['height'] > clean[s['id']]).view(-1, 1, 1, 1)
@@ -136,15 +164,19 @@ def _search(model, x, y, threat, generator, queries, p, loss):
 # %% ../../nbs/api/attacks/60_score_based.ipynb #30d7ce9d
 def paint_pixels(x, genes):
     "Images (N,C,H,W) with the pixels that `genes` (N,n,2+C) say: row, column and colour, all in [0,1]."
-    x, size, i = x.clone(), torch.tensor(x.shape[2:], device=x.device), torch.arange(len(x), device=x.device)
+    x, size, i = x.clone(), torch.tensor(x.shape[2:],
+                                         device=x.device), torch.arange(len(x), device=x.device)
     rows, cols = (genes[:, :, :2]*size).long().minimum(size-1).unbind(2)
-    for k in range(genes.shape[1]): x[i, :, rows[:, k], cols[:, k]] = genes[:, k, 2:]
+    for k in range(genes.shape[1]):
+        x[i, :, rows[:, k], cols[:, k]] = genes[:, k, 2:]
     return x
 
 def _fitness(model, x, y, genes):
     "Margins (N,P) of all members `genes` (N,P,n,2+C), about 500 images at a time."
     p = genes.shape[1]
-    ask = lambda s: margin(model(paint_pixels(x[s].repeat_interleave(p, 0), genes[s].flatten(0, 1))), y[s].repeat_interleave(p)).view(-1, p)
+    ask = lambda s: margin(
+        model(paint_pixels(x[s].repeat_interleave(p, 0), genes[s].flatten(0, 1))),
+        y[s].repeat_interleave(p)).view(-1, p)
     return torch.cat([ask(s) for s in batches(len(x), max(1, 500//p))])
 
 # %% ../../nbs/api/attacks/60_score_based.ipynb #bfdbfb45
@@ -160,14 +192,22 @@ def one_pixel(
 )->Tensor:               # Images like `x`, allowed by `threat`
     "Few-pixel attack by differential evolution (Su et al. 2019, arXiv:1710.08864)."
     check_attack(model, x, y, threat)
-    if not isinstance(threat, L0): raise TypeError(f"`threat` must be Pixels for `one_pixel`, e.g. `L0(1)`; got {threat}. Use `square` or `random_search` for other threat models.")
-    if not (population >= 3 and generations >= 0): raise ValueError(f"`population` must be at least 3 and `generations` not negative; got {population} and {generations}.")
+    if not isinstance(threat, L0):
+        raise TypeError("`threat` must be Pixels for `one_pixel`, e.g. `L0(1)`; got "
+                        f"{threat}. Use `square` or `random_search` for other threat models.")
+    if not (population >= 3 and generations >= 0):
+        raise ValueError("`population` must be at least 3 and `generations` not negative; got "
+                         f"{population} and {generations}.")
     left, logits = is_correct(model, x, y)
-    out, clean, own = x.clone(), margin(logits, y), image_generators(generator, x)
+    out = x.clone()
+    clean = margin(logits, y)
+    own = image_generators(generator, x)
     own = [own[i] for i in left.tolist()]
     if not own: return out
-    places, colours = draw(torch.rand, own, population, threat.n, 2, like=x), .5 + .5*draw(torch.randn, own, population, threat.n, x.shape[1], like=x)
-    s = dict(id=left, x=x[left], y=y[left], members=torch.cat([places, colours.clamp(0, 1)], 3), shuffle=draw(torch.rand, own, generations, population, like=x).argsort(2))
+    places = draw(torch.rand, own, population, threat.n, 2, like=x)
+    colours = .5 + .5*draw(torch.randn, own, population, threat.n, x.shape[1], like=x)
+    s = dict(id=left, x=x[left], y=y[left], members=torch.cat([places, colours.clamp(0, 1)], 3),
+             shuffle=draw(torch.rand, own, generations, population, like=x).argsort(2))
     s['height'] = _fitness(model, s['x'], s['y'], s['members'])
     for g in range(generations+1):
         if g > 0:
@@ -176,7 +216,8 @@ def one_pixel(
             child = (a + .5*(b-c)).clamp(0, 1)
             height = _fitness(model, s['x'], s['y'], child)
             better = height > s['height']
-            s |= dict(members=torch.where(better[:, :, None, None], child, s['members']), height=torch.where(better, height, s['height']))
+            s |= dict(members=torch.where(better[:, :, None, None], child, s['members']),
+                      height=torch.where(better, height, s['height']))
         top, who = s['height'].max(1)
         best = paint_pixels(s['x'], s['members'][torch.arange(len(who), device=x.device), who])
         out[s['id']] = torch.where((top > clean[s['id']]).view(-1, 1, 1, 1), best, s['x'])

@@ -19,7 +19,9 @@ from .threat_models import Ball, L2
 # %% ../../nbs/api/attacks/20_ssim_rule.ipynb #cb6cf5ac
 def _windows(x):
     "Mean and sample variance of each 7x7 window, (N,C,H-6,W-6)."
-    if x.ndim != 4 or min(x.shape[2:]) < 7: raise ValueError(f"`x` must be images (N,C,H,W) at least 7 pixels high and wide, for the 7 x 7 windows; got {tuple(x.shape)}.")
+    if x.ndim != 4 or min(x.shape[2:]) < 7:
+        raise ValueError("`x` must be images (N,C,H,W) at least 7 pixels high and wide, for "
+                         f"the 7 x 7 windows; got {tuple(x.shape)}.")
     mean = F.avg_pool2d(x, 7, 1)
     return mean, 49/48*(F.avg_pool2d(x*x, 7, 1) - mean**2)
 
@@ -27,11 +29,16 @@ def ssim_along(
     x:Tensor,        # Images (N,C,H,W), pixels in [0,1], at least 7 pixels high and wide
     change:Tensor,   # Changes of the same shape
     data_range:float=1., # Largest possible difference of two pixels, > 0
-)->Callable:         # t, a number or a tensor (N,1,1,1) -> similarity of `x` and `x + t*change` per image (N,)
+    # t, a number or a tensor (N,1,1,1) -> similarity of `x` and `x + t*change` per image (N,)
+)->Callable:
     "Structural similarity as a function of the length of the change."
-    if x.shape != change.shape: raise ValueError(f"`x` and the images compared with it must have the same shape; got {tuple(x.shape)} and {tuple(change.shape)}.")
-    x64, d = x.double(), change.double()
-    (mean, var), (mean_d, var_d) = _windows(x64), _windows(d)
+    if x.shape != change.shape:
+        raise ValueError("`x` and the images compared with it must have the same shape; got "
+                         f"{tuple(x.shape)} and {tuple(change.shape)}.")
+    x64 = x.double()
+    d = change.double()
+    mean, var = _windows(x64)
+    mean_d, var_d = _windows(d)
     cov = 49/48*(F.avg_pool2d(x64*d, 7, 1) - mean*mean_d)
     def similarity(t):
         light = 1 - (t*mean_d)**2/(mean**2 + (mean + t*mean_d)**2 + (.01*data_range)**2)
@@ -42,10 +49,14 @@ def ssim_along(
 def ssim(
     x:Tensor,        # Images (N,C,H,W), pixels in [0,1], at least 7 pixels high and wide
     x_adv:Tensor,    # Images of the same shape
-    data_range:float=1., # Largest possible difference of two pixels, > 0; anything but 1 is for repeating the mistakes of others
+    # Largest possible difference of two pixels, > 0; anything but 1 is for repeating the mistakes
+    # of others
+    data_range:float=1.,
 )->Tensor:           # Similarity per image (N,), at most 1; 1 for equal images
     "Structural similarity (Wang et al. 2004, doi:10.1109/TIP.2003.819861) as scikit-image defines it."
-    if x.shape != x_adv.shape: raise ValueError(f"`x` and `x_adv` must have the same shape; got {tuple(x.shape)} and {tuple(x_adv.shape)}.")
+    if x.shape != x_adv.shape:
+        raise ValueError(f"`x` and `x_adv` must have the same shape; got {tuple(x.shape)} and "
+                         f"{tuple(x_adv.shape)}.")
     return ssim_along(x, x_adv.double()-x.double(), data_range)(1)
 
 # %% ../../nbs/api/attacks/20_ssim_rule.ipynb #e0937f9c
@@ -54,17 +65,21 @@ class SSIM(Ball):
     "The structural similarity to the clean image is at least `level`."
     level:float    # Least similarity, in (0,1]; .95 is a usual limit
     def __post_init__(self):
-        if not 0 < self.level <= 1: raise ValueError(f"`level` must be in (0, 1], the least similarity allowed; got {self.level}. A usual limit is .95.")
+        if not 0 < self.level <= 1:
+            raise ValueError("`level` must be in (0, 1], the least similarity allowed; got "
+                             f"{self.level}. A usual limit is .95.")
     @property
     def eps(self): return 1-self.level
     def _rounding(self, x, x_adv): return 0
     def _unit(self, grad): return L2(1.)._unit(grad)
     def _search(self, grad, x, x_adv):
-        step = grad.double()/F.avg_pool2d(F.pad(1/(2*_windows(x.double())[1] + .03**2), [6]*4), 7, 1)
+        step = grad.double()/F.avg_pool2d(F.pad(1/(2*_windows(x.double())[1] + .03**2), [6]*4),
+                                          7, 1)
         step = step/step.flatten(1).abs().amax(1).clamp_min(1e-300).view(-1, 1, 1, 1)
         lost = (1-ssim_along(x.double(), step)(1e-3))/1e-3**2
         return (step*(lost*self.eps).clamp_min(1e-30).rsqrt().view(-1, 1, 1, 1)).to(grad.dtype)
-    def _random(self, x, draw): return draw(torch.rand, 1, 1, 1)*(self.project(x, x + .3*draw(torch.randn, *x.shape[1:]))-x)
+    def _random(self, x, draw):
+        return draw(torch.rand, 1, 1, 1)*(self.project(x, x + .3*draw(torch.randn, *x.shape[1:]))-x)
 
     def distance(self,
         x:Tensor,      # Clean images (N,C,H,W), pixels in [0,1]
@@ -82,12 +97,16 @@ class SSIM(Ball):
         goal = x_adv.clamp(0, 1)
         out = (ssim(x, goal) < self.level).nonzero().flatten()
         if not len(out): return goal
-        start, move = x[out], goal[out]-x[out]
-        similarity, lo, hi = ssim_along(start, move), torch.zeros_like(start[:, :1, :1, :1]), torch.ones_like(start[:, :1, :1, :1])
+        start = x[out]
+        move = goal[out]-x[out]
+        similarity = ssim_along(start, move)
+        lo = torch.zeros_like(start[:, :1, :1, :1])
+        hi = torch.ones_like(start[:, :1, :1, :1])
         for _ in range(20):
             mid = (lo+hi)/2
             good = (similarity(mid) >= self.level).view(-1, 1, 1, 1)
-            lo, hi = torch.where(good, mid, lo), torch.where(good, hi, mid)
+            lo = torch.where(good, mid, lo)
+            hi = torch.where(good, hi, mid)
         return goal.index_copy(0, out, (start + lo*move).clamp(0, 1))
 
 # %% ../../nbs/api/attacks/20_ssim_rule.ipynb #203175bb
@@ -95,8 +114,13 @@ def file_ssim(
     images:np.ndarray,    # Originals (N,H,W,C), uint8, at least 7 pixels high and wide
     changed:np.ndarray,   # Changed images of the same shape, uint8
 )->np.ndarray:            # Similarity per image (N,), float64, at most 1
-    "Structural similarity of 8-bit images, to double precision (Wang et al. 2004, doi:10.1109/TIP.2003.819861)."
-    images, changed = check_pixels(images), check_pixels(changed)
-    if images.shape != changed.shape: raise ValueError(f"`changed` must be images like `images`; got shapes {changed.shape} and {images.shape}.")
+    """Structural similarity of 8-bit images, to double precision (Wang et al. 2004,
+    doi:10.1109/TIP.2003.819861)."""
+    images = check_pixels(images)
+    changed = check_pixels(changed)
+    if images.shape != changed.shape:
+        raise ValueError(f"`changed` must be images like `images`; got shapes {changed.shape} "
+                         f"and {images.shape}.")
     pixels = lambda a: torch.from_numpy(np.ascontiguousarray(a.transpose(0, 3, 1, 2))).double()/255
-    return np.concatenate([ssim(pixels(images[o]), pixels(changed[o])).numpy() for o in batches(len(images), 100)])
+    return np.concatenate([ssim(pixels(images[o]), pixels(changed[o])).numpy()
+                           for o in batches(len(images), 100)])

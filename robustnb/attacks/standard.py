@@ -27,42 +27,62 @@ def autoattack(
     generator:torch.Generator|None=None, # Random starts; None stands for seed 0
 )->Tensor:              # Images like `x`, allowed by `threat`
     "The standard evaluation (Croce and Hein 2020, arXiv:2003.01690)."
-    if not isinstance(threat, (Linf, L2, L1)): raise TypeError(f"`threat` must be Linf, L2 or L1 for the standard evaluation; got {threat}. Use `cascade`, which takes any threat model.")
-    if check_attack(model, x, y) < 4: raise ValueError("`model` must have at least 4 classes for the targeted losses of the standard evaluation. Use `cascade`.")
-    return multi_attack(apgd, apgd_targeted, fab, square)(model, x, y, threat, generator or make_generator(0))
+    if not isinstance(threat, (Linf, L2, L1)):
+        raise TypeError("`threat` must be Linf, L2 or L1 for the standard evaluation; got "
+                        f"{threat}. Use `cascade`, which takes any threat model.")
+    if check_attack(model, x, y) < 4:
+        raise ValueError("`model` must have at least 4 classes for the targeted losses of the "
+                         "standard evaluation. Use `cascade`.")
+    return multi_attack(apgd, apgd_targeted, fab,
+                        square)(model, x, y, threat, generator or make_generator(0))
 
 # %% ../../nbs/api/attacks/90_standard.ipynb #94f00662
 class _Lowered(nn.Module):
     "A frozen copy of a model, computed in bfloat16 where the processor has it"
     def __init__(self, model):
         super().__init__()
-        try: self.net = fold_batchnorm(model)
-        except Exception: self.net = copy.deepcopy(model)
+        try:
+            self.net = fold_batchnorm(model)
+        except Exception:
+            self.net = copy.deepcopy(model)
         self.net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     def forward(self, x):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=fast_bf16(x.device)): return self.net(x.contiguous(memory_format=torch.channels_last)).float()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=fast_bf16(x.device)):
+            return self.net(x.contiguous(memory_format=torch.channels_last)).float()
 
 def search_copy(
     model:nn.Module,    # Classifier in eval mode
     x:Tensor,           # Some of its images (N,C,H,W)
     y:Tensor,           # Their labels (N,)
-)->nn.Module:           # A faster copy without gradients for its weights, or the model itself where the copy would mislead
+    # A faster copy without gradients for its weights, or the model itself where the copy would
+    # mislead
+)->nn.Module:
     "The model to follow in a search."
     lowered = _Lowered(model).eval()
-    with torch.no_grad(): exact, near = margin(model(x), y), margin(lowered(x), y)
-    return lowered if ((near-exact).abs() <= .05*exact.abs() + .02*exact.abs().median()).float().mean() > .9 else model
+    with torch.no_grad():
+        exact = margin(model(x), y)
+        near = margin(lowered(x), y)
+    return (lowered if ((near-exact).abs() <= .05*exact.abs() + .02*exact.abs().median())
+                       .float().mean() > .9
+            else model)
 
 # %% ../../nbs/api/attacks/90_standard.ipynb #9f50a180
 def _confirm(model, x, y, threat, generator, out, height, clean):
-    "Ask without gradients about the images nearest to the border; where that finds what the gradients missed, take the long way."
-    near, normed = height.argsort(descending=True)[:16], isinstance(threat, (Linf, L2, L1))
-    found = (partial(square, queries=32) if normed else partial(random_search, tries=32))(model, x[near], y[near], threat, generator)
-    fallen = torch.ones(len(near), dtype=torch.bool, device=x.device).index_fill(0, is_correct(model, found, y[near])[0], False)
+    """Ask without gradients about the images nearest to the border; where that finds what the
+    gradients missed, take the long way."""
+    near = height.argsort(descending=True)[:16]
+    normed = isinstance(threat, (Linf, L2, L1))
+    found = (partial(square, queries=32) if normed else partial(random_search, tries=32))(
+        model, x[near], y[near], threat, generator)
+    fallen = torch.ones(len(near), dtype=torch.bool, device=x.device).index_fill(
+        0, is_correct(model, found, y[near])[0], False)
     out[near[fallen]] = found[fallen]
     if fallen.sum() < 2 and (height > clean).float().mean() > .9: return out
     left = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, near[fallen], False)
-    long_way = autoattack if normed and check_attack(model, x, y) >= 4 else multi_attack(apgd, random_search)
-    if left.any(): out[left] = long_way(model, x[left], y[left], threat, generator)
+    long_way = autoattack if normed and check_attack(model, x, y) >= 4 else multi_attack(
+        apgd, random_search)
+    if left.any():
+        out[left] = long_way(model, x[left], y[left], threat, generator)
     return out
 
 # %% ../../nbs/api/attacks/90_standard.ipynb #e5426117
@@ -78,24 +98,37 @@ def cascade(
     "Cheap attacks first, survivors only, low precision for the search and full precision for every verdict."
     check_attack(model, x, y, threat)
     x = x.contiguous(memory_format=torch.channels_last)
-    generator, judge = generator or make_generator(0), lambda x, y: margin(is_correct(model, x, y, batch_size)[1], y) > 0
+    generator = generator or make_generator(0)
+    judge = lambda x, y: margin(is_correct(model, x, y, batch_size)[1], y) > 0
     left, logits = is_correct(model, x, y, batch_size)
-    out, clean = x.clone(), margin(logits, y)
-    height, pace = clean.clone(), 12 if isinstance(threat, L1) else 1
+    out = x.clone()
+    clean = margin(logits, y)
+    height = clean.clone()
+    pace = 12 if isinstance(threat, L1) else 1
     def run(rows, ask, labels, steps, judge=None, start=x):
         "Climb, keep what came nearest, and tell which rows stand"
         found, at, fallen = climb(ask, x[rows], labels, threat, start[rows], pace*steps, judge)
         better = fallen | (at > height[rows])
-        out[rows[better]], height[rows[better]] = found[better], at[better]
+        out[rows[better]] = found[better]
+        height[rows[better]] = at[better]
         return ~fallen
     search = search_copy(model, x[:32], y[:32])
-    if len(left): left = left[run(left, gradients(search, margin, batch_size), y[left], 5, judge)]
-    wanted = logits.scatter(1, y[:, None], -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :min(targets, logits.shape[1]-1)]
+    if len(left):
+        left = left[run(left, gradients(search, margin, batch_size), y[left], 5, judge)]
+    wanted = logits.scatter(1, y[:, None], -torch.inf).sort(
+        dim=1, descending=True, stable=True).indices[:, :min(targets, logits.shape[1]-1)]
     for k in range(wanted.shape[1]):
         both = torch.stack([y[left], wanted[left, k]], 1)
         hope = margin_to(logits[left], both) + 5*(height-clean)[left] > 0
-        if hope.any(): left = torch.cat([left[~hope], left[hope][run(left[hope], gradients(search, margin_to, batch_size), both[hope], 6, judge)]])
+        if hope.any():
+            left = torch.cat([left[~hope], left[hope][run(
+                left[hope], gradients(search, margin_to, batch_size), both[hope], 6, judge)]])
     near = -height[left] < .1*(height-clean)[left]
-    if near.any(): left = torch.cat([left[~near], left[near][run(left[near], gradients(model, margin, batch_size), y[left[near]], 10+targets, start=out)]])
-    if len(left) and threat.eps > 0: out[left] = _confirm(model, x[left], y[left], threat, generator, out[left], height[left], clean[left])
+    if near.any():
+        left = torch.cat([left[~near],
+                          left[near][run(left[near], gradients(model, margin, batch_size),
+                                         y[left[near]], 10+targets, start=out)]])
+    if len(left) and threat.eps > 0:
+        out[left] = _confirm(model, x[left], y[left], threat, generator, out[left],
+                             height[left], clean[left])
     return out

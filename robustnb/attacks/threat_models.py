@@ -27,7 +27,8 @@ class Ball:
         x_adv:Tensor,  # Changed images, same shape
     )->Tensor:
         "Is each image in the ball, with its pixels in [0,1] (N,)?"
-        return ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1) & (self.distance(x, x_adv) <= self.eps + 1e-6 + self._rounding(x, x_adv))
+        return ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1) & (
+            self.distance(x, x_adv) <= self.eps + 1e-6 + self._rounding(x, x_adv))
     def _rounding(self, x, x_adv): return self._length(6e-8*(x_adv != x))
 
     def project(self,
@@ -52,22 +53,28 @@ class Ball:
     )->Tensor:
         "A random image: uniform in the ball, then its pixels clamped to [0,1]."
         own = image_generators(generator, x)
-        return self.project(x, x + self._random(x, lambda kind, *shape: draw(kind, own, *shape, like=x)))
+        return self.project(
+            x, x + self._random(x, lambda kind, *shape: draw(kind, own, *shape, like=x)))
 
 # %% ../../nbs/api/attacks/10_threat_models.ipynb #a7c31f03
 def check_threat(
     threat,       # What to check
 ):                # The same
     "Raise unless `threat` answers what attacks and evaluations ask."
-    if not hasattr(threat, 'allows'): raise TypeError(f"`threat` must be a threat model such as `Linf(8/255)`; got {threat!r}.")
+    if not hasattr(threat, 'allows'):
+        raise TypeError(f"`threat` must be a threat model such as `Linf(8/255)`; got {threat!r}.")
     return threat
 
 # %% ../../nbs/api/attacks/10_threat_models.ipynb #e392cf68
 def _check_eps(eps, most=math.inf):
     "Raise unless `eps` is a radius in pixel units."
     rule = 'in [0, 1]' if most == 1 else 'finite and not negative'
-    if not isinstance(eps, numbers.Real): raise TypeError(f"`eps` must be a number {rule} (pixels are in [0, 1]); got {eps!r}. Eight grey levels are `8/255`.")
-    if not (0 <= eps <= most and eps < math.inf): raise ValueError(f"`eps` must be {rule} (pixels are in [0, 1]); got {eps}. Eight grey levels are `8/255`.")
+    if not isinstance(eps, numbers.Real):
+        raise TypeError(f"`eps` must be a number {rule} (pixels are in [0, 1]); got {eps!r}. "
+                        "Eight grey levels are `8/255`.")
+    if not (0 <= eps <= most and eps < math.inf):
+        raise ValueError(f"`eps` must be {rule} (pixels are in [0, 1]); got {eps}. Eight grey "
+                         "levels are `8/255`.")
 
 @dataclass(frozen=True)
 class Linf(Ball):
@@ -86,14 +93,17 @@ class L2(Ball):
     eps:float      # Largest length of the change, over all pixels and channels of an image
     def __post_init__(self): _check_eps(self.eps)
     def _length(self, d): return d.flatten(1).double().norm(dim=1).to(d.dtype)
-    def _shorten(self, d): return d*(self.eps/self._length(d).clamp_min(1e-30)).clamp_max(1).view(-1, 1, 1, 1)
+    def _shorten(self, d):
+        return d*(self.eps/self._length(d).clamp_min(1e-30)).clamp_max(1).view(-1, 1, 1, 1)
     def _unit(self, grad): return grad/self._length(grad).clamp_min(1e-30).view(-1, 1, 1, 1)
     def _random(self, x, draw):
-        return self.eps*draw(torch.rand, 1, 1, 1)**(1/x[0].numel())*self._unit(draw(torch.randn, *x.shape[1:]))
+        return self.eps*draw(torch.rand, 1, 1,
+                             1)**(1/x[0].numel())*self._unit(draw(torch.randn, *x.shape[1:]))
 
 # %% ../../nbs/api/attacks/10_threat_models.ipynb #a913a96c
 def _largest(grad, k):
-    "Equal changes, of length one together, of the `k` coordinates with the largest gradient, the first of equal ones."
+    """Equal changes, of length one together, of the `k` coordinates with the largest gradient, the
+    first of equal ones."""
     flat = grad.flatten(1)
     order = flat.abs().argsort(dim=1, descending=True, stable=True)
     chosen = (torch.arange(flat.shape[1], device=grad.device) < k[:, None]).to(grad.dtype)
@@ -102,12 +112,15 @@ def _largest(grad, k):
 
 def _shrink(size, cap, total):
     "Rows of `size` (N,D), all less the same amount but in [0, cap], so that each row sums to `total`."
-    lo, hi, kept = torch.zeros_like(size[:, :1]), size.amax(1, keepdim=True), torch.empty_like(size)
+    lo = torch.zeros_like(size[:, :1])
+    hi = size.amax(1, keepdim=True)
+    kept = torch.empty_like(size)
     for _ in range(50):
         mid = (lo+hi)/2
         torch.sub(size, mid, out=kept).clamp_min_(0)
         long = torch.minimum(kept, cap, out=kept).sum(1, keepdim=True) > total
-        lo, hi = torch.where(long, mid, lo), torch.where(long, hi, mid)
+        lo = torch.where(long, mid, lo)
+        hi = torch.where(long, hi, mid)
     return torch.minimum((size-hi).clamp_min(0), cap)
 
 # %% ../../nbs/api/attacks/10_threat_models.ipynb #c30f01a4
@@ -120,11 +133,15 @@ class L1(Ball):
     def _unit(self, grad): return _largest(grad, torch.ones_like(grad[:, 0, 0, 0]))
     def _search(self, grad, x, x_adv):
         free = torch.where(grad > 0, x_adv < 1, x_adv > 0)
-        changed, most = ((x_adv-x).abs() > 1e-9).flatten(1).sum(1), .2*x[0].numel()
-        return _largest(grad*free, torch.where(changed == 0, most, changed/1.5).clamp(1, max(most, 1)).long())
+        changed = ((x_adv-x).abs() > 1e-9).flatten(1).sum(1)
+        most = .2*x[0].numel()
+        return _largest(grad*free,
+                        torch.where(changed == 0, most, changed/1.5).clamp(1, max(most, 1)).long())
     def _random(self, x, draw):
-        parts = -draw(torch.rand, *x.shape[1:]).clamp_min(1e-30).log()*(draw(torch.rand, *x.shape[1:])-.5).sign()
-        return self.eps*draw(torch.rand, 1, 1, 1)**(1/x[0].numel())*parts/self._length(parts).view(-1, 1, 1, 1)
+        parts = -draw(torch.rand, *x.shape[1:]).clamp_min(
+            1e-30).log()*(draw(torch.rand, *x.shape[1:])-.5).sign()
+        return self.eps*draw(torch.rand, 1, 1,
+                             1)**(1/x[0].numel())*parts/self._length(parts).view(-1, 1, 1, 1)
 
     @torch.no_grad()
     def project(self,
@@ -137,7 +154,8 @@ class L1(Ball):
         if not over.any(): return x_adv.clamp(0, 1)
         size = (x_adv[over].double()-x[over]).flatten(1).abs().clamp_max(1e6)
         d[over] = _shrink(size, d[over].abs(), self.eps)*d[over].sign()
-        return torch.where(over.view(-1, 1, 1, 1), (x + d.view_as(x).to(x.dtype)).clamp(0, 1), x_adv.clamp(0, 1))
+        return torch.where(over.view(-1, 1, 1, 1), (x + d.view_as(x).to(x.dtype)).clamp(0, 1),
+                           x_adv.clamp(0, 1))
 
 # %% ../../nbs/api/attacks/10_threat_models.ipynb #62706dc2
 @dataclass(frozen=True)
@@ -145,7 +163,8 @@ class L0(Ball):
     "At most `n` pixels change, each to any colour."
     n:int          # Positions that may differ, >= 0
     def __post_init__(self):
-        if not isinstance(self.n, int) or not self.n >= 0: raise ValueError(f"`n` must be a whole number of pixels, at least 0; got {self.n!r}.")
+        if not isinstance(self.n, int) or not self.n >= 0:
+            raise ValueError(f"`n` must be a whole number of pixels, at least 0; got {self.n!r}.")
     @property
     def eps(self): return self.n
     def _length(self, d): return (d.abs() > 1e-7).any(1).flatten(1).sum(1).to(d.dtype)
@@ -153,7 +172,8 @@ class L0(Ball):
         "Mask (N,1,H,W) of the `n` positions where `size` (N,H,W) is largest."
         flat = size.flatten(1)
         best = flat.topk(min(self.n, flat.shape[1]), 1).indices
-        return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, best, True).view_as(size)[:, None]
+        return torch.zeros_like(flat,
+                                dtype=torch.bool).scatter_(1, best, True).view_as(size)[:, None]
 
     def project(self,
         x:Tensor,      # Clean images (N,C,H,W), pixels in [0,1]
@@ -178,4 +198,5 @@ class L0(Ball):
     )->Tensor:
         "Random colours at `n` random positions."
         own = image_generators(generator, x)
-        return torch.where(self._top(draw(torch.rand, own, *x.shape[2:], like=x)), draw(torch.rand, own, *x.shape[1:], like=x), x)
+        return torch.where(self._top(draw(torch.rand, own, *x.shape[2:], like=x)),
+                           draw(torch.rand, own, *x.shape[1:], like=x), x)

@@ -23,8 +23,12 @@ def _scale(threat, x):
 
 def _follow(gradient, x, threat, steps, decay, ahead=0):
     "Steps along the sum of gradients; `ahead` is 1 to take each where the sum leads next."
-    if not (steps >= 1 and 0 <= decay < float('inf')): raise ValueError(f"`steps` must be at least 1 and `decay` finite and not negative; got {steps} and {decay}.")
-    now, total, look = x, torch.zeros_like(x), ahead*decay*_scale(threat, x)/steps
+    if not (steps >= 1 and 0 <= decay < float('inf')):
+        raise ValueError("`steps` must be at least 1 and `decay` finite and not negative; got "
+                         f"{steps} and {decay}.")
+    now = x
+    total = torch.zeros_like(x)
+    look = ahead*decay*_scale(threat, x)/steps
     for _ in range(steps):
         total = decay*total + mean_normalized(gradient(now + look*total))
         now = threat.project(x, now + threat.eps/steps*threat.steepest(total, x, now))
@@ -62,7 +66,8 @@ def ni_fgsm(
 
 # %% ../../nbs/api/attacks/70_transferable.ipynb #1e42fad0
 def resize_matrix(n, size, start):
-    "Matrices (N,n,n) that bring a line of `n` pixels to `size` by linear interpolation and put it at `start`, both (N,1)."
+    """Matrices (N,n,n) that bring a line of `n` pixels to `size` by linear interpolation and put it
+    at `start`, both (N,1)."""
     i = torch.arange(n).to(size)
     at = ((i - start + .5)*n/size - .5).clamp(0, n-1)
     inside = (i >= start) & (i < start+size)
@@ -84,7 +89,8 @@ def _smooth(gradient, kernel):
     "Under a Gaussian window whose border lies at three standard deviations."
     def at(x):
         radius = kernel//2
-        line = torch.exp(-.5*(3*torch.arange(-radius, radius+1, dtype=x.dtype, device=x.device)/max(radius, 1))**2)
+        line = torch.exp(-.5*(3*torch.arange(-radius, radius+1, dtype=x.dtype,
+                                             device=x.device)/max(radius, 1))**2)
         window = (line[:, None]*line/line.sum()**2).expand(x.shape[1], 1, -1, -1)
         return F.conv2d(gradient(x), window, padding=radius, groups=x.shape[1])
     return at
@@ -103,7 +109,8 @@ def di_fgsm(
     "Diverse inputs with momentum (Xie et al. 2019, arXiv:1803.06978)."
     gradient = _plain(model, x, y, threat)
     if not 0 <= probability <= 1: raise ValueError(f"`probability` must be in [0, 1]; got {probability}.")
-    return _follow(_diverse(gradient, image_generators(generator, x), probability), x, threat, steps, decay)
+    return _follow(_diverse(gradient, image_generators(generator, x), probability), x, threat,
+                   steps, decay)
 
 def ti_fgsm(
     model:nn.Module,       # Surrogate: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
@@ -117,7 +124,8 @@ def ti_fgsm(
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "Translation-invariant attack with momentum (Dong et al. 2019, arXiv:1904.02884)."
     gradient = _plain(model, x, y, threat)
-    if not (kernel >= 1 and kernel % 2 == 1): raise ValueError(f"`kernel` must be odd and at least 1; got {kernel}.")
+    if not (kernel >= 1 and kernel % 2 == 1):
+        raise ValueError(f"`kernel` must be odd and at least 1; got {kernel}.")
     return _follow(_smooth(gradient, kernel), x, threat, steps, decay)
 
 # %% ../../nbs/api/attacks/70_transferable.ipynb #f8e5b78a
@@ -131,8 +139,10 @@ def _steady(gradient, own, width):
     def at(x):
         nonlocal correction
         here = gradient(x)
-        around = sum(gradient(x + width*(2*draw(torch.rand, own, *x.shape[1:], like=x) - 1)) for _ in range(20))/20
-        told, correction = here + correction, around - here
+        around = sum(gradient(x + width*(2*draw(torch.rand, own, *x.shape[1:], like=x) - 1))
+                     for _ in range(20))/20
+        told = here + correction
+        correction = around - here
         return told
     return at
 
@@ -165,7 +175,8 @@ def vmi_fgsm(
     "Variance tuning with momentum, 20 neighbours (Wang and He 2021, arXiv:2103.15571)."
     gradient = _plain(model, x, y, threat)
     if not 0 <= beta < float('inf'): raise ValueError(f"`beta` must be finite and not negative; got {beta}.")
-    return _follow(_steady(gradient, image_generators(generator, x), beta*_scale(threat, x)), x, threat, steps, decay)
+    return _follow(_steady(gradient, image_generators(generator, x), beta*_scale(threat, x)),
+                   x, threat, steps, decay)
 
 # %% ../../nbs/api/attacks/70_transferable.ipynb #ed7f7b0e
 class _Ensemble(nn.Module):
@@ -177,14 +188,18 @@ class _Ensemble(nn.Module):
     def forward(self, x):
         logits = [m(x) for m in self.models]
         classes = [o.shape[1] for o in logits]
-        if len(set(classes)) > 1: raise ValueError(f"`models` must have the same classes; they answer with {', '.join(map(str, classes))} logits.")
+        if len(set(classes)) > 1:
+            raise ValueError("`models` must have the same classes; they answer with "
+                             f"{', '.join(map(str, classes))} logits.")
         return sum(w*o for w, o in zip(self.weights, logits))
 
 class _Chorus(_Ensemble):
     "The same with a gradient in which all members have a say."
     def loss_and_grad(self, x, y, loss):
-        with torch.no_grad(): logits = self(x)
-        return loss(logits, y), sum(w*mean_normalized(loss_and_grad(m, x, y, loss)[1]) for w, m in zip(self.weights, self.models)), logits
+        with torch.no_grad():
+            logits = self(x)
+        return loss(logits, y), sum(w*mean_normalized(loss_and_grad(m, x, y, loss)[1])
+                                    for w, m in zip(self.weights, self.models)), logits
 
 def ensemble(
     models:list,            # Classifiers in eval mode with the same classes
@@ -195,6 +210,10 @@ def ensemble(
     models = [check_model(m) for m in models]
     weights = [1.]*len(models) if weights is None else [float(w) for w in weights]
     if not models: raise ValueError("`models` must hold at least one model; got none.")
-    if len(weights) != len(models) or not all(0 < w < float('inf') for w in weights): raise ValueError(f"`weights` must be {len(models)} positive numbers, one for each model; got {weights}.")
-    if combine not in ('logits', 'gradients'): raise ValueError(f"`combine` must be 'logits' or 'gradients'; got {combine!r}.")
-    return (_Chorus if combine == 'gradients' else _Ensemble)(models, [w/sum(weights) for w in weights]).eval()
+    if len(weights) != len(models) or not all(0 < w < float('inf') for w in weights):
+        raise ValueError(
+            f"`weights` must be {len(models)} positive numbers, one for each model; got {weights}.")
+    if combine not in ('logits', 'gradients'):
+        raise ValueError(f"`combine` must be 'logits' or 'gradients'; got {combine!r}.")
+    return (_Chorus if combine == 'gradients' else _Ensemble)(
+        models, [w/sum(weights) for w in weights]).eval()

@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from ..core import batches, check_images, to_float, to_uint8
 
 # %% ../../nbs/api/augmentation/20_corruptions.ipynb #47755dd4
-corruption_names = ('gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur', 'glass_blur', 'motion_blur', 'zoom_blur', 'snow', 'frost', 'fog',
-                    'brightness', 'contrast', 'elastic_transform', 'pixelate', 'jpeg_compression', 'speckle_noise', 'gaussian_blur', 'spatter', 'saturate')
+corruption_names = ('gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur',
+                    'glass_blur', 'motion_blur', 'zoom_blur', 'snow', 'frost', 'fog',
+                    'brightness', 'contrast', 'elastic_transform', 'pixelate',
+                    'jpeg_compression', 'speckle_noise', 'gaussian_blur', 'spatter', 'saturate')
 
 _imagenet = dict(
     gaussian_noise=(.08, .12, .18, .26, .38),
@@ -29,17 +31,21 @@ _imagenet = dict(
     motion_blur=((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
     zoom_blur=((1.11, .01), (1.16, .01), (1.21, .02), (1.26, .02), (1.31, .03)),
     snow=((.1, .3, 3, .5, 10, 4, .8, 0), (.2, .3, 2, .5, 12, 4, .7, 0),
-          (.55, .3, 4, .9, 12, 8, .7, 0), (.55, .3, 4.5, .85, 12, 8, .65, 0), (.55, .3, 2.5, .85, 12, 12, .55, 0)),
-    frost=((1, .4, 1.1, 6), (.8, .6, 1.1, 6), (.7, .7, 1.1, 6), (.65, .7, 1.1, 6), (.6, .75, 1.1, 6)),
+          (.55, .3, 4, .9, 12, 8, .7, 0), (.55, .3, 4.5, .85, 12, 8, .65, 0),
+          (.55, .3, 2.5, .85, 12, 12, .55, 0)),
+    frost=((1, .4, 1.1, 6), (.8, .6, 1.1, 6), (.7, .7, 1.1, 6), (.65, .7, 1.1, 6),
+           (.6, .75, 1.1, 6)),
     fog=((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
     brightness=(.1, .2, .3, .4, .5),
     contrast=(.4, .3, .2, .1, .05),
-    elastic_transform=((.0625, .01, 0), (.08125, .01, 0), (.10625, .01, 0), (.125, .01, 0), (.15, .01, 0)),
+    elastic_transform=((.0625, .01, 0), (.08125, .01, 0), (.10625, .01, 0), (.125, .01, 0),
+                       (.15, .01, 0)),
     pixelate=(.6, .5, .4, .3, .25),
     jpeg_compression=(25, 18, 15, 10, 7),
     speckle_noise=(.15, .2, .35, .45, .6),
     gaussian_blur=(1, 2, 3, 4, 6),
-    spatter=((.65, .3, 4, .69, .6, 0), (.65, .3, 3, .68, .6, 0), (.65, .3, 2, .68, .5, 0), (.65, .3, 1, .65, 1.5, 1), (.67, .4, 1, .65, 1.5, 1)),
+    spatter=((.65, .3, 4, .69, .6, 0), (.65, .3, 3, .68, .6, 0), (.65, .3, 2, .68, .5, 0),
+             (.65, .3, 1, .65, 1.5, 1), (.67, .4, 1, .65, 1.5, 1)),
     saturate=((.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)))
 
 # %% ../../nbs/api/augmentation/20_corruptions.ipynb #7e68634f
@@ -51,32 +57,38 @@ _cifar = dict(
     glass_blur=((.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2)),
     motion_blur=((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
     zoom_blur=((1.06, .01), (1.11, .01), (1.16, .01), (1.21, .01), (1.26, .01)),
-    snow=((.1, .2, 1, .6, 8, 3, .95, 1), (.1, .2, 1, .5, 10, 4, .9, 1), (.15, .3, 1.75, .55, 10, 4, .9, 1),
-          (.25, .3, 2.25, .6, 12, 6, .85, 1), (.3, .3, 1.25, .65, 14, 12, .8, 1)),
+    snow=((.1, .2, 1, .6, 8, 3, .95, 1), (.1, .2, 1, .5, 10, 4, .9, 1),
+          (.15, .3, 1.75, .55, 10, 4, .9, 1), (.25, .3, 2.25, .6, 12, 6, .85, 1),
+          (.3, .3, 1.25, .65, 14, 12, .8, 1)),
     frost=((1, .2, .2, 5), (1, .3, .2, 5), (.9, .4, .2, 5), (.85, .4, .2, 5), (.75, .45, .2, 5)),
     fog=((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75)),
     brightness=(.05, .1, .15, .2, .3),
     contrast=(.75, .5, .4, .3, .15),
-    elastic_transform=((0, 0, .08), (.05, .2, .07), (.08, .06, .06), (.1, .04, .05), (.1, .03, .03)),
+    elastic_transform=((0, 0, .08), (.05, .2, .07), (.08, .06, .06), (.1, .04, .05),
+                       (.1, .03, .03)),
     pixelate=(.95, .9, .85, .75, .65),
     jpeg_compression=(80, 65, 58, 50, 40),
     speckle_noise=(.06, .1, .12, .16, .2),
     gaussian_blur=(.4, .6, .7, .8, 1),
-    spatter=((.62, .1, .7, .7, .5, 0), (.65, .1, .8, .7, .5, 0), (.65, .3, 1, .69, .5, 0), (.65, .1, .7, .69, .6, 1), (.65, .1, .5, .68, .6, 1)),
+    spatter=((.62, .1, .7, .7, .5, 0), (.65, .1, .8, .7, .5, 0), (.65, .3, 1, .69, .5, 0),
+             (.65, .1, .7, .69, .6, 1), (.65, .1, .5, .68, .6, 1)),
     saturate=((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2)))
 
 _tables = {'imagenet-c': _imagenet, 'cifar10-c': _cifar}
 
 # %% ../../nbs/api/augmentation/20_corruptions.ipynb #82aa6861
-def _normal(x, generator, *shape): return torch.randn(shape, generator=generator, device=generator.device).to(x)
+def _normal(x, generator, *shape):
+    return torch.randn(shape, generator=generator, device=generator.device).to(x)
 
-def _uniform(x, generator, *shape): return 2*torch.rand(shape, generator=generator, device=generator.device).to(x) - 1
+def _uniform(x, generator, *shape):
+    return 2*torch.rand(shape, generator=generator, device=generator.device).to(x) - 1
 
 def _gaussian_noise(x, c, generator): return x + c*_normal(x, generator, *x.shape)
 
 def _speckle_noise(x, c, generator): return x + c*x*_normal(x, generator, *x.shape)
 
-def _shot_noise(x, c, generator): return torch.poisson((c*x).to(generator.device), generator=generator).to(x)/c
+def _shot_noise(x, c, generator):
+    return torch.poisson((c*x).to(generator.device), generator=generator).to(x)/c
 
 def _impulse_noise(x, c, generator):
     u = _uniform(x, generator, *x.shape)
@@ -100,11 +112,13 @@ def _smooth(x, sigma, truncate=4, mirror=False):
     return _apply(rows, x, columns)
 
 def _zoom(n, factor, cut=True):
-    "Matrix (n,n) that enlarges the centre of a row by linear interpolation; without the `cut` the result may be longer."
+    """Matrix (n,n) that enlarges the centre of a row by linear interpolation; without the `cut` the
+    result may be longer."""
     crop = int(np.ceil(n/factor))
     size = round(crop*factor)
     at = (n-crop)//2 + torch.linspace(0, crop-1, size).double()
-    if cut: at = at[(size-n)//2:][:n]
+    if cut:
+        at = at[(size-n)//2:][:n]
     return (1 - (at[:, None]-torch.arange(n)).abs()).clamp_min(0)
 
 def _boxes(n, share):
@@ -126,27 +140,34 @@ def _pixelate(x, c, generator): return _apply(_boxes(x.shape[2], c), x, _boxes(x
 
 # %% ../../nbs/api/augmentation/20_corruptions.ipynb #ddf8e748
 def _defocus_blur(x, c, generator):
-    reach, side = max(8, int(c[0])), (3 if c[0] <= 8 else 5)
+    reach = max(8, int(c[0]))
+    side = 3 if c[0] <= 8 else 5
     at = torch.arange(-reach, reach+1)
     disk = (at[:, None]**2 + at**2 <= c[0]**2).float()
     soft = (-.5*((torch.arange(side)-side//2)/c[1])**2).exp()
-    kernel = F.conv2d(F.pad(disk[None, None]/disk.sum(), [side//2]*4, 'reflect'), (soft[:, None]*soft)[None, None]/soft.sum()**2)
+    kernel = F.conv2d(F.pad(disk[None, None]/disk.sum(), [side//2]*4, 'reflect'),
+                      (soft[:, None]*soft)[None, None]/soft.sum()**2)
     x = F.pad(x, [reach]*4, 'reflect')
     return F.conv2d(x, kernel.to(x).expand(x.shape[1], -1, -1, -1), groups=x.shape[1])
 
 def _smear(x, radius, sigma, angle):
     "One-sided motion blur of each image at its own `angle` (N,) in radians."
-    steps, (n, c, h, w), out = torch.arange(2*radius+1).to(x), x.shape, torch.zeros_like(x)
+    steps = torch.arange(2*radius+1).to(x)
+    n, c, h, w = x.shape
+    out = torch.zeros_like(x)
     weight = (-.5*(steps/sigma)**2).exp()
-    down, right = ((steps*f(angle)[:, None] - .5).ceil().long() for f in (torch.sin, torch.cos))
+    down = (steps*torch.sin(angle)[:, None] - .5).ceil().long()
+    right = (steps*torch.cos(angle)[:, None] - .5).ceil().long()
     edge = h-1, w-1
     padded = F.pad(x, [edge[1]]*2 + [edge[0]]*2, 'replicate').unfold(2, h, 1).unfold(3, w, 1)
     image = torch.arange(n, device=x.device)
     for k in range(2*radius+1):
-        out += weight[k]*padded[image, :, (edge[0] + down[:, k]).clamp(0, 2*edge[0]), (edge[1] + right[:, k]).clamp(0, 2*edge[1])]
+        out += weight[k]*padded[image, :, (edge[0] + down[:, k]).clamp(0, 2*edge[0]),
+                                (edge[1] + right[:, k]).clamp(0, 2*edge[1])]
     return out/weight.sum()
 
-def _motion(x, radius, sigma, angle): return torch.cat([_smear(x[s], radius, sigma, angle[s]) for s in batches(len(x), 64)])
+def _motion(x, radius, sigma, angle):
+    return torch.cat([_smear(x[s], radius, sigma, angle[s]) for s in batches(len(x), 64)])
 
 def _motion_blur(x, c, generator): return _motion(x, *c, torch.pi/4*_uniform(x, generator, len(x)))
 
@@ -156,10 +177,14 @@ def _glass_blur(x, c, generator):
     x, source = _smooth(x, (sigma, sigma)), torch.arange(h*w, device=x.device)[:, None].repeat(1, n)
     order = [i*w + j for i in range(h-reach, reach, -1) for j in range(w-reach, reach, -1)]
     for _ in range(rounds):
-        down, right = torch.randint(-reach, reach, (2, h*w, n), generator=generator, device=generator.device).to(x.device)
-        other = ((torch.arange(h*w, device=x.device)[:, None] + down*w + right)*n + torch.arange(n, device=x.device))
-        for k in order: source[k] = source.view(-1)[other[k]]
-    return _smooth(x.flatten(2).gather(2, source.T[:, None].expand(-1, x.shape[1], -1)).view_as(x), (sigma, sigma))
+        down, right = torch.randint(-reach, reach, (2, h*w, n), generator=generator,
+                                    device=generator.device).to(x.device)
+        other = ((torch.arange(h*w, device=x.device)[:, None] + down*w + right)*n
+                 + torch.arange(n, device=x.device))
+        for k in order:
+            source[k] = source.view(-1)[other[k]]
+    return _smooth(x.flatten(2).gather(2, source.T[:, None].expand(-1, x.shape[1], -1)).view_as(x),
+                   (sigma, sigma))
 
 # %% ../../nbs/api/augmentation/20_corruptions.ipynb #cd6f5e40
 def _grey(x): return (x*torch.tensor([.299, .587, .114]).to(x).view(3, 1, 1)).sum(1, keepdim=True)
@@ -167,31 +192,41 @@ def _grey(x): return (x*torch.tensor([.299, .587, .114]).to(x).view(3, 1, 1)).su
 def _snow(x, c, generator):
     mean, std, factor, least, radius, sigma, keep, cut = c
     n, _, h, w = x.shape
-    flakes = _apply(_zoom(h, factor, cut), mean + std*_normal(x, generator, n, 1, h, w), _zoom(w, factor, cut))
+    flakes = _apply(_zoom(h, factor, cut), mean + std*_normal(x, generator, n, 1, h, w),
+                    _zoom(w, factor, cut))
     flakes = torch.where(flakes < least, 0, flakes).clamp(0, 1)
-    flakes = _motion(flakes, radius, sigma, torch.pi/4*_uniform(x, generator, n) - torch.pi/2)[:, :, :h, :w]
+    flakes = _motion(flakes, radius, sigma,
+                     torch.pi/4*_uniform(x, generator, n) - torch.pi/2)[:, :, :h, :w]
     return keep*x + (1-keep)*torch.maximum(x, 1.5*_grey(x) + .5) + flakes + flakes.rot90(2, (2, 3))
 
 # %% ../../nbs/api/augmentation/20_corruptions.ipynb #2dbbbbb9
 @lru_cache(maxsize=4)
 def _frost_pictures(scale, h, w):
     "Pictures (1,3,H',W') of ice from the installed package, each larger than `h` x `w`."
-    spec, pictures = importlib.util.find_spec('imagecorruptions'), []
-    if spec is None: raise ImportError("`frost` needs the pictures of the package imagecorruptions. Install it with `pip install imaug`, or leave this corruption out.")
-    for name in ('frost1.png', 'frost2.png', 'frost3.png', 'frost4.jpg', 'frost5.jpg', 'frost6.jpg'):
-        picture = to_float(np.asarray(Image.open(Path(spec.submodule_search_locations[0])/'frost'/name).convert('RGB'))[None])
+    spec = importlib.util.find_spec('imagecorruptions')
+    pictures = []
+    if spec is None:
+        raise ImportError("`frost` needs the pictures of the package imagecorruptions. "
+                          "Install it with `pip install imaug`, or leave this corruption out.")
+    for name in ('frost1.png', 'frost2.png', 'frost3.png', 'frost4.jpg', 'frost5.jpg',
+                 'frost6.jpg'):
+        picture = to_float(np.asarray(
+            Image.open(Path(spec.submodule_search_locations[0])/'frost'/name).convert('RGB'))[None])
         size = picture.shape[2:]
         factor = max(scale, 1.1*h/size[0], 1.1*w/size[1])
-        pictures.append(F.interpolate(picture, [round(factor*o) for o in size], mode='bicubic' if factor > 1 else 'bilinear').clamp(0, 1))
+        pictures.append(F.interpolate(picture, [round(factor*o) for o in size],
+                                      mode='bicubic' if factor > 1 else 'bilinear').clamp(0, 1))
     return pictures
 
 def _frost(x, c, generator):
     keep, add, scale, count = c
     n, _, h, w = x.shape
-    pictures, ice = _frost_pictures(scale, h, w), []
+    pictures = _frost_pictures(scale, h, w)
+    ice = []
     for which, top, left in torch.rand(n, 3, generator=generator, device=generator.device).tolist():
         picture = pictures[int(count*which)]
-        top, left = int(top*(picture.shape[2]-h)), int(left*(picture.shape[3]-w))
+        top = int(top*(picture.shape[2]-h))
+        left = int(left*(picture.shape[3]-w))
         ice.append(picture[:, :, top:top+h, left:left+w])
     return keep*x + add*torch.cat(ice).to(x)
 
@@ -201,7 +236,8 @@ def _landscape(x, size, decay, generator):
     z, step, scale = torch.zeros(len(x), size, size).to(x), size, 1.
     near = lambda four: four/4 + scale*_uniform(x, generator, *four.shape)
     while step > 1:
-        half, known = step//2, z[:, ::step, ::step]
+        half = step//2
+        known = z[:, ::step, ::step]
         pairs = known + known.roll(-1, 1)
         z[:, half::step, half::step] = middle = near(pairs + pairs.roll(-1, 2))
         z[:, ::step, half::step] = near(middle + middle.roll(1, 1) + known + known.roll(-1, 2))
@@ -214,7 +250,8 @@ def _fog(x, c, generator):
     amount, decay = c
     h, w = x.shape[2:]
     brightest = x.amax((1, 2, 3), keepdim=True)
-    return (x + amount*_landscape(x, 1 << (max(h, w)-1).bit_length(), decay, generator)[:, :, :h, :w])*brightest/(brightest + amount)
+    return (x + amount*_landscape(x, 1 << (max(h, w)-1).bit_length(), decay,
+                                  generator)[:, :, :h, :w])*brightest/(brightest + amount)
 
 # %% ../../nbs/api/augmentation/20_corruptions.ipynb #9c29c4d0
 def _shade(drops):
@@ -235,7 +272,8 @@ def _spatter(x, c, generator):
         cover = torch.where(cover < .8, 0, cover)
         return (1-cover)*x + cover*colour
     levels = (255*torch.where(drops < least, 0, drops)).clamp(0, 255).byte().cpu().numpy()
-    return x + strength*torch.from_numpy(np.stack([_shade(o) for o in levels[:, 0]]))[:, None].to(x)*colour
+    return x + strength*torch.from_numpy(
+        np.stack([_shade(o) for o in levels[:, 0]]))[:, None].to(x)*colour
 
 # %% ../../nbs/api/augmentation/20_corruptions.ipynb #0662176f
 def _contrast(x, c, generator):
@@ -264,8 +302,10 @@ def _jpeg_compression(x, c, generator):
 
 # %% ../../nbs/api/augmentation/20_corruptions.ipynb #2048499d
 def _pull(x, right, down, align):
-    "Pixels of `x` read at columns `right` and rows `down` (N,H,W); mirrored at the centre (`align`) or edge of the last pixel."
-    at = [2*o/(n-1) - 1 if align else (2*o + 1)/n - 1 for o,n in ((right, x.shape[3]), (down, x.shape[2]))]
+    """Pixels of `x` read at columns `right` and rows `down` (N,H,W); mirrored at the centre
+    (`align`) or edge of the last pixel."""
+    at = [2*o/(n-1) - 1 if align else (2*o + 1)/n - 1
+          for o,n in ((right, x.shape[3]), (down, x.shape[2]))]
     return F.grid_sample(x, torch.stack(at, -1), padding_mode='reflection', align_corners=align)
 
 def _elastic_transform(x, c, generator):
@@ -273,39 +313,54 @@ def _elastic_transform(x, c, generator):
     n, _, h, w = x.shape
     down, right = torch.meshgrid(torch.arange(h).to(x), torch.arange(w).to(x), indexing='ij')
     if jitter:
-        arm, middle = min(h, w)//3, torch.tensor([w//2, h//2]).to(x)
+        arm = min(h, w)//3
+        middle = torch.tensor([w//2, h//2]).to(x)
         corners = middle + arm*torch.tensor([[1., 1], [1, -1], [-1, -1]]).to(x)
         moved = corners + jitter*h*_uniform(x, generator, n, 3, 2)
-        back = torch.linalg.solve(torch.cat([moved, torch.ones_like(moved[..., :1])], -1), corners.expand(n, -1, -1))
-        x = _pull(x, *(torch.stack([right, down, torch.ones_like(down)], -1) @ back[:, None]).unbind(-1), True)
-    field = strength*h*_smooth(_uniform(x, generator, n, 2, h, w), (smooth*h, smooth*w), truncate=3, mirror=True)
+        back = torch.linalg.solve(torch.cat([moved, torch.ones_like(moved[..., :1])], -1),
+                                  corners.expand(n, -1, -1))
+        x = _pull(
+            x, *(torch.stack([right, down, torch.ones_like(down)], -1) @ back[:, None]).unbind(-1),
+            True)
+    field = strength*h*_smooth(_uniform(x, generator, n, 2, h, w), (smooth*h, smooth*w),
+                               truncate=3, mirror=True)
     return _pull(x, right + field[:, 0], down + field[:, 1], False)
 
 # %% ../../nbs/api/augmentation/20_corruptions.ipynb #2cca8954
-_work = dict(gaussian_noise=_gaussian_noise, shot_noise=_shot_noise, impulse_noise=_impulse_noise, defocus_blur=_defocus_blur, glass_blur=_glass_blur,
-             motion_blur=_motion_blur, zoom_blur=_zoom_blur, snow=_snow, frost=_frost, fog=_fog, brightness=_brightness, contrast=_contrast,
-             elastic_transform=_elastic_transform, pixelate=_pixelate, jpeg_compression=_jpeg_compression, speckle_noise=_speckle_noise,
+_work = dict(gaussian_noise=_gaussian_noise, shot_noise=_shot_noise, impulse_noise=_impulse_noise,
+             defocus_blur=_defocus_blur, glass_blur=_glass_blur, motion_blur=_motion_blur,
+             zoom_blur=_zoom_blur, snow=_snow, frost=_frost, fog=_fog, brightness=_brightness,
+             contrast=_contrast, elastic_transform=_elastic_transform, pixelate=_pixelate,
+             jpeg_compression=_jpeg_compression, speckle_noise=_speckle_noise,
              gaussian_blur=_gaussian_blur, spatter=_spatter, saturate=_saturate)
-_exact = {'defocus_blur', 'zoom_blur', 'brightness', 'contrast', 'pixelate', 'jpeg_compression', 'gaussian_blur', 'saturate'}
+_exact = {'defocus_blur', 'zoom_blur', 'brightness', 'contrast', 'pixelate',
+          'jpeg_compression', 'gaussian_blur', 'saturate'}
 
 def _check_name(name, severity):
-    if name not in corruption_names: raise ValueError(f"`name` must be one of {', '.join(corruption_names)}; got {name!r}.")
-    if isinstance(severity, bool) or not isinstance(severity, (int, np.integer)) or not 1 <= severity <= 5:
-        raise ValueError(f"`severity` must be an integer from 1 to 5; got {severity!r}. For no corruption leave the transform out.")
+    if name not in corruption_names:
+        raise ValueError(f"`name` must be one of {', '.join(corruption_names)}; got {name!r}.")
+    if isinstance(severity,
+                  bool) or not isinstance(severity, (int, np.integer)) or not 1 <= severity <= 5:
+        raise ValueError(f"`severity` must be an integer from 1 to 5; got {severity!r}. For "
+                         "no corruption leave the transform out.")
     return name, int(severity)
 
 def _check_batch(x, generator, name, side):
     check_images(x)
     if x.shape[1] != 3 or min(x.shape[2:]) < side:
-        raise ValueError(f"`x` must be RGB images (N,3,H,W) of at least {side}x{side} pixels; got shape {tuple(x.shape)}. "
-                         "Repeat a grey channel with `x.repeat(1, 3, 1, 1)`.")
+        raise ValueError(f"`x` must be RGB images (N,3,H,W) of at least {side}x{side} pixels; "
+                         f"got shape {tuple(x.shape)}. Repeat a grey channel with "
+                         "`x.repeat(1, 3, 1, 1)`.")
     if name not in _exact and not isinstance(generator, torch.Generator):
-        raise TypeError(f"`generator` must be a torch.Generator, as {name} is random; got {type(generator).__name__}. Use `make_generator(seed)`.")
+        raise TypeError(f"`generator` must be a torch.Generator, as {name} is random; got "
+                        f"{type(generator).__name__}. Use `make_generator(seed)`.")
 
 @dataclass(frozen=True)
 class _Corruption:
     "A corruption that knows its name."
-    name:str; severity:int; table:str
+    name:str
+    severity:int
+    table:str
 
     def __repr__(self): return f"corruption({self.name!r}, {self.severity}, {self.table!r})"
 
@@ -320,7 +375,9 @@ def corruption(
     name:str,                 # One of `corruption_names`
     severity:int,             # 1 to 5
     table:str='imagenet-c',   # Constants: 'imagenet-c', or the milder 'cifar10-c'
-):                            # Transform `(x, y, generator) -> (x, y)`: x (N,3,H,W) in [0,1], not rounded; labels as they came
+    # Transform `(x, y, generator) -> (x, y)`: x (N,3,H,W) in [0,1], not rounded; labels as they
+    # came
+):
     "One of the 19 common corruptions (Hendrycks and Dietterich 2019, arXiv:1903.12261)."
     if table not in _tables: raise ValueError(f"`table` must be one of {', '.join(_tables)}; got {table!r}.")
     return _Corruption(*_check_name(name, severity), table)
@@ -334,20 +391,27 @@ class _Reference(_Corruption):
     def __call__(self, x, y, generator):
         from imagecorruptions import corrupt
         _check_batch(x, generator, self.name, 32)
-        seed = 0 if self.name in _exact else torch.randint(2**31, (), generator=generator, device=generator.device).item()
-        own = [dict(seed=(seed + i) % 2**31) if self.name in ('impulse_noise', 'glass_blur') else {} for i in range(len(x))]
+        seed = 0 if self.name in _exact else torch.randint(
+            2**31, (), generator=generator, device=generator.device).item()
+        own = [dict(seed=(seed + i) % 2**31) if self.name in ('impulse_noise', 'glass_blur')
+               else {} for i in range(len(x))]
         before = np.random.get_state()
         try:
             np.random.seed(seed)
             with np.errstate(invalid='ignore'):
-                out = np.stack([corrupt(image, self.severity, self.name, **kw) for image,kw in zip(to_uint8(x), own)])
-        finally: np.random.set_state(before)
+                out = np.stack([corrupt(image, self.severity, self.name, **kw)
+                                for image,kw in zip(to_uint8(x), own)])
+        finally:
+            np.random.set_state(before)
         return to_float(out).to(x), y
 
 # %% ../../nbs/api/augmentation/20_corruptions.ipynb #e17b04a7
 def reference_corruption(
     name:str,       # One of `corruption_names`
     severity:int,   # 1 to 5
-):                  # Transform `(x, y, generator) -> (x, y)`: x (N,3,H,W) in [0,1], 8-bit values; labels as they came
-    "The original of a corruption, constants 'imagenet-c' (imagecorruptions by Michaelis et al. 2019, arXiv:1907.07484)."
+    # Transform `(x, y, generator) -> (x, y)`: x (N,3,H,W) in [0,1], 8-bit values; labels as they
+    # came
+):
+    """The original of a corruption, constants 'imagenet-c' (imagecorruptions by Michaelis et al.
+    2019, arXiv:1907.07484)."""
     return _Reference(*_check_name(name, severity), 'imagenet-c')

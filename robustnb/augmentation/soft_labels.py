@@ -36,7 +36,8 @@ def mixup(
     alpha:float=1.,              # Proportions come from Beta(alpha, alpha); small means nearly pure images
 )->tuple:                        # Images and labels
     "Mixup (Zhang et al. 2018, arXiv:1710.09412)."
-    share, other = _portions(len(x), alpha, generator), torch.randperm(len(x), generator=generator)
+    share = _portions(len(x), alpha, generator)
+    other = torch.randperm(len(x), generator=generator)
     blend = lambda o, s: s*o + (1-s)*o[other]
     return blend(x, share.view(-1, 1, 1, 1)), blend(y, share.view(-1, 1))
 
@@ -47,10 +48,12 @@ def cutmix(
     alpha:float=1.,              # Areas come from Beta(alpha, alpha)
 )->tuple:                        # Images and labels
     "CutMix (Yun et al. 2019, arXiv:1905.04899)."
-    (n, _, h, w), other = x.shape, torch.randperm(len(x), generator=generator)
+    n, _, h, w = x.shape
+    other = torch.randperm(len(x), generator=generator)
     side = (1-_portions(n, alpha, generator)).sqrt()
     middle = torch.rand(2, n, generator=generator)
-    inside = [((torch.arange(s)+.5 - s*m[:, None]).abs() <= s*side[:, None]/2) for s, m in zip((h, w), middle)]
+    inside = [((torch.arange(s)+.5 - s*m[:, None]).abs() <= s*side[:, None]/2)
+              for s, m in zip((h, w), middle)]
     pasted = inside[0][:, None, :, None] & inside[1][:, None, None, :]
     share = 1-pasted.float().mean((1, 2, 3)).view(-1, 1)
     return torch.where(pasted, x[other], x), share*y + (1-share)*y[other]
@@ -62,7 +65,8 @@ def teacher_labels(
     generator:torch.Generator|None=None, # Not used: there is nothing random here
     models=(),                   # Classifiers in eval mode, K logits each, at least one
     temperature:float=1,         # What logits are divided by, above 0
-    share:float=1,               # Weight of the teachers' opinion, in [0,1]; the rest stays with the old label
+    # Weight of the teachers' opinion, in [0,1]; the rest stays with the old label
+    share:float=1,
     agree:bool=False,            # Change only rows whose class all teachers confirm
 )->tuple:                        # Images and labels
     "Labels from networks (Hinton et al. 2015, arXiv:1503.02531; Papernot et al. 2016, arXiv:1511.04508)."
@@ -71,7 +75,10 @@ def teacher_labels(
     if not temperature > 0: raise ValueError(f"`temperature` must be above 0; got {temperature}.")
     if not 0 <= share <= 1: raise ValueError(f"`share` must be in [0, 1]; got {share}.")
     logits = torch.stack([predict(m, x) for m in models])
-    if logits.shape[2] != y.shape[1]: raise ValueError(f"`models` must have one logit per class, {y.shape[1]}; got {logits.shape[2]}.")
+    if logits.shape[2] != y.shape[1]:
+        raise ValueError(
+            f"`models` must have one logit per class, {y.shape[1]}; got {logits.shape[2]}.")
     opinion = (logits/temperature).softmax(2).mean(0).to(y)
-    heard = (logits.argmax(2) == y.argmax(1)).all(0) if agree else torch.ones(len(y), dtype=torch.bool)
+    heard = (logits.argmax(2) == y.argmax(1)).all(0) if agree else torch.ones(
+        len(y), dtype=torch.bool)
     return x, torch.where(heard[:, None], share*opinion + (1-share)*y, y)

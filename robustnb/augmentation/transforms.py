@@ -24,15 +24,20 @@ from ..core import to_float, to_uint8
 def _between(span, n, generator, name):
     "One strength for each of `n` images, shape (n,1,1,1)"
     low, high = span if isinstance(span, (tuple, list)) else (span, span)
-    if not (math.isfinite(low) and low <= high < math.inf): raise ValueError(f"`{name}` must be a finite number or a pair (low, high) with low <= high; got {span!r}.")
+    if not (math.isfinite(low) and low <= high < math.inf):
+        raise ValueError(f"`{name}` must be a finite number or a pair (low, high) with low <= "
+                         f"high; got {span!r}.")
     return low + (high-low)*torch.rand(n, 1, 1, 1, generator=generator)
 
 def _shared(kind, n, c, h, w, per_channel, generator):
-    "Draws (n,c,h,w) of `kind(*shape, generator)`, one for each channel in a share of the images; in the others all channels have the same"
+    """Draws (n,c,h,w) of `kind(*shape, generator)`, one for each channel in a share of the images;
+    in the others all channels have the same"""
     own = torch.rand(n, generator=generator) < per_channel
     if own.all(): return kind(n, c, h, w, generator)
     out = kind(n, 1, h, w, generator).expand(n, c, h, w)
-    if own.any(): out = out.contiguous(); out[own] = kind(int(own.sum()), c, h, w, generator)
+    if own.any():
+        out = out.contiguous()
+        out[own] = kind(int(own.sum()), c, h, w, generator)
     return out
 
 def _normal(*shape): return torch.randn(shape[:-1], generator=shape[-1])
@@ -40,12 +45,14 @@ def _normal(*shape): return torch.randn(shape[:-1], generator=shape[-1])
 def _lots(*shape):
     "Whole numbers from -2**15 to 2**15-1, all equally likely; a lot below `_odds(p)` has probability p"
     rng = np.random.Generator(np.random.SFC64(torch.randint(2**62, (), generator=shape[-1]).item()))
-    return torch.from_numpy(np.frombuffer(bytearray(rng.bytes(2*math.prod(shape[:-1]))), np.int16)).view(shape[:-1])
+    return torch.from_numpy(np.frombuffer(bytearray(rng.bytes(2*math.prod(shape[:-1]))),
+                                          np.int16)).view(shape[:-1])
 
 def _odds(p): return (p*2**16).round() - 2**15
 
 def _not_negative(span, name):
-    if not (min(span) if isinstance(span, (tuple, list)) else span) >= 0: raise ValueError(f"`{name}` must not be negative; got {span!r}.")
+    if not (min(span) if isinstance(span, (tuple, list)) else span) >= 0:
+        raise ValueError(f"`{name}` must not be negative; got {span!r}.")
     return span
 
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #c5712b39
@@ -58,7 +65,8 @@ def gaussian_noise(
 )->tuple:                        # Images and labels
     "Add normal noise."
     noise = _shared(_normal, *x.shape, per_channel, generator)
-    return torch.addcmul(x, noise, _between(_not_negative(sigma, 'sigma'), len(x), generator, 'sigma')).clamp_(0, 1), y
+    return torch.addcmul(x, noise, _between(_not_negative(sigma, 'sigma'), len(x), generator,
+                                            'sigma')).clamp_(0, 1), y
 
 def uniform_noise(
     x:Tensor,                    # Images (N,C,H,W), pixels in [0,1]
@@ -69,7 +77,8 @@ def uniform_noise(
 )->tuple:                        # Images and labels
     "Add noise uniform between minus and plus `width`."
     noise = _shared(_lots, *x.shape, per_channel, generator)
-    return torch.addcmul(x, noise.to(x), _between(_not_negative(width, 'width'), len(x), generator, 'width')/2**15).clamp_(0, 1), y
+    return torch.addcmul(x, noise.to(x), _between(
+        _not_negative(width, 'width'), len(x), generator, 'width')/2**15).clamp_(0, 1), y
 
 def salt_and_pepper(
     x:Tensor,                    # Images (N,C,H,W), pixels in [0,1]
@@ -79,7 +88,8 @@ def salt_and_pepper(
     per_channel:float=0,         # Share of the images whose channels are hit separately
 )->tuple:                        # Images and labels
     "Replace pixels by black or white."
-    lot, share = _shared(_lots, *x.shape, per_channel, generator), _between(_not_negative(share, 'share'), len(x), generator, 'share')
+    lot = _shared(_lots, *x.shape, per_channel, generator)
+    share = _between(_not_negative(share, 'share'), len(x), generator, 'share')
     return x.masked_fill(lot < _odds(share), 0).masked_fill_(lot < _odds(share/2), 1), y
 
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #5c8d6e57
@@ -92,21 +102,25 @@ def dropout(
 )->tuple:                        # Images and labels
     "Turn pixels black."
     lot = _shared(_lots, *x.shape, per_channel, generator)
-    return x.masked_fill(lot < _odds(_between(_not_negative(share, 'share'), len(x), generator, 'share')), 0), y
+    return x.masked_fill(
+        lot < _odds(_between(_not_negative(share, 'share'), len(x), generator, 'share')), 0), y
 
 def coarse_dropout(
     x:Tensor,                    # Images (N,C,H,W), pixels in [0,1]
     y:Tensor,                    # Soft labels (N,K), passed on
     generator:torch.Generator,   # Which rectangles
     share=(.03, .15),            # Share of the rectangles lost, in [0,1]: a number or (low, high)
-    size=(.02, .05),             # Height of the grid of rectangles, as a share of the image's; at least 3 rows are made
+    # Height of the grid of rectangles, as a share of the image's; at least 3 rows are made
+    size=(.02, .05),
     per_channel:float=.2,        # Share of the images whose channels are hit separately
 )->tuple:                        # Images and labels
     "Turn rectangles black."
     n, c, h, w = x.shape
-    cells = (_between(_not_negative(size, 'size'), n, generator, 'size')*h).round().clamp(3, h).long().flatten()
+    cells = (_between(_not_negative(size, 'size'), n, generator, 'size')*h).round().clamp(
+        3, h).long().flatten()
     most = int(cells.max())
-    coarse = _shared(_lots, n, c, most, most, per_channel, generator) < _odds(_between(_not_negative(share, 'share'), n, generator, 'share'))
+    coarse = _shared(_lots, n, c, most, most, per_channel, generator) < _odds(_between(
+        _not_negative(share, 'share'), n, generator, 'share'))
     kept = torch.empty_like(x)
     for k in cells.unique().tolist():
         at = cells == k
@@ -119,12 +133,14 @@ def _mirrored(weights, size):
     r = weights.shape[1]//2
     at = (torch.arange(size)[:, None] + torch.arange(-r, r+1)).abs() % max(2*size-2, 1)
     at = torch.where(at < size, at, 2*size-2-at)
-    return (weights @ F.one_hot(at, size).permute(1, 0, 2).reshape(-1, size*size).to(weights)).view(-1, size, size)
+    return (weights @ F.one_hot(at, size).permute(1, 0, 2).reshape(-1, size*size).to(weights)).view(
+        -1, size, size)
 
 def _blurred(x, weights):
     n, c, h, w = x.shape
     across = x.reshape(n, c*h, w) @ _mirrored(weights, w).to(x).mT
-    return _mirrored(weights, h).to(x).repeat_interleave(c, 0).bmm(across.view(n*c, h, w)).view(x.shape)
+    return _mirrored(weights,
+                     h).to(x).repeat_interleave(c, 0).bmm(across.view(n*c, h, w)).view(x.shape)
 
 def gaussian_blur(
     x:Tensor,                    # Images (N,C,H,W), pixels in [0,1]
@@ -133,21 +149,25 @@ def gaussian_blur(
     sigma=(0, 3),                # Standard deviation in pixels, >= 0: a number or (low, high)
 )->tuple:                        # Images and labels
     "Blur with a Gaussian."
-    sigma = _between(_not_negative(sigma, 'sigma'), len(x), generator, 'sigma').view(-1, 1).clamp_min(1e-3)
+    sigma = _between(_not_negative(sigma, 'sigma'), len(x), generator,
+                     'sigma').view(-1, 1).clamp_min(1e-3)
     reach = torch.arange(-math.ceil(4*sigma.max()), math.ceil(4*sigma.max())+1)
-    weights = torch.exp((-reach**2/(2*sigma**2)).clamp_min(-16)).masked_fill(reach.abs() > 4*sigma, 0)
+    weights = torch.exp((-reach**2/(2*sigma**2)).clamp_min(-16)).masked_fill(
+        reach.abs() > 4*sigma, 0)
     return _blurred(x, weights/weights.sum(1, keepdim=True)).clamp_(0, 1), y
 
 def average_blur(
     x:Tensor,                    # Images (N,C,H,W), pixels in [0,1]
     y:Tensor,                    # Soft labels (N,K), passed on
     generator:torch.Generator,   # Strengths
-    size=(2, 7),                 # Side of the square averaged over, whole pixels >= 1: a number or (low, high)
+    # Side of the square averaged over, whole pixels >= 1: a number or (low, high)
+    size=(2, 7),
 )->tuple:                        # Images and labels
     "Replace each pixel by the mean of a square around it."
     low, high = size if isinstance(size, (tuple, list)) else (size, size)
     if not 1 <= low <= high: raise ValueError(f"`size` must be whole pixels, at least 1; got {size!r}.")
-    k, r = torch.randint(low, high+1, (len(x), 1), generator=generator), high//2
+    k = torch.randint(low, high+1, (len(x), 1), generator=generator)
+    r = high//2
     reach = torch.arange(-r, r+1)
     return _blurred(x, ((reach >= -(k//2)) & (reach < k-k//2))/k).clamp_(0, 1), y
 
@@ -160,11 +180,15 @@ def median_blur(
 )->tuple:                        # Images and labels
     "Replace each pixel by the median of a square around it."
     low, high = size if isinstance(size, (tuple, list)) else (size, size)
-    if not (1 <= low <= high and low % 2): raise ValueError(f"`size` must be odd pixels, at least 1; got {size!r}.")
+    if not (1 <= low <= high and low % 2):
+        raise ValueError(f"`size` must be odd pixels, at least 1; got {size!r}.")
     k = low + 2*torch.randint((high-low)//2+1, (len(x),), generator=generator)
-    images, threads = to_uint8(x), torch.get_num_threads()
+    images = to_uint8(x)
+    threads = torch.get_num_threads()
     def some(part): return [cv2.medianBlur(images[i], int(k[i])) for i in part]
-    with ThreadPoolExecutor(threads) as pool: out = [o for part in pool.map(some, np.array_split(np.arange(len(x)), threads)) for o in part]
+    with ThreadPoolExecutor(threads) as pool:
+        out = [o for part in pool.map(some, np.array_split(np.arange(len(x)), threads))
+               for o in part]
     return to_float(np.stack(out).reshape(images.shape)).to(x), y
 
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #e105f95a
@@ -178,7 +202,8 @@ def multiply(
     "Make images lighter or darker."
     n, c, *_ = x.shape
     each = _between(_not_negative(factor, 'factor'), n*c, generator, 'factor').view(n, c, 1, 1)
-    return (x*torch.where(torch.rand(n, 1, 1, 1, generator=generator) < per_channel, each, each[:, :1])).clamp_(0, 1), y
+    return (x*torch.where(torch.rand(n, 1, 1, 1, generator=generator) < per_channel, each,
+                          each[:, :1])).clamp_(0, 1), y
 
 def add(
     x:Tensor,                    # Images (N,C,H,W), pixels in [0,1]
@@ -211,15 +236,20 @@ def photometric(
     hue=(-.1, .1),               # Turn of the colour circle, in turns
 )->tuple:                        # Images and labels
     "Change brightness, contrast, saturation and hue."
-    if x.shape[1] != 3: raise ValueError(f"`x` must have 3 channels for colours; got shape {tuple(x.shape)}. Use `multiply` and `gamma`.")
-    n, grey = len(x), lambda o: (o*_grey.to(o)).sum(1, keepdim=True)
-    draw = lambda span, name: _between(span if name == 'hue' else _not_negative(span, name), n, generator, name)
+    if x.shape[1] != 3:
+        raise ValueError(f"`x` must have 3 channels for colours; got shape {tuple(x.shape)}. "
+                         "Use `multiply` and `gamma`.")
+    n = len(x)
+    grey = lambda o: (o*_grey.to(o)).sum(1, keepdim=True)
+    draw = lambda span, name: _between(span if name == 'hue' else _not_negative(span, name), n,
+                                       generator, name)
     x = (x*draw(brightness, 'brightness')).clamp(0, 1)
     mean = grey(x).mean((2, 3), keepdim=True)
     x = (mean + (x-mean)*draw(contrast, 'contrast')).clamp(0, 1)
     x = (grey(x) + (x-grey(x))*draw(saturation, 'saturation')).clamp(0, 1)
     turn = 2*math.pi*draw(hue, 'hue').view(-1, 1, 1)
-    axis, cross = torch.full((3, 3), 1/3), torch.tensor([[0., -1, 1], [1, 0, -1], [-1, 1, 0]])/3**.5
+    axis = torch.full((3, 3), 1/3)
+    cross = torch.tensor([[0., -1, 1], [1, 0, -1], [-1, 1, 0]])/3**.5
     around = turn.cos()*torch.eye(3) + (1-turn.cos())*axis + turn.sin()*cross
     return torch.einsum('nij,njhw->nihw', around.to(x), x).clamp(0, 1), y
 
@@ -244,24 +274,31 @@ def affine(
     scale=(.9, 1.1),             # Size, above 0; 2 doubles it
 )->tuple:                        # Images and labels
     "Turn, shift and scale."
-    n, angle = len(x), _between(degrees, len(x), generator, 'degrees').flatten()*math.pi/180
-    size, move = _between(scale, n, generator, 'scale').flatten(), _between(shift, 2*n, generator, 'shift').view(n, 2, 1)
+    n = len(x)
+    angle = _between(degrees, len(x), generator, 'degrees').flatten()*math.pi/180
+    size = _between(scale, n, generator, 'scale').flatten()
+    move = _between(shift, 2*n, generator, 'shift').view(n, 2, 1)
     if not (size > 0).all(): raise ValueError(f"`scale` must be above 0; got {scale!r}.")
-    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(n, 2, 2)/size.view(n, 1, 1)
-    grid = F.affine_grid(torch.cat([turn, -turn@(2*move)], 2).to(x), list(x.shape), align_corners=False)
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()],
+                       1).view(n, 2, 2)/size.view(n, 1, 1)
+    grid = F.affine_grid(torch.cat([turn, -turn@(2*move)], 2).to(x), list(x.shape),
+                         align_corners=False)
     return F.grid_sample(x, grid, padding_mode='border', align_corners=False).clamp(0, 1), y
 
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #fa7cc07f
 def _change_(chosen, transform, x, y, generator):
     "Put `transform` of the chosen images in their place"
-    if chosen.any(): x[chosen], y[chosen] = (new.to(old) for new, old in zip(transform(x[chosen], y[chosen], generator), (x, y)))
+    if chosen.any():
+        x[chosen], y[chosen] = (
+            new.to(old) for new, old in zip(transform(x[chosen], y[chosen], generator), (x, y)))
 
 def chain(
     *transforms:Callable,   # Transforms (x, y, generator) -> (x, y), the first first
 )->Callable:                # One transform
     "All of them, in order."
     def chained(x, y, generator):
-        for t in transforms: x, y = t(x, y, generator)
+        for t in transforms:
+            x, y = t(x, y, generator)
         return x, y
     chained.said = 'chain', *transforms
     return chained
@@ -272,7 +309,8 @@ def sometimes(
     "Each image gets it with probability `p`."
     if not 0 <= p <= 1: raise ValueError(f"`p` must be in [0, 1]; got {p}.")
     def perhaps(x, y, generator):
-        x, y = x.clone(), y.clone()
+        x = x.clone()
+        y = y.clone()
         _change_(torch.rand(len(x), generator=generator) < p, transform, x, y, generator)
         return x, y
     perhaps.said = 'sometimes', p, transform
@@ -285,13 +323,19 @@ def some_of(
     *transforms:Callable,   # Transforms to choose from
 )->Callable:                # One transform
     "Each image gets between `least` and `most` of them, in a random order of its own."
-    if not 0 <= least <= most <= len(transforms): raise ValueError(f"`least` and `most` must satisfy 0 <= least <= most <= {len(transforms)}, the number of transforms; got {least} and {most}.")
+    if not 0 <= least <= most <= len(transforms):
+        raise ValueError("`least` and `most` must satisfy 0 <= least <= most <= "
+                         f"{len(transforms)}, the number of transforms; got {least} and "
+                         f"{most}.")
     def some(x, y, generator):
         wanted = torch.randint(least, most+1, (len(x), 1), generator=generator)
         order = torch.rand(len(x), len(transforms), generator=generator).argsort(1)
-        order, x, y = torch.where(torch.arange(len(transforms)) < wanted, order, -1), x.clone(), y.clone()
+        order = torch.where(torch.arange(len(transforms)) < wanted, order, -1)
+        x = x.clone()
+        y = y.clone()
         for place in range(most):
-            for k, t in enumerate(transforms): _change_(order[:, place] == k, t, x, y, generator)
+            for k, t in enumerate(transforms):
+                _change_(order[:, place] == k, t, x, y, generator)
         return x, y
     some.said = 'some_of', least, most, *transforms
     return some
@@ -308,7 +352,10 @@ def from_imgaug(
     augmenter,     # Any `imgaug.augmenters.Augmenter`; left as it is
 )->Callable:       # Transform (x, y, generator) -> (x, y)
     "An imgaug pipeline (Jung et al. 2020, github.com/aleju/imgaug)."
-    if not isinstance(augmenter, iaa.Augmenter): raise TypeError(f"`augmenter` must be an imgaug augmenter; got {type(augmenter).__name__}. A torchvision transform goes through `from_torchvision`.")
+    if not isinstance(augmenter, iaa.Augmenter):
+        raise TypeError("`augmenter` must be an imgaug augmenter; got "
+                        f"{type(augmenter).__name__}. A torchvision transform goes through "
+                        "`from_torchvision`.")
     def augmented(x, y, generator):
         seeded = copy.deepcopy(augmenter)
         seeded.seed_(int(torch.randint(2**31-1, (), generator=generator)))
@@ -333,14 +380,19 @@ def from_torchvision(
 def imgaug_pipeline()->Callable:    # Transform (x, y, generator) -> (x, y)
     "The mission's augmentation in imgaug."
     return from_imgaug(iaa.SomeOf((2, 3), [
-        iaa.OneOf([iaa.GaussianBlur((0, 3.)), iaa.AverageBlur((2, 7)), iaa.MedianBlur((3, 11))]), iaa.AdditiveGaussianNoise(scale=(0, .05*255), per_channel=.5),
-        iaa.OneOf([iaa.Dropout((.01, .1), per_channel=.5), iaa.CoarseDropout((.03, .15), size_percent=(.02, .05), per_channel=.2)]),
-        iaa.AddElementwise((-10, -10)), iaa.Multiply((.5, 1.5), per_channel=.5), iaa.SaltAndPepper(.1)], random_order=True))
+        iaa.OneOf([iaa.GaussianBlur((0, 3.)), iaa.AverageBlur((2, 7)), iaa.MedianBlur((3, 11))]),
+        iaa.AdditiveGaussianNoise(scale=(0, .05*255), per_channel=.5),
+        iaa.OneOf([iaa.Dropout((.01, .1), per_channel=.5),
+                   iaa.CoarseDropout((.03, .15), size_percent=(.02, .05), per_channel=.2)]),
+        iaa.AddElementwise((-10, -10)), iaa.Multiply((.5, 1.5), per_channel=.5),
+        iaa.SaltAndPepper(.1)],
+                                  random_order=True))
 
 def fast_pipeline()->Callable:      # Transform (x, y, generator) -> (x, y)
     "The mission's augmentation, a batch at a time."
-    return some_of(2, 3, one_of(gaussian_blur, average_blur, median_blur), gaussian_noise, one_of(dropout, coarse_dropout),
-                   partial(add, value=-10/255), multiply, salt_and_pepper)
+    return some_of(2, 3, one_of(gaussian_blur, average_blur, median_blur), gaussian_noise,
+                   one_of(dropout, coarse_dropout), partial(add, value=-10/255), multiply,
+                   salt_and_pepper)
 
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #40d713e5
 def describe(
@@ -348,6 +400,10 @@ def describe(
 )->str:            # Text that is the same in every process
     "What a transform is, as it would be typed."
     told = lambda o: describe(o) if callable(o) else repr(o)
-    if isinstance(transform, partial): return f"{describe(transform.func)}({', '.join([*map(told, transform.args), *(f'{k}={told(v)}' for k, v in transform.keywords.items())])})"
-    if hasattr(transform, 'said'): return f"{transform.said[0]}({', '.join(o if isinstance(o, str) else told(o) for o in transform.said[1:])})"
+    if isinstance(transform, partial):
+        return (
+            f"{describe(transform.func)}({', '.join([*map(told, transform.args), *(f'{k}={told(v)}' for k, v in transform.keywords.items())])})")
+    if hasattr(transform, 'said'):
+        return (
+            f"{transform.said[0]}({', '.join(o if isinstance(o, str) else told(o) for o in transform.said[1:])})")
     return getattr(transform, '__name__', None) or type(transform).__name__

@@ -27,10 +27,12 @@ def _command(job):
     @wraps(job)
     def command(*args, **kwargs):
         here = sys._getframe(1)
-        if not (args or kwargs) and here.f_locals is here.f_globals and here.f_globals.get('__name__') == '__main__' and '__file__' in here.f_globals:
+        if (not (args or kwargs) and here.f_locals is here.f_globals
+            and here.f_globals.get('__name__') == '__main__' and '__file__' in here.f_globals):
             parser = anno_parser(job)
             parser.description, parser.formatter_class = cleandoc(job.__doc__), _Help
-            kwargs = {k: v for k, v in vars(parser.parse_args()).items() if k in signature(job).parameters}
+            kwargs = {k: v for k, v in vars(parser.parse_args()).items()
+                      if k in signature(job).parameters}
         return job(*args, **kwargs)
     return command
 
@@ -39,7 +41,9 @@ def _writable(out):
     "Raise unless a folder can be written: now rather than after hours of work"
     at = next(o for o in (out, *out.absolute().parents) if o.exists())
     if not at.is_dir(): raise ValueError(f"`out` must be a folder; {at} is a file.")
-    if not os.access(at, os.W_OK): raise ValueError(f"`out` must be a folder that can be written; {at} cannot. Name another one, or change its permissions.")
+    if not os.access(at, os.W_OK):
+        raise ValueError(f"`out` must be a folder that can be written; {at} cannot. Name "
+                         "another one, or change its permissions.")
 
 def _readable(job):
     "A broken rule ends a command with one line on standard error, not with a traceback."
@@ -47,20 +51,24 @@ def _readable(job):
     def command(*args, **kwargs):
         new = question = None
         try:
-            given = signature(job).bind_partial(*args, **kwargs); given.apply_defaults()
+            given = signature(job).bind_partial(*args, **kwargs)
+            given.apply_defaults()
             if 'out' in given.arguments:
                 question = Path(given.arguments['out'])/'question.json'
                 new = not question.exists()
                 _writable(question.parent)
             return job(*args, **kwargs)
         except (ValueError, TypeError, OSError, FloatingPointError) as e:
-            if new and isinstance(e, (ValueError, TypeError)) and [*question.parent.glob('*')] == [question]: question.unlink(missing_ok=True)     # refused before anything came of it
+            if new and isinstance(
+                    e, (ValueError, TypeError)) and [*question.parent.glob('*')] == [question]:
+                question.unlink(missing_ok=True)  # refused before anything came of it
             sys.exit(f'{type(e).__name__}: {e}')
     return command
 
 def _write(table, path):
     "A table as CSV, completely or not at all"
-    with atomic_path(path) as tmp: table.to_csv(tmp, index=False)
+    with atomic_path(path) as tmp:
+        table.to_csv(tmp, index=False)
 
 def _images(source, split):
     "The images a command names; naming CIFAR on a command line is the request to fetch it."
@@ -82,12 +90,19 @@ def _continue(out, question):
     "Raise unless the folder is new, or answers the same question so far"
     file, hint = out/'question.json', 'Name another folder, or delete this one.'
     if file.exists():
-        try: known = dict(json.loads(file.read_text(encoding='utf-8')))
-        except (ValueError, TypeError) as e: raise ValueError(f"{file} is damaged ({e}), so nobody knows what the folder answers. {hint}") from e
-        differ = [f"{k} is {known.get(k)!r} there and {v!r} here" for k, v in question.items() if known.get(k) != v]
+        try:
+            known = dict(json.loads(file.read_text(encoding='utf-8')))
+        except (ValueError, TypeError) as e:
+            raise ValueError(
+                f"{file} is damaged ({e}), so nobody knows what the folder answers. {hint}") from e
+        differ = [f"{k} is {known.get(k)!r} there and {v!r} here" for k, v in question.items()
+                  if known.get(k) != v]
         if differ: raise ValueError(f"`out` answers another question: {'; '.join(differ)} ({file}). {hint}")
-    elif out.exists() and any(not o.name.startswith('.') for o in out.iterdir()): raise ValueError(f"`out` must be a new or empty folder, or that of an earlier run; {out} holds other files. {hint}")
-    else: save_json(question, file)
+    elif out.exists() and any(not o.name.startswith('.') for o in out.iterdir()):
+        raise ValueError("`out` must be a new or empty folder, or that of an earlier run; "
+                         f"{out} holds other files. {hint}")
+    else:
+        save_json(question, file)
 
 def _mark(data): return hashlib.blake2b(data, digest_size=8).hexdigest()
 
@@ -97,5 +112,6 @@ def _mark_of(images): return _mark(images.images.tobytes() + images.y.tobytes())
 def _networks(files):
     "Networks by the names of their files; of their folders, where the files are called the same"
     paths = [Path(o) for o in files]
-    short = [p.stem for p in paths] if len({p.stem for p in paths}) == len(paths) else [f'{p.parent.name}/{p.stem}' for p in paths]
+    short = ([p.stem for p in paths] if len({p.stem for p in paths}) == len(paths)
+             else [f'{p.parent.name}/{p.stem}' for p in paths])
     return dict(zip(short, map(load_model, paths)))

@@ -12,7 +12,8 @@ from ..files import manifest, save_json
 from ..data import load_npy
 from ..curation.training_sets import build_training_set, load_training_set, set_card, summary
 from ..curation.contest import default_config, validate_set, write_config
-from ..curation.hidden import hidden_set, proxy_networks, score_training_sets, rank_training_sets
+from ..curation.hidden import (hidden_set, proxy_networks, score_training_sets,
+                                      rank_training_sets)
 from ..curation.published import published_mixture
 from .common import (
     _command, _continue, _images, _listed, _mark, _mark_of, _networks, _readable, _write)
@@ -35,12 +36,18 @@ def build_set_command(
     Example:
 
         robustnb_build_set mission runs/resnet/weights.pt,runs/vgg/weights.pt --data cifar10 --n 50000 --out submission"""
-    started, out, nets = time.time(), Path(out), _networks(_listed(weights, 'weights'))
+    started = time.time()
+    out = Path(out)
+    nets = _networks(_listed(weights, 'weights'))
     sources = published_mixture(plan, nets, teacher=nets[next(iter(nets))], effort=effort)
     pool = _images(data, split)
     made = build_training_set(pool, **sources, n=n, seed=seed)
-    made.save(out); write_config(default_config(2), out/'config.py'); set_card(made, out/'card.html', plan, f'{n} images from {len(pool)} of {data}, seed {seed}')
-    save_json(manifest(plan=plan, data=str(data), split=split, n=n, effort=effort, networks=list(nets), seed=seed, seconds=round(time.time()-started)), out/'manifest.json')
+    made.save(out)
+    write_config(default_config(2), out/'config.py')
+    set_card(made, out/'card.html', plan, f'{n} images from {len(pool)} of {data}, seed {seed}')
+    save_json(manifest(plan=plan, data=str(data), split=split, n=n, effort=effort,
+                       networks=list(nets), seed=seed, seconds=round(time.time()-started)),
+              out/'manifest.json')
     print(summary(made).round(3).to_string(), f'\n\nImages of each source: {out}/card.html')
 
 # %% ../../nbs/api/commands/60_curation.ipynb #6877201a
@@ -56,14 +63,17 @@ def validate_set_command(
         robustnb_validate_set submission"""
     table = validate_set(path)
     print(table.to_string(index=False))
-    if (table.verdict == 'broken').any(): sys.exit(1)
+    if (table.verdict == 'broken').any():
+        sys.exit(1)
 
 # %% ../../nbs/api/commands/60_curation.ipynb #f73303c0
 @_command
 @_readable
 def score_set_command(
     sets:str,              # Folders of training sets, separated by commas
-    surrogates:str,        # Networks that tamper with the hidden images, separated by commas; not those the sets were made with
+    # Networks that tamper with the hidden images, separated by commas; not those the sets were made
+    # with
+    surrogates:str,
     data:str='cifar10',    # Test images to tamper with: 'digits', 'cifar10', or a folder or zip
     n:int=20_000,          # Hidden images
     width:float=.25,       # Multiplier of the channels of the networks trained
@@ -76,16 +86,28 @@ def score_set_command(
     Example:
 
         robustnb_score_set sets/clean,sets/mission runs/alexnet/weights.pt --data cifar10 --epochs 20 --out scores"""
-    out, folders, files = Path(out), [Path(o) for o in _listed(sets, 'sets')], _listed(surrogates, 'surrogates')
+    out = Path(out)
+    folders = [Path(o) for o in _listed(sets, 'sets')]
+    files = _listed(surrogates, 'surrogates')
     named = {f.name: load_npy(f) for f in folders}
-    if len(named) < len(folders): raise ValueError(f"`sets` must be folders with different names; got {sets}.")
+    if len(named) < len(folders):
+        raise ValueError(f"`sets` must be folders with different names; got {sets}.")
     if not seeds >= 1: raise ValueError(f"`seeds` must be at least 1; got {seeds}.")
-    trained, nets, pool = proxy_networks(2, width, epochs), _networks(files), _images(data, 'test')
-    _continue(out, dict(surrogates={k: _mark(Path(o).read_bytes()) for k, o in zip(nets, files)}, images=_mark_of(pool), n=n))
-    if (out/'hidden'/'data.npy').exists(): hidden = load_training_set(out/'hidden')
-    else: hidden = hidden_set(pool, nets, n); hidden.save(out/'hidden')
+    trained = proxy_networks(2, width, epochs)
+    nets = _networks(files)
+    pool = _images(data, 'test')
+    _continue(out, dict(surrogates={k: _mark(Path(o).read_bytes()) for k, o in zip(nets, files)},
+                        images=_mark_of(pool), n=n))
+    if (out/'hidden'/'data.npy').exists():
+        hidden = load_training_set(out/'hidden')
+    else:
+        hidden = hidden_set(pool, nets, n)
+        hidden.save(out/'hidden')
     rows = score_training_sets(named, hidden, *trained, seeds=range(seeds), folder=out/'runs')
     table = rank_training_sets(rows)
-    _write(rows, out/'answers.csv'); _write(table.reset_index(), out/'standings.csv')
-    save_json(manifest(sets=sets, surrogates=surrogates, data=str(data), n=len(hidden), width=width, epochs=epochs, seeds=seeds), out/'manifest.json')
+    _write(rows, out/'answers.csv')
+    _write(table.reset_index(), out/'standings.csv')
+    save_json(manifest(sets=sets, surrogates=surrogates, data=str(data), n=len(hidden),
+                       width=width, epochs=epochs, seeds=seeds),
+              out/'manifest.json')
     print(table.round(4).to_string())

@@ -33,11 +33,14 @@ def demo_command(
     Example:
 
         robustnb_demo --out demo"""
-    data, test = load_data('digits', 'train'), subset(load_data('digits', 'test'), n, seed)
+    data = load_data('digits', 'train')
+    test = subset(load_data('digits', 'test'), n, seed)
     std, mean = torch.std_mean(data.x, (0, 2, 3))
     net = build_model('ResNet_18', 10, .25, mean.tolist(), std.tolist(), seed=seed)
-    net, _ = train(Recipe(flip=False, lr=.05, batch_size=64).shortened(epochs), net, data, seed=seed)
+    net, _ = train(Recipe(flip=False, lr=.05, batch_size=64).shortened(epochs), net, data,
+                   seed=seed)
     save_model(net, Path(out)/'weights.pt')
     generator, _ = train_generator(net, steps=steps, batch_size=64, width=32, seed=seed)
-    report = assess(net, ('INT8', 'INT4', 'INT3', 'POT4', 'FP8', 'FLOAT4'), Linf(8/255), test, generator=generator, n=n, seed=seed)
+    report = assess(net, ('INT8', 'INT4', 'INT3', 'POT4', 'FP8', 'FLOAT4'), Linf(8/255), test,
+                    generator=generator, n=n, seed=seed)
     _deliver(report, out)

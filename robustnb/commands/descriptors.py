@@ -30,17 +30,23 @@ from .common import _command, _images, _listed, _readable, _write
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #3ec9d58e
 def _named(data, size=112):
-    "The images that `data` names, all of them or the part in brackets; faces of `size`, unless a number behind @ says otherwise"
-    source, split, first, last, other = re.fullmatch(r'(.+?)(?::(train|test|val))?(?:\[(\d*):(\d*)\])?(?:@(\d+))?', data).groups()
+    """The images that `data` names, all of them or the part in brackets; faces of `size`, unless a
+    number behind @ says otherwise"""
+    source, split, first, last, other = re.fullmatch(
+        r'(.+?)(?::(train|test|val))?(?:\[(\d*):(\d*)\])?(?:@(\d+))?', data).groups()
     if not split:
         images = load_faces(source, size=int(other or size))
         which = images.y
     else:
         images = _images(source, split)
-        images = NamedSet(images.images if images.images.shape[3] == 3 else images.images.repeat(3, 3), images.labels, images.classes)
+        images = NamedSet(
+            images.images if images.images.shape[3] == 3 else images.images.repeat(3, 3),
+            images.labels, images.classes)
         which = np.random.default_rng(0).permutation(len(images)).argsort()
     keep = np.flatnonzero((which >= int(first or 0)) & (which < int(last or which.max()+1)))
-    if not len(keep): raise ValueError(f"`data` must name at least one image; got {data!r}, and there are {which.max()+1} {'images' if split else 'persons'}.")
+    if not len(keep):
+        raise ValueError(f"`data` must name at least one image; got {data!r}, and there are "
+                         f"{which.max()+1} {'images' if split else 'persons'}.")
     return images[keep]
 
 @_command
@@ -59,14 +65,23 @@ def train_descriptor_command(
     Example:
 
         robustnb_train_descriptor 'faces.zip[0:30]' --model Caffe34 --width .25 --epochs 15 --out teacher"""
-    started, out, images = time.time(), Path(out), _named(data)
+    started = time.time()
+    out = Path(out)
+    images = _named(data)
     y = np.unique(images.y, return_inverse=True)[1]
     net = descriptor_model(model, width=width, size=images.images.shape[1], seed=seed)
-    net, history = train_teacher(net, views(images.images, copies, seed, 0), np.tile(y, copies), DescriptorRecipe(epochs=epochs, crop=max(2, images.images.shape[1]//28), flip=True, lr=3e-3), seed, out/'checkpoint.pt', resume=True)
+    net, history = train_teacher(
+        net, views(images.images, copies, seed, 0), np.tile(y, copies), DescriptorRecipe(
+            epochs=epochs, crop=max(2, images.images.shape[1]//28), flip=True, lr=3e-3),
+        seed, out/'checkpoint.pt', resume=True)
     save_descriptor(net, out/'descriptor.pt')
     _write(history, out/'history.csv')
-    save_json(manifest(data=data, images=len(images), persons=int(y.max())+1, model=model, width=width, epochs=epochs, copies=copies, seed=seed, seconds=round(time.time()-started)), out/'manifest.json')
-    print(f'{model}: {len(images)} images of {y.max()+1} persons or classes, loss {history.loss.iloc[-1]:.3f}; written to {out}/')
+    save_json(manifest(data=data, images=len(images), persons=int(y.max())+1, model=model,
+                       width=width, epochs=epochs, copies=copies, seed=seed,
+                       seconds=round(time.time()-started)),
+              out/'manifest.json')
+    print(f'{model}: {len(images)} images of {y.max()+1} persons or classes, loss '
+          f'{history.loss.iloc[-1]:.3f}; written to {out}/')
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #56c5ea13
 def _box(box):
@@ -76,14 +91,18 @@ def _box(box):
 def _name(*sources):
     "A short name for what is in files or behind addresses"
     h = hashlib.blake2b(digest_size=4)
-    for o in sources: h.update(o.encode() if o.startswith(('http://', 'https://')) else Path(o).read_bytes())
+    for o in sources:
+        h.update(o.encode() if o.startswith(('http://', 'https://')) else Path(o).read_bytes())
     return h.hexdigest()
 
 def _answers(ask, images, book):
-    "Descriptors (N,D) of uint8 images, asked in batches and kept in the file `book`; rows without an answer are NaN"
+    """Descriptors (N,D) of uint8 images, asked in batches and kept in the file `book`; rows without
+    an answer are NaN"""
     oracle = BlackBox(ask, 2**31, book, batch_size=100)
-    try: return torch.cat([oracle(to_float(images[s])) for s in batches(len(images), 1000)])
-    except RuntimeError as e: raise ValueError(f"`box` must answer. {e}") from e
+    try:
+        return torch.cat([oracle(to_float(images[s])) for s in batches(len(images), 1000)])
+    except RuntimeError as e:
+        raise ValueError(f"`box` must answer. {e}") from e
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #6733a5dc
 @_command
@@ -92,35 +111,51 @@ def distill_command(
     box:str,                 # descriptor.pt of robustnb_train_descriptor, or an http address
     data:str,                # Images to ask about, not those to attack, e.g. faces.zip[0:30]
     models:str='ResNet_18',  # Architectures, separated by commas
-    out:str='students',      # Folder for one file per student, fidelity.csv, manifest.json, and what was asked
+    # Folder for one file per student, fidelity.csv, manifest.json, and what was asked
+    out:str='students',
     width:float=1.,          # Multiplier of the channels
     epochs:int=20,           # Passes over what was asked
     copies:int=4,            # Versions of each image that are asked about
-    noise:float=.08,         # Largest deviation of the noise in these copies, in pixels; 0 blends none with another either
+    # Largest deviation of the noise in these copies, in pixels; 0 blends none with another either
+    noise:float=.08,
 ):
     """Train students that answer like a black box.
 
     Example:
 
         robustnb_distill teacher/descriptor.pt 'faces.zip[0:30]' --models ResNet_18,DenseNet --out students"""
-    started, out, images = time.time(), Path(out), _named(data)
-    recipes = {k: replace(student_recipes.get(k, DescriptorRecipe()), epochs=epochs) for k in _listed(models, 'models')}
-    for k in recipes: descriptor_model(k, width=width, size=images.images.shape[1])     # what is wrong with them is said before anything is asked
+    started = time.time()
+    out = Path(out)
+    images = _named(data)
+    recipes = {k: replace(student_recipes.get(k, DescriptorRecipe()), epochs=epochs)
+               for k in _listed(models, 'models')}
+    for k in recipes:
+        # what is wrong with them is said before anything is asked
+        descriptor_model(k, width=width, size=images.images.shape[1])
     asked = views(images.images, copies, noise=noise)
     said = _answers(_box(box), asked, out/f'asked-{_name(box)}.db')
     known = said.isfinite().all(1).numpy()
     if not known.any(): raise ValueError("`box` must answer; it did not once.")
-    asked, said, rows = asked[known], said[known], {}
+    asked = asked[known]
+    said = said[known]
+    rows = {}
     fit, held = split_groups(np.tile(np.arange(len(images)), copies)[known])
     for k, recipe in recipes.items():
-        student = descriptor_model(k, said.shape[1], width, images.images.shape[1], subseed(0, 'student', k))   # not the weights that a teacher of one's own began with
-        student, _ = distill_descriptor(student, asked[fit], said[fit], recipe=recipe, checkpoint=out/f'{k}-checkpoint.pt', resume=True)
+        # not the weights that a teacher of one's own began with
+        student = descriptor_model(k, said.shape[1], width, images.images.shape[1],
+                                   subseed(0, 'student', k))
+        student, _ = distill_descriptor(student, asked[fit], said[fit], recipe=recipe,
+                                        checkpoint=out/f'{k}-checkpoint.pt', resume=True)
         save_descriptor(student, out/f'{k}.pt')
         rows[k] = fidelity(student, asked[held], said[held])
     table = pd.DataFrame(rows).T.rename_axis('student')
     _write(table.reset_index(), out/'fidelity.csv')
-    save_json(manifest(box=box, data=data, models=models, width=width, epochs=epochs, copies=copies, noise=noise, asked=len(known), answered=int(known.sum()), seconds=round(time.time()-started)), out/'manifest.json')
-    print(table.round(4).to_string(), f'\n\nOn images held back; {known.sum()} of {len(known)} answered. Written to {out}/')
+    save_json(manifest(box=box, data=data, models=models, width=width, epochs=epochs,
+                       copies=copies, noise=noise, asked=len(known), answered=int(known.sum()),
+                       seconds=round(time.time()-started)),
+              out/'manifest.json')
+    print(table.round(4).to_string(),
+          f'\n\nOn images held back; {known.sum()} of {len(known)} answered. Written to {out}/')
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #5665c727
 _TOGETHER = 10     # images attacked at a time, whose answers teach the same students
@@ -142,23 +177,38 @@ def attack_descriptors_command(
     Example:
 
         robustnb_attack_descriptors teacher/descriptor.pt students/ResNet_18.pt,students/DenseNet.pt 'faces.zip[30:40]' --queries 100 --out attacked"""
-    started, out, plan, files = time.time(), Path(out), Plan(queries), _listed(students, 'students')
+    started = time.time()
+    out = Path(out)
+    plan = Plan(queries)
+    files = _listed(students, 'students')
     nets = [load_descriptor(o) for o in files]
-    images, ask, book = _named(data, nets[0].made['size']), _box(box), out/f'asked-{_name(box)}.db'
+    images = _named(data, nets[0].made['size'])
+    ask = _box(box)
+    book = out/f'asked-{_name(box)}.db'
     people = len(set(images.y))
-    wanted = read_pairs(pairs, images) if pairs else make_pairs(images, seed=seed, limit=min(n_pairs, people*(people-1)) if people > 1 else None)
+    wanted = read_pairs(pairs, images) if pairs else make_pairs(
+        images, seed=seed, limit=min(n_pairs, people*(people-1)) if people > 1 else None)
     write_pairs(wanted, out/'pairs.csv')
-    at, goals = images.at(wanted.sources), images.at(wanted.targets)
+    at = images.at(wanted.sources)
+    goals = images.at(wanted.targets)
     shown, place = np.unique(goals, return_inverse=True)
-    targets = _answers(ask, images.images[shown], book)[place.reshape(goals.shape)].repeat_interleave(at.shape[1], 0)
+    targets = _answers(ask, images.images[shown],
+                       book)[place.reshape(goals.shape)].repeat_interleave(at.shape[1], 0)
     x = images.x[at.ravel()]
-    attack, runs = partial(attack_descriptor, students=nets, plan=plan), out/f"runs-{_name(*files)}"
-    rows = compare_attacks(dict(attack=attack), lambda: BlackBox(ask, queries*_TOGETHER), x, targets, SSIM(.95 + 2e-6), seed, runs, _TOGETHER)
+    attack = partial(attack_descriptor, students=nets, plan=plan)
+    runs = out/f"runs-{_name(*files)}"
+    rows = compare_attacks(dict(attack=attack), lambda: BlackBox(ask, queries*_TOGETHER), x,
+                           targets, SSIM(.95 + 2e-6), seed, runs, _TOGETHER)
     changed = attacked_images(runs, 'attack')
-    write_submission(out/'submission.zip', wanted.files, changed, images.images[at.ravel()], _answers(ask, changed, book))
+    write_submission(out/'submission.zip', wanted.files, changed, images.images[at.ravel()],
+                     _answers(ask, changed, book))
     _write(rows, out/'rows.csv')
-    save_json(manifest(box=box, students=students, data=data, pairs=pairs, n_pairs=len(wanted), queries=queries, seed=seed, seconds=round(time.time()-started)), out/'manifest.json')
-    print(attack_table(rows)[['images', 'before', 'after', 'lowest_ssim', 'queries', 'seconds']].round(4).to_string(), f'\n\nWritten to {out}/submission.zip')
+    save_json(manifest(box=box, students=students, data=data, pairs=pairs, n_pairs=len(wanted),
+                       queries=queries, seed=seed, seconds=round(time.time()-started)),
+              out/'manifest.json')
+    print(attack_table(rows)[['images', 'before', 'after', 'lowest_ssim', 'queries', 'seconds']]
+          .round(4).to_string(),
+          f'\n\nWritten to {out}/submission.zip')
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #99a12dae
 @_command
@@ -177,4 +227,5 @@ def check_submission_command(
     images = _named(data)
     table = check_submission(path, images, read_pairs(pairs, images), _box(box) if box else None)
     print(table.drop(columns='value').to_string(index=False))
-    if (table.verdict == 'broken').any(): sys.exit(1)
+    if (table.verdict == 'broken').any():
+        sys.exit(1)

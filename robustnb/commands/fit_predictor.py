@@ -18,37 +18,59 @@ from .common import _command, _listed, _readable, _write
 def _measured(folder, name='runs'):
     "The table of one network, under the name of its folder"
     file = Path(folder)/'report_table.csv'
-    if not file.is_file(): raise FileNotFoundError(f"`{name}` must name folders with a report_table.csv; there is none in {folder}. Run robustnb_assess{' with --test' if name == 'runs' else ''} first.")
-    with explain_errors(file, 'the report_table.csv of an assessment'): return pd.read_csv(file).drop(columns='network', errors='ignore').assign(model=Path(folder).name)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"`{name}` must name folders with a report_table.csv; there is none in {folder}. "
+            f"Run robustnb_assess{' with --test' if name == 'runs' else ''} first.")
+    with explain_errors(file, 'the report_table.csv of an assessment'):
+        return pd.read_csv(file).drop(columns='network',
+                                      errors='ignore').assign(model=Path(folder).name)
 
 @_command
 @_readable
 def fit_predictor_command(
-    runs:str,               # Folders of robustnb_assess --test or benchmarks/transfer/study.py, one per network, separated by commas
+    # Folders of robustnb_assess --test or benchmarks/transfer/study.py, one per network, separated
+    # by commas
+    runs:str,
     out:str='predictor',    # Folder for predictors.json, transfer_lomo.csv, robust_lomo.csv, manifest.json
     apply:str='',           # Folder of an assessment to predict anew; none by default
 ):
-    """Fit what predicts the loss to measured networks, and say how well it does on each when it is left out.
+    """Fit what predicts the loss to measured networks, and say how well it does on each when it is
+    left out.
 
     Example:
 
         robustnb_fit_predictor assessments/resnet,assessments/vgg,assessments/alexnet --apply assessments/mine --out predictor"""
-    out, folders = Path(out), [Path(o) for o in _listed(runs, 'runs')]
-    if len({f.name for f in folders}) < len(folders): raise ValueError(f"`runs` must be folders with different names, those of the networks; got {runs}.")
-    rows, mine = pd.concat(map(_measured, folders), ignore_index=True), _measured(apply, 'apply') if apply else None
+    out = Path(out)
+    folders = [Path(o) for o in _listed(runs, 'runs')]
+    if len({f.name for f in folders}) < len(folders):
+        raise ValueError(
+            f"`runs` must be folders with different names, those of the networks; got {runs}.")
+    rows = pd.concat(map(_measured, folders), ignore_index=True)
+    mine = _measured(apply, 'apply') if apply else None
     links, left_out = fit_predictors(rows)
-    save_json(dict(links={k: asdict(v) for k, v in links.items()}, manifest=manifest(networks=[f.name for f in folders], rows={k: len(v) for k, v in left_out.items()})), out/'predictors.json')
+    save_json(dict(links={k: asdict(v) for k, v in links.items()}, manifest=manifest(
+        networks=[f.name for f in folders], rows={k: len(v) for k, v in left_out.items()})),
+              out/'predictors.json')
     scores = []
-    for name, kind, file in (('loss', '', 'transfer_lomo'), ('robust_loss', 'robust_', 'robust_lomo')):
+    for name, kind, file in (('loss', '', 'transfer_lomo'),
+                             ('robust_loss', 'robust_', 'robust_lomo')):
         t = left_out[name].rename(columns=dict(model='network', predicted=f'predicted_{name}'))
-        first = ['network', 'dataset', 'format', *(['eps'] if kind else []), f'predicted_{name}', f'measured_{name}', *links[name].features]
+        first = ['network', 'dataset', 'format', *(['eps'] if kind else []),
+                 f'predicted_{name}', f'measured_{name}', *links[name].features]
         _write(t.assign(dataset=t.get('dataset', ''))[first].round(6), out/f'{file}.csv')
-        truth, said = t[f'measured_{name}'], t[f'predicted_{name}']
+        truth = t[f'measured_{name}']
+        said = t[f'predicted_{name}']
         mid = mid_range(truth)
-        scores.append(dict(loss=kind + 'accuracy', networks=t.network.nunique(), rows=len(t), r2=r2(truth, said), r2_mid_range=r2(truth[mid], said[mid]), mae=mae(truth, said), interval_log_odds=links[name].spread))
+        scores.append(dict(loss=kind + 'accuracy', networks=t.network.nunique(), rows=len(t),
+                           r2=r2(truth, said), r2_mid_range=r2(truth[mid], said[mid]),
+                           mae=mae(truth, said), interval_log_odds=links[name].spread))
     save_json(manifest(runs=[f.name for f in folders], scores=scores), out/'manifest.json')
-    print(pd.DataFrame(scores).round(3).to_string(index=False), f'\n\nEach network predicted from the others; links for `predict_losses`: {out}/predictors.json')
+    print(pd.DataFrame(scores).round(3).to_string(index=False),
+          '\n\nEach network predicted from the others; links for `predict_losses`: '
+          f'{out}/predictors.json')
     if mine is not None:
         table = predict_losses(mine.drop(columns='model'), out/'predictors.json')
         _write(table, out/'predicted.csv')
-        print(table[['format', *(c for c in table if c.startswith('predicted'))]].round(3).to_string(index=False))
+        print(table[['format', *(c for c in table if c.startswith('predicted'))]].round(3)
+              .to_string(index=False))

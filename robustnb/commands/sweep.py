@@ -20,23 +20,31 @@ from .common import _command, _images, _listed, _mark, _readable, _specs, _write
 # %% ../../nbs/api/commands/50_sweep.ipynb #fdc871df
 def _number(text):
     "What a word means: 3, 0.5, 8/255 or itself"
-    try: return int(text)
-    except ValueError: pass
-    try: return float(Fraction(text))
-    except (ValueError, ZeroDivisionError): return text
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        return text
 
 def _pairs(text, name):
     "timeout_min=60,slurm_partition=gpu as a dict"
     pairs = [o.partition('=') for o in _listed(text, name)] if text else []
     wrong = [a + b + c for a, b, c in pairs if not (a and b and c)]
-    if wrong: raise ValueError(f"`{name}` must be names and values such as n=500,eps=2/255; got {wrong[0]!r}.")
+    if wrong:
+        raise ValueError(
+            f"`{name}` must be names and values such as n=500,eps=2/255; got {wrong[0]!r}.")
     return {a.strip(): _number(c.strip()) for a, _, c in pairs}
 
 def _place(where):
     "What `sweep` is told about workers and Slurm"
     if '=' in where: return dict(slurm=_pairs(where, 'where'))
     workers = _number(where) if where else None
-    if where and not isinstance(workers, int): raise ValueError(f"`where` must be a number of jobs at a time, or parameters of Slurm such as timeout_min=60,mem_gb=8; got {where!r}.")
+    if where and not isinstance(workers, int):
+        raise ValueError("`where` must be a number of jobs at a time, or parameters of Slurm "
+                         f"such as timeout_min=60,mem_gb=8; got {where!r}.")
     return dict(workers=workers)
 
 def _same_files(out, facts, files):
@@ -44,9 +52,13 @@ def _same_files(out, facts, files):
     file, hint = out/'question.json', 'Name another folder, or delete this one.'
     known = dict(facts=facts, files={})
     if file.exists():
-        try: known |= dict(json.loads(file.read_text(encoding='utf-8')))
-        except (ValueError, TypeError) as e: raise ValueError(f"{file} is damaged ({e}), so nobody knows what the rows answer. {hint}") from e
-    differ = [f'{k} is {known["facts"].get(k)!r} there and {v!r} here' for k, v in facts.items() if known['facts'].get(k) != v]
+        try:
+            known |= dict(json.loads(file.read_text(encoding='utf-8')))
+        except (ValueError, TypeError) as e:
+            raise ValueError(
+                f"{file} is damaged ({e}), so nobody knows what the rows answer. {hint}") from e
+    differ = [f'{k} is {known["facts"].get(k)!r} there and {v!r} here'
+              for k, v in facts.items() if known['facts'].get(k) != v]
     differ += [f'{k} has changed since' for k, v in files.items() if known['files'].get(k, v) != v]
     if differ: raise ValueError(f"`out` holds rows of another question: {'; '.join(differ)} ({file}). {hint}")
     save_json(dict(facts=facts, files=known['files'] | files), file)
@@ -54,11 +66,17 @@ def _same_files(out, facts, files):
 # %% ../../nbs/api/commands/50_sweep.ipynb #19021b76
 def _tell(rows, failed, out):
     "Means over networks, attacks and seeds, and the jobs that failed by name; status 1 if there are any"
-    columns = [c for c in ('predicted_loss', 'measured_loss', 'predicted_robust_loss', 'measured_robust_loss') if c in rows]
-    if columns: print('Accuracy lost, percent of what the original has, mean over the jobs of a format\n\n' + rows.groupby('format', sort=False)[columns].mean().mul(100).round(1).to_string() + '\n')
+    columns = [c for c in ('predicted_loss', 'measured_loss', 'predicted_robust_loss',
+                           'measured_robust_loss') if c in rows]
+    if columns:
+        print('Accuracy lost, percent of what the original has, mean over the jobs of a format\n\n'
+              + rows.groupby('format', sort=False)[columns].mean().mul(100).round(1).to_string()
+              + '\n')
     print(f'{len(rows)-len(failed)} of {len(rows)} jobs done; rows: {out}/sweep.csv')
-    for r in failed.to_dict('records'): print(f"failed: {r['weights']} {r['format']} {r['attack']} seed {r['seed']}: {r['error']}")
-    if len(failed): sys.exit(1)
+    for r in failed.to_dict('records'):
+        print(f"failed: {r['weights']} {r['format']} {r['attack']} seed {r['seed']}: {r['error']}")
+    if len(failed):
+        sys.exit(1)
 
 # %% ../../nbs/api/commands/50_sweep.ipynb #5eeb0001
 @_command
@@ -69,8 +87,12 @@ def sweep_command(
     attacks:str='pgd',         # fgsm, pgd (10 steps), apgd (100 steps), separated by commas
     seeds:int=1,               # Seeds 0, 1, ... of calibration images and random starts
     data:str='digits',         # Labelled images: as --data of robustnb_train; their test split is measured on
-    measure:str='',            # n=500 test images at most, eps=1/255 of the Linf ball, images= to calibrate with (none takes the train split of --data)
-    where:str='',              # Jobs at a time on this machine, as 4; or parameters of Slurm, as timeout_min=60,mem_gb=8; none uses every core
+    # n=500 test images at most, eps=1/255 of the Linf ball, images= to calibrate with (none takes
+    # the train split of --data)
+    measure:str='',
+    # Jobs at a time on this machine, as 4; or parameters of Slurm, as timeout_min=60,mem_gb=8; none
+    # uses every core
+    where:str='',
     out:str='sweep',           # Folder for rows, sweep.csv, manifest.json
 ):
     """Measure networks x formats x attacks x seeds.
@@ -78,20 +100,35 @@ def sweep_command(
     Example:
 
         robustnb_sweep runs/resnet/weights.pt,runs/vgg/weights.pt --formats INT8,POT4 --attacks pgd --seeds 3 --data cifar10 --where 4 --out sweep"""
-    started, out = time.time(), Path(out)
-    files, specs, place, same = _listed(weights, 'weights'), list(_specs(','.join(all_formats()) if formats == 'all' else formats)), _place(where), _pairs(measure, 'measure')
-    wrong = [k for k in same if k not in ('n', 'eps', 'images')] + [o for o in _listed(attacks, 'attacks') if o not in job_attacks]
-    if wrong: raise ValueError(f"`measure` takes n, eps and images, `attacks` takes {', '.join(job_attacks)}; got {wrong[0]!r}.")
+    started = time.time()
+    out = Path(out)
+    files = _listed(weights, 'weights')
+    specs = list(_specs(','.join(all_formats()) if formats == 'all' else formats))
+    place = _place(where)
+    same = _pairs(measure, 'measure')
+    wrong = [k for k in same if k not in ('n', 'eps', 'images')] + [
+        o for o in _listed(attacks, 'attacks') if o not in job_attacks]
+    if wrong:
+        raise ValueError("`measure` takes n, eps and images, `attacks` takes "
+                         f"{', '.join(job_attacks)}; got {wrong[0]!r}.")
     if not seeds >= 1: raise ValueError(f"`seeds` must be at least 1; got {seeds}.")
-    if isinstance(eps := same.get('eps', 0.), str) or not isinstance(n := same.get('n', 1), int) or n < 1: raise ValueError(f"`measure` must have a number for eps and a whole number of at least 1 for n; got {measure!r}.")
+    if isinstance(eps := same.get('eps', 0.),
+                  str) or not isinstance(n := same.get('n', 1), int) or n < 1:
+        raise ValueError("`measure` must have a number for eps and a whole number of at least "
+                         f"1 for n; got {measure!r}.")
     Linf(eps)
     paths = [str(Path(o).resolve()) for o in files]
-    for o in paths: load_model(o)
+    for o in paths:
+        load_model(o)
     facts = dict(data=data, test=_mark(_images(data, 'test').images.tobytes())) | same
     _same_files(out, facts, {p: _mark(Path(p).read_bytes()) for p in paths})
-    table = grid(weights=paths, format=specs, attack=_listed(attacks, 'attacks'), seed=range(seeds), data=data if not Path(data).exists() else str(Path(data).resolve())).assign(**same)
+    table = grid(weights=paths, format=specs, attack=_listed(attacks, 'attacks'), seed=range(seeds),
+                 data=data if not Path(data).exists() else str(Path(data).resolve())).assign(**same)
     rows = sweep(measure_one, table, out, **place)
     _write(rows, out/'sweep.csv')
     failed = rows[rows.status == 'failed']
-    save_json(manifest(weights=files, formats=specs, attacks=attacks, seeds=seeds, data=str(data), **same, where=where, jobs=len(rows), failed=len(failed), seconds=round(time.time()-started)), out/'manifest.json')
+    save_json(manifest(weights=files, formats=specs, attacks=attacks, seeds=seeds,
+                       data=str(data), **same, where=where, jobs=len(rows), failed=len(failed),
+                       seconds=round(time.time()-started)),
+              out/'manifest.json')
     _tell(rows, failed, out)

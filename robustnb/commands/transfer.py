@@ -35,27 +35,37 @@ from .common import (
 def _threat(norm, eps):
     "A threat model from what was typed."
     if norm not in ('Linf', 'L2'): raise ValueError(f"`norm` must be Linf or L2; got {norm!r}.")
-    try: eps = float(Fraction(eps))
-    except (ValueError, ZeroDivisionError): raise ValueError(f"`eps` must be a number or a fraction such as 8/255; got {eps!r}.") from None
+    try:
+        eps = float(Fraction(eps))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(
+            f"`eps` must be a number or a fraction such as 8/255; got {eps!r}.") from None
     return dict(Linf=Linf, L2=L2)[norm](eps)
 
 def _kept_generator(net, file, seed):
     "The generator in the file; trained and written there first, if there is none"
-    if not file.exists(): save_generator(train_generator(net, seed=seed)[0], file)
+    if not file.exists():
+        save_generator(train_generator(net, seed=seed)[0], file)
     return load_generator(file)
 
 def _once(file, job, *args):
     "What the job returned when it was first done, from the file"
-    if not file.exists(): save_json(job(*args), file)
-    try: return dict(json.loads(file.read_text(encoding='utf-8')))
-    except (ValueError, TypeError) as e: raise ValueError(f"{file} is damaged ({e}). Delete it, and the format is assessed again.") from e
+    if not file.exists():
+        save_json(job(*args), file)
+    try:
+        return dict(json.loads(file.read_text(encoding='utf-8')))
+    except (ValueError, TypeError) as e:
+        raise ValueError(
+            f"{file} is damaged ({e}). Delete it, and the format is assessed again.") from e
 
 def _deliver(report, out):
     "Write the report and its manifest, and print the table."
     report.save(Path(out)/'report.html')
     save_json(report.facts, Path(out)/'manifest.json')
-    columns = dict(predicted_loss='predicted', measured_loss='measured', predicted_robust_loss='robust predicted', measured_robust_loss='robust measured')
-    table = report.table.set_index('format')[[c for c in columns if c in report.table]].mul(100).round(1).rename(columns=columns)
+    columns = dict(predicted_loss='predicted', measured_loss='measured',
+                   predicted_robust_loss='robust predicted', measured_robust_loss='robust measured')
+    table = report.table.set_index('format')[[c for c in columns if c in report.table]].mul(
+        100).round(1).rename(columns=columns)
     known = {k: report.facts[k] for k in ('accuracy', 'robust_accuracy') if k in report.facts}
     print('\nAccuracy lost, percent of what the original has', known or '', '\n')
     print(table.to_string(), f'\n\nIntervals, layers and figures: {out}/report.html')
@@ -78,23 +88,35 @@ def assess_command(
     Example:
 
         robustnb_assess runs/resnet/weights.pt --formats INT8,INT4,POT4,FP8 --eps 1/255 --out assessment"""
-    model, threat, images = load_model(weights), _threat(norm, eps), None
+    model = load_model(weights)
+    threat = _threat(norm, eps)
+    images = None
     if test:
         images = _images(test, 'test')
-        if len(images) > n_test: images = subset(images, n_test, seed=seed)
-    specs, out = _specs(formats), Path(out)
-    _continue(out, dict(network=_mark(Path(weights).read_bytes()), threat=repr(threat), seed=seed, test=_mark_of(images) if test else None))
-    study = _study(model, list(specs), threat, images, None, _kept_generator(model, out/'generator.pt', seed), 500, seed)[1]
-    _deliver(study.report([_once(out/'formats'/f"{name.replace('/', '-')}.json", study.one, spec) for name, spec in specs.items()]), out)
+        if len(images) > n_test:
+            images = subset(images, n_test, seed=seed)
+    specs = _specs(formats)
+    out = Path(out)
+    _continue(out, dict(network=_mark(Path(weights).read_bytes()), threat=repr(threat),
+                        seed=seed, test=_mark_of(images) if test else None))
+    study = _study(model, list(specs), threat, images, None,
+                   _kept_generator(model, out/'generator.pt', seed), 500, seed)[1]
+    _deliver(study.report([_once(out/'formats'/f"{name.replace('/', '-')}.json", study.one,
+                                 spec) for name, spec in specs.items()]),
+             out)
 
 # %% ../../nbs/api/commands/30_transfer.ipynb #9fe96ce1
 def _costs(net, specs, size):
     "Rows of the layers, and one for the network"
-    table, folded = model_complexity(net, (net.normalize.mean.shape[1], size, size)), fold_batchnorm(net)
-    stored, again = dict(folded.named_modules()), table.name.duplicated()
+    table = model_complexity(net, (net.normalize.mean.shape[1], size, size))
+    folded = fold_batchnorm(net)
+    stored = dict(folded.named_modules())
+    again = table.name.duplicated()
     bits = dict(float32=32) | {name: s.weights.bits for name, s in specs.items()}
     bytes_of = lambda name, b: model_bytes(stored[name], b) if name in stored else 0
-    for k, b in bits.items(): table[f'bytes_{k}'] = [0 if twice else bytes_of(name, b) for name, twice in zip(table.name, again)]
+    for k, b in bits.items():
+        table[f'bytes_{k}'] = [0 if twice else bytes_of(name, b)
+                               for name, twice in zip(table.name, again)]
     row = {k: int(table[k].sum()) for k in ('params', 'macs', 'ptflops')}
     return table, row | {f'kb_{k}': model_bytes(folded, b)/1000 for k, b in bits.items()}
 
@@ -112,16 +134,22 @@ def cost_command(
     Example:
 
         robustnb_cost ResNet_18,runs/resnet/weights.pt --formats INT8,INT4 --size 32 --out cost"""
-    out, items, specs = Path(out), _listed(weights, 'weights'), _specs(formats)
+    out = Path(out)
+    items = _listed(weights, 'weights')
+    specs = _specs(formats)
     files = [o for o in items if o not in model_names]
     nets = {o: build_model(o) for o in items if o in model_names} | _networks(files)
-    if len(nets) < len(items): raise ValueError(f"`weights` must be files that differ in their name or in that of their folder; got {weights}.")
+    if len(nets) < len(items):
+        raise ValueError("`weights` must be files that differ in their name or in that of "
+                         f"their folder; got {weights}.")
     found = {name: _costs(net, specs, size) for name, net in nets.items()}
-    layers = pd.concat([table.assign(network=name) for name, (table, _) in found.items()], ignore_index=True)
+    layers = pd.concat([table.assign(network=name) for name, (table, _) in found.items()],
+                       ignore_index=True)
     networks = pd.DataFrame([dict(network=name) | row for name, (_, row) in found.items()])
     _write(layers[['network', *layers.columns.drop('network')]], out/'layers.csv')
     _write(networks, out/'networks.csv')
-    save_json(manifest(weights=items, formats=list(specs), size=size, layers=len(layers)), out/'manifest.json')
+    save_json(manifest(weights=items, formats=list(specs), size=size, layers=len(layers)),
+              out/'manifest.json')
     print(networks.round(1).to_string(index=False), f'\n\nLayer by layer: {out}/layers.csv')
 
 # %% ../../nbs/api/commands/30_transfer.ipynb #67d0e0dd
@@ -130,8 +158,11 @@ def _drawn(net, out, n, boundary, seed, **training):
     file = out/'generator.pt'
     if not file.exists():
         generator, history = train_generator(net, seed=seed, **training)
-        if is_main(): _write(history, out/'history.csv'); save_generator(generator, file)
-    if not is_main(): sys.exit()
+        if is_main():
+            _write(history, out/'history.csv')
+            save_generator(generator, file)
+    if not is_main():
+        sys.exit()
     generator = load_generator(file)
     x, targets = generate(generator, n, boundary, seed)
     made = ImageSet(to_uint8(x), targets.numpy(), net.classes)
@@ -140,9 +171,11 @@ def _drawn(net, out, n, boundary, seed, **training):
 
 def _sheet(images, path, n=64):
     "A picture of the first images, each under its class or its two"
-    titles = ['+'.join(images.classes[k] for k in row.argsort()[::-1] if row[k] > 0) for row in images.labels[:n]]
+    titles = ['+'.join(images.classes[k] for k in row.argsort()[::-1] if row[k] > 0)
+              for row in images.labels[:n]]
     ax = show_images(images.images[:n], titles)
-    with atomic_path(path) as tmp: ax.figure.savefig(tmp, format='png', bbox_inches='tight')
+    with atomic_path(path) as tmp:
+        ax.figure.savefig(tmp, format='png', bbox_inches='tight')
     plt.close(ax.figure)
 
 # %% ../../nbs/api/commands/30_transfer.ipynb #ad3fe1f9
@@ -151,7 +184,9 @@ def _sheet(images, path, n=64):
 def generate_command(
     weights:str,          # File of robustnb_train or `save_model`
     n:int=500,            # Images
-    out:str='generated',  # Folder for data.npy, label.npy, classes.json, sheet.png, generator.pt, history.csv, manifest.json
+    # Folder for data.npy, label.npy, classes.json, sheet.png, generator.pt, history.csv,
+    # manifest.json
+    out:str='generated',
     steps:int=300,        # Optimiser steps of the generator
     size:int=32,          # Height and width of the images, a multiple of 4
     width:int=64,         # Channels of the generator's body
@@ -163,29 +198,40 @@ def generate_command(
     Example:
 
         robustnb_generate runs/resnet/weights.pt --n 500 --out generated"""
-    started, out, net = time.time(), Path(out), load_model(weights)
+    started = time.time()
+    out = Path(out)
+    net = load_model(weights)
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
     if not 0 <= boundary <= 1: raise ValueError(f"`boundary` must be a share in [0, 1]; got {boundary}.")
-    _continue(out, dict(network=_mark(Path(weights).read_bytes()), steps=steps, size=size, width=width, seed=seed))
+    _continue(out, dict(network=_mark(Path(weights).read_bytes()), steps=steps, size=size,
+                        width=width, seed=seed))
     generator, made = _drawn(net, out, n, boundary, seed, steps=steps, size=size, width=width)
     _sheet(made, out/'sheet.png')
     agreement = (predict(net, made.x).argmax(1).numpy() == made.y).mean()
-    facts = dict(knows=generator.knows, agreement=round(float(agreement), 4)) | {k: round(v, 4) for k, v in energy(generator, net, seed=seed).items()}
-    save_json(manifest(weights=weights, n=n, steps=steps, size=size, width=width, boundary=boundary, seed=seed, **facts, seconds=round(time.time()-started)), out/'manifest.json')
-    print(f"{n} images in {out}/; the network sees the main class in {agreement:.1%} of them, {facts['clip_rate']:.1%} of the pixels are at the clamp")
+    facts = dict(knows=generator.knows, agreement=round(float(agreement), 4)) | {
+        k: round(v, 4) for k, v in energy(generator, net, seed=seed).items()}
+    save_json(manifest(weights=weights, n=n, steps=steps, size=size, width=width,
+                       boundary=boundary, seed=seed, **facts, seconds=round(time.time()-started)),
+              out/'manifest.json')
+    print(f"{n} images in {out}/; the network sees the main class in {agreement:.1%} of them, "
+          f"{facts['clip_rate']:.1%} of the pixels are at the clamp")
 
 # %% ../../nbs/api/commands/30_transfer.ipynb #7b5f421f
 def _some(images, n, seed):
     "At most `n` images of a source, shuffled; labels are not looked at"
     data = _images(images, None if (Path(images)/'data.npy').is_file() else 'train')
-    return data[torch.randperm(len(data), generator=make_generator(seed, 'calibration'))[:n].numpy()]
+    return (
+        data[torch.randperm(len(data), generator=make_generator(seed, 'calibration'))[:n].numpy()])
 
 @_command
 @_readable
 def quantize_command(
     weights:str,             # File of robustnb_train or `save_model`
-    formats:str=','.join(default_formats), # Number formats, separated by commas, as INT8, POT4, FLOAT6_E3, INT4/INT8
-    images:str='',           # Calibration images: as --data of robustnb_train, or a folder of robustnb_generate; none draws them from the network
+    # Number formats, separated by commas, as INT8, POT4, FLOAT6_E3, INT4/INT8
+    formats:str=','.join(default_formats),
+    # Calibration images: as --data of robustnb_train, or a folder of robustnb_generate; none draws
+    # them from the network
+    images:str='',
     n:int=300,               # Calibration images at most
     steps:int=300,           # Optimiser steps of the generator, where no images are named
     out:str='quantised',     # Folder for a file per format, quantised.csv, manifest.json
@@ -196,14 +242,22 @@ def quantize_command(
     Example:
 
         robustnb_quantize runs/resnet/weights.pt --formats INT8,POT4 --images generated --out quantised"""
-    started, out, specs, net = time.time(), Path(out), _specs(formats), load_model(weights)
+    started = time.time()
+    out = Path(out)
+    specs = _specs(formats)
+    net = load_model(weights)
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
     data = _some(images, n, seed) if images else None
-    asked = dict(images=_mark(data.images.tobytes())) if images else dict(images='generated', n=n, steps=steps, seed=seed)
+    asked = dict(images=_mark(data.images.tobytes())) if images else dict(
+        images='generated', n=n, steps=steps, seed=seed)
     _continue(out, dict(network=_mark(Path(weights).read_bytes())) | asked)
     x = (data or _drawn(net, out/'images', n, .5, seed, steps=steps)[1]).x
-    table, rows, clean = out/'quantised.csv', {}, predict(net, x)
-    if table.exists(): rows = {r['format']: r for r in pd.read_csv(table, keep_default_na=False).to_dict('records')}
+    table = out/'quantised.csv'
+    rows = {}
+    clean = predict(net, x)
+    if table.exists():
+        rows = {r['format']: r
+                for r in pd.read_csv(table, keep_default_na=False).to_dict('records')}
     for name, spec in specs.items():
         file = out/f"{name.replace('/', '-')}.pt"
         if name in rows and file.exists():
@@ -211,7 +265,13 @@ def quantize_command(
             continue
         q = quantize(net, spec, x)
         save_quantized(q, file)
-        rows[name] = dict(format=name, file=file.name, size_kb=model_bytes(q, spec.weights.bits)/1000, agreement=(~output_change(clean, predict(q, x)).flip).mean(), n=len(x), left_float=' '.join(q.left_float))
+        rows[name] = dict(format=name, file=file.name,
+                          size_kb=model_bytes(q, spec.weights.bits)/1000,
+                          agreement=(~output_change(clean, predict(q, x)).flip).mean(),
+                          n=len(x), left_float=' '.join(q.left_float))
         _write(pd.DataFrame(rows.values()), table)
-    save_json(manifest(weights=weights, formats=list(rows), images=images or 'generated', n=len(x), seed=seed, seconds=round(time.time()-started)), out/'manifest.json')
-    print(pd.DataFrame(rows.values()).drop(columns='left_float').round(4).to_string(index=False), f'\n\nWritten to {out}/')
+    save_json(manifest(weights=weights, formats=list(rows), images=images or 'generated',
+                       n=len(x), seed=seed, seconds=round(time.time()-started)),
+              out/'manifest.json')
+    print(pd.DataFrame(rows.values()).drop(columns='left_float').round(4).to_string(index=False),
+          f'\n\nWritten to {out}/')

@@ -26,16 +26,19 @@ from ..models.loading import strip_prefixes
 from ..models.training import crop_and_flip
 
 # %% ../../nbs/api/curation/30_contest.ipynb #3b8b74fe
-contest_networks = dict(resnet50='args_resnet', densenet121='args_densenet', preactresnet18='args_preactresnet18', wideresnet='args_wideresnet')
+contest_networks = dict(resnet50='args_resnet', densenet121='args_densenet',
+                        preactresnet18='args_preactresnet18', wideresnet='args_wideresnet')
 _stages = {1: ('resnet50', 'densenet121'), 2: ('preactresnet18', 'wideresnet')}
-_mean, _std = (.4914, .4822, .4465), (.2023, .1994, .2010)
+_mean = (.4914, .4822, .4465)
+_std = (.2023, .1994, .2010)
 
 class _PreAct(nn.Module):
     "Normalise, activate, then two convolutions beside a shortcut (He et al. 2016, arXiv:1603.05027)"
     def __init__(self, i, o, stride):
         super().__init__()
         self.before = nn.Sequential(nn.BatchNorm2d(i), nn.ReLU())
-        self.body = nn.Sequential(*conv_layers(i, o, 3, stride), nn.Conv2d(o, o, 3, padding=1, bias=False))
+        self.body = nn.Sequential(*conv_layers(i, o, 3, stride),
+                                  nn.Conv2d(o, o, 3, padding=1, bias=False))
         self.shortcut = nn.Conv2d(i, o, 1, stride, bias=False) if stride > 1 or i != o else None
 
     def forward(self, x):
@@ -55,17 +58,24 @@ def _preact(c, stem, widths, depth, last):
     i = c(stem)
     layers = [nn.Conv2d(3, i, 3, padding=1, bias=False)]
     for n, o in enumerate(map(c, widths)):
-        for j in range(depth): layers, i = layers + [_PreAct(i, o, 2 if n and not j else 1)], o
+        for j in range(depth):
+            layers, i = layers + [_PreAct(i, o, 2 if n and not j else 1)], o
     return joined(layers + (_first(i) if last else []), *_head(i))
 
 # %% ../../nbs/api/curation/30_contest.ipynb #3affda22
 def _densenet(c):
     "Huang et al. 2017, arXiv:1608.06993, with growth 12 and bottlenecks of four times the growth"
-    g, i = c(12), 2*c(12)
+    g = c(12)
+    i = 2*c(12)
     layers = [nn.Conv2d(3, i, 3, padding=1, bias=False)]
     for n in (6, 12, 24, 16):
-        if len(layers) > 1: layers, i = layers + [*_first(i), nn.Conv2d(i, i//2, 1, bias=False), nn.AvgPool2d(2)], i//2
-        for _ in range(n): layers, i = layers + [_Grow(*_first(i), *conv_layers(i, 4*g, 1), nn.Conv2d(4*g, g, 3, padding=1, bias=False))], i+g
+        if len(layers) > 1:
+            layers = layers + [*_first(i), nn.Conv2d(i, i//2, 1, bias=False), nn.AvgPool2d(2)]
+            i = i//2
+        for _ in range(n):
+            layers = layers + [_Grow(*_first(i), *conv_layers(i, 4*g, 1),
+                                     nn.Conv2d(4*g, g, 3, padding=1, bias=False))]
+            i = i+g
     return joined(layers + _first(i), *_head(i))
 
 _makers = dict(resnet50=lambda c: resnet(10, c, (3, 4, 6, 3), True), densenet121=_densenet,
@@ -79,51 +89,70 @@ def contest_network(
     seed:int=0,        # The weights are a function of `name`, `width` and this
 )->Normalized:         # In evaluation mode: images `(N,3,32,32)`, pixels in [0,1], to logits `(N,10)`
     "One of the four networks of the contest, with random weights."
-    if name not in _makers: raise ValueError(f"`name` must be one of {', '.join(contest_networks)}; got {name!r}.")
-    if not (isinstance(width, (int, float)) and 0 < width <= 4): raise ValueError(f"`width` must be in (0, 4]; got {width!r}. 1 is the network of the contest.")
+    if name not in _makers:
+        raise ValueError(f"`name` must be one of {', '.join(contest_networks)}; got {name!r}.")
+    if not (isinstance(width, (int, float)) and 0 < width <= 4):
+        raise ValueError(
+            f"`width` must be in (0, 4]; got {width!r}. 1 is the network of the contest.")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(subseed(seed, 'contest_network', name))
         net = _makers[name](lambda n: max(1, round(n*width)))
         if name == 'wideresnet':
             for m in net.modules():
-                if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out')
+                if isinstance(m, nn.Conv2d):
+                    nn.init.kaiming_normal_(m.weight, mode='fan_out')
             nn.init.zeros_(net.classifier[-1].bias)
     return Normalized(net, _mean, _std, 32, name, 10, width).eval()
 
 # %% ../../nbs/api/curation/30_contest.ipynb #f3ab0b69
-_keys = 'epochs', 'optimizer_name', 'optimizer_hyperparameters', 'scheduler_name', 'scheduler_hyperparameters', 'batch_size'
-_max_config, _allowed = 2**16, f"Only dictionaries of plain values may be assigned, to {', '.join(contest_networks.values())}; no imports, calls (but dict), functions or arithmetic"
+_keys = ('epochs', 'optimizer_name', 'optimizer_hyperparameters', 'scheduler_name',
+         'scheduler_hyperparameters', 'batch_size')
+_max_config, _allowed = (2**16, "Only dictionaries of plain values may be assigned, to "
+                                f"{', '.join(contest_networks.values())}; no imports, calls "
+                                "(but dict), functions or arithmetic")
 
 def _literal(node):
     "The value of a literal, or an error that holds the line number"
     if isinstance(node, ast.Constant) and isinstance(node.value, (str, float, type(None))): return node.value
-    if isinstance(node, ast.Constant) and isinstance(node.value, int) and node.value.bit_length() < 64: return node.value
-    if isinstance(node, (ast.List, ast.Tuple)): return (list if isinstance(node, ast.List) else tuple)(map(_literal, node.elts))
+    if isinstance(node,
+                  ast.Constant) and isinstance(node.value, int) and node.value.bit_length() < 64:
+        return node.value
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return (list if isinstance(node, ast.List) else tuple)(map(_literal, node.elts))
     if isinstance(node, ast.Dict) and all(isinstance(k, ast.Constant) for k in node.keys):
         return {_literal(k): _literal(v) for k, v in zip(node.keys, node.values)}
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and type(getattr(node.operand, 'value', None)) in (int, float):
+    if isinstance(node, ast.UnaryOp) and isinstance(
+            node.op, ast.USub) and type(getattr(node.operand, 'value', None)) in (int, float):
         return -_literal(node.operand)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict' and not node.args and all(k.arg for k in node.keywords):
+    if (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        and node.func.id == 'dict' and not node.args and all(k.arg for k in node.keywords)):
         return {k.arg: _literal(k.value) for k in node.keywords}
     raise ValueError(node.lineno)
 
 def _parse_config(raw):
     "Settings by network, from the bytes of a config.py that is never run"
     if len(raw) > _max_config: raise ValueError(f"the file must have at most {_max_config} bytes; got more.")
-    def wrong(line, what): return ValueError(f"line {line}: {lines[line-1].strip()[:60]!r} {what}. {_allowed}.")
-    names, config, lines = {v: k for k, v in contest_networks.items()}, {}, ['']
+    def wrong(line, what):
+        return ValueError(f"line {line}: {lines[line-1].strip()[:60]!r} {what}. {_allowed}.")
+    names = {v: k for k, v in contest_networks.items()}
+    config = {}
+    lines = ['']
     try:
         lines = re.split('\r\n|\r|\n', text := raw.decode('utf-8-sig'))
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        raise wrong(min(getattr(e, 'lineno', None) or 1, len(lines)), f"is not Python in UTF-8 ({type(e).__name__}: {e})") from None
+        raise wrong(min(getattr(e, 'lineno', None) or 1, len(lines)),
+                    f"is not Python in UTF-8 ({type(e).__name__}: {e})") from None
     for o in tree.body:
         target = o.targets[0] if isinstance(o, ast.Assign) and len(o.targets) == 1 else None
-        if not isinstance(target, ast.Name) or target.id not in names: raise wrong(o.lineno, "is not an assignment to a known name")
-        try: value = _literal(o.value)
-        except ValueError as e: raise wrong(e.args[0], "holds more than plain values") from None
+        if not isinstance(target, ast.Name) or target.id not in names:
+            raise wrong(o.lineno, "is not an assignment to a known name")
+        try:
+            value = _literal(o.value)
+        except ValueError as e:
+            raise wrong(e.args[0], "holds more than plain values") from None
         if not isinstance(value, dict): raise wrong(o.lineno, "does not assign a dictionary")
         config[names[target.id]] = value
     return config
@@ -131,24 +160,31 @@ def _parse_config(raw):
 # %% ../../nbs/api/curation/30_contest.ipynb #8cd1f9f8
 def _class(module, name, base):
     found = vars(module).get(name) if isinstance(name, str) else None
-    return found if isinstance(found, type) and issubclass(found, base) and found is not base else None
+    return found if isinstance(found,
+                               type) and issubclass(found, base) and found is not base else None
 
 def _effective(c):
     "Batch size and optimiser settings that the trainer really uses"
-    size, hyper = c['batch_size'], dict(c['optimizer_hyperparameters'])
-    if size > 256: size, hyper['lr'] = 256, hyper['lr']*(256/size)
+    size = c['batch_size']
+    hyper = dict(c['optimizer_hyperparameters'])
+    if size > 256:
+        size, hyper['lr'] = 256, hyper['lr']*(256/size)
     return size, hyper
 
-def _optimizer(parameters, c): return getattr(torch.optim, c['optimizer_name'])(parameters, **_effective(c)[1])
+def _optimizer(parameters, c):
+    return getattr(torch.optim, c['optimizer_name'])(parameters, **_effective(c)[1])
 
 def _scheduler(optimizer, c):
     if c['scheduler_name'] is None: return None
-    return getattr(torch.optim.lr_scheduler, c['scheduler_name'])(optimizer, **c['scheduler_hyperparameters'])
+    return getattr(torch.optim.lr_scheduler,
+                   c['scheduler_name'])(optimizer, **c['scheduler_hyperparameters'])
 
 def _rehearse(c):
     "What goes wrong with `c` on three tiny parameters: (rule, error), or None"
-    parameters, rule = [nn.Parameter(torch.ones(2, 2, 1, 1)[(0,)*i]) for i in (0, 2, 3)], 'optimizer'
-    for p in parameters: p.grad = torch.zeros_like(p)
+    parameters, rule = ([nn.Parameter(torch.ones(2, 2, 1, 1)[(0,)*i]) for i in (0, 2, 3)],
+                        'optimizer')
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -156,41 +192,65 @@ def _rehearse(c):
             scheduler = _scheduler(optimizer, c)
             for epoch in range(c['epochs']):
                 rule = 'scheduler' if epoch and scheduler else 'optimizer'
-                if not all(math.isfinite(g['lr']) for g in optimizer.param_groups): raise ValueError(f"the rate is {optimizer.param_groups[0]['lr']} in epoch {epoch+1}")
+                if not all(math.isfinite(g['lr']) for g in optimizer.param_groups):
+                    raise ValueError(
+                        f"the rate is {optimizer.param_groups[0]['lr']} in epoch {epoch+1}")
                 optimizer.step()
                 rule = 'scheduler'
-                if scheduler: scheduler.step()
-    except Exception as e: return rule, f"{type(e).__name__}: {e}"
+                if scheduler:
+                    scheduler.step()
+    except Exception as e:
+        return rule, f"{type(e).__name__}: {e}"
 
 # %% ../../nbs/api/curation/30_contest.ipynb #626f67bc
 def _whole(n): return isinstance(n, int) and not isinstance(n, bool) and n >= 1
 
 def _settings_rows(name, c):
     "One row per rule about the settings `c` of a network; `name` goes into what was found"
-    lost = [k for k in _keys if k not in c and not (k == 'scheduler_hyperparameters' and c.get('scheduler_name', 0) is None)]
-    extra, told = [k for k in c if k not in _keys], lambda k: f"{name}: {c.get(k, 'missing')!r:.80}"
+    lost = [k for k in _keys if k not in c and not (
+        k == 'scheduler_hyperparameters' and c.get('scheduler_name', 0) is None)]
+    extra = [k for k in c if k not in _keys]
+    told = lambda k: f"{name}: {c.get(k, 'missing')!r:.80}"
     ways = {k: [n for n in vars(m) if n[0] != '_' and _class(m, n, b)] for k, m, b in (
-        ('optimizer', torch.optim, torch.optim.Optimizer), ('scheduler', torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler))}
-    epochs, size = c.get('epochs'), c.get('batch_size')
-    rows = [verdict_row('config keys', not lost + extra, f"{name}: {', '.join(f'no {k}' for k in lost) or 'complete'}{''.join(f', unknown {k!r}' for k in extra)}", f"The keys are {', '.join(_keys)}."),
-            verdict_row('epochs', _whole(epochs) and epochs <= 200, told('epochs'), "A whole number from 1 to 200."),
-            verdict_row('batch size', _whole(size), told('batch_size'), "A whole number from 1 to 256.")]
-    if _whole(size) and size > 256: rows[-1] = verdict_row('batch size', False, told('batch_size'), f"At most 256: the trainer takes 256 and multiplies lr by {256/size:.4g}.", 'warning')
-    known = {'optimizer': c.get('optimizer_name') in ways['optimizer'], 'scheduler': c.get('scheduler_name', 0) in [None, *ways['scheduler']]}
-    trial = _rehearse(c | dict(epochs=min(epochs, 200))) if all(known.values()) and not lost and _whole(epochs) and _whole(size) else None
+        ('optimizer', torch.optim, torch.optim.Optimizer),
+        ('scheduler', torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler))}
+    epochs = c.get('epochs')
+    size = c.get('batch_size')
+    rows = [verdict_row(
+        'config keys', not lost + extra,
+        f"{name}: "
+        f"{', '.join(f'no {k}' for k in lost) or 'complete'}{''.join(f', unknown {k!r}' for k in extra)}",
+        f"The keys are {', '.join(_keys)}."),
+            verdict_row('epochs', _whole(epochs) and epochs <= 200, told('epochs'),
+                        "A whole number from 1 to 200."),
+            verdict_row('batch size', _whole(size), told('batch_size'),
+                        "A whole number from 1 to 256.")]
+    if _whole(size) and size > 256:
+        rows[-1] = verdict_row(
+            'batch size', False, told('batch_size'),
+            f"At most 256: the trainer takes 256 and multiplies lr by {256/size:.4g}.", 'warning')
+    known = {'optimizer': c.get('optimizer_name') in ways['optimizer'],
+             'scheduler': c.get('scheduler_name', 0) in [None, *ways['scheduler']]}
+    trial = (_rehearse(c | dict(epochs=min(epochs, 200)))
+             if all(known.values()) and not lost and _whole(epochs) and _whole(size) else None)
     for k, ok in known.items():
         failed = trial is not None and trial[0] == k
         found = told(f'{k}_name') + (f" fails: {trial[1]}" if failed else '')
-        todo = f"Correct {k}_hyperparameters, or take another {k}: the trainer calls step() without arguments." if ok else f"One of {', '.join(ways[k])}."
+        todo = (f"Correct {k}_hyperparameters, or take another {k}: the trainer calls step() "
+                "without arguments." if ok else f"One of {', '.join(ways[k])}.")
         rows.append(verdict_row(k, ok and not failed, found, todo))
     return rows
 
 # %% ../../nbs/api/curation/30_contest.ipynb #b908d76a
 def _config_rows(config):
     "One row per rule, over all networks of `config`"
-    missing = {s: [contest_networks[n] for n in names if n not in config] for s, names in _stages.items()}
-    rows = [verdict_row('config networks', not all(missing.values()), ', '.join(contest_networks[n] for n in config) or 'none',
-                 f"Assign all of one stage: {' or '.join(' and '.join(contest_networks[n] for n in names) for names in _stages.values())}.")]
+    missing = {s: [contest_networks[n] for n in names if n not in config]
+               for s, names in _stages.items()}
+    rows = [verdict_row(
+        'config networks', not all(missing.values()),
+        ', '.join(contest_networks[n] for n in config) or 'none',
+        "Assign all of one stage: "
+        f"{' or '.join(' and '.join(contest_networks[n] for n in names) for names in _stages.values())}.")]
     table = [r for n, c in config.items() for r in _settings_rows(contest_networks[n], c)]
     worst = dict(broken=0, warning=1, ok=2)
     for rule in dict.fromkeys(r['rule'] for r in table):
@@ -201,8 +261,11 @@ def _config_rows(config):
 
 def _refuse(name, rows):
     "Raise if a row is broken, with all of them"
-    broken = [f"{r['rule']}: {r['found']}. {r['what_to_do']}" for r in rows if r['verdict'] == 'broken']
-    if broken: raise ValueError(f"`{name}` breaks {len(broken)} rule{'s'[:len(broken) > 1]} of the contest. " + ' | '.join(broken))
+    broken = [f"{r['rule']}: {r['found']}. {r['what_to_do']}" for r in rows
+              if r['verdict'] == 'broken']
+    if broken:
+        raise ValueError(f"`{name}` breaks {len(broken)} rule{'s'[:len(broken) > 1]} "
+                         "of the contest. " + ' | '.join(broken))
 
 # %% ../../nbs/api/curation/30_contest.ipynb #30bdb321
 def default_config(
@@ -210,8 +273,11 @@ def default_config(
 )->dict:            # Settings by network, in the form that `read_config` returns
     "The organiser's own configuration."
     if stage not in _stages: raise ValueError(f"`stage` must be 1 or 2; got {stage!r}.")
-    make = lambda lr, cosine=True: dict(epochs=200, optimizer_name='SGD', optimizer_hyperparameters=dict(lr=lr, momentum=.9, weight_decay=1e-4),
-        scheduler_name='CosineAnnealingLR' if cosine else None, scheduler_hyperparameters=dict(T_max=200) if cosine else {}, batch_size=256)
+    make = lambda lr, cosine=True: dict(
+        epochs=200, optimizer_name='SGD',
+        optimizer_hyperparameters=dict(lr=lr, momentum=.9, weight_decay=1e-4),
+        scheduler_name='CosineAnnealingLR' if cosine else None,
+        scheduler_hyperparameters=dict(T_max=200) if cosine else {}, batch_size=256)
     settings = {1: (make(.1), make(.1, False)), 2: (make(.01), make(.1))}
     return dict(zip(_stages[stage], settings[stage]))
 
@@ -220,10 +286,15 @@ def read_config(
     path,      # The `config.py` of a submission
 )->dict:       # Settings by network: dictionaries with `epochs`, `optimizer_name`, ...
     "Read a configuration as data; the file is never run."
-    if not Path(path).is_file(): raise FileNotFoundError(f"`path` must be a config.py; there is none at {path}.")
-    with open(path, 'rb') as f: raw = f.read(_max_config+1)
-    try: config = _parse_config(raw)
-    except ValueError as e: raise ValueError(f"`path` must be a config.py of plain dictionaries; in {path}, {e}") from None
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"`path` must be a config.py; there is none at {path}.")
+    with open(path, 'rb') as f:
+        raw = f.read(_max_config+1)
+    try:
+        config = _parse_config(raw)
+    except ValueError as e:
+        raise ValueError(
+            f"`path` must be a config.py of plain dictionaries; in {path}, {e}") from None
     _refuse('path', _config_rows(config))
     return config
 
@@ -233,11 +304,17 @@ def write_config(
 )->Path:           # The path written
     "Write a configuration that the organiser's trainer can import."
     unknown = [n for n in config if n not in contest_networks]
-    if unknown: raise ValueError(f"`config` must have networks of the contest as keys: {', '.join(contest_networks)}; got {unknown[0]!r}.")
-    text = ''.join(f"{contest_networks[n]} = {pformat(c, sort_dicts=False)}\n" for n, c in config.items())
-    try: _refuse('config', _config_rows(_parse_config(text.encode())))
-    except ValueError as e: raise ValueError(f"`config` must be plain values that obey the rules; {e}") from None
-    with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8')
+    if unknown:
+        raise ValueError("`config` must have networks of the contest as keys: "
+                         f"{', '.join(contest_networks)}; got {unknown[0]!r}.")
+    text = ''.join(f"{contest_networks[n]} = {pformat(c, sort_dicts=False)}\n"
+                   for n, c in config.items())
+    try:
+        _refuse('config', _config_rows(_parse_config(text.encode())))
+    except ValueError as e:
+        raise ValueError(f"`config` must be plain values that obey the rules; {e}") from None
+    with atomic_path(path) as tmp:
+        tmp.write_text(text, encoding='utf-8')
     return Path(path)
 
 # %% ../../nbs/api/curation/30_contest.ipynb #e8bc03be
@@ -246,113 +323,181 @@ def _rows_of(labels): return (labels/labels.sum(1, keepdims=True)).astype(np.flo
 # %% ../../nbs/api/curation/30_contest.ipynb #9b33daf4
 def _image_rows(x):
     "Rules about the images, from shape and type"
-    return [verdict_row('image dtype', x.dtype == np.uint8, x.dtype, "uint8, by rounding: `to_uint8` for pixels in [0, 1]."),
-            verdict_row('image shape', len(x.shape) == 4 and x.shape[1:] == (32, 32, 3), x.shape, "(N, 32, 32, 3), channels last."),
-            verdict_row('image count', len(x.shape) > 0 and 1 <= x.shape[0] <= MAX_IMAGES, x.shape[0] if x.shape else 'no images', "1 to 50000 images.")]
+    return [verdict_row('image dtype', x.dtype == np.uint8, x.dtype,
+                        "uint8, by rounding: `to_uint8` for pixels in [0, 1]."),
+            verdict_row('image shape', len(x.shape) == 4 and x.shape[1:] == (32, 32, 3),
+                        x.shape, "(N, 32, 32, 3), channels last."),
+            verdict_row('image count', len(x.shape) > 0 and 1 <= x.shape[0] <= MAX_IMAGES,
+                        x.shape[0] if x.shape else 'no images', "1 to 50000 images.")]
 
 def _label_rows(y):
     "Rules about the labels"
-    rows = [verdict_row('label dtype', y.dtype.kind == 'f', y.dtype, "Floating point, for example float32."),
-            verdict_row('label shape', len(y.shape) == 2 and y.shape[1] == 10, y.shape, "(N, 10), one column per class.")]
+    rows = [verdict_row('label dtype', y.dtype.kind == 'f', y.dtype,
+                        "Floating point, for example float32."),
+            verdict_row('label shape', len(y.shape) == 2 and y.shape[1] == 10, y.shape,
+                        "(N, 10), one column per class.")]
     if not isinstance(y, np.ndarray) or any(r['verdict'] == 'broken' for r in rows): return rows
-    def values(rule, ok, todo): return verdict_row(rule, ok.all(), f"{(~ok).sum()} bad rows" + (f", first {np.argmin(ok)}: {y[np.argmin(ok)].tolist()}" if not ok.all() else ''), todo)
+    def values(rule, ok, todo):
+        return verdict_row(rule, ok.all(), f"{(~ok).sum()} bad rows" + (
+            f", first {np.argmin(ok)}: {y[np.argmin(ok)].tolist()}" if not ok.all() else ''),
+                           todo)
     with np.errstate(all='ignore'):
-        finite, sums = np.isfinite(y).all(1), y.sum(1)
-        return rows + [values('labels finite', finite, "No NaN, no infinity."), values('labels >= 0', ~(y < 0).any(1), "Weights of at least 0."),
-                       values('row sums', np.isfinite(_rows_of(y)).all(1) & (sums > 0) & (sums < np.inf) | ~finite, "Each row has a sum above 0 and finite: the trainer divides by it.")]
+        finite = np.isfinite(y).all(1)
+        sums = y.sum(1)
+        return rows + [
+            values('labels finite', finite, "No NaN, no infinity."),
+            values('labels >= 0', ~(y < 0).any(1), "Weights of at least 0."),
+            values('row sums',
+                   np.isfinite(_rows_of(y)).all(1) & (sums > 0) & (sums < np.inf) | ~finite,
+                   "Each row has a sum above 0 and finite: the trainer divides by it.")]
 
 def _pair_rows(x, y):
     "Rules about images and labels together; the last two are advice"
-    n, m = (o.shape[0] if o.shape else None for o in (x, y))
-    rows = [verdict_row('lengths', n == m, f"{n} images, {m} labels", "One row of labels per image, in the same order.")]
+    n = x.shape[0] if x.shape else None
+    m = y.shape[0] if y.shape else None
+    rows = [verdict_row('lengths', n == m, f"{n} images, {m} labels",
+                        "One row of labels per image, in the same order.")]
     if not isinstance(x, np.ndarray) or any(o['verdict'] == 'broken' for o in _image_rows(x)): return rows
     twice = n - len({hashlib.blake2b(o.tobytes(), digest_size=16).digest() for o in x})
-    rows.append(verdict_row('duplicates', not twice, twice, "Repeat images only to give them more weight.", 'warning'))
+    rows.append(verdict_row('duplicates', not twice, twice,
+                            "Repeat images only to give them more weight.", 'warning'))
     if not isinstance(y, np.ndarray) or any(o['verdict'] == 'broken' for o in _label_rows(y)[:2]): return rows
     counts = np.bincount(y.argmax(1), minlength=10)
-    return rows + [verdict_row('class balance', counts.max() <= 2*counts.min(), f"{counts.min()} to {counts.max()} images a class", "Similar numbers for all ten classes.", 'warning')]
+    return rows + [verdict_row('class balance', counts.max() <= 2*counts.min(),
+                               f"{counts.min()} to {counts.max()} images a class",
+                               "Similar numbers for all ten classes.", 'warning')]
 
 # %% ../../nbs/api/curation/30_contest.ipynb #b4c2ef9c
 def load_set(
     path,                   # Folder or zip file with `data.npy` and `label.npy`
-    normalised:bool=False,  # Whether to divide the rows of the labels by their sums and make them float32, as the trainer does
+    # Whether to divide the rows of the labels by their sums and make them float32, as the trainer
+    # does
+    normalised:bool=False,
 )->tuple:                   # Images (N,32,32,3), uint8; labels (N,10), float
     "The images and labels of a submission, nothing unpickled."
     try:
-        with open_members(path) as files: x, y = read_array(files, 'data.npy'), read_array(files, 'label.npy')
-    except ValueError as e: raise ValueError(f"`path` must hold data.npy and label.npy as plain arrays; {path} is wrong: {e}.") from e
+        with open_members(path) as files:
+            x = read_array(files, 'data.npy')
+            y = read_array(files, 'label.npy')
+    except ValueError as e:
+        raise ValueError(f"`path` must hold data.npy and label.npy as plain arrays; {path} is "
+                         f"wrong: {e}.") from e
     _refuse('path', _image_rows(x) + _label_rows(y) + _pair_rows(x, y))
     return x, _rows_of(y) if normalised else y
 
 # %% ../../nbs/api/curation/30_contest.ipynb #26dfc8d0
-_rules = ('archive', 'data.npy', 'image dtype', 'image shape', 'image count', 'label.npy', 'label dtype', 'label shape', 'labels finite', 'labels >= 0', 'row sums', 'lengths',
-          'config.py', 'config networks', 'config keys', 'epochs', 'batch size', 'optimizer', 'scheduler', 'duplicates', 'class balance')
+_rules = ('archive', 'data.npy', 'image dtype', 'image shape', 'image count', 'label.npy',
+          'label dtype', 'label shape', 'labels finite', 'labels >= 0', 'row sums', 'lengths',
+          'config.py', 'config networks', 'config keys', 'epochs', 'batch size', 'optimizer',
+          'scheduler', 'duplicates', 'class balance')
 
 def _read(rule, read, rows, todo):
     "What `read` returns, or None; the verdict goes to `rows`"
-    try: out = read()
-    except ValueError as e: rows.append(verdict_row(rule, False, e, todo))
+    try:
+        out = read()
+    except ValueError as e:
+        rows.append(verdict_row(rule, False, e, todo))
     else:
         rows.append(verdict_row(rule, True, 'readable', ''))
         return out
 
 def _config_bytes(files):
-    if 'config.py' not in files: raise ValueError(f"missing, there are only {', '.join(sorted(files)[:6]) or 'no files'}")
+    if 'config.py' not in files:
+        raise ValueError(f"missing, there are only {', '.join(sorted(files)[:6]) or 'no files'}")
     try:
-        with files['config.py']() as f: return f.read(_max_config+1)
-    except Exception as e: raise ValueError(f"cannot be read ({type(e).__name__}: {e})") from e
+        with files['config.py']() as f:
+            return f.read(_max_config+1)
+    except Exception as e:
+        raise ValueError(f"cannot be read ({type(e).__name__}: {e})") from e
 
 def validate_set(
     path,           # Folder or zip file of a submission
-)->pd.DataFrame:    # One row per rule: rule, verdict ('ok', 'warning', 'broken' or 'not checked'), found, what_to_do
+    # One row per rule: rule, verdict ('ok', 'warning', 'broken' or 'not checked'), found,
+    # what_to_do
+)->pd.DataFrame:
     "Judge a submission by every rule of the contest, without running or unpickling anything in it."
     rows, todo = [], "Write a plain array with np.save, at the top of the folder or zip file."
     try:
         with open_members(path) as files:
             rows.append(verdict_row('archive', True, f'{len(files)} files', ''))
-            x, y = (_read(n, partial(read_array, files, n), rows, todo) for n in ('data.npy', 'label.npy'))
-            config = _read('config.py', lambda: _parse_config(_config_bytes(files)), rows, f"Put it at the top. {_allowed}.")
-    except ValueError as e: rows, x, y, config = [verdict_row('archive', False, e, "Make the zip file again with `write_submission`; do not unpack this one.")], None, None, None
-    if x is not None: rows += _image_rows(x)
-    if y is not None: rows += _label_rows(y)
-    if x is not None and y is not None: rows += _pair_rows(x, y)
-    if config is not None: rows += _config_rows(config)
+            x = _read('data.npy', partial(read_array, files, 'data.npy'), rows, todo)
+            y = _read('label.npy', partial(read_array, files, 'label.npy'), rows, todo)
+            config = _read('config.py', lambda: _parse_config(_config_bytes(files)), rows,
+                           f"Put it at the top. {_allowed}.")
+    except ValueError as e:
+        rows, x, y, config = [verdict_row('archive', False, e,
+                                          "Make the zip file again with `write_submission`; "
+                                          "do not unpack this one.")], None, None, None
+    if x is not None:
+        rows += _image_rows(x)
+    if y is not None:
+        rows += _label_rows(y)
+    if x is not None and y is not None:
+        rows += _pair_rows(x, y)
+    if config is not None:
+        rows += _config_rows(config)
     found = {r['rule']: r for r in rows}
-    return pd.DataFrame([found.get(k) or dict(rule=k, verdict='not checked', found='', what_to_do='First repair what is broken.') for k in _rules])
+    return pd.DataFrame([found.get(k) or dict(rule=k, verdict='not checked', found='',
+                                              what_to_do='First repair what is broken.')
+                         for k in _rules])
 
 # %% ../../nbs/api/curation/30_contest.ipynb #968ff71b
 def _contest_epoch(model, x, targets, size, optimizer, generator):
     "One pass over the data; returns the mean loss and the accuracy on the augmented images."
-    device, n, layout = x.device, len(x), memory_layout(model)
-    order, total, right, bf16 = torch.randperm(n, generator=generator), torch.zeros((), device=device), torch.zeros((), device=device), fast_bf16(device)
+    device = x.device
+    n = len(x)
+    layout = memory_layout(model)
+    order = torch.randperm(n, generator=generator)
+    total = torch.zeros((), device=device)
+    right = torch.zeros((), device=device)
+    bf16 = fast_bf16(device)
     for start in range(0, n, size):
         rows = order[start:start+size].to(device)
-        xb = crop_and_flip(x[rows], 4, True, generator).float().div_(255).contiguous(memory_format=layout)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16): logits = model(xb)
+        xb = crop_and_flip(x[rows], 4, True,
+                           generator).float().div_(255).contiguous(memory_format=layout)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = model(xb)
         loss = F.kl_div(F.log_softmax(logits.float(), 1), targets[rows], reduction='batchmean')
-        optimizer.zero_grad(); loss.backward(); optimizer.step()
-        total += loss.detach()*len(rows); right += (logits.argmax(1) == targets[rows].argmax(1)).sum()
-    if not torch.isfinite(total): raise FloatingPointError(f"the loss is not finite; lower `lr` in optimizer_hyperparameters (now {optimizer.param_groups[0]['lr']:.4g}).")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.detach()*len(rows)
+        right += (logits.argmax(1) == targets[rows].argmax(1)).sum()
+    if not torch.isfinite(total):
+        raise FloatingPointError("the loss is not finite; lower `lr` in "
+                                 "optimizer_hyperparameters (now "
+                                 f"{optimizer.param_groups[0]['lr']:.4g}).")
     return total.item()/n, right.item()/n
 
 def _step(model, x, targets, config, seed, epoch, optimizer, scheduler):
     "An epoch and a step of the scheduler; a row of the history"
-    began, lr, cuda = time.time(), optimizer.param_groups[0]['lr'], x.device.type == 'cuda'
-    with torch.random.fork_rng(devices=[x.device] if cuda else []), torch.backends.cudnn.flags(enabled=True, deterministic=True):
-        (torch.cuda if cuda else torch.default_generator).manual_seed(subseed(seed, 'contest dropout', epoch))
-        loss, accuracy = _contest_epoch(model, x, targets, _effective(config)[0], optimizer, make_generator(seed, 'contest epoch', epoch))
-    if scheduler: scheduler.step()
-    return dict(epoch=epoch+1, lr=float(lr), loss=loss, accuracy=accuracy, seconds=time.time()-began)
+    began = time.time()
+    lr = optimizer.param_groups[0]['lr']
+    cuda = x.device.type == 'cuda'
+    with (torch.random.fork_rng(devices=[x.device] if cuda else []),
+          torch.backends.cudnn.flags(enabled=True, deterministic=True)):
+        (torch.cuda if cuda else torch.default_generator).manual_seed(subseed(
+            seed, 'contest dropout', epoch))
+        loss, accuracy = _contest_epoch(model, x, targets, _effective(config)[0], optimizer,
+                                        make_generator(seed, 'contest epoch', epoch))
+    if scheduler:
+        scheduler.step()
+    return dict(epoch=epoch+1, lr=float(lr), loss=loss, accuracy=accuracy,
+                seconds=time.time()-began)
 
 def _mark(model, images, labels, config, seed):
     "What a checkpoint must agree with; the number of epochs is free, as nothing before the end depends on it"
     settings = repr(sorted((k, v) for k, v in config.items() if k != 'epochs'))
-    weights = hashlib.sha256(b''.join(v.detach().cpu().contiguous().numpy().tobytes() for v in model.state_dict().values())).hexdigest()[:16]
-    return fingerprint(model, SimpleNamespace(images=images, labels=labels), settings, seed) | dict(weights=weights)
+    weights = hashlib.sha256(b''.join(v.detach().cpu().contiguous().numpy().tobytes()
+                                      for v in model.state_dict().values())).hexdigest()[:16]
+    return fingerprint(model, SimpleNamespace(images=images, labels=labels), settings,
+                       seed) | dict(weights=weights)
 
 # %% ../../nbs/api/curation/30_contest.ipynb #b562c8de
 def contest_train(
-    network,             # One of `contest_networks`, or a module: images (N,3,32,32) in [0,1] -> logits (N,10); not changed
+    # One of `contest_networks`, or a module: images (N,3,32,32) in [0,1] -> logits (N,10); not
+    # changed
+    network,
     images:np.ndarray,   # Images (N,32,32,3), uint8
     labels:np.ndarray,   # Rows of weights (N,10), float, each divided by its sum here
     config:dict,         # Settings of this network, as from `default_config()[name]`
@@ -362,25 +507,40 @@ def contest_train(
     device=None,         # Where to train; None takes CUDA if there is one
 )->tuple[nn.Module, pd.DataFrame]: # Trained network in eval mode on the CPU; history, one row per epoch
     "Train one network exactly as the contest does."
-    config, images, labels = config | ({} if epochs is None else dict(epochs=epochs)), np.ascontiguousarray(images), np.asarray(labels)
+    config = config | ({} if epochs is None else dict(epochs=epochs))
+    images = np.ascontiguousarray(images)
+    labels = np.asarray(labels)
     _refuse('config', _settings_rows('config', config))
-    _refuse('images, labels', _image_rows(images) + _label_rows(labels) + _pair_rows(images, labels)[:1])
-    device, model = pick_device(device), contest_network(network, seed=seed) if isinstance(network, str) else copy.deepcopy(network)
-    mark, history = _mark(model, images, labels, config, seed), []
+    _refuse('images, labels',
+            _image_rows(images) + _label_rows(labels) + _pair_rows(images, labels)[:1])
+    device = pick_device(device)
+    model = contest_network(network,
+                            seed=seed) if isinstance(network, str) else copy.deepcopy(network)
+    mark = _mark(model, images, labels, config, seed)
+    history = []
     model = model.to(device, memory_format=memory_layout(model))
     optimizer = _optimizer(model.parameters(), config)
     scheduler = _scheduler(optimizer, config)
     if checkpoint and Path(checkpoint).exists():
         state = resume_state(checkpoint, mark, device)
-        if state['epoch'] > config['epochs']: raise ValueError(f"`epochs` must be at least the {state['epoch']} of {checkpoint}; got {config['epochs']}. Give more, or another checkpoint.")
-        model.load_state_dict(state['state_dict']); optimizer.load_state_dict(state['optimizer'])
-        if scheduler: scheduler.load_state_dict(state['scheduler'])
+        if state['epoch'] > config['epochs']:
+            raise ValueError(f"`epochs` must be at least the {state['epoch']} of "
+                             f"{checkpoint}; got {config['epochs']}. Give more, "
+                             "or another checkpoint.")
+        model.load_state_dict(state['state_dict'])
+        optimizer.load_state_dict(state['optimizer'])
+        if scheduler:
+            scheduler.load_state_dict(state['scheduler'])
         history = state['history']
-    x, targets = torch.from_numpy(images).permute(0, 3, 1, 2).to(device), torch.from_numpy(_rows_of(labels)).to(device)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
+    targets = torch.from_numpy(_rows_of(labels)).to(device)
     for epoch in progress(range(len(history), config['epochs']), 'epochs'):
         history.append(_step(model.train(), x, targets, config, seed, epoch, optimizer, scheduler))
-        if checkpoint: save_state(dict(format='robustnb.training/1', mark=mark, epoch=epoch+1, history=history, state_dict=model.state_dict(),
-                                       optimizer=optimizer.state_dict(), scheduler=scheduler and scheduler.state_dict()), checkpoint)
+        if checkpoint:
+            save_state(dict(format='robustnb.training/1', mark=mark, epoch=epoch+1, history=history,
+                            state_dict=model.state_dict(), optimizer=optimizer.state_dict(),
+                            scheduler=scheduler and scheduler.state_dict()),
+                       checkpoint)
     return model.eval().cpu(), pd.DataFrame(history)
 
 # %% ../../nbs/api/curation/30_contest.ipynb #13cbda6d
@@ -388,22 +548,28 @@ def _weights(path):
     "The bytes of a plain checkpoint: only the weights of the file at `path`"
     state = load_state(path)
     state = state.get('state_dict') if isinstance(state, dict) else None
-    if not (isinstance(state, dict) and state and all(isinstance(v, Tensor) for v in state.values())):
-        raise ValueError(f"`folder` must hold checkpoints with named tensors under 'state_dict'; {path} has none. Give it as `checkpoint` to `contest_train`, or remove it.")
+    if not (isinstance(state, dict) and state
+            and all(isinstance(v, Tensor) for v in state.values())):
+        raise ValueError("`folder` must hold checkpoints with named tensors under "
+                         f"'state_dict'; {path} has none. Give it as `checkpoint` to "
+                         "`contest_train`, or remove it.")
     held = io.BytesIO()
     torch.save(dict(state_dict=strip_prefixes(state)[0]), held)
     return held.getvalue()
 
 def pack_training_set(
-    folder,        # Folder with `config.py`, `data.npy`, `label.npy`, and perhaps checkpoints `<network>.pth.tar`
+    # Folder with `config.py`, `data.npy`, `label.npy`, and perhaps checkpoints `<network>.pth.tar`
+    folder,
     zip_path,      # Zip file to write, completely or not at all
 )->Path:           # The zip file
     "Pack what the organiser asks for, if it obeys the rules."
-    table, folder = validate_set(folder), Path(folder)
+    table = validate_set(folder)
+    folder = Path(folder)
     if not folder.is_dir(): raise NotADirectoryError(f"`folder` must be a folder; got {folder}.")
     _refuse('folder', table.to_dict('records'))
     entries = {n: partial((folder/n).read_bytes) for n in ('config.py', 'data.npy', 'label.npy')}
-    entries |= {f'{n}.pth.tar': partial(_weights, folder/f'{n}.pth.tar') for n in contest_networks if (folder/f'{n}.pth.tar').is_file()}
+    entries |= {f'{n}.pth.tar': partial(_weights, folder/f'{n}.pth.tar')
+                for n in contest_networks if (folder/f'{n}.pth.tar').is_file()}
     with atomic_path(zip_path) as tmp, zipfile.ZipFile(tmp, 'w', zipfile.ZIP_DEFLATED) as z:
         for name, read in entries.items():
             entry = zipfile.ZipInfo(name)

@@ -29,19 +29,25 @@ from .training_sets import attacked, build_training_set, TrainingSet, unchanged
 from .contest import contest_network, contest_train, default_config
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #f03fb72a
-hidden_mixture = dict(clean=.05, noise=.20, corruption=.25, photometric=.10, linf=.20, l2=.12, other=.08)
+hidden_mixture = dict(clean=.05, noise=.20, corruption=.25, photometric=.10, linf=.20, l2=.12,
+                      other=.08)
 
 def _noises():
-    low = [corruption(o, s) for o in ('shot_noise', 'impulse_noise', 'speckle_noise') for s in (1, 2)]
-    return [partial(gaussian_noise, sigma=(.02, .12)), partial(salt_and_pepper, share=(.02, .30)), partial(uniform_noise, width=(.04, .2))]*2 + low
+    low = [corruption(o, s) for o in ('shot_noise', 'impulse_noise', 'speckle_noise')
+           for s in (1, 2)]
+    return [partial(gaussian_noise, sigma=(.02, .12)), partial(salt_and_pepper, share=(.02, .30)),
+            partial(uniform_noise, width=(.04, .2))]*2 + low
 
 def _lights():
-    return [gamma, partial(photometric, contrast=1, saturation=1, hue=0), partial(photometric, brightness=1, saturation=1, hue=0), partial(photometric, brightness=1, contrast=1), partial(posterize, levels=(3, 8))]
+    return [gamma, partial(photometric, contrast=1, saturation=1, hue=0),
+            partial(photometric, brightness=1, saturation=1, hue=0),
+            partial(photometric, brightness=1, contrast=1), partial(posterize, levels=(3, 8))]
 
 def _turns(attacks, threats, models):
     "Every attack under every threat model, on the networks in turn"
     pairs = [(a, t) for t in threats for a in attacks]
-    return [attacked(a, [*models.values()][i % len(models)], t, [*models][i % len(models)]) for i, (a, t) in enumerate(pairs)]
+    return [attacked(a, [*models.values()][i % len(models)], t, [*models][i % len(models)])
+            for i, (a, t) in enumerate(pairs)]
 
 def families(
     models:dict,         # Name -> surrogate network in eval mode, of no use to the builder
@@ -51,12 +57,21 @@ def families(
     if not models: raise ValueError("`models` must hold at least one network; got none.")
     if not effort > 0: raise ValueError(f"`effort` must be above 0; got {effort}.")
     k = lambda steps: max(1, round(effort*steps))
-    linf = [fgsm, partial(pgd, steps=k(20)), partial(pgd, steps=k(40)), *(partial(a, steps=k(10)) for a in (mi_fgsm, di_fgsm, ti_fgsm, vmi_fgsm)), partial(apgd, steps=k(50), loss=dlr)]
-    l2 = [fgsm, partial(pgd, steps=k(40)), partial(carlini_wagner, steps=k(50)), partial(deepfool, overshoot=.1)]
-    dropped = _turns([partial(advdrop, steps=k(50)), partial(wasserstein, steps=k(20))], [Linf(1.)], models)
-    asked = _turns([partial(square, queries=max(2, k(300)))], [Linf(8/255), L2(1.)], models) + _turns([partial(one_pixel, population=max(3, k(50)), generations=k(20))], [L0(3)], models)
-    return dict(clean=[unchanged], noise=_noises(), corruption=[corruption(o, s) for s in (1, 2, 3) for o in corruption_names], photometric=_lights(),
-                linf=_turns(linf, [Linf(e/255) for e in (2, 4, 8, 12, 16)], models), l2=_turns(l2, [L2(e) for e in (.25, .5, 1., 1.5, 2.5)], models),
+    linf = [fgsm, partial(pgd, steps=k(20)), partial(pgd, steps=k(40)),
+            *(partial(a, steps=k(10)) for a in (mi_fgsm, di_fgsm, ti_fgsm, vmi_fgsm)),
+            partial(apgd, steps=k(50), loss=dlr)]
+    l2 = [fgsm, partial(pgd, steps=k(40)), partial(carlini_wagner, steps=k(50)),
+          partial(deepfool, overshoot=.1)]
+    dropped = _turns([partial(advdrop, steps=k(50)), partial(wasserstein, steps=k(20))],
+                     [Linf(1.)], models)
+    asked = (_turns([partial(square, queries=max(2, k(300)))], [Linf(8/255), L2(1.)], models)
+             + _turns([partial(one_pixel, population=max(3, k(50)), generations=k(20))],
+                      [L0(3)], models))
+    return dict(clean=[unchanged], noise=_noises(),
+                corruption=[corruption(o, s) for s in (1, 2, 3) for o in corruption_names],
+                photometric=_lights(),
+                linf=_turns(linf, [Linf(e/255) for e in (2, 4, 8, 12, 16)], models),
+                l2=_turns(l2, [L2(e) for e in (.25, .5, 1., 1.5, 2.5)], models),
                 other=dropped + asked + [partial(affine, degrees=(-10, 10), scale=1)])
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #75ebcf7c
@@ -67,11 +82,15 @@ def hidden_set(
     seed:int=20220209,   # Frozen: everyone who uses the same networks gets the same images
     effort:float=1,      # Share of the attack steps
     shares:dict=hidden_mixture, # Family -> share, sum 1
-)->TrainingSet:          # The images; `rows` has `family` and `slice`: 'public_a', 'public_b' (a quarter each) or 'final'
+    # The images; `rows` has `family` and `slice`: 'public_a', 'public_b' (a quarter each) or
+    # 'final'
+)->TrainingSet:
     "Tampered test images, frozen by their seed."
-    made = build_training_set(pool, families(models, effort), shares, n=n, seed=seed, batch_size=100)
+    made = build_training_set(pool, families(models, effort), shares, n=n, seed=seed,
+                              batch_size=100)
     place = np.random.default_rng(subseed(seed, 'slice')).permutation(n)*4//n
-    made.rows = made.rows.rename(columns=dict(source='family')).assign(slice=np.array(['public_a', 'public_b', 'final', 'final'])[place])
+    made.rows = made.rows.rename(columns=dict(source='family')).assign(
+        slice=np.array(['public_a', 'public_b', 'final', 'final'])[place])
     return made
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #05e395cb
@@ -83,9 +102,13 @@ def proxy_networks(
     batch_size:int=64,    # Images in a step
 )->tuple:                 # Networks and settings, for `score_training_sets`
     "The competition's networks made narrow, with a short training."
-    if not (0 < width <= 4 and 1 <= epochs <= 200): raise ValueError(f"`width` must be in (0, 4] and `epochs` from 1 to 200, the most of the competition; got {width} and {epochs}.")
-    settings = dict(epochs=epochs, optimizer_name='SGD', optimizer_hyperparameters=dict(lr=lr, momentum=.9, nesterov=True, weight_decay=5e-4),
-                    scheduler_name='CosineAnnealingLR', scheduler_hyperparameters=dict(T_max=epochs), batch_size=batch_size)
+    if not (0 < width <= 4 and 1 <= epochs <= 200):
+        raise ValueError("`width` must be in (0, 4] and `epochs` from 1 to 200, the most of "
+                         f"the competition; got {width} and {epochs}.")
+    settings = dict(epochs=epochs, optimizer_name='SGD', optimizer_hyperparameters=dict(
+        lr=lr, momentum=.9, nesterov=True, weight_decay=5e-4),
+                    scheduler_name='CosineAnnealingLR',
+                    scheduler_hyperparameters=dict(T_max=epochs), batch_size=batch_size)
     names = default_config(stage)
     return {k: partial(contest_network, k, width) for k in names}, {k: settings for k in names}
 
@@ -96,13 +119,16 @@ def count_correct(
 )->pd.DataFrame:          # One row for each family and slice: `family`, `slice`, `n`, `correct`
     "How many hidden images of each family a network gets right."
     right = (predict(model, hidden.x).argmax(1).numpy() == hidden.y)
-    return hidden.rows.assign(right=right).groupby(['family', 'slice'], as_index=False).agg(n=('right', 'size'), correct=('right', 'sum'))
+    return hidden.rows.assign(right=right).groupby(
+        ['family', 'slice'], as_index=False).agg(n=('right', 'size'), correct=('right', 'sum'))
 
 def _key(data, hidden, config, model):
     "A short name for everything a run depends on, apart from its seed"
     h = hashlib.blake2b(digest_size=6)
-    for o in (data.images, data.labels, hidden.images, hidden.labels): h.update(np.ascontiguousarray(o).tobytes())
-    h.update(repr((sorted(config.items()), model, hidden.rows[['family', 'slice']].to_csv())).encode())
+    for o in (data.images, data.labels, hidden.images, hidden.labels):
+        h.update(np.ascontiguousarray(o).tobytes())
+    h.update(repr((sorted(config.items()), model,
+                   hidden.rows[['family', 'slice']].to_csv())).encode())
     return h.hexdigest()
 
 def score_training_sets(
@@ -115,17 +141,25 @@ def score_training_sets(
     device=None,           # Where to train; None takes CUDA if there is one
 )->pd.DataFrame:           # Rows of `answers` with `set`, `network`, `seed`
     "Train the fixed networks on each set and count what they get right."
-    if not (sets and networks and len(seeds)): raise ValueError(f"`sets`, `networks` and `seeds` must each hold at least one; got {len(sets)}, {len(networks)} and {len(seeds)}.")
+    if not (sets and networks and len(seeds)):
+        raise ValueError("`sets`, `networks` and `seeds` must each hold at least one; got "
+                         f"{len(sets)}, {len(networks)} and {len(seeds)}.")
     parts = []
     for name, seed, network in itertools.product(sets, seeds, networks):
-        data, untrained = sets[name], networks[network](seed)
-        run = folder and Path(folder)/f'{name}-{network}-{seed}-{_key(data, hidden, config[network], untrained)}'
-        if run and (run/'answers.csv').exists(): rows = pd.read_csv(run/'answers.csv')
+        data = sets[name]
+        untrained = networks[network](seed)
+        run = folder and Path(
+            folder)/f'{name}-{network}-{seed}-{_key(data, hidden, config[network], untrained)}'
+        if run and (run/'answers.csv').exists():
+            rows = pd.read_csv(run/'answers.csv')
         else:
-            model, _ = contest_train(untrained, data.images, data.labels, config[network], seed=seed, checkpoint=run and run/'checkpoint.pt', device=device)
+            model, _ = contest_train(untrained, data.images, data.labels, config[network],
+                                     seed=seed, checkpoint=run and run/'checkpoint.pt',
+                                     device=device)
             rows = count_correct(model, hidden)
             if run:
-                with atomic_path(run/'answers.csv') as tmp: rows.to_csv(tmp, index=False)
+                with atomic_path(run/'answers.csv') as tmp:
+                    rows.to_csv(tmp, index=False)
                 (run/'checkpoint.pt').unlink(missing_ok=True)
         parts.append(rows.assign(set=name, network=network, seed=seed))
     return pd.concat(parts, ignore_index=True)
@@ -134,18 +168,31 @@ def score_training_sets(
 def rank_training_sets(
     rows:pd.DataFrame,        # From `score_training_sets`
     slices=('public_a', 'public_b'), # Which images count; ('final',) at the end
-    shares:dict|None=None,    # Family -> weight of its accuracy, >= 0, not all 0; None counts every image alike
-)->pd.DataFrame:              # One row for each set, best first: `score`, `se`, `clean`, `worst`, `worst_family`, and each family
+    # Family -> weight of its accuracy, >= 0, not all 0; None counts every image alike
+    shares:dict|None=None,
+    # One row for each set, best first: `score`, `se`, `clean`, `worst`, `worst_family`, and each
+    # family
+)->pd.DataFrame:
     "What each training set is worth: mean accuracy of the networks over the hidden images."
     rows = rows[rows['slice'].isin([slices] if isinstance(slices, str) else list(slices))]
-    if not len(rows): raise ValueError(f"`slices` must name slices of the rows; got {slices!r}. There are: public_a, public_b, final.")
+    if not len(rows):
+        raise ValueError(f"`slices` must name slices of the rows; got {slices!r}. There are: "
+                         "public_a, public_b, final.")
     share = lambda by: (lambda g: g.correct/g.n)(rows.groupby(by)[['correct', 'n']].sum())
-    each, runs = share(['set', 'family']).unstack(), ['set', 'network', 'seed']
-    if shares is None: right = share(runs)
+    each = share(['set', 'family']).unstack()
+    runs = ['set', 'network', 'seed']
+    if shares is None:
+        right = share(runs)
     else:
-        if set(shares) - set(each) or not (min(shares.values(), default=0) >= 0 and 0 < sum(shares.values()) < float('inf')):
-            raise ValueError(f"`shares` must be weights of {', '.join(each)}, not negative and not all 0; got {shares}.")
-        right = share(runs + ['family']).unstack()[list(shares)] @ (pd.Series(shares)/sum(shares.values()))
+        if set(shares) - set(each) or not (min(shares.values(), default=0) >= 0
+                                           and 0 < sum(shares.values()) < float('inf')):
+            raise ValueError(f"`shares` must be weights of {', '.join(each)}, not negative "
+                             f"and not all 0; got {shares}.")
+        right = share(runs + ['family']).unstack()[list(shares)] @ (
+            pd.Series(shares)/sum(shares.values()))
     score = right.groupby(['set', 'seed']).mean().groupby('set')
-    table = pd.DataFrame(dict(score=score.mean(), se=score.std()/score.size()**.5, clean=each.get('clean'), worst=each.min(axis=1), worst_family=each.idxmin(axis=1)))
-    return table.join(each.drop(columns='clean', errors='ignore')).sort_values('score', ascending=False)
+    table = pd.DataFrame(dict(score=score.mean(), se=score.std()/score.size()**.5,
+                              clean=each.get('clean'), worst=each.min(axis=1),
+                              worst_family=each.idxmin(axis=1)))
+    return table.join(each.drop(columns='clean', errors='ignore')).sort_values(
+        'score', ascending=False)

@@ -37,9 +37,11 @@ def towards_random(
 )->Callable:             # Attack (model, x, y, threat, *, generator) -> x_adv
     "Towards a random wrong class."
     def targeted(model, x, y, threat, generator=None):
-        generator, K = generator or make_generator(0), predict(model, x[:1]).shape[1]
+        generator = generator or make_generator(0)
+        K = predict(model, x[:1]).shape[1]
         target = (y.cpu() + torch.randint(1, K, y.shape, generator=generator)) % K
-        return attack(model, x, target.to(y), threat, generator=generator, loss=lambda logits, t: -cross_entropy(logits, t))
+        return attack(model, x, target.to(y), threat, generator=generator,
+                      loss=lambda logits, t: -cross_entropy(logits, t))
     targeted.said = 'towards_random', attack
     return targeted
 
@@ -49,89 +51,149 @@ def summed(
 )->Callable:             # Transform (x, y, generator) -> (x, y)
     "The sum of the changes of two transforms."
     def both(x, y, generator):
-        (a, labels), (b, _) = first(x, y, generator), second(x, y, generator)
+        a, labels = first(x, y, generator)
+        b, _ = second(x, y, generator)
         return (a + b - x).clamp(0, 1), labels
-    both.said, both.model, both.surrogate = ('summed', first, second), getattr(first, 'model', None), getattr(first, 'surrogate', '')
+    both.said = ('summed', first, second)
+    both.model = getattr(first, 'model', None)
+    both.surrogate = getattr(first, 'surrogate', '')
     return both
 
 # %% ../../nbs/api/curation/50_published.ipynb #8fbbc79d
 def _mission(nets, teacher, generated, k):
     "The ladder of the mission, its final set, and that set with one thing changed"
     on = lambda attack, threat: [attacked(attack, net, threat, name) for name, net in nets.items()]
-    linf, l2 = on(partial(pgd, steps=k(40)), Linf(12/255)), on(partial(pgd, steps=k(50)), L2(1.5))
+    linf = on(partial(pgd, steps=k(40)), Linf(12/255))
+    l2 = on(partial(pgd, steps=k(50)), L2(1.5))
     single = on(fgsm, Linf(12/255)) + on(fgsm, L2(2.5))
-    noise, augmented = partial(gaussian_noise, sigma=(0, .05)), fast_pipeline()
-    plan = lambda sources, shares: dict(sources=sources, shares=shares, select={o: succeeded for o in sources if o == 'adversarial'}, candidates={o: 4 for o in sources if o == 'adversarial'})
+    noise = partial(gaussian_noise, sigma=(0, .05))
+    augmented = fast_pipeline()
+    plan = lambda sources, shares: dict(
+        sources=sources, shares=shares,
+        select={o: succeeded for o in sources if o == 'adversarial'},
+        candidates={o: 4 for o in sources if o == 'adversarial'})
     final = dict(clean=unchanged, augmented=augmented, adversarial=linf + l2 + single)
-    relabelled = lambda change: {o: [_relabelled(t, change) for t in (v if isinstance(v, list) else [v])] for o, v in final.items()}
+    relabelled = lambda change: {o: [_relabelled(
+        t, change) for t in (v if isinstance(v, list) else [v])] for o, v in final.items()}
     thirds = dict(clean=.2, augmented=.2, adversarial=.6)
-    plans = dict(clean=plan(dict(clean=unchanged), dict(clean=1)),
+    plans = dict(
+        clean=plan(dict(clean=unchanged), dict(clean=1)),
         noise=plan(dict(clean=unchanged, noise=noise), dict(clean=.2, noise=.8)),
         augmented=plan(dict(clean=unchanged, augmented=augmented), dict(clean=.2, augmented=.8)),
-        fgsm_l2=plan(dict(clean=unchanged, augmented=augmented, fgsm=on(fgsm, L2(2.5))), dict(clean=.2, augmented=.6, fgsm=.2)),
+        fgsm_l2=plan(dict(clean=unchanged, augmented=augmented, fgsm=on(fgsm, L2(2.5))),
+                     dict(clean=.2, augmented=.6, fgsm=.2)),
         mission=plan(final, thirds),
         mission_last=plan(dict(noise=noise, adversarial=linf + l2), dict(noise=.2, adversarial=.8)),
         mission_smoothed=plan(relabelled(partial(label_smoothing, alpha=.1)), thirds),
-        mission_mixup=plan(final | dict(mixed=mixup), dict(clean=.2, augmented=.2, adversarial=.4, mixed=.2)))
-    if teacher is not None: plans['mission_distilled'] = plan(relabelled(partial(teacher_labels, models=teacher, temperature=3)), thirds)
-    if generated is not None: plans['mission_generated'] = plan(final | dict(generated=(generated, unchanged)), dict(clean=.2, augmented=.1, adversarial=.6, generated=.1))
+        mission_mixup=plan(final | dict(mixed=mixup),
+                           dict(clean=.2, augmented=.2, adversarial=.4, mixed=.2)))
+    if teacher is not None:
+        plans['mission_distilled'] = plan(
+            relabelled(partial(teacher_labels, models=teacher, temperature=3)), thirds)
+    if generated is not None:
+        plans['mission_generated'] = plan(final | dict(generated=(generated, unchanged)), dict(
+            clean=.2, augmented=.1, adversarial=.6, generated=.1))
     return plans
 
 def _relabelled(transform, change):
     "A transform with other labels afterwards; the table still names the network attacked"
     both = chain(transform, change)
-    if hasattr(transform, 'model'): both.model, both.surrogate = transform.model, transform.surrogate
+    if hasattr(transform, 'model'):
+        both.model = transform.model
+        both.surrogate = transform.surrogate
     return both
 
 # %% ../../nbs/api/curation/50_published.ipynb #64e317e4
 def _imgaug_groups():
     "The four groups of the third or fourth place; weather and blur from `corruptions`"
-    each = lambda *a: one_of(*(o if not isinstance(o, iaa.Augmenter) else from_imgaug(o) for o in a))
-    return dict(weather=each(iaa.Rain(speed=.3), corruption('snow', 2), corruption('frost', 2), corruption('saturate', 4)),
-        dropped=each(iaa.Dropout(.075), iaa.CoarseDropout(.075, size_px=16, per_channel=True), iaa.Snowflakes(density=.3, density_uniformity=.3, flake_size=.3, flake_size_uniformity=.3, speed=.01)),
-        bent=each(iaa.AdditiveGaussianNoise(scale=15), iaa.ElasticTransformation(alpha=.625, sigma=.25), iaa.UniformColorQuantizationToNBits(4)),
-        blurred=each(iaa.GaussianBlur(1.), corruption('motion_blur', 1), iaa.JpegCompression(30), corruption('pixelate', 1)))
+    each = lambda *a: one_of(
+        *(o if not isinstance(o, iaa.Augmenter) else from_imgaug(o) for o in a))
+    return dict(weather=each(iaa.Rain(speed=.3), corruption('snow', 2), corruption('frost', 2),
+                             corruption('saturate', 4)),
+                dropped=each(iaa.Dropout(.075),
+                             iaa.CoarseDropout(.075, size_px=16, per_channel=True),
+                             iaa.Snowflakes(density=.3, density_uniformity=.3, flake_size=.3,
+                                            flake_size_uniformity=.3, speed=.01)),
+                bent=each(iaa.AdditiveGaussianNoise(scale=15),
+                          iaa.ElasticTransformation(alpha=.625, sigma=.25),
+                          iaa.UniformColorQuantizationToNBits(4)),
+                blurred=each(iaa.GaussianBlur(1.), corruption('motion_blur', 1),
+                             iaa.JpegCompression(30), corruption('pixelate', 1)))
 
 def _teams(nets, teacher, generated, k):
     "The published teams"
-    all_nets, chorus = [*nets.values()], ensemble([*nets.values()])
+    all_nets = [*nets.values()]
+    chorus = ensemble([*nets.values()])
     on = lambda attack, threat: [attacked(attack, net, threat, name) for name, net in nets.items()]
     common = [corruption(o, 2) for o in corruption_names[:15]]
-    light, pgd12 = partial(gamma, power=(.75, .95)), on(partial(pgd, steps=k(40)), Linf(12/255))
+    light = partial(gamma, power=(.75, .95))
+    pgd12 = on(partial(pgd, steps=k(40)), Linf(12/255))
     said = teacher if teacher is not None else chorus
     decided = balanced(partial(by_entropy, models=said, highest=False))
-    through = chain(*(sometimes(.8, attacked(partial(pgd, steps=k(20)), net, Linf(8/255))) for net in all_nets), one_of(gaussian_noise, affine, gamma))
-    transferred = summed(attacked(partial(di_fgsm, steps=k(300), probability=.7), chorus, Linf(8/255), 'ensemble'), attacked(partial(ti_fgsm, steps=k(300)), chorus, L2(1.), 'ensemble'))
-    yoyo = dict(clean=unchanged, grey_noise=partial(gaussian_noise, sigma=60/255, per_channel=0), advdrop=on(partial(advdrop, steps=k(150)), Linf(1.)), deepfool=on(partial(deepfool, overshoot=.1), L2(10.)),
-        targeted=on(towards_random(partial(pgd, steps=k(40), step_size=2/255)), Linf(64/255)), standard=on(cascade, Linf(8/255)))
+    through = chain(*(sometimes(.8, attacked(partial(pgd, steps=k(20)), net, Linf(8/255)))
+                      for net in all_nets),
+                    one_of(gaussian_noise, affine, gamma))
+    transferred = summed(attacked(partial(di_fgsm, steps=k(300), probability=.7), chorus,
+                                  Linf(8/255), 'ensemble'),
+                         attacked(partial(ti_fgsm, steps=k(300)), chorus, L2(1.), 'ensemble'))
+    yoyo = dict(clean=unchanged, grey_noise=partial(gaussian_noise, sigma=60/255, per_channel=0),
+                advdrop=on(partial(advdrop, steps=k(150)), Linf(1.)),
+                deepfool=on(partial(deepfool, overshoot=.1), L2(10.)), targeted=on(
+                    towards_random(partial(pgd, steps=k(40), step_size=2/255)), Linf(64/255)),
+                standard=on(cascade, Linf(8/255)))
     return dict(
-        kanra=dict(sources=dict(clean=unchanged, corrupted=common, adversarial=attacked(partial(apgd, steps=k(100), loss=dlr), said, Linf(12/255), 'teacher')), shares=dict(clean=.36, corrupted=.24, adversarial=.4),
-            select=dict(clean=balanced(partial(by_entropy, models=said)), corrupted=partial(hardest_version, models=said, then=decided), adversarial=decided), candidates=dict(clean=3, corrupted=30, adversarial=2)),
-        second=dict(sources=dict(clean=unchanged), shares=dict(clean=1), select=partial(second_highest, models=all_nets, wrong_first=True), candidates=2),
-        yoyo=dict(sources=yoyo, shares=dict(clean=.1, grey_noise=.1, advdrop=.2, deepfool=.2, targeted=.2, standard=.2)),
-        hncszyq=dict(sources=_imgaug_groups() | dict(transferred=transferred), shares=dict(weather=.2, dropped=.2, bent=.2, blurred=.2, transferred=.2)),
-        eighth=dict(sources=dict(fgsm=on(fgsm, Linf(1.5/255)) + on(fgsm, Linf(15.5/255)), salt=partial(salt_and_pepper, share=.6), noise=partial(gaussian_noise, sigma=.08), mixed=mixup), shares=dict(fgsm=.4, salt=.2, noise=.2, mixed=.2)),
-        tenth=dict(sources=dict(corrupted=[chain(o, partial(label_smoothing, alpha=.09)) for o in common]), shares=dict(corrupted=1), select=balanced(partial(most_misclassified, models=all_nets)), candidates=3),
-        ciki000=dict(sources=dict(pgd=pgd12, noise=one_of(gaussian_noise, salt_and_pepper), light=light, wasserstein=on(partial(wasserstein, steps=k(20)), Linf(1.)), colour=on(partial(recolor, steps=k(20)), Linf(12/255))),
-            shares=dict(pgd=.5, noise=.15, light=.15, wasserstein=.1, colour=.1)),
-        lz_ch=dict(sources=dict(clean=unchanged, mined=through), shares=dict(clean=.2, mined=.8), select=dict(mined=partial(most_misclassified, models=all_nets)), candidates=dict(mined=2)))
+        kanra=dict(sources=dict(clean=unchanged, corrupted=common, adversarial=attacked(
+            partial(apgd, steps=k(100), loss=dlr), said, Linf(12/255), 'teacher')),
+                   shares=dict(clean=.36, corrupted=.24, adversarial=.4),
+                   select=dict(clean=balanced(partial(by_entropy, models=said)),
+                               corrupted=partial(hardest_version, models=said, then=decided),
+                               adversarial=decided),
+                   candidates=dict(clean=3, corrupted=30, adversarial=2)),
+        second=dict(sources=dict(clean=unchanged), shares=dict(clean=1),
+                    select=partial(second_highest, models=all_nets, wrong_first=True),
+                    candidates=2),
+        yoyo=dict(sources=yoyo, shares=dict(clean=.1, grey_noise=.1, advdrop=.2, deepfool=.2,
+                                            targeted=.2, standard=.2)),
+        hncszyq=dict(sources=_imgaug_groups() | dict(transferred=transferred),
+                     shares=dict(weather=.2, dropped=.2, bent=.2, blurred=.2, transferred=.2)),
+        eighth=dict(sources=dict(fgsm=on(fgsm, Linf(1.5/255)) + on(fgsm, Linf(15.5/255)),
+                                 salt=partial(salt_and_pepper, share=.6),
+                                 noise=partial(gaussian_noise, sigma=.08), mixed=mixup),
+                    shares=dict(fgsm=.4, salt=.2, noise=.2, mixed=.2)),
+        tenth=dict(
+            sources=dict(corrupted=[chain(o, partial(label_smoothing, alpha=.09)) for o in common]),
+            shares=dict(corrupted=1),
+            select=balanced(partial(most_misclassified, models=all_nets)), candidates=3),
+        ciki000=dict(sources=dict(pgd=pgd12, noise=one_of(gaussian_noise, salt_and_pepper),
+                                  light=light,
+                                  wasserstein=on(partial(wasserstein, steps=k(20)), Linf(1.)),
+                                  colour=on(partial(recolor, steps=k(20)), Linf(12/255))),
+                     shares=dict(pgd=.5, noise=.15, light=.15, wasserstein=.1, colour=.1)),
+        lz_ch=dict(sources=dict(clean=unchanged, mined=through), shares=dict(clean=.2, mined=.8),
+                   select=dict(mined=partial(most_misclassified, models=all_nets)),
+                   candidates=dict(mined=2)))
 
 # %% ../../nbs/api/curation/50_published.ipynb #a2d1fb08
-published_names = ('clean', 'noise', 'augmented', 'fgsm_l2', 'mission', 'mission_last', 'mission_smoothed', 'mission_mixup', 'mission_distilled', 'mission_generated',
-                'kanra', 'second', 'yoyo', 'hncszyq', 'eighth', 'tenth', 'ciki000', 'lz_ch')
+published_names = ('clean', 'noise', 'augmented', 'fgsm_l2', 'mission', 'mission_last',
+                   'mission_smoothed', 'mission_mixup', 'mission_distilled', 'mission_generated',
+                   'kanra', 'second', 'yoyo', 'hncszyq', 'eighth', 'tenth', 'ciki000', 'lz_ch')
 
 def published_mixture(
     name:str,             # One of `published_names`
     nets:dict,            # Name -> network to attack and to ask, in eval mode
-    teacher=None,         # Network of `kanra` and `mission_distilled`; None takes the mean logits of `nets` for `kanra`
+    # Network of `kanra` and `mission_distilled`; None takes the mean logits of `nets` for `kanra`
+    teacher=None,
     generated:ImageSet|None=None, # Images from a generator, for `mission_generated`
     effort:float=1,       # Share of the published attack steps, above 0
-)->dict:                  # `sources`, `shares` and where needed `select` and `candidates`, for `build_training_set`
+    # `sources`, `shares` and where needed `select` and `candidates`, for `build_training_set`
+)->dict:
     "A published training set as a plan."
-    if name not in published_names: raise ValueError(f"`name` must be one of {', '.join(published_names)}; got {name!r}.")
+    if name not in published_names:
+        raise ValueError(f"`name` must be one of {', '.join(published_names)}; got {name!r}.")
     if not nets: raise ValueError("`nets` must hold at least one network; got none.")
     if not effort > 0: raise ValueError(f"`effort` must be above 0; got {effort}.")
-    needs = dict(mission_distilled=('teacher', teacher), mission_generated=('generated', generated)).get(name)
+    needs = dict(mission_distilled=('teacher', teacher),
+                 mission_generated=('generated', generated)).get(name)
     if needs and needs[1] is None: raise ValueError(f"`{needs[0]}` must be given for {name!r}.")
     k = lambda steps: max(1, round(effort*steps))
     return (_mission(nets, teacher, generated, k) | _teams(nets, teacher, generated, k))[name]
@@ -142,19 +204,27 @@ def simulated_training(
     net,                  # Network to start from; not changed
     n:int,                # Images wanted
     rounds:int=10,        # How often the pool is attacked and learnt, >= 1
-    radii=(.005, .01, .02, .03, .1), # Linf radii in pixels; the L2 radii are those times the square root of a third of the values of an image
+    # Linf radii in pixels; the L2 radii are those times the square root of a third of the values of
+    # an image
+    radii=(.005, .01, .02, .03, .1),
     steps:int=10,         # Steps of PGD
     recipe:Recipe=Recipe(lr=.01, warmup=0), # How each round trains, in one epoch
     seed:int=0,           # Everything random
 )->TrainingSet:           # `n` images, as many from each round up to one
     "Images that attacked a network while it learnt to resist them."
     if not rounds >= 1: raise ValueError(f"`rounds` must be at least 1; got {rounds}.")
-    parts, quota = [], [n//rounds + (i < n % rounds) for i in range(rounds)]
+    parts = []
+    quota = [n//rounds + (i < n % rounds) for i in range(rounds)]
     wide = (pool.images[0].size/3)**.5
     for i, q in enumerate(quota):
-        versions = [attacked(a, net, t, f'round {i+1}') for r in radii for a, t in ((fgsm, Linf(r)), (partial(pgd, steps=steps), Linf(r)), (partial(pgd, steps=steps), L2(r*wide)))]
-        made = build_training_set(pool, dict(simulated=versions), dict(simulated=1), n=min(len(pool), 50_000), seed=seed+i)
+        versions = [attacked(a, net, t, f'round {i+1}') for r in radii
+                    for a, t in ((fgsm, Linf(r)), (partial(pgd, steps=steps), Linf(r)),
+                                 (partial(pgd, steps=steps), L2(r*wide)))]
+        made = build_training_set(pool, dict(simulated=versions), dict(simulated=1),
+                                  n=min(len(pool), 50_000), seed=seed+i)
         parts.append(made[np.sort(np.random.default_rng(seed+i).permutation(len(made))[:q])])
-        net, _ = train(recipe.shortened(1), net, ImageSet(made.images, made.labels, made.classes), seed=seed+i)
-    images, labels = (np.concatenate([getattr(p, o) for p in parts]) for o in ('images', 'labels'))
+        net, _ = train(recipe.shortened(1), net,
+                       ImageSet(made.images, made.labels, made.classes), seed=seed+i)
+    images = np.concatenate([getattr(p, 'images') for p in parts])
+    labels = np.concatenate([getattr(p, 'labels') for p in parts])
     return TrainingSet(images, labels, pool.classes, pd.concat([p.rows for p in parts]))

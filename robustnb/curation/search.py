@@ -24,8 +24,11 @@ def build_bank(
     **options,          # `select`, `candidates`, `seed` and `batch_size` of `build_training_set`
 )->dict:                # Name -> `TrainingSet` of `n` images
     "Each source on its own."
-    only = lambda o, k: {k: o[k]} if isinstance(o, dict) and k in o else {} if isinstance(o, dict) else o
-    return {k: build_training_set(pool, {k: v}, {k: 1.}, n, **{a: only(o, k) for a, o in options.items()}) for k, v in sources.items()}
+    only = lambda o, k: {k: o[k]} if isinstance(o, dict) and k in o else {} if isinstance(
+        o, dict) else o
+    return {k: build_training_set(pool, {k: v}, {k: 1.}, n,
+                                  **{a: only(o, k) for a, o in options.items()})
+            for k, v in sources.items()}
 
 def concatenate_sets(
     parts,              # `TrainingSet`s with the same classes
@@ -33,7 +36,9 @@ def concatenate_sets(
     "One set from several."
     parts = list(parts)
     if not parts: raise ValueError("`parts` must hold at least one set; got none.")
-    return TrainingSet(*(np.concatenate([getattr(p, o) for p in parts]) for o in ('images', 'labels')), parts[0].classes, pd.concat([p.rows for p in parts]))
+    return TrainingSet(
+        *(np.concatenate([getattr(p, o) for p in parts]) for o in ('images', 'labels')),
+        parts[0].classes, pd.concat([p.rows for p in parts]))
 
 def mix(
     bank:dict,          # Name -> `TrainingSet`
@@ -44,8 +49,12 @@ def mix(
     "A set with given shares from a bank, which uses the images of the pool as evenly as it can."
     quotas = _quotas(shares, n)
     for k, q in quotas.items():
-        if k not in bank or q > len(bank[k]): raise ValueError(f"`bank` must hold {q} images of {k!r}; it has {len(bank.get(k, ()))}. Build a larger bank, or lower the share.")
-    used, parts = pd.Series(dtype=float), []
+        if k not in bank or q > len(bank[k]):
+            raise ValueError(f"`bank` must hold {q} images of {k!r}; it has "
+                             f"{len(bank.get(k, ()))}. Build a larger bank, or "
+                             "lower the share.")
+    used = pd.Series(dtype=float)
+    parts = []
     for k, q in quotas.items():
         if not q: continue
         order = np.random.default_rng(subseed(seed, 'mix', k)).permutation(len(bank[k]))
@@ -64,20 +73,28 @@ def mine_errors(
     rounds:int=5,        # Parts, each chosen by networks trained on those before it, >= 1
     candidates:int=3,    # Candidates for each image wanted
     seed:int=0,          # Everything random
-)->tuple:                # The set; one row for each round: images so far, share of its candidates that all networks, or any, get wrong
+    # The set; one row for each round: images so far, share of its candidates that all networks, or
+    # any, get wrong
+)->tuple:
     "What the networks get wrong, in rounds."
     if not rounds >= 1: raise ValueError(f"`rounds` must be at least 1; got {rounds}.")
-    quotas, parts, log = _quotas({i: 1/rounds for i in range(rounds)}, n), [], []
+    quotas = _quotas({i: 1/rounds for i in range(rounds)}, n)
+    parts = []
+    log = []
     for i, q in quotas.items():
         seen = concatenate_sets(parts) if parts else None
         models = fit(seen, subseed(seed, 'fit', i) % 2**31) if parts else []
         notes = {}
         def hardest(images, labels, rows, n, generator):
             wrong = _wrong(models, images, labels)
-            notes.update(all_wrong=wrong.all(0).double().mean().item(), any_wrong=wrong.any(0).double().mean().item())
-            return balanced(partial(most_misclassified, models=models))(images, labels, rows, n, generator)
+            notes.update(all_wrong=wrong.all(0).double().mean().item(),
+                         any_wrong=wrong.any(0).double().mean().item())
+            return balanced(partial(most_misclassified, models=models))(
+                images, labels, rows, n, generator)
         name = f'round {i+1}'
-        parts.append(build_training_set(pool, {name: list(versions)}, {name: 1.}, q, select=hardest if models else balanced(everything), candidates=candidates, seed=seed+i))
+        parts.append(build_training_set(pool, {name: list(versions)}, {name: 1.}, q,
+                                        select=hardest if models else balanced(everything),
+                                        candidates=candidates, seed=seed+i))
         log.append(dict(round=i+1, images=sum(map(len, parts))) | notes)
     return concatenate_sets(parts), pd.DataFrame(log)
 
@@ -91,19 +108,24 @@ def random_shares(
     "Random mixtures."
     rng = np.random.default_rng(subseed(seed, 'shares'))
     draws = rng.dirichlet([concentration]*len(names), k).round(2)
-    return {f'random {i+1}': {name: float(v/d.sum()) for name, v in zip(names, d) if v} for i, d in enumerate(draws)}
+    return {f'random {i+1}': {name: float(v/d.sum()) for name, v in zip(names, d) if v}
+            for i, d in enumerate(draws)}
 
 def successive_halving(
     plans:dict,          # Name -> shares
     build:Callable,      # shares -> training set, such as `partial(mix, bank, n=10_000)` with shares second
-    levels:list,         # Functions of a dict of training sets that return rows of `score_training_sets`, the cheapest first
+    # Functions of a dict of training sets that return rows of `score_training_sets`, the cheapest
+    # first
+    levels:list,
     keep:float=1/3,      # Share of the sets that goes on to the next level, in (0,1); at least one
     slices=('public_a', 'public_b'), # Slices of the hidden set that decide
-)->pd.DataFrame:         # One row for each plan and level: `level`, `plan` and the columns of `rank_training_sets`
+    # One row for each plan and level: `level`, `plan` and the columns of `rank_training_sets`
+)->pd.DataFrame:
     "Many plans cheaply, the best ones thoroughly (Jamieson and Talwalkar 2016, arXiv:1502.07943)."
     if not 0 < keep < 1: raise ValueError(f"`keep` must be inside (0, 1); got {keep}.")
     if not plans or not levels: raise ValueError("`plans` and `levels` must not be empty.")
-    left, parts = list(plans), []
+    left = list(plans)
+    parts = []
     for i, level in enumerate(levels):
         table = rank_training_sets(level({k: build(plans[k]) for k in left}), slices)
         parts.append(table.reset_index(names='plan').assign(level=i+1))

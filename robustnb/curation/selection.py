@@ -23,7 +23,8 @@ def predict_all(
     "What each network thinks of each image."
     models = [models] if isinstance(models, nn.Module) else list(models)
     if not models: raise ValueError("`models` must hold at least one classifier; got none.")
-    return torch.stack([torch.cat([predict(m, to_float(images[i:i+batch_size])).softmax(1) for i in range(0, len(images), batch_size)]) for m in models])
+    return torch.stack([torch.cat([predict(m, to_float(images[i:i+batch_size])).softmax(1)
+                                   for i in range(0, len(images), batch_size)]) for m in models])
 
 def entropy(
     probabilities,        # Rows of probabilities (M,K)
@@ -59,7 +60,8 @@ def succeeded(
     return found[torch.randperm(len(found), generator=generator)[:n]].numpy()
 
 # %% ../../nbs/api/curation/10_selection.ipynb #7803cb3c
-def _wrong(models, images, labels): return predict_all(models, images).argmax(2) != torch.as_tensor(labels).argmax(1)
+def _wrong(models, images, labels):
+    return predict_all(models, images).argmax(2) != torch.as_tensor(labels).argmax(1)
 
 def misclassified(
     images:np.ndarray,    # Candidates, uint8 (M,H,W,C)
@@ -115,7 +117,8 @@ def by_entropy(
 )->np.ndarray:            # Positions, at most `n`
     "A window of the candidates ordered by the entropy of the networks' mean opinion."
     if not 0 <= skip < 1: raise ValueError(f"`skip` must be in [0, 1); got {skip}.")
-    undecided, first = entropy(predict_all(models, images).mean(0)), int(skip*len(images))
+    undecided = entropy(predict_all(models, images).mean(0))
+    first = int(skip*len(images))
     return _ranked(undecided if highest else -undecided, first+n, generator)[first:]
 
 # %% ../../nbs/api/curation/10_selection.ipynb #2d31bbde
@@ -124,12 +127,16 @@ def balanced(
 )->Callable:           # The same contract
     "The same number from every class, up to one."
     def each_class(images, labels, rows, n, generator):
-        y, K = labels.argmax(1), labels.shape[1]
-        quota, found = n//K + (torch.randperm(K, generator=generator) < n % K).numpy(), []
+        y = labels.argmax(1)
+        K = labels.shape[1]
+        quota = n//K + (torch.randperm(K, generator=generator) < n % K).numpy()
+        found = []
         for k in range(K):
             at = np.flatnonzero(y == k)
-            if len(at) and quota[k]: found.append(at[policy(images[at], labels[at], rows.iloc[at], quota[k], generator)])
-        order = np.concatenate([np.arange(len(f)) for f in found]).argsort(kind='stable') if found else []
+            if len(at) and quota[k]:
+                found.append(at[policy(images[at], labels[at], rows.iloc[at], quota[k], generator)])
+        order = (np.concatenate([np.arange(len(f)) for f in found]).argsort(kind='stable')
+                 if found else [])
         return np.concatenate(found)[order] if found else np.array([], int)
     each_class.said = 'balanced', policy
     return each_class

@@ -29,8 +29,10 @@ def attacked(
     surrogate:str=None,   # What to call the network in tables; None asks its `name`
 )->Callable:              # Transform (x, y, generator) -> (x, y)
     "Adversarial copies of the images."
-    def adversarial(x, y, generator): return attack(model, x, y.argmax(1), threat, generator=generator), y
-    adversarial.surrogate, adversarial.model = surrogate or getattr(model, 'name', None) or type(model).__name__, model
+    def adversarial(x, y, generator):
+        return attack(model, x, y.argmax(1), threat, generator=generator), y
+    adversarial.surrogate, adversarial.model = surrogate or getattr(
+        model, 'name', None) or type(model).__name__, model
     adversarial.said = 'attacked', attack, adversarial.surrogate, repr(threat)
     return adversarial
 
@@ -52,15 +54,20 @@ class TrainingSet(ImageSet):
         rows:pd.DataFrame,   # One row for each image: `source`, `image`, `transform`, `surrogate`, `success`
     ):
         super().__init__(images, labels, classes)
-        if len(rows) != len(self): raise ValueError(f"`rows` must have one row for each image; got {len(rows)} for {len(self)} images.")
+        if len(rows) != len(self):
+            raise ValueError(
+                f"`rows` must have one row for each image; got {len(rows)} for {len(self)} images.")
         self.rows = rows.reset_index(drop=True)
 
     def __getitem__(self, i):
         part = super().__getitem__(i)
-        return TrainingSet(part.images, part.labels, part.classes, self.rows[i] if isinstance(i, slice) else self.rows.iloc[np.flatnonzero(i) if np.asarray(i).dtype == bool else i])
+        return TrainingSet(part.images, part.labels, part.classes, self.rows[i] if isinstance(
+            i, slice) else self.rows.iloc[np.flatnonzero(i) if np.asarray(i).dtype == bool else i])
 
     def save(self,
-        folder,    # Folder for `data.npy`, `label.npy`, `classes.json` and `provenance.csv`; made if it is missing
+        # Folder for `data.npy`, `label.npy`, `classes.json` and `provenance.csv`; made if it is
+        # missing
+        folder,
     )->Path:       # The folder
         "Write the images, the labels and the table."
         with atomic_path(Path(folder)/'provenance.csv') as tmp:
@@ -73,22 +80,28 @@ def load_training_set(
     folder,         # Written by `TrainingSet.save`
 )->TrainingSet:     # The set with its history
     "A training set from its folder."
-    data, path = load_npy(folder), Path(folder)/'provenance.csv'
-    if not path.is_file(): raise FileNotFoundError(f"`folder` must hold provenance.csv beside the images; there is none in {folder}. Without a history, use `load_npy`.")
+    data = load_npy(folder)
+    path = Path(folder)/'provenance.csv'
+    if not path.is_file():
+        raise FileNotFoundError("`folder` must hold provenance.csv beside the images; there "
+                                f"is none in {folder}. Without a history, use `load_npy`.")
     with explain_errors(path, 'the provenance.csv of `TrainingSet.save`'):
-        return TrainingSet(data.images, data.labels, data.classes, pd.read_csv(path, keep_default_na=False, na_values={'success': ['']}))
+        return TrainingSet(data.images, data.labels, data.classes,
+                           pd.read_csv(path, keep_default_na=False, na_values={'success': ['']}))
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #6626a22f
 def _interleaved(y, K, rng):
     "Positions of all images in random order, classes in turn"
     order = rng.permutation(len(y))
     rank = np.empty(len(y), int)
-    for k in range(K): rank[order[y[order] == k]] = np.arange((y == k).sum())
+    for k in range(K):
+        rank[order[y[order] == k]] = np.arange((y == k).sum())
     return order[np.lexsort((rng.permutation(K)[y[order]], rank[order]))]
 
 def _versions(source, pool):
     "The pool of a source and its transforms"
-    pool, source = source if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], ImageSet) else (pool, source)
+    pool, source = source if isinstance(source, tuple) and len(source) == 2 and isinstance(
+        source[0], ImageSet) else (pool, source)
     return pool, list(source) if isinstance(source, (list, tuple)) else [source]
 
 def _offer(name, source, pool, m, candidates, seed, batch_size):
@@ -96,22 +109,37 @@ def _offer(name, source, pool, m, candidates, seed, batch_size):
     pool, versions = _versions(source, pool)
     per = min(candidates, len(versions))
     place, turn = np.divmod(np.arange(m), per)
-    version, rng = (place + turn) % len(versions), np.random.default_rng(subseed(seed, 'order', name))
-    image = np.concatenate([_interleaved(pool.y, len(pool.classes), rng) for _ in range(place[-1]//len(pool)+1)])[place]
-    images, labels, success = np.empty((m, *pool.images.shape[1:]), np.uint8), np.empty((m, len(pool.classes)), np.float32), np.full(m, None)
+    version = (place + turn) % len(versions)
+    rng = np.random.default_rng(subseed(seed, 'order', name))
+    image = np.concatenate([_interleaved(pool.y, len(pool.classes), rng)
+                            for _ in range(place[-1]//len(pool)+1)])[place]
+    images = np.empty((m, *pool.images.shape[1:]), np.uint8)
+    labels = np.empty((m, len(pool.classes)), np.float32)
+    success = np.full(m, None)
     for v, transform in enumerate(versions):
-        at, model = np.flatnonzero(version == v), getattr(transform, 'model', None)
-        for k, s in enumerate(progress(batches(len(at), batch_size), f'{name} {v+1}/{len(versions)}')):
+        at = np.flatnonzero(version == v)
+        model = getattr(transform, 'model', None)
+        for k, s in enumerate(progress(batches(len(at), batch_size),
+                                       f'{name} {v+1}/{len(versions)}')):
             w = at[s]
-            x, y = transform(to_float(pool.images[image[w]]), torch.from_numpy(pool.labels[image[w]]), make_generator(seed, name, v, k))
-            images[w], labels[w] = to_uint8(x), y.numpy()
-            if model is not None: success[w] = (predict(model, to_float(images[w])).argmax(1) != y.argmax(1)).numpy()
-    said, surrogate = [describe(t) for t in versions], [getattr(t, 'surrogate', '') for t in versions]
-    return images, labels, pd.DataFrame(dict(source=name, image=image, transform=[said[v] for v in version], surrogate=[surrogate[v] for v in version], success=success))
+            x, y = transform(to_float(pool.images[image[w]]),
+                             torch.from_numpy(pool.labels[image[w]]),
+                             make_generator(seed, name, v, k))
+            images[w] = to_uint8(x)
+            labels[w] = y.numpy()
+            if model is not None:
+                success[w] = (predict(model, to_float(images[w])).argmax(1) != y.argmax(1)).numpy()
+    said = [describe(t) for t in versions]
+    surrogate = [getattr(t, 'surrogate', '') for t in versions]
+    return images, labels, pd.DataFrame(dict(
+        source=name, image=image, transform=[said[v] for v in version],
+        surrogate=[surrogate[v] for v in version], success=success))
 
 def _quotas(shares, n):
     "Whole numbers that sum to `n`, by largest remainder, from shares that sum to 1"
-    if not abs(sum(shares.values())-1) <= 1e-6: raise ValueError(f"`shares` must sum to 1; got {sum(shares.values()):.6g}. Divide each by the sum.")
+    if not abs(sum(shares.values())-1) <= 1e-6:
+        raise ValueError(
+            f"`shares` must sum to 1; got {sum(shares.values()):.6g}. Divide each by the sum.")
     exact = np.array([*shares.values()])*n
     whole = np.floor(exact + 1e-9).astype(int)
     whole[np.argsort(whole-exact, kind='stable')[:n-whole.sum()]] += 1
@@ -121,12 +149,16 @@ def _quotas(shares, n):
 def _check_plan(sources, shares, n, options):
     "Raise unless the shares can be built"
     unknown = [k for k in shares if k not in sources]
-    if unknown: raise ValueError(f"`shares` must name sources; {unknown[0]!r} is none of {', '.join(sources)}.")
+    if unknown:
+        raise ValueError(
+            f"`shares` must name sources; {unknown[0]!r} is none of {', '.join(sources)}.")
     empty = [k for k in shares if not _versions(sources[k], None)[1]]
     if empty: raise ValueError(f"source {empty[0]!r} must hold at least one transform; it is empty.")
     bad = [k for k, v in shares.items() if not (isinstance(v, (int, float)) and 0 <= v <= 1)]
     if bad: raise ValueError(f"`shares` must be numbers in [0, 1]; {bad[0]!r} has {shares[bad[0]]!r}.")
-    if not 1 <= n <= 50_000: raise ValueError(f"`n` must be between 1 and 50,000 images, the competition's limit; got {n}.")
+    if not 1 <= n <= 50_000:
+        raise ValueError(
+            f"`n` must be between 1 and 50,000 images, the competition's limit; got {n}.")
     for name, option in options.items():
         lost = [k for k in option if k not in sources] if isinstance(option, dict) else []
         if lost: raise ValueError(f"`{name}` must name sources; {lost[0]!r} is none of {', '.join(sources)}.")
@@ -137,9 +169,11 @@ def build_training_set(
     shares:dict,         # Name -> share of the images, in [0,1]; sum 1
     n:int=50_000,        # Images wanted, at most 50,000
     select=everything,   # Policy from `selection`, or one for each source by name; `everything` for the rest
-    candidates=1,        # Candidates for each image wanted, >= 1, or a number for each source by name; 1 for the rest
+    # Candidates for each image wanted, >= 1, or a number for each source by name; 1 for the rest
+    candidates=1,
     seed:int=0,          # Everything random
-    batch_size:int=1000, # Images a transform sees at a time; part of the result, as transforms draw for a batch
+    # Images a transform sees at a time; part of the result, as transforms draw for a batch
+    batch_size:int=1000,
 )->TrainingSet:          # `n` images in mixed order
     "Images from several sources in given shares."
     _check_plan(sources, shares, n, dict(select=select, candidates=candidates))
@@ -149,12 +183,19 @@ def build_training_set(
         c = candidates.get(name, 1) if isinstance(candidates, dict) else candidates
         policy = select.get(name, everything) if isinstance(select, dict) else select
         if not c >= 1: raise ValueError(f"`candidates` must be at least 1; got {c} for {name!r}.")
-        try: images, labels, rows = _offer(name, sources[name], pool, int(np.ceil(q*c)), int(c), seed, batch_size)
-        except (ValueError, TypeError) as e: raise ValueError(f"source {name!r} failed: {e}") from e
+        try:
+            images, labels, rows = _offer(name, sources[name], pool, int(np.ceil(q*c)), int(c),
+                                          seed, batch_size)
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"source {name!r} failed: {e}") from e
         kept = policy(images, labels, rows, q, make_generator(seed, 'select', name))
-        if len(kept) < q: raise ValueError(f"source {name!r} must give {q} images; {describe(policy)} lets {len(kept)} of {len(images)} candidates through. Raise `candidates` (now {c}), or lower its share.")
+        if len(kept) < q:
+            raise ValueError(f"source {name!r} must give {q} images; {describe(policy)} lets "
+                             f"{len(kept)} of {len(images)} candidates through. Raise "
+                             f"`candidates` (now {c}), or lower its share.")
         parts.append((images[kept], labels[kept], rows.iloc[kept]))
-    images, labels, rows = (np.concatenate(o) if isinstance(o[0], np.ndarray) else pd.concat(o, ignore_index=True) for o in zip(*parts))
+    images, labels, rows = (np.concatenate(o) if isinstance(o[0], np.ndarray)
+                            else pd.concat(o, ignore_index=True) for o in zip(*parts))
     order = np.random.default_rng(subseed(seed, 'mix')).permutation(n)
     return TrainingSet(images[order], labels[order], pool.classes, rows.iloc[order])
 
@@ -166,22 +207,28 @@ def contact_sheet(
     ax=None,            # Axes to draw on; None makes a figure
 ):                      # The axes
     "A row of images from each source, with their likeliest class."
-    rng, names = np.random.default_rng(subseed(seed, 'sheet')), sorted(data.rows.source.unique())
+    rng = np.random.default_rng(subseed(seed, 'sheet'))
+    names = sorted(data.rows.source.unique())
     picked = [rng.permutation(np.flatnonzero(data.rows.source == k)) for k in names]
     at = np.concatenate([np.resize(p, each) for p in picked])
     ax = show_images(data.images[at], [data.classes[k] for k in data.y[at]], each, ax)
     step = (ax.get_ylim()[0]+.5)/len(names)
-    for i, (k, p) in enumerate(zip(names, picked)): ax.text(-8, (i+.5)*step, f'{k}\n{len(p):,}', ha='right', va='center', fontsize=9)
+    for i, (k, p) in enumerate(zip(names, picked)):
+        ax.text(-8, (i+.5)*step, f'{k}\n{len(p):,}', ha='right', va='center', fontsize=9)
     return ax
 
 def summary(
     data:TrainingSet,   # A set with its history
 )->pd.DataFrame:        # One row for each source
     "What is inside: images, different source images, labels, success of attacks."
-    top, rows = data.labels.max(1), data.rows
+    top = data.labels.max(1)
+    rows = data.rows
     distinct = lambda at: len({o.tobytes() for o in data.images[at.index]})
-    return rows.assign(top=top, hard=top > .999).groupby('source').agg(images=('image', 'size'), share=('image', lambda o: len(o)/len(rows)), source_images=('image', 'nunique'),
-        different=('image', distinct), hard_labels=('hard', 'mean'), mean_top=('top', 'mean'), attack_success=('success', lambda o: o.dropna().astype(float).mean()))
+    return rows.assign(top=top, hard=top > .999).groupby('source').agg(
+        images=('image', 'size'), share=('image', lambda o: len(o)/len(rows)),
+        source_images=('image', 'nunique'), different=('image', distinct),
+        hard_labels=('hard', 'mean'), mean_top=('top', 'mean'),
+        attack_success=('success', lambda o: o.dropna().astype(float).mean()))
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #1f77ae71
 def set_card(
@@ -192,14 +239,17 @@ def set_card(
 )->Path:                   # The path
     "One page: the table, the transforms, the classes and a contact sheet."
     shown = summary(data).reset_index().rename(columns=lambda c: c.replace('_', ' '))
-    made = data.rows.groupby(['source', 'transform', 'surrogate'], sort=True).size().rename('images').reset_index()
+    made = data.rows.groupby(['source', 'transform', 'surrogate'],
+                             sort=True).size().rename('images').reset_index()
     counts = pd.DataFrame([np.bincount(data.y, minlength=len(data.classes))], columns=data.classes)
-    as_html = lambda df: df.to_html(index=False, border=0, float_format=lambda v: f'{v:.3g}', na_rep='')
+    as_html = lambda df: df.to_html(index=False, border=0, float_format=lambda v: f'{v:.3g}',
+                                    na_rep='')
     sheet = contact_sheet(data)
     page = f'''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>
 <style>body{{font:15px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}}div{{overflow-x:auto}}td,th{{padding:.2em .7em;text-align:left}}img{{max-width:100%}}</style>
 <h1>{html.escape(title)}</h1><p>{html.escape(note)}</p><p>{html.escape(repr(ImageSet(data.images, data.labels, data.classes)))}</p>
 <div>{as_html(shown)}</div><h2>What made them</h2><div>{as_html(made)}</div><h2>Classes</h2><div>{as_html(counts)}</div><h2>Images</h2><img alt="images of each source" src="{figure_png(sheet)}"></html>'''
     plt.close(sheet.figure)
-    with atomic_path(path) as tmp: tmp.write_text(page, encoding='utf-8')
+    with atomic_path(path) as tmp:
+        tmp.write_text(page, encoding='utf-8')
     return Path(path)

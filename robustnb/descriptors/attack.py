@@ -34,10 +34,16 @@ def fit_eight_bit(
     threat,         # Threat model, e.g. `SSIM(.95)`
 )->Tensor:          # Images with pixels k/255, allowed by `threat`
     "The 8-bit images on the way to `x_adv`, as far as the rule allows."
-    if check_images(x).shape != x_adv.shape: raise ValueError(f"`x_adv` must have the shape of `x`; got {tuple(x_adv.shape)} and {tuple(x.shape)}.")
-    if not x_adv.isfinite().all(): raise ValueError("`x_adv` must be finite; got NaN or infinite pixels. Was a step divided by zero?")
+    if check_images(x).shape != x_adv.shape:
+        raise ValueError(
+            f"`x_adv` must have the shape of `x`; got {tuple(x_adv.shape)} and {tuple(x.shape)}.")
+    if not x_adv.isfinite().all():
+        raise ValueError(
+            "`x_adv` must be finite; got NaN or infinite pixels. Was a step divided by zero?")
     x = round_to_8bit(x)
-    goal, left, out = threat.project(x, x_adv.to(x)), torch.arange(len(x), device=x.device), torch.empty_like(x)
+    goal = threat.project(x, x_adv.to(x))
+    left = torch.arange(len(x), device=x.device)
+    out = torch.empty_like(x)
     for share in (1, *(1-2**k/256 for k in range(9))):
         out[left] = round_to_8bit((x[left] + share*(goal[left]-x[left])).clamp(0, 1))
         left = left[~allows_saved(x[left], out[left], threat)]
@@ -46,25 +52,42 @@ def fit_eight_bit(
 
 # %% ../../nbs/api/descriptors/40_attack.ipynb #6d359c24
 def _begin(oracle, x, targets, threat, students, start):
-    "Check the arguments of an attack; return its first images, their distances, and the answers (NaN where the box did not answer)"
+    """Check the arguments of an attack; return its first images, their distances, and the answers
+    (NaN where the box did not answer)"""
     check_images(x)
-    if not torch.equal(x, round_to_8bit(x)): raise ValueError("`x` must hold pixels k/255, as a file does. Use `eight_bit(x)`.")
-    if not isinstance(targets, Tensor) or targets.ndim != 3 or len(targets) != len(x): raise ValueError(f"`targets` must be descriptors (N,T,D) with N = {len(x)}; got {tuple(getattr(targets, 'shape', ()))}.")
-    if not targets.isfinite().all(): raise ValueError(f"`targets` must be finite; those of image {(~targets.isfinite()).nonzero()[0, 0].item()} are not. Ask the box again, or leave the pair out.")
-    if not students: raise ValueError("`students` must hold at least one network; got none. Use `distill_descriptor`, or an attack that needs none.")
-    for s in students: check_model(s)
+    if not torch.equal(x, round_to_8bit(x)):
+        raise ValueError("`x` must hold pixels k/255, as a file does. Use `eight_bit(x)`.")
+    if not isinstance(targets, Tensor) or targets.ndim != 3 or len(targets) != len(x):
+        raise ValueError(f"`targets` must be descriptors (N,T,D) with N = {len(x)}; got "
+                         f"{tuple(getattr(targets, 'shape', ()))}.")
+    if not targets.isfinite().all():
+        raise ValueError("`targets` must be finite; those of image "
+                         f"{(~targets.isfinite()).nonzero()[0, 0].item()} are not. Ask the "
+                         "box again, or leave the pair out.")
+    if not students:
+        raise ValueError("`students` must hold at least one network; got none. Use "
+                         "`distill_descriptor`, or an attack that needs none.")
+    for s in students:
+        check_model(s)
     now = x.clone() if start is None else start.clone()
-    if now.shape != x.shape or not torch.equal(now, round_to_8bit(now)) or not allows_saved(x, now, threat).all(): raise ValueError(f"`start` must be images like `x`, pixels k/255, that {threat} allows. Use `fit_eight_bit(x, start, threat)`.")
+    if now.shape != x.shape or not torch.equal(
+            now, round_to_8bit(now)) or not allows_saved(x, now, threat).all():
+        raise ValueError(f"`start` must be images like `x`, pixels k/255, that {threat} "
+                         "allows. Use `fit_eight_bit(x, start, threat)`.")
     answers, distance = _ask(oracle, now, targets)
     return now, distance, answers
 
-_std = .225     # mean deviation of the ImageNet normalisation, in which published step sizes are given
+# mean deviation of the ImageNet normalisation, in which published step sizes are given
+_std = .225
 
 @torch.no_grad()
 def _ask(oracle, x, targets):
     "The box's answers and their distances, infinite where there is none"
     answers = oracle(x)
-    if answers.shape != (len(x), targets.shape[2]): raise ValueError(f"`oracle` must answer with descriptors ({len(x)},{targets.shape[2]}), like `targets`; got {tuple(answers.shape)}.")
+    if answers.shape != (len(x), targets.shape[2]):
+        raise ValueError("`oracle` must answer with descriptors "
+                         f"({len(x)},{targets.shape[2]}), like `targets`; got "
+                         f"{tuple(answers.shape)}.")
     return answers, descriptor_distance(answers, targets).nan_to_num(torch.inf)
 
 def _spent(oracle): return getattr(oracle, 'left', 1) <= 0
@@ -99,14 +122,20 @@ def baseline(
 )->Tensor:                   # Images like `x`, allowed by `threat`
     "The organisers' attack: iterated FGSM on one student, without questions."
     first, distance, _ = _begin(oracle, x, targets, threat, students, start)
-    now, kept, left = first.clone(), first.clone(), torch.arange(len(x), device=x.device)
+    now = first.clone()
+    kept = first.clone()
+    left = torch.arange(len(x), device=x.device)
     for _ in range(1000):
-        step = sum(_gradient(students[:1], now[left], lambda d: (d-targets[left, j]).square().mean(1)).sign() for j in range(targets.shape[1]))
+        step = sum(_gradient(students[:1], now[left],
+                             lambda d: (d-targets[left, j]).square().mean(1)).sign()
+                   for j in range(targets.shape[1]))
         now[left] = now[left] - .01*_std*step
         new = round_to_8bit(now[left].clamp(0, 1))
         passed = allows_saved(x[left], new, threat)
-        if range_fault: passed &= ssim(x[left], new, data_range=2/255) >= threat.level
-        kept[left[passed]], left = new[passed], left[passed]
+        if range_fault:
+            passed &= ssim(x[left], new, data_range=2/255) >= threat.level
+        kept[left[passed]] = new[passed]
+        left = left[passed]
         if not len(left): break
     better = _ask(oracle, kept, targets)[1] < distance
     return torch.where(_each(better), kept, first)
@@ -116,14 +145,18 @@ def target_combinations(
     targets:Tensor,  # Descriptors (N,T,D)
 )->Tensor:           # Means of several targets (N,M,D); M is 28 for T = 5
     "The second place's goals: the mean, each target, and means of two, of four and of three, in its order."
-    mean = lambda k, most=None: [targets[:, c].mean(1) for c in itertools.islice(itertools.combinations(range(targets.shape[1]), k), most)]
+    mean = lambda k, most=None: [targets[:, c].mean(1) for c in itertools.islice(
+        itertools.combinations(range(targets.shape[1]), k), most)]
     return torch.stack(mean(targets.shape[1]) + mean(1) + mean(2) + mean(4, 4) + mean(3, 8), 1)
 
 # %% ../../nbs/api/descriptors/40_attack.ipynb #42877d85
 def _second_place(step, oracle, x, targets, threat, start, students, queries):
     "Its loop: one step a question, another goal after a failure, a step all the same after five"
     kept, best, _ = _begin(oracle, x, targets, threat, students, start)
-    goals, now, k, patience = target_combinations(targets), kept.clone(), torch.zeros_like(best, dtype=torch.long), torch.full_like(best, 5)
+    goals = target_combinations(targets)
+    now = kept.clone()
+    k = torch.zeros_like(best, dtype=torch.long)
+    patience = torch.full_like(best, 5)
     live = torch.arange(len(x), device=x.device)
     for _ in range(queries-1):
         goal = goals[live, k[live] % goals.shape[1]]
@@ -131,14 +164,17 @@ def _second_place(step, oracle, x, targets, threat, start, students, queries):
         new = now[live] - step(grad)
         asked = round_to_8bit(new.clamp(0, 1))
         legal = allows_saved(x[live], asked, threat)
-        live, new, asked = live[legal], new[legal], asked[legal]
+        live = live[legal]
+        new = new[legal]
+        asked = asked[legal]
         if not len(live) or _spent(oracle): break
         distance = _ask(oracle, asked, targets[live])[1]
         better = distance < best[live]
         patience[live[~better]] -= 1
         k[live[~better]] += 1
         jump = patience[live] == 0
-        kept[live[better]], best[live[better]] = asked[better], distance[better]
+        kept[live[better]] = asked[better]
+        best[live[better]] = distance[better]
         now[live[better | jump]] = new[better | jump]
         patience[live[better]], patience[live[jump]] = 28, 4
     return kept
@@ -153,7 +189,8 @@ def fgvm(
     students:list=(),        # Networks whose mean descriptor is followed
     queries:int=500,         # Most questions about an image, >= 1
 )->Tensor:                   # Images like `x`, allowed by `threat`
-    "Fast gradient value method with the second place's heuristics, its questions asked about the 8-bit image."
+    """Fast gradient value method with the second place's heuristics, its questions asked about the
+    8-bit image."""
     return _second_place(_cut, oracle, x, targets, threat, start, students, queries)
 
 # %% ../../nbs/api/descriptors/40_attack.ipynb #ec049627
@@ -173,26 +210,34 @@ def fgsm_masked(
 # %% ../../nbs/api/descriptors/40_attack.ipynb #4cd67c49
 @dataclass(frozen=True)
 class Plan:
-    "How `attack_descriptor` spends its questions; momentum and what follows `length` can be switched off or on."
+    """How `attack_descriptor` spends its questions; momentum and what follows `length` can be
+    switched off or on."""
     queries:int=100          # Most questions about an image, >= 2
     inner:int=4              # Steps along the students' gradient between two questions, >= 1
     decay:float=.9           # Momentum between two questions, in [0,1); 0 is none
-    length:float=.4          # Length of the first steps, as a share of what the rule allows, in (0,1]; it grows by a fifth when the box agrees, and shrinks by 15 % when not
+    # Length of the first steps, as a share of what the rule allows, in (0,1]; it grows by a fifth
+    # when the box agrees, and shrinks by 15 % when not
+    length:float=.4
     shaped:bool=True         # Follow the measure of the rule; False takes the gradient cut at two deviations
     pulled_back:bool=True    # Pull a step back to the edge of the rule; False leaves such a step out
     refresh:int=10           # Training steps of each student after a question, >= 0
-    differences:float=.1     # Weight of what two answers about an image differ by, beside the answers themselves, >= 0
+    # Weight of what two answers about an image differ by, beside the answers themselves, >= 0
+    differences:float=.1
     residual:bool=False      # Add to the students' answers what they are wrong by at the best image so far
     nesterov:bool=False      # Take the gradient where the momentum leads
 
     def __post_init__(self):
-        if not (self.queries >= 2 and self.inner >= 1 and 0 <= self.decay < 1 and self.refresh >= 0 and 0 <= self.differences < float('inf')): raise ValueError(f"`queries` must be at least 2, `inner` at least 1, `decay` in [0, 1), `refresh` and `differences` not negative; got {self}.")
+        if not (self.queries >= 2 and self.inner >= 1 and 0 <= self.decay < 1
+                and self.refresh >= 0 and 0 <= self.differences < float('inf')):
+            raise ValueError("`queries` must be at least 2, `inner` at least 1, `decay` in "
+                             f"[0, 1), `refresh` and `differences` not negative; got {self}.")
         if not 0 < self.length <= 1: raise ValueError(f"`length` must be in (0, 1]; got {self.length}.")
 
 # %% ../../nbs/api/descriptors/40_attack.ipynb #068a452d
 def _step(x, now, total, threat, plan, length, share=1):
     "A share of a step of `length` (N,1,1,1) against `total`, back inside the rule"
-    new = now - share*(length*threat.eps*threat.steepest(total, x, now) if plan.shaped else _cut(total))
+    new = now - share*(length*threat.eps*threat.steepest(total, x, now) if plan.shaped
+                       else _cut(total))
     if plan.pulled_back: return threat.project(x, new)
     new = new.clamp(0, 1)
     return torch.where(_each(threat.allows(x, new)), new, now)
@@ -202,31 +247,42 @@ def _descend(students, x, now, targets, threat, plan, length):
     total = torch.zeros_like(x)
     for i in range(plan.inner):
         at = _step(x, now, total, threat, plan, length, plan.decay) if plan.nesterov and i else now
-        total = plan.decay*total + mean_normalized(_gradient(students, at, lambda d: descriptor_distance(d, targets)))
+        total = plan.decay*total + mean_normalized(_gradient(
+            students, at, lambda d: descriptor_distance(d, targets)))
         now = _step(x, now, total, threat, plan, length)
     return now
 
 def _learn(students, optimizers, seen, plan, generator):
-    "Train the students on the box's last answers, on earlier ones about the same images, and on how the two differ"
-    (images, answers), pick = seen[-1], lambda most: torch.randint(most, (16,), generator=generator).tolist()
+    """Train the students on the box's last answers, on earlier ones about the same images, and on
+    how the two differ"""
+    images, answers = seen[-1]
+    pick = lambda most: torch.randint(most, (16,), generator=generator).tolist()
     for _ in range(plan.refresh):
-        rows, earlier = pick(len(images)), pick(len(seen))
-        xb = torch.cat([images[rows], torch.stack([seen[k][0][i] for k, i in zip(earlier, rows)])]).float()/255
+        rows = pick(len(images))
+        earlier = pick(len(seen))
+        xb = torch.cat([images[rows],
+                        torch.stack([seen[k][0][i] for k, i in zip(earlier, rows)])]).float()/255
         db = torch.cat([answers[rows], torch.stack([seen[k][1][i] for k, i in zip(earlier, rows)])])
         known = db.isfinite().all(1)
-        both, step = known[:16] & known[16:], db[:16] - db[16:]
+        both = known[:16] & known[16:]
+        step = db[:16] - db[16:]
         if not known.any(): continue
         for s, o in zip(students, optimizers):
             with torch.enable_grad():
                 d = s(xb)
-                off = (d[:16] - d[16:] - step)[both].square().sum(1)/step[both].square().sum(1).clamp_min(1e-6)
-                loss = (1 - F.cosine_similarity(d[known], db[known], dim=1)).mean() + plan.differences*off.sum()/16
-            o.zero_grad(set_to_none=True); loss.backward(); o.step()
+                off = (d[:16] - d[16:] - step)[both].square().sum(
+                    1)/step[both].square().sum(1).clamp_min(1e-6)
+                loss = ((1 - F.cosine_similarity(d[known], db[known], dim=1)).mean()
+                        + plan.differences*off.sum()/16)
+            o.zero_grad(set_to_none=True)
+            loss.backward()
+            o.step()
 
 # %% ../../nbs/api/descriptors/40_attack.ipynb #80bd29d9
 @torch.no_grad()
 def attack_descriptor(
-    oracle:Callable,         # Asked about each image `plan.queries` times at most: images (N,C,H,W) -> descriptors (N,D)
+    # Asked about each image `plan.queries` times at most: images (N,C,H,W) -> descriptors (N,D)
+    oracle:Callable,
     x:Tensor,                # Clean images (N,C,H,W), pixels k/255
     targets:Tensor,          # Wanted descriptors (N,T,D), the box's answers
     threat,                  # `SSIM(.95)`, or another threat model
@@ -238,18 +294,24 @@ def attack_descriptor(
     "Steepest descent under the rule on students that learn from every answer."
     kept, best, answers = _begin(oracle, x, targets, threat, students, start)
     asked, said, length = kept, answers, torch.full_like(x[:, :1, :1, :1], plan.length)
-    generator, students = generator or make_generator(0), [copy.deepcopy(s) for s in students]
-    optimizers, seen = [torch.optim.Adam(s.parameters(), 1e-3) for s in students], collections.deque(maxlen=50)
+    generator = generator or make_generator(0)
+    students = [copy.deepcopy(s) for s in students]
+    optimizers = [torch.optim.Adam(s.parameters(), 1e-3) for s in students]
+    seen = collections.deque(maxlen=50)
     bar = progress(range(1, plan.queries), 'questions')
     for _ in bar:
         seen.append((asked.mul(255).round().byte(), answers))
         _learn(students, optimizers, seen, plan, generator)
         if _spent(oracle): break
-        wrong = (said - sum(s(kept) for s in students)/len(students)).nan_to_num(0)[:, None] if plan.residual else 0
-        asked = fit_eight_bit(x, _descend(students, x, kept, targets - wrong, threat, plan, length), threat)
+        wrong = ((said - sum(s(kept) for s in students)/len(students)).nan_to_num(0)[:, None]
+                 if plan.residual else 0)
+        asked = fit_eight_bit(
+            x, _descend(students, x, kept, targets - wrong, threat, plan, length), threat)
         answers, distance = _ask(oracle, asked, targets)
         better = _each(distance < best)
-        kept, said, best = torch.where(better, asked, kept), torch.where(better[:, :, 0, 0], answers, said), torch.minimum(distance, best)
+        kept = torch.where(better, asked, kept)
+        said = torch.where(better[:, :, 0, 0], answers, said)
+        best = torch.minimum(distance, best)
         length = torch.where(better, 1.2*length, .85*length).clamp(.01, 1)
         bar.set_postfix(score=f'{best.mean():.4f}')
     return kept

@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core import batches, check_images, check_model, round_to_8bit, make_generator, progress
+from ..core import (batches, check_images, check_model, round_to_8bit, make_generator,
+                           progress)
 from ..files import save_state
 from ..attacks.threat_models import Ball
 from ..attacks.transferable import resize_matrix
@@ -22,25 +23,36 @@ from .attack import fit_eight_bit, _spent
 
 # %% ../../nbs/api/descriptors/60_attack_network.ipynb #8761b088
 def _begin(oracle, x, targets, threat, start):
-    "Clean 8-bit images, the targets beside them, the images to improve on and what the oracle says about them; after a look at everything."
+    """Clean 8-bit images, the targets beside them, the images to improve on and what the oracle
+    says about them; after a look at everything."""
     check_images(x)
-    if not isinstance(threat, Ball): raise TypeError(f"`threat` must be a threat model such as SSIM(.95); got {type(threat).__name__}.")
-    if not isinstance(targets, Tensor) or targets.ndim != 3 or len(targets) != len(x) or targets.shape[1] < 1:
-        raise ValueError(f"`targets` must hold the wanted descriptors (N,T,D) of each of the {len(x)} images; got {tuple(getattr(targets, 'shape', ()))}. "
-                         f"One target per image needs `targets[:, None]`.")
-    if not targets.isfinite().all(): raise ValueError("`targets` must be finite; got NaN or infinity. Did the oracle leave a target image without an answer?")
+    if not isinstance(threat, Ball):
+        raise TypeError(
+            f"`threat` must be a threat model such as SSIM(.95); got {type(threat).__name__}.")
+    if (not isinstance(targets, Tensor) or targets.ndim != 3 or len(targets) != len(x)
+        or targets.shape[1] < 1):
+        raise ValueError("`targets` must hold the wanted descriptors (N,T,D) of each of the "
+                         f"{len(x)} images; got {tuple(getattr(targets, 'shape', ()))}. One "
+                         "target per image needs `targets[:, None]`.")
+    if not targets.isfinite().all():
+        raise ValueError("`targets` must be finite; got NaN or infinity. Did the oracle leave "
+                         "a target image without an answer?")
     if start is not None and check_images(start, 'start').shape != x.shape:
-        raise ValueError(f"`start` must have the shape of `x`, {tuple(x.shape)}; got {tuple(start.shape)}.")
+        raise ValueError(
+            f"`start` must have the shape of `x`, {tuple(x.shape)}; got {tuple(start.shape)}.")
     x, targets = round_to_8bit(x), targets.to(x)
     best = x.clone() if start is None else fit_eight_bit(x, start, threat)
-    return x, targets, best, torch.full_like(x[:, 0, 0, 0], torch.nan) if _spent(oracle) else _ask(oracle, best, targets)
+    return x, targets, best, torch.full_like(
+        x[:, 0, 0, 0], torch.nan) if _spent(oracle) else _ask(oracle, best, targets)
 
 # %% ../../nbs/api/descriptors/60_attack_network.ipynb #920080c6
 def _ask(oracle, x, targets):
     "Distances (N,) to the targets as the oracle sees them; NaN without an answer."
     d = oracle(x).detach()
-    if d.shape != (len(x), targets.shape[2]): raise ValueError(f"`targets` must be as long as the descriptors of `oracle`; "
-                                                          f"got {targets.shape[2]} numbers, and {tuple(d.shape)} from the oracle for {len(x)} images.")
+    if d.shape != (len(x), targets.shape[2]):
+        raise ValueError("`targets` must be as long as the descriptors of `oracle`; got "
+                         f"{targets.shape[2]} numbers, and {tuple(d.shape)} from the oracle "
+                         f"for {len(x)} images.")
     return descriptor_distance(d.to(targets), targets)
 
 def _offer(oracle, found, best, value, targets):
@@ -55,20 +67,26 @@ def _offer(oracle, found, best, value, targets):
 def _students(students):
     "The students as a list, each one looked at."
     students = [students] if isinstance(students, nn.Module) else list(students)
-    if not students: raise ValueError("`students` must hold at least one network; got none. Train one on answers of the oracle.")
+    if not students:
+        raise ValueError("`students` must hold at least one network; got none. Train one on "
+                         "answers of the oracle.")
     return [check_model(s) for s in students]
 
 def _distance(students, x, targets):
     "Mean over students of the mean distance to the targets (N,)."
     answers = [s(x) for s in students]
     for d in answers:
-        if d.shape != (len(x), targets.shape[2]): raise ValueError(f"`students` must answer with descriptors as long as the targets, {targets.shape[2]} numbers; "
-                                                          f"got {tuple(d.shape)} for {len(x)} images.")
+        if d.shape != (len(x), targets.shape[2]):
+            raise ValueError("`students` must answer with descriptors as long as the targets, "
+                             f"{targets.shape[2]} numbers; got {tuple(d.shape)} for {len(x)} "
+                             "images.")
     return sum(descriptor_distance(d, targets) for d in answers)/len(answers)
 
 def _vary(x, u, share=.9):
-    "Images made smaller, to between `share` and all of their size, and put somewhere, for random numbers `u` (N,3)."
-    rows, columns = [], []
+    """Images made smaller, to between `share` and all of their size, and put somewhere, for random
+    numbers `u` (N,3)."""
+    rows = []
+    columns = []
     for lines, n, where in ((rows, x.shape[2], u[:, 1:2]), (columns, x.shape[3], u[:, 2:3])):
         size = (n*(share + (1-share)*u[:, :1])).round().clamp_min(1)
         lines.append(resize_matrix(n, size, (where*(n-size+1)).floor())[:, None])
@@ -79,33 +97,42 @@ def _block(i, o):
     "A decoder block of LinkNet: narrow, twice the size, wide."
     m = max(4, i//4)
     layer = lambda conv, c: [conv, nn.GroupNorm(1, c), nn.ReLU()]
-    return nn.Sequential(*layer(nn.Conv2d(i, m, 1), m), *layer(nn.ConvTranspose2d(m, m, 4, 2, 1), m), *layer(nn.Conv2d(m, o, 1), o))
+    return nn.Sequential(*layer(nn.Conv2d(i, m, 1), m),
+                         *layer(nn.ConvTranspose2d(m, m, 4, 2, 1), m),
+                         *layer(nn.Conv2d(m, o, 1), o))
 
 def _stage(i, o):
     "Half the size, then a convolution more."
-    return nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.GroupNorm(1, o), nn.ReLU(), nn.Conv2d(o, o, 3, 1, 1), nn.GroupNorm(1, o), nn.ReLU())
+    return nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.GroupNorm(1, o), nn.ReLU(),
+                         nn.Conv2d(o, o, 3, 1, 1), nn.GroupNorm(1, o), nn.ReLU())
 
 class _Encoder(nn.Module):
     "Maps at three scales, the finest first, by the first three stages of a student or by its own."
     def __init__(self, student, width):
         super().__init__()
-        stages = list(getattr(student, 'stages', ()))[:3] or [_stage(3, width), _stage(width, 2*width), _stage(2*width, 4*width)]
-        self.normalize, self.stages = copy.deepcopy((getattr(student, 'normalize', nn.Identity()), nn.ModuleList(stages)))
+        stages = list(getattr(student, 'stages', ()))[:3] or [
+            _stage(3, width), _stage(width, 2*width), _stage(2*width, 4*width)]
+        self.normalize, self.stages = copy.deepcopy((
+            getattr(student, 'normalize', nn.Identity()), nn.ModuleList(stages)))
         self.stages.requires_grad_(True)
 
     def forward(self, x):
-        x, maps = self.normalize(x), []
-        for stage in self.stages: maps.append(x := stage(x))
+        x = self.normalize(x)
+        maps = []
+        for stage in self.stages:
+            maps.append(x := stage(x))
         return maps
 
 def _head(i, m):
     "Twice the size, then a colour for each pixel."
-    return nn.Sequential(nn.ConvTranspose2d(i, m, 4, 2, 1), nn.ReLU(), nn.Conv2d(m, m, 3, 1, 1), nn.ReLU(), nn.Conv2d(m, 3, 3, 1, 1))
+    return nn.Sequential(nn.ConvTranspose2d(i, m, 4, 2, 1), nn.ReLU(),
+                         nn.Conv2d(m, m, 3, 1, 1), nn.ReLU(), nn.Conv2d(m, 3, 3, 1, 1))
 
 def _sized(a, like):
     "`a` with the height and width of `like`: cut where it is a pixel too large, else interpolated."
     h, w = like.shape[2:]
-    return a[:, :, :h, :w] if h <= a.shape[2] <= h+1 and w <= a.shape[3] <= w+1 else F.interpolate(a, size=(h, w), mode='bilinear', align_corners=False)
+    return (a[:, :, :h, :w] if h <= a.shape[2] <= h+1 and w <= a.shape[3] <= w+1
+            else F.interpolate(a, size=(h, w), mode='bilinear', align_corners=False))
 
 def _allowed(threat, x, raw):
     "`raw` drawn back to the rule; in the gradient the share of the change that stays is a constant."
@@ -118,24 +145,31 @@ def _allowed(threat, x, raw):
 
 # %% ../../nbs/api/descriptors/60_attack_network.ipynb #663b7525
 class LinkNetAttacker(nn.Module):
-    "Draws the change that brings an image to a wanted person (LinkNet: Chaurasia and Culurciello 2017, arXiv:1707.03718)."
+    """Draws the change that brings an image to a wanted person (LinkNet: Chaurasia and Culurciello
+    2017, arXiv:1707.03718)."""
     def __init__(self,
         width:int=32,      # Channels of the finest scale, >= 4; twice and four times as many follow
         k:float=.1,        # What the decoder's answer is multiplied with, in pixel units; 0 changes nothing
-        encoder=None,      # A student with `stages`, at least three modules in a row; None starts from random weights
+        # A student with `stages`, at least three modules in a row; None starts from random weights
+        encoder=None,
         seed:int=0,        # Random weights
     ):
         super().__init__()
-        if not (width >= 4 and 0 <= k < math.inf): raise ValueError(f"`width` must be at least 4 channels and `k` finite and not negative; got {width} and {k}.")
+        if not (width >= 4 and 0 <= k < math.inf):
+            raise ValueError("`width` must be at least 4 channels and `k` finite and not "
+                             f"negative; got {width} and {k}.")
         if encoder is not None and (found := len(getattr(encoder, 'stages', ()))) < 3:
-            raise ValueError(f"`encoder` must have `stages`, at least three modules that follow each other; "
-                             f"got {type(encoder).__name__} with {found}. Use None for an encoder of its own.")
+            raise ValueError("`encoder` must have `stages`, at least three modules that "
+                             f"follow each other; got {type(encoder).__name__} with {found}. "
+                             "Use None for an encoder of its own.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(make_generator(seed, 'attacker').initial_seed())
             self.encoder = _Encoder(encoder, width).eval()
             like = next(self.encoder.parameters())
             a, b, c = (2*o.shape[1] for o in self.encoder(torch.zeros(1, 3, 112, 112).to(like)))
-            self.k, self.up, self.head = k, nn.ModuleList([_block(c, b), _block(b, a)]), _head(a, width)
+            self.k = k
+            self.up = nn.ModuleList([_block(c, b), _block(b, a)])
+            self.head = _head(a, width)
         self.to(like).eval()
 
     def forward(self,
@@ -144,9 +178,11 @@ class LinkNetAttacker(nn.Module):
         threat=None,           # Threat model that the answer keeps; None keeps none
     )->Tensor:                 # Images like `x`, pixels in [0,1]
         "The changed images."
-        pairs = [torch.cat([s, o.unflatten(0, target_images.shape[:2]).mean(1)], 1) for s, o in zip(self.encoder(x), self.encoder(target_images.flatten(0, 1)))]
+        pairs = [torch.cat([s, o.unflatten(0, target_images.shape[:2]).mean(1)], 1)
+                 for s, o in zip(self.encoder(x), self.encoder(target_images.flatten(0, 1)))]
         a = pairs[2]
-        for up, skip in zip(self.up, pairs[1::-1]): a = _sized(up(a), skip) + skip
+        for up, skip in zip(self.up, pairs[1::-1]):
+            a = _sized(up(a), skip) + skip
         raw = (x + self.k*_sized(self.head(a), x)).clamp(0, 1)
         return raw if threat is None else _allowed(threat, x, raw)
 
@@ -157,54 +193,79 @@ class AttackerRecipe:
     epochs:int=20          # Passes over the sources
     batch_size:int=20      # Sources in a step
     lr:float=3e-3          # Learning rate at the start
-    smallest:float=.9      # Images are made smaller, down to this share, before a student sees them, in (0,1]; 1 leaves them
+    # Images are made smaller, down to this share, before a student sees them, in (0,1]; 1 leaves
+    # them
+    smallest:float=.9
     shuffle:bool=True      # Sources meet other people in each epoch; False keeps the pairs as they are given
     seed:int=0             # Order, pairs and sizes
 
     def __post_init__(self):
-        if not (self.epochs >= 1 and self.batch_size >= 1 and 0 < self.lr < math.inf and 0 < self.smallest <= 1):
-            raise ValueError(f"`epochs` and `batch_size` must be at least 1, `lr` positive, `smallest` in (0, 1]; got {self}.")
+        if not (self.epochs >= 1 and self.batch_size >= 1 and 0 < self.lr < math.inf
+                and 0 < self.smallest <= 1):
+            raise ValueError("`epochs` and `batch_size` must be at least 1, `lr` positive, "
+                             f"`smallest` in (0, 1]; got {self}.")
 
 # %% ../../nbs/api/descriptors/60_attack_network.ipynb #7ead3b0b
 def _mark(attacker, students, sources, target_images, threat, recipe):
     "What a checkpoint must agree with before a run may continue from it."
-    return dict(format='robustnb.end_to_end/1', attacker=_digest(*attacker.state_dict().values(), torch.tensor(attacker.k)),
+    return dict(format='robustnb.end_to_end/1',
+                attacker=_digest(*attacker.state_dict().values(), torch.tensor(attacker.k)),
                 students=_digest(*(v for s in students for v in s.state_dict().values())),
                 images=_digest(sources, target_images), threat=repr(threat), recipe=repr(recipe))
 
 def _check_pairs(x, target_images, name='x'):
     "Raise unless these are RGB images and the images of the wanted person of each."
-    if check_images(x, name).shape[1] != 3: raise ValueError(f"`{name}` must have three channels; got shape {tuple(x.shape)}. Repeat a grey channel with `expand`.")
-    if not isinstance(target_images, Tensor) or target_images.ndim != 5 or len(target_images) != len(x) or target_images.shape[2:] != x.shape[1:]:
-        raise ValueError(f"`target_images` must be (N,T,3,H,W), in number and size like `{name}`, {tuple(x.shape)}; got {tuple(getattr(target_images, 'shape', ()))}. "
-                         f"One image per person needs `[:, None]`.")
+    if check_images(x, name).shape[1] != 3:
+        raise ValueError(f"`{name}` must have three channels; got shape {tuple(x.shape)}. "
+                         "Repeat a grey channel with `expand`.")
+    if (not isinstance(target_images, Tensor) or target_images.ndim != 5
+        or len(target_images) != len(x) or target_images.shape[2:] != x.shape[1:]):
+        raise ValueError("`target_images` must be (N,T,3,H,W), in number and size like "
+                         f"`{name}`, {tuple(x.shape)}; got "
+                         f"{tuple(getattr(target_images, 'shape', ()))}. One image per person "
+                         "needs `[:, None]`.")
     check_images(target_images.flatten(0, 1), 'target_images')
 
 # %% ../../nbs/api/descriptors/60_attack_network.ipynb #fd0d0831
 def _wanted(students, target_images):
     "Per student, its descriptors (N,T,D) of the target images."
-    with torch.no_grad(): return [s(target_images.flatten(0, 1)).unflatten(0, target_images.shape[:2]) for s in students]
+    with torch.no_grad():
+        return [s(target_images.flatten(0, 1)).unflatten(0, target_images.shape[:2])
+                for s in students]
 
 def _epoch(attacker, students, pairs, threat, recipe, epoch, optimizer, means):
-    "One pass; returns means of one minus the similarity, of the distance and of the share inside the rule, and the running means."
-    (sources, target_images), g, n = pairs, make_generator(recipe.seed, 'epoch', epoch), len(pairs[0])
-    order, device = torch.randperm(n, generator=g), next(attacker.parameters()).device
+    """One pass; returns means of one minus the similarity, of the distance and of the share inside
+    the rule, and the running means."""
+    sources, target_images = pairs
+    g = make_generator(recipe.seed, 'epoch', epoch)
+    n = len(pairs[0])
+    order = torch.randperm(n, generator=g)
+    device = next(attacker.parameters()).device
     partner = order[torch.randperm(n, generator=g)] if recipe.shuffle else order
-    cuts, total = batches(n, recipe.batch_size), torch.zeros(3, device=device)
+    cuts = batches(n, recipe.batch_size)
+    total = torch.zeros(3, device=device)
     for i, s in enumerate(progress(cuts, f'epoch {epoch+1}/{recipe.epochs}')):
-        for group in optimizer.param_groups: group['lr'] = recipe.lr*(1 + math.cos(math.pi*(epoch + i/len(cuts))/recipe.epochs))/2
-        x, people = sources[order[s]].to(device), target_images[partner[s]].to(device)
+        for group in optimizer.param_groups:
+            group['lr'] = recipe.lr*(1 + math.cos(math.pi*(epoch + i/len(cuts))/recipe.epochs))/2
+        x = sources[order[s]].to(device)
+        people = target_images[partner[s]].to(device)
         raw = attacker(x, people)
-        seen = _vary(_allowed(threat, x, raw), torch.rand(len(x), 3, generator=g).to(x), recipe.smallest)
+        seen = _vary(_allowed(threat, x, raw), torch.rand(len(x), 3, generator=g).to(x),
+                     recipe.smallest)
         far = threat.distance(x, raw)
-        distance = sum(_distance([o], seen, t) for o, t in zip(students, _wanted(students, people)))/len(students)
+        distance = sum(_distance([o], seen, t)
+                       for o, t in zip(students, _wanted(students, people)))/len(students)
         now = torch.stack([far.mean(), distance.mean()]).detach()
         means = now if means is None else .9*means + .1*now
         a, b = means.flip(0)/means.sum().clamp_min(1e-12)
         inside = far <= threat.eps
         loss = torch.where(inside, distance, a*far + b*distance).mean()
-        if not loss.isfinite(): raise FloatingPointError(f"the loss is not finite in epoch {epoch+1}. Lower `lr` (now {recipe.lr}).")
-        optimizer.zero_grad(set_to_none=True); loss.backward(); optimizer.step()
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"the loss is not finite in epoch {epoch+1}. Lower `lr` (now {recipe.lr}).")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
         total += torch.stack([far.sum(), distance.sum(), inside.sum()]).detach()
     return (total/n).tolist(), means
 
@@ -215,26 +276,40 @@ def train_attacker(
     target_images:Tensor,   # Images of the wanted people (N,T,3,H,W), pixels in [0,1]
     threat,                 # Threat model, normally `SSIM(.95)`
     recipe:AttackerRecipe=AttackerRecipe(), # How to train
-    attacker:LinkNetAttacker|None=None, # Where to start, not changed; None is a `LinkNetAttacker` with the seed of the recipe
+    # Where to start, not changed; None is a `LinkNetAttacker` with the seed of the recipe
+    attacker:LinkNetAttacker|None=None,
     checkpoint=None,        # File written after every epoch; None for none
     resume:bool=False,      # Continue from `checkpoint` if it exists
-)->tuple[LinkNetAttacker, pd.DataFrame]:  # Trained, in eval mode, where the students are; one row per epoch: what the loss saw
+    # Trained, in eval mode, where the students are; one row per epoch: what the loss saw
+)->tuple[LinkNetAttacker, pd.DataFrame]:
     "Train an attacker against frozen students."
     _check_pairs(sources, target_images, 'sources')
-    if not isinstance(threat, Ball): raise TypeError(f"`threat` must be a threat model such as SSIM(.95); got {type(threat).__name__}.")
+    if not isinstance(threat, Ball):
+        raise TypeError(
+            f"`threat` must be a threat model such as SSIM(.95); got {type(threat).__name__}.")
     students = [copy.deepcopy(s).requires_grad_(False) for s in _students(students)]
     device = next((p.device for p in students[0].parameters()), sources.device)
-    attacker = copy.deepcopy(LinkNetAttacker(seed=recipe.seed) if attacker is None else attacker).to(device).eval()
-    mark, history, means = _mark(attacker, students, sources, target_images, threat, recipe), [], None
+    attacker = copy.deepcopy(LinkNetAttacker(seed=recipe.seed) if attacker is None
+                             else attacker).to(device).eval()
+    mark = _mark(attacker, students, sources, target_images, threat, recipe)
+    history = []
+    means = None
     optimizer = torch.optim.Adam(attacker.parameters(), recipe.lr)
     if state := _found(checkpoint, resume, device, mark):
-        attacker.load_state_dict(state['attacker']); optimizer.load_state_dict(state['optimizer'])
-        history, means = state['history'], state['means']
+        attacker.load_state_dict(state['attacker'])
+        optimizer.load_state_dict(state['optimizer'])
+        history = state['history']
+        means = state['means']
     for epoch in range(len(history), recipe.epochs):
         began = time.time()
-        (far, distance, inside), means = _epoch(attacker, students, (sources, target_images), threat, recipe, epoch, optimizer, means)
-        history.append(dict(epoch=epoch+1, excess=far, distance=distance, inside=inside, seconds=time.time()-began))
-        if checkpoint: save_state(dict(mark=mark, history=history, means=means, attacker=attacker.state_dict(), optimizer=optimizer.state_dict()), checkpoint)
+        (far, distance, inside), means = _epoch(attacker, students, (sources, target_images),
+                                                threat, recipe, epoch, optimizer, means)
+        history.append(dict(epoch=epoch+1, excess=far, distance=distance, inside=inside,
+                            seconds=time.time()-began))
+        if checkpoint:
+            save_state(dict(mark=mark, history=history, means=means,
+                            attacker=attacker.state_dict(), optimizer=optimizer.state_dict()),
+                       checkpoint)
     return attacker, pd.DataFrame(history)
 
 # %% ../../nbs/api/descriptors/60_attack_network.ipynb #cbe9502a
@@ -247,13 +322,19 @@ def network_attack(
     generator:torch.Generator|None=None, # Not used: there is nothing random here
     start:Tensor|None=None, # Images of an earlier stage; None is `x`
     attacker:LinkNetAttacker|None=None,  # From `train_attacker`; must be given
-    target_images:Tensor|None=None,      # Images of the wanted people (N,T,3,H,W), pixels in [0,1]; must be given
-)->Tensor:                 # 8-bit images like `x`, allowed by `threat`; for the oracle never worse than `start`
+    # Images of the wanted people (N,T,3,H,W), pixels in [0,1]; must be given
+    target_images:Tensor|None=None,
+    # 8-bit images like `x`, allowed by `threat`; for the oracle never worse than `start`
+)->Tensor:
     "The images of a trained attacker, where the oracle likes them better."
-    if not isinstance(attacker, nn.Module): raise TypeError(f"`attacker` must be a network from `train_attacker`; got {type(attacker).__name__}.")
-    check_images(x); _check_pairs(x, target_images)
+    if not isinstance(attacker, nn.Module):
+        raise TypeError(
+            f"`attacker` must be a network from `train_attacker`; got {type(attacker).__name__}.")
+    check_images(x)
+    _check_pairs(x, target_images)
     x, targets, best, value = _begin(oracle, x, targets, threat, start)
     if _spent(oracle): return best
     device = next(attacker.parameters()).device
-    found = torch.cat([attacker(x[s].to(device), target_images[s].to(device), threat).to(x) for s in batches(len(x), 50)])
+    found = torch.cat([attacker(x[s].to(device), target_images[s].to(device), threat).to(x)
+                       for s in batches(len(x), 50)])
     return _offer(oracle, fit_eight_bit(x, found, threat), best, value, targets)[0]

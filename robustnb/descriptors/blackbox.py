@@ -22,8 +22,11 @@ def descriptor_distance(
     targets:Tensor,  # Wanted descriptors (N,T,D): T for each image
 )->Tensor:           # Mean over the T Euclidean distances (N,); NaN where `d` is NaN
     "How far descriptors are from their targets; lower is better."
-    if d.ndim != 2 or targets.ndim != 3 or d.shape != (targets.shape[0], targets.shape[2]) or not targets.shape[1]:
-        raise ValueError(f"`targets` must be (N,T,D) for descriptors (N,D); got {tuple(targets.shape)} and {tuple(d.shape)}. For targets (T,D) shared by all use `targets.expand(len(d), -1, -1)`.")
+    if (d.ndim != 2 or targets.ndim != 3 or d.shape != (targets.shape[0], targets.shape[2])
+        or not targets.shape[1]):
+        raise ValueError("`targets` must be (N,T,D) for descriptors (N,D); got "
+                         f"{tuple(targets.shape)} and {tuple(d.shape)}. For targets (T,D) "
+                         "shared by all use `targets.expand(len(d), -1, -1)`.")
     return (d[:, None]-targets).norm(dim=2).mean(1)
 
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #645e4a2d
@@ -33,19 +36,25 @@ create table if not exists answers (key text primary key, answer blob not null);
 
 def _open(path):
     "The book in the file `path`, new or ours; None stands for memory"
-    if path is not None: Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     db = None
     try:
         db = sqlite3.connect(':memory:' if path is None else path, isolation_level=None)
         known = db.execute('pragma application_id').fetchone()[0]
-        if not known and not db.execute('select count(*) from sqlite_master').fetchone()[0]: db.executescript(_tables)
+        if not known and not db.execute('select count(*) from sqlite_master').fetchone()[0]:
+            db.executescript(_tables)
         elif known != _ours: raise sqlite3.DatabaseError('it belongs to another program')
         problem = db.execute('pragma quick_check(1)').fetchone()[0]
         if problem != 'ok': raise sqlite3.DatabaseError(f'it is damaged: {problem}')
-        db.execute('pragma journal_mode=wal'); db.execute('pragma synchronous=normal')
+        db.execute('pragma journal_mode=wal')
+        db.execute('pragma synchronous=normal')
     except sqlite3.Error as e:
-        if db: db.close()
-        raise ValueError(f"`cache` must be a file written by `BlackBox`, or a path where there is none yet; {path} cannot be used ({e}). It was left as it is: choose another path.") from e
+        if db:
+            db.close()
+        raise ValueError("`cache` must be a file written by `BlackBox`, or a path where there "
+                         f"is none yet; {path} cannot be used ({e}). It was left as it is: "
+                         "choose another path.") from e
     return db
 
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #782c8b9d
@@ -54,7 +63,8 @@ class _Book:
     def __init__(self, path): self.path, self.db = path, _open(path)
     def get(self, sql, *args): return self.db.execute(sql, args).fetchall()
     def used(self): return self.get('select coalesce(max(id), 0) from asked')[0][0]
-    def length(self): return next((n//4 for n, in self.get('select length(answer) from answers limit 1')), None)
+    def length(self):
+        return next((n//4 for n, in self.get('select length(answer) from answers limit 1')), None)
     def find(self, keys):
         found = {k: self.get('select answer from answers where key=?', k) for k in set(keys)}
         return {k: torch.tensor(np.frombuffer(o[0][0], '<f4')) for k, o in found.items() if o}
@@ -63,27 +73,37 @@ class _Book:
     def writing(self):
         "A transaction: all that is written in it, or nothing"
         try:
-            with self.db as db: yield db.execute('begin immediate')
-        except sqlite3.OperationalError as e: raise OSError(f'could not write {self.path}: {e}. Every answer that was written before is kept; free some space, or end what else writes there, and run again') from e
+            with self.db as db:
+                yield db.execute('begin immediate')
+        except sqlite3.OperationalError as e:
+            raise OSError(f'could not write {self.path}: {e}. Every answer that was written '
+                          'before is kept; free some space, or end what else writes there, '
+                          'and run again') from e
 
     def grant(self, keys, limit):
         "Numbers of the new lines for as many of `keys` as the budget allows"
         with self.writing() as db:
-            return [db.execute("insert into asked (key, seconds, outcome) values (?, 0, 'interrupted')", (k,)).lastrowid for k in keys[:max(limit-self.used(), 0)]]
+            return [db.execute(
+                "insert into asked (key, seconds, outcome) values (?, 0, 'interrupted')",
+                (k,)).lastrowid for k in keys[:max(limit-self.used(), 0)]]
 
     def settle(self, ids, seconds, outcomes, answers):
         "What came of the lines `ids`; an answer that is known already stays"
         with self.writing() as db:
-            db.executemany('update asked set seconds=?, outcome=? where id=?', [(seconds, o, i) for i, o in zip(ids, outcomes)])
-            db.executemany('insert or ignore into answers values (?, ?)', [(k, v.numpy().astype('<f4').tobytes()) for k, v in answers.items()])
+            db.executemany('update asked set seconds=?, outcome=? where id=?',
+                           [(seconds, o, i) for i, o in zip(ids, outcomes)])
+            db.executemany('insert or ignore into answers values (?, ?)',
+                           [(k, v.numpy().astype('<f4').tobytes()) for k, v in answers.items()])
 
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #6b81f791
 def _whole(name, value, least):
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not value >= least: raise ValueError(f"`{name}` must be a whole number of at least {least}; got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not value >= least:
+        raise ValueError(f"`{name}` must be a whole number of at least {least}; got {value!r}.")
     return int(value)
 
 def _seconds(name, value):
-    if not (isinstance(value, numbers.Real) and 0 < value <= threading.TIMEOUT_MAX): raise ValueError(f"`{name}` must be a number of seconds above 0; got {value!r}.")
+    if not (isinstance(value, numbers.Real) and 0 < value <= threading.TIMEOUT_MAX):
+        raise ValueError(f"`{name}` must be a number of seconds above 0; got {value!r}.")
     return float(value)
 
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #f0fdfda8
@@ -91,27 +111,40 @@ class _Late(Exception): "No answer in time"
 
 def _call(box, x, timeout):
     "What the box says, or the error that it or its silence raised"
-    answer, error = [], []
+    answer = []
+    error = []
     def work():
         try:
-            with torch.no_grad(): answer.append(box(x))
-        except BaseException as e: error.append(e)
-    if timeout is None: work()
+            with torch.no_grad():
+                answer.append(box(x))
+        except BaseException as e:
+            error.append(e)
+    if timeout is None:
+        work()
     else:
         thread = threading.Thread(target=work, daemon=True)
-        thread.start(); thread.join(timeout)
+        thread.start()
+        thread.join(timeout)
     if error: raise error[0]
     if not answer: raise _Late
     return answer[0]
 
 def _rows(answer, n, length):
     "float32 descriptors (n,D) on the CPU, or what is wrong with the answer"
-    try: rows = torch.as_tensor(answer if isinstance(answer, Tensor) else np.array(answer)).detach().to('cpu', torch.float32, copy=True)
-    except (TypeError, ValueError, RuntimeError) as e: raise TypeError(f"`black_box` must answer with a tensor or numpy array (N,D) of numbers; got {type(answer).__name__} ({e}).") from e
+    try:
+        rows = (torch.as_tensor(answer if isinstance(answer, Tensor) else np.array(answer))
+                .detach().to('cpu', torch.float32, copy=True))
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TypeError("`black_box` must answer with a tensor or numpy array (N,D) of "
+                        f"numbers; got {type(answer).__name__} ({e}).") from e
     if rows.ndim != 2 or len(rows) != n or not rows.shape[1]:
-        raise ValueError(f"`black_box` must answer with one row per image; got shape {tuple(rows.shape)} for {n} images. If it takes one image at a time, set `batch_size=1`.")
+        raise ValueError("`black_box` must answer with one row per image; got shape "
+                         f"{tuple(rows.shape)} for {n} images. If it takes one image at a "
+                         "time, set `batch_size=1`.")
     if length not in (None, rows.shape[1]):
-        raise ValueError(f"`black_box` must answer with descriptors of one length; got {rows.shape[1]} numbers after earlier answers of {length}. Is `cache` that of another box?")
+        raise ValueError("`black_box` must answer with descriptors of one length; got "
+                         f"{rows.shape[1]} numbers after earlier answers of {length}. Is "
+                         "`cache` that of another box?")
     return rows
 
 def _failed(e): return ' '.join(f'failed: {type(e).__name__}: {e}'.split())[:300]
@@ -119,65 +152,97 @@ def _failed(e): return ' '.join(f'failed: {type(e).__name__}: {e}'.split())[:300
 def _keys(x):
     "The images as 8-bit files hold them, float32, and a name for each"
     if isinstance(x, (list, tuple)):
-        raise TypeError(f"`x` must be one tensor (N,C,H,W); got a {type(x).__name__} of shapes {[tuple(np.shape(o)) for o in x[:4]]}. Stack images of one size, and ask about each size in a call of its own.")
+        raise TypeError(f"`x` must be one tensor (N,C,H,W); got a {type(x).__name__} of "
+                        f"shapes {[tuple(np.shape(o)) for o in x[:4]]}. Stack images of one "
+                        "size, and ask about each size in a call of its own.")
     seen = round_to_8bit(check_images(x).detach()).float()
-    return seen, [hashlib.blake2b(repr(o.shape).encode() + o.tobytes(), digest_size=16).hexdigest() for o in to_uint8(seen)]
+    return seen, [hashlib.blake2b(repr(o.shape).encode() + o.tobytes(), digest_size=16).hexdigest()
+                  for o in to_uint8(seen)]
 
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #de27ac1e
 class _Asking:
     "How `BlackBox` asks"
     used = property(lambda self: self._book.used(), doc="Images asked about so far.")
-    left = property(lambda self: max(self.limit-self.used, 0), doc="Images that may still be asked about.")
+    left = property(lambda self: max(self.limit-self.used, 0),
+                    doc="Images that may still be asked about.")
 
     @property
     def log(self):
-        "One row per image asked about, in order: key, seconds (its share of the call), outcome, and whether the image had been asked about before."
-        rows = pd.DataFrame(self._book.get('select key, seconds, outcome from asked order by id'), columns=['key', 'seconds', 'outcome'])
+        """One row per image asked about, in order: key, seconds (its share of the call), outcome,
+        and whether the image had been asked about before."""
+        rows = pd.DataFrame(self._book.get('select key, seconds, outcome from asked order by id'),
+                            columns=['key', 'seconds', 'outcome'])
         return rows.assign(repeated=rows.key.duplicated())
 
     def _some(self, x, keys):
         "One call of the box: written down, sent, settled. Answers by key"
         ids = self._book.grant(keys, self.limit)
         if not ids: return {}
-        start, answer, rows, wrong = time.perf_counter(), None, {}, None
-        try: answer = _call(self.black_box, x[:len(ids)], self.timeout)
-        except _Late: outcomes = ['late']*len(ids)
-        except Exception as e: outcomes = [_failed(e)]*len(ids)
+        start = time.perf_counter()
+        answer = None
+        rows = {}
+        wrong = None
+        try:
+            answer = _call(self.black_box, x[:len(ids)], self.timeout)
+        except _Late:
+            outcomes = ['late']*len(ids)
+        except Exception as e:
+            outcomes = [_failed(e)]*len(ids)
         else:
-            try: rows = dict(zip(keys, _rows(answer, len(ids), self._book.length())))
-            except (TypeError, ValueError) as e: wrong, outcomes = e, [_failed(e)]*len(ids)
-            else: outcomes = ['answered' if o.isfinite().all() else 'not a number' for o in rows.values()]
+            try:
+                rows = dict(zip(keys, _rows(answer, len(ids), self._book.length())))
+            except (TypeError, ValueError) as e:
+                wrong, outcomes = e, [_failed(e)]*len(ids)
+            else:
+                outcomes = ['answered' if o.isfinite().all() else 'not a number'
+                            for o in rows.values()]
         good = {k: o for k, o in rows.items() if o.isfinite().all()}
         self._book.settle(ids, (time.perf_counter()-start)/len(ids), outcomes, good)
         if wrong: raise wrong
         return {k: good.get(k, torch.full_like(o, torch.nan)) for k, o in rows.items()}
 
     def _all(self, x, again=False):
-        "Answers (N,D): each unknown image asked about once (`again`: the known too), failures again one by one"
+        """Answers (N,D): each unknown image asked about once (`again`: the known too), failures
+        again one by one"""
         x, keys = _keys(x)
-        found, first = {} if again else self._book.find(keys), dict(zip(keys[::-1], range(len(keys))[::-1]))
-        todo, size = sorted(first[k] for k in first.keys()-found.keys()), self.batch_size or len(x)
+        found = {} if again else self._book.find(keys)
+        first = dict(zip(keys[::-1], range(len(keys))[::-1]))
+        todo = sorted(first[k] for k in first.keys()-found.keys())
+        size = self.batch_size or len(x)
         for _ in range(self.retries+1):
             for s in batches(len(todo), size):
-                if self.left: found |= self._some(x[todo[s]], [keys[i] for i in todo[s]])
+                if self.left:
+                    found |= self._some(x[todo[s]], [keys[i] for i in todo[s]])
             todo, size = [i for i in todo if keys[i] not in found], 1
-        if not (d := self._book.length() or max(map(len, found.values()), default=0)): raise RuntimeError(f"`black_box` must answer at least once, or the length of a descriptor is unknown; {self.used} of {self.limit} questions brought no answer, the last: {self.log.outcome.iloc[-1]}.")
+        if not (d := self._book.length() or max(map(len, found.values()), default=0)):
+            raise RuntimeError("`black_box` must answer at least once, or the length of a "
+                               f"descriptor is unknown; {self.used} of {self.limit} questions "
+                               f"brought no answer, the last: {self.log.outcome.iloc[-1]}.")
         return torch.stack([found.get(k, torch.full((d,), torch.nan)) for k in keys]).to(x.device)
 
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #d4dd7f39
 class BlackBox(_Asking):
     "A black box with a counter, a budget and a memory: itself a descriptor model."
     def __init__(self,
-        black_box:Callable,          # Images (N,3,H,W), float32 in [0,1] -> descriptors (N,D), tensor or array; a module must be in eval mode
+        # Images (N,3,H,W), float32 in [0,1] -> descriptors (N,D), tensor or array; a module must be
+        # in eval mode
+        black_box:Callable,
         limit:int,                   # Most images to ask about, >= 1, failed and repeated questions included
-        cache=None,                  # File for log and answers, continued if it exists; None keeps them in memory
+        # File for log and answers, continued if it exists; None keeps them in memory
+        cache=None,
         batch_size:int|None=None,    # Images in one call, >= 1; None sends all at once
-        retries:int=2,               # How often an image is asked about again after a failure, one by one, >= 0
+        # How often an image is asked about again after a failure, one by one, >= 0
+        retries:int=2,
         timeout:float|None=None,     # Seconds to wait for a call, > 0; None waits for ever
     ):
-        if not callable(black_box): raise TypeError(f"`black_box` must be callable, images (N,3,H,W) -> descriptors (N,D); got {type(black_box).__name__}. For a server use `http_blackbox(url)`.")
-        if isinstance(black_box, nn.Module): check_model(black_box)
-        self.limit, self.retries = _whole('limit', limit, 1), _whole('retries', retries, 0)
+        if not callable(black_box):
+            raise TypeError("`black_box` must be callable, images (N,3,H,W) -> descriptors "
+                            f"(N,D); got {type(black_box).__name__}. For a server use "
+                            "`http_blackbox(url)`.")
+        if isinstance(black_box, nn.Module):
+            check_model(black_box)
+        self.limit = _whole('limit', limit, 1)
+        self.retries = _whole('retries', retries, 0)
         self.batch_size = None if batch_size is None else _whole('batch_size', batch_size, 1)
         self.timeout = None if timeout is None else _seconds('timeout', timeout)
         self.black_box, self._book = black_box, _Book(cache)
@@ -192,50 +257,76 @@ class BlackBox(_Asking):
         x:Tensor,               # Images (N,3,H,W), as for a call
         n:int=2,                # How often to ask about each again, >= 1; every question counts
         tolerance:float=1e-4,   # Largest difference that is not worth a warning, >= 0
-    )->pd.DataFrame:            # One row per image: key, answers, and the largest difference of a number between two of them
+        # One row per image: key, answers, and the largest difference of a number between two of
+        # them
+    )->pd.DataFrame:
         "Find a box that does not always say the same, or a memory of another box."
-        if not (_whole('n', n, 1) and tolerance >= 0): raise ValueError(f"`tolerance` must be at least 0; got {tolerance!r}.")
+        if not (_whole('n', n, 1) and tolerance >= 0):
+            raise ValueError(f"`tolerance` must be at least 0; got {tolerance!r}.")
         rows = torch.stack([self(x)] + [self._all(x, again=True) for _ in range(n)]).cpu()
         answers = rows.isfinite().all(2).sum(0)
-        gap = (rows.nan_to_num(-torch.inf).amax(0) - rows.nan_to_num(torch.inf).amin(0)).amax(1).where(answers > 1, torch.nan)
+        gap = (rows.nan_to_num(-torch.inf).amax(0) - rows.nan_to_num(torch.inf).amin(0)).amax(
+            1).where(answers > 1, torch.nan)
         if (worst := gap.nan_to_num(0).max()) > tolerance:
-            warnings.warn(f"`black_box` gave answers to one image that differ by up to {worst:.3g}: it is not deterministic, or `cache` is that of another box. What is remembered is one answer of many.", stacklevel=2)
+            warnings.warn("`black_box` gave answers to one image that differ by up to "
+                          f"{worst:.3g}: it is not deterministic, or `cache` is that of "
+                          "another box. What is remembered is one answer of many.",
+                          stacklevel=2)
         return pd.DataFrame(dict(key=_keys(x)[1], answers=answers.numpy(), difference=gap.numpy()))
 
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #c339ed28
-_most_sent, _most_read = 2**28, 2**20  # bytes in a question; bytes in an answer, per image
+# bytes in a question; bytes in an answer, per image
+_most_sent = 2**28
+_most_read = 2**20
 
 def http_blackbox(
     url:str,               # Where the server listens: http://... or https://...
     timeout:float=10,      # Seconds of silence after which a call fails, > 0
 )->Callable:               # Black box: images (N,C,H,W), float in [0,1] -> array (N,D)
     "A black box behind an HTTP address."
-    if not (isinstance(url, str) and url.lower().startswith(('http://', 'https://'))): raise ValueError(f"`url` must start with http:// or https://; got {url!r}.")
+    if not (isinstance(url, str) and url.lower().startswith(('http://', 'https://'))):
+        raise ValueError(f"`url` must start with http:// or https://; got {url!r}.")
     timeout = _seconds('timeout', timeout)
     def box(x):
         with io.BytesIO() as f:
             np.save(f, to_uint8(x))
             body = f.getvalue()
-        if len(body) > _most_sent: raise ValueError(f"`x` must fit into {_most_sent} bytes; got {len(x)} images of {len(body)} bytes. Give `BlackBox` a smaller `batch_size`.")
+        if len(body) > _most_sent:
+            raise ValueError(f"`x` must fit into {_most_sent} bytes; got {len(x)} images of "
+                             f"{len(body)} bytes. Give `BlackBox` a smaller `batch_size`.")
         return _read(url, _post(url, body, timeout, _most_read*len(x)), len(x))
     return box
 
 def _post(url, body, timeout, most):
     "The bytes of the answer"
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, body, {'Content-Type': 'application/octet-stream'}), timeout=timeout) as answer: raw = answer.read(most+1)
+        with urllib.request.urlopen(
+                urllib.request.Request(url, body, {'Content-Type': 'application/octet-stream'}),
+                timeout=timeout) as answer:
+            raw = answer.read(most+1)
     except urllib.error.HTTPError as e:
-        with e: raise ConnectionError(f"`url` {url} answered with HTTP {e.code}: {e.read(200).decode(errors='replace')!r}. The log of the server says more.") from e
+        with e:
+            raise ConnectionError(f"`url` {url} answered with HTTP {e.code}: "
+                                  f"{e.read(200).decode(errors='replace')!r}. The log of the "
+                                  "server says more.") from e
     except (OSError, http.client.HTTPException) as e:
-        raise ConnectionError(f"`url` {url} gave no answer ({getattr(e, 'reason', None) or repr(e)}; timeout {timeout} s). Is the server running, and the address right?") from e
-    if len(raw) > most: raise ValueError(f"`url` {url} must answer with at most {most} bytes for this question; got more. Is it the address of a descriptor model?")
+        raise ConnectionError(f"`url` {url} gave no answer "
+                              f"({getattr(e, 'reason', None) or repr(e)}; timeout {timeout} "
+                              "s). Is the server running, and the address right?") from e
+    if len(raw) > most:
+        raise ValueError(f"`url` {url} must answer with at most {most} bytes for this "
+                         "question; got more. Is it the address of a descriptor model?")
     return raw
 
 def _read(url, raw, n):
     "Numbers (n,D) from the bytes of an .npy file"
     want = f"`url` {url} must answer with an .npy array of {n} rows of numbers"
-    try: d = np.load(io.BytesIO(raw), allow_pickle=False)
-    except Exception as e: raise ValueError(f"{want}; got {len(raw)} bytes that begin with {raw[:40]!r} ({e}).") from e
+    try:
+        d = np.load(io.BytesIO(raw), allow_pickle=False)
+    except Exception as e:
+        raise ValueError(f"{want}; got {len(raw)} bytes that begin with {raw[:40]!r} ({e}).") from e
     if not isinstance(d, np.ndarray) or d.dtype.kind not in 'fiu' or d.ndim != 2 or len(d) != n:
-        raise ValueError(f"{want}; got {f'{d.dtype} of shape {d.shape}' if isinstance(d, np.ndarray) else 'an archive'}.")
+        raise ValueError(
+            f"{want}; got "
+            f"{f'{d.dtype} of shape {d.shape}' if isinstance(d, np.ndarray) else 'an archive'}.")
     return d

@@ -29,20 +29,29 @@ def carlini_wagner_ssim(
     students=(),       # Network or networks in eval mode: images -> descriptors (N,D)
     steps:int=100,     # Steps of Adam, >= 1; ten times on the way the oracle is asked
 )->Tensor:             # 8-bit images like `x`, allowed by `threat`; for the oracle never worse than `start`
-    "Carlini and Wagner's attack (2017, arXiv:1608.04644) on descriptors, the rule in an augmented Lagrangian."
+    """Carlini and Wagner's attack (2017, arXiv:1608.04644) on descriptors, the rule in an augmented
+    Lagrangian."""
     students = _students(students)
     if not steps >= 1: raise ValueError(f"`steps` must be at least 1; got {steps}.")
     x, targets, best, value = _begin(oracle, x, targets, threat, start)
     own = generator and image_generators(generator, x)
-    change, multiplier, weight = best-x, torch.zeros_like(x[:, 0, 0, 0]), 1.
-    first, second, offers = torch.zeros_like(x), torch.zeros_like(x), {math.ceil(steps*k/10) for k in range(1, 11)}
+    change = best-x
+    multiplier = torch.zeros_like(x[:, 0, 0, 0])
+    weight = 1.
+    first = torch.zeros_like(x)
+    second = torch.zeros_like(x)
+    offers = {math.ceil(steps*k/10) for k in range(1, 11)}
     for i in range(1, steps+1):
         if _spent(oracle): break
         u = draw(torch.rand, own, 3, like=x) if own else None
-        grad = torch.cat([_slope(students, x[s], change[s], targets[s], threat, multiplier[s], weight, None if u is None else u[s]) for s in batches(len(x), 100)])
-        first, second = .9*first + .1*grad, .99*second + .01*grad**2
+        grad = torch.cat([_slope(students, x[s], change[s], targets[s], threat, multiplier[s],
+                                 weight,
+                                 None if u is None else u[s]) for s in batches(len(x), 100)])
+        first = .9*first + .1*grad
+        second = .99*second + .01*grad**2
         rate = .01*(1 + math.cos(math.pi*(i-1)/steps))/2
-        change = (x + change - rate*first/(1-.9**i)/((second/(1-.99**i)).sqrt() + 1e-8)).clamp(0, 1) - x
+        change = (x + change - rate*first/(1-.9**i)/((second/(1-.99**i)).sqrt() + 1e-8)).clamp(
+            0, 1) - x
         if i in offers:
             best, value = _offer(oracle, fit_eight_bit(x, x+change, threat), best, value, targets)
             multiplier = (multiplier + weight*_excess(threat, x, x+change)).clamp_min(0)
@@ -55,6 +64,9 @@ def _slope(students, x, change, targets, threat, multiplier, weight, u):
     change = change.detach().requires_grad_()
     x_adv = x+change
     seen = x_adv if u is None else _vary(x_adv, u)
-    loss = _distance(students, seen, targets) + _lagrangian(_excess(threat, x, x_adv), multiplier, weight)
-    if not loss.isfinite().all(): raise ValueError("`students` must answer with finite descriptors; got NaN or infinity. Check their weights.")
+    loss = _distance(students, seen,
+                     targets) + _lagrangian(_excess(threat, x, x_adv), multiplier, weight)
+    if not loss.isfinite().all():
+        raise ValueError("`students` must answer with finite descriptors; got NaN or "
+                         "infinity. Check their weights.")
     return torch.autograd.grad(loss.sum(), change)[0]

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from ..core import batches, check_images, some_of, make_generator, progress, to_float, to_uint8
+from ..core import (batches, check_images, some_of, make_generator, progress, to_float,
+                           to_uint8)
 from ..files import load_state, save_state
 from ..metrics import bootstrap
 from ..attacks.ssim_rule import file_ssim
@@ -24,70 +25,115 @@ from .students import _digest
 # %% ../../nbs/api/descriptors/90_comparison.ipynb #64dbdd1a
 def _describe(f):
     "A function and its plain settings, as text that is the same in another process"
-    plain = lambda v: repr(v) if isinstance(v, (int, float, str, bool, type(None), tuple, list, dict)) and '0x' not in repr(v) else type(v).__name__
-    if isinstance(f, partial): return f"{_describe(f.func)}({', '.join([*map(plain, f.args), *(f'{k}={plain(v)}' for k,v in sorted(f.keywords.items()))])})"
+    plain = lambda v: repr(v) if isinstance(v, (int, float, str, bool, type(None), tuple, list,
+                                                dict)) and '0x' not in repr(v) else type(v).__name__
+    if isinstance(f, partial):
+        return (
+            f"{_describe(f.func)}({', '.join([*map(plain, f.args), *(f'{k}={plain(v)}' for k,v in sorted(f.keywords.items()))])})")
     return getattr(f, '__qualname__', type(f).__name__)
 
 def _run_group(name, attack, make_oracle, x, targets, threat, seed):
     "Columns of the rows, and the images (N,H,W,C)"
-    oracle, began = make_oracle(), time.perf_counter()
+    oracle = make_oracle()
+    began = time.perf_counter()
     x_adv = attack(oracle, x, targets, threat, generator=make_generator(seed, 'compare'))
-    seconds, got = time.perf_counter()-began, tuple(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
-    if got != tuple(x.shape): raise ValueError(f"attack {name!r} must return images of shape {tuple(x.shape)}; got {got}.")
-    images, changed = to_uint8(x), to_uint8(check_images(x_adv, f'images of attack {name!r}'))
-    x8, x8_adv = (to_float(o).to(x.device) for o in (images, changed))
+    seconds = time.perf_counter()-began
+    got = tuple(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
+    if got != tuple(x.shape):
+        raise ValueError(
+            f"attack {name!r} must return images of shape {tuple(x.shape)}; got {got}.")
+    images = to_uint8(x)
+    changed = to_uint8(check_images(x_adv, f'images of attack {name!r}'))
+    x8 = to_float(images).to(x.device)
+    x8_adv = to_float(changed).to(x.device)
     out = (~threat.allows(x8, x8_adv)).nonzero().flatten().tolist()
-    if out: raise ValueError(f"attack {name!r} left its threat model {threat} on image {out[0]} of a group ({len(out)} of {len(x)}), judged with 8 bits. Return the last image that was allowed after rounding.")
-    with torch.no_grad(): before, after = (descriptor_distance(make_oracle()(o), targets).double().cpu().tolist() for o in (x8, x8_adv))
-    return dict(before=before, after=after, ssim=file_ssim(images, changed).tolist(), queries=[getattr(oracle, 'used', math.nan)/len(x)]*len(x), seconds=[seconds/len(x)]*len(x)), changed
+    if out:
+        raise ValueError(f"attack {name!r} left its threat model {threat} on image {out[0]} "
+                         f"of a group ({len(out)} of {len(x)}), judged with 8 bits. Return "
+                         "the last image that was allowed after rounding.")
+    with torch.no_grad():
+        before = descriptor_distance(make_oracle()(x8), targets).double().cpu().tolist()
+        after = descriptor_distance(make_oracle()(x8_adv), targets).double().cpu().tolist()
+    return dict(before=before, after=after, ssim=file_ssim(images, changed).tolist(),
+                queries=[getattr(oracle, 'used', math.nan)/len(x)]*len(x),
+                seconds=[seconds/len(x)]*len(x)), changed
 
 def _known(file, mark):
     "What an earlier run has left in `file`, or None"
     if not file.exists(): return None
     state = load_state(file)
-    theirs = state.get('mark', {}) if isinstance(state, dict) and state.get('format') == 'robustnb.verification/1' else {}
+    theirs = state.get('mark', {}) if isinstance(
+        state, dict) and state.get('format') == 'robustnb.verification/1' else {}
     differ = [f"{k} ({theirs.get(k)}, now {v})" for k,v in mark.items() if theirs.get(k) != v]
-    if differ: raise ValueError(f"`folder` holds the answer to another question: in {file} differ {', '.join(differ)}. Take another folder, or delete the file.")
+    if differ:
+        raise ValueError(f"`folder` holds the answer to another question: in {file} differ "
+                         f"{', '.join(differ)}. Take another folder, or delete the file.")
     return state
 
 # %% ../../nbs/api/descriptors/90_comparison.ipynb #78004069
 def _check_comparison(attacks, make_oracle, x, targets, group):
     "Raise unless a comparison can start"
-    if not isinstance(attacks, dict) or not attacks: raise TypeError(f"`attacks` must be a dict from names to attacks; got {attacks!r:.80}.")
-    odd = [k for k,v in attacks.items() if not (isinstance(k, str) and re.fullmatch(r'[\w+(][\w +.,=()-]{0,99}', k) and k == k.rstrip(' .') and callable(v))]
-    if odd: raise ValueError(f"`attacks` must be functions (oracle, x, targets, threat, generator) with names of letters, digits and ' +.,=()-', which are names of folders; got {some_of(odd)}.")
+    if not isinstance(attacks, dict) or not attacks:
+        raise TypeError(f"`attacks` must be a dict from names to attacks; got {attacks!r:.80}.")
+    odd = [k for k,v in attacks.items() if not (isinstance(k, str) and re.fullmatch(
+        r'[\w+(][\w +.,=()-]{0,99}', k) and k == k.rstrip(' .') and callable(v))]
+    if odd:
+        raise ValueError("`attacks` must be functions (oracle, x, targets, threat, generator) "
+                         "with names of letters, digits and ' +.,=()-', which are names of "
+                         f"folders; got {some_of(odd)}.")
     check_images(x)
-    if not (isinstance(targets, Tensor) and targets.ndim == 3 and len(targets) == len(x) and torch.isfinite(targets).all()):
-        raise ValueError(f"`targets` must be finite descriptors (N,T,D) for {len(x)} images; got {tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__}. Repeat those of a pair for each of its images.")
-    if not (isinstance(group, (int, np.integer)) and group >= 1): raise ValueError(f"`group` must be a number of images, at least 1; got {group!r}.")
+    if not (isinstance(targets, Tensor) and targets.ndim == 3 and len(targets) == len(x)
+            and torch.isfinite(targets).all()):
+        raise ValueError(
+            f"`targets` must be finite descriptors (N,T,D) for {len(x)} images; got "
+            f"{tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__}. "
+            "Repeat those of a pair for each of its images.")
+    if not (isinstance(group, (int, np.integer)) and group >= 1):
+        raise ValueError(f"`group` must be a number of images, at least 1; got {group!r}.")
     left = getattr(make_oracle(), 'left', math.inf)
-    if not left >= min(group, len(x)): raise ValueError(f"`make_oracle` must give oracles with at least one question for each image of a group ({min(group, len(x))}), as such a one judges the result; got {left}.")
+    if not left >= min(group, len(x)):
+        raise ValueError("`make_oracle` must give oracles with at least one question for each "
+                         f"image of a group ({min(group, len(x))}), as such a one judges the "
+                         f"result; got {left}.")
 
 def compare_attacks(
     attacks:dict,          # Name -> attack: (oracle, x, targets, threat, generator) -> images
-    make_oracle:Callable,  # () -> a fresh oracle, such as `lambda: Queries(box, 500)`; one for each group and attack
+    # () -> a fresh oracle, such as `lambda: Queries(box, 500)`; one for each group and attack
+    make_oracle:Callable,
     x:Tensor,              # Originals (N,3,H,W), pixels in [0,1]
     targets:Tensor,        # Descriptors to come close to (N,T,D)
     threat,                # Threat model, such as `SSIM(.95 + 2e-6)`
     seed:int=0,            # Random numbers, the same for every attack
     folder=None,           # Where finished groups are kept and found again; None keeps nothing
-    group:int=5,           # Images of a group, attacked together, >= 1; give those of a pair one after the other
-)->pd.DataFrame:           # One row per attack and image: attack, group, image, before, after, ssim, and queries and seconds per image of the group
+    # Images of a group, attacked together, >= 1; give those of a pair one after the other
+    group:int=5,
+    # One row per attack and image: attack, group, image, before, after, ssim, and queries and
+    # seconds per image of the group
+)->pd.DataFrame:
     "Several attacks on the same images with the same budget."
     _check_comparison(attacks, make_oracle, x, targets, group)
-    slices, parts, total = batches(len(x), group), [], {}
+    slices = batches(len(x), group)
+    parts = []
+    total = {}
     bar = progress([(name, g) for name in attacks for g in range(len(slices))], 'attacks')
     for name, g in bar:
-        s, file = slices[g], folder and Path(folder)/name/f'{g:05}.pt'
-        mark = dict(attack=_describe(attacks[name]), threat=repr(threat), seed=int(seed), images=_digest(x[s]), targets=_digest(targets[s]))
+        s = slices[g]
+        file = folder and Path(folder)/name/f'{g:05}.pt'
+        mark = dict(attack=_describe(attacks[name]), threat=repr(threat), seed=int(seed),
+                    images=_digest(x[s]), targets=_digest(targets[s]))
         state = _known(file, mark) if file else None
         if state is None:
-            rows, changed = _run_group(name, attacks[name], make_oracle, x[s], targets[s], threat, seed)
-            state = dict(format='robustnb.verification/1', mark=mark, rows=rows, images=torch.from_numpy(changed), groups=len(slices))
-            if file: save_state(state, file)
-        parts.append(pd.DataFrame(dict(attack=name, group=g, image=range(s.start, s.stop)) | state['rows']))
+            rows, changed = _run_group(name, attacks[name], make_oracle, x[s], targets[s],
+                                       threat, seed)
+            state = dict(format='robustnb.verification/1', mark=mark, rows=rows,
+                         images=torch.from_numpy(changed), groups=len(slices))
+            if file:
+                save_state(state, file)
+        parts.append(pd.DataFrame(dict(attack=name, group=g,
+                                       image=range(s.start, s.stop)) | state['rows']))
         total.setdefault(name, []).extend(state['rows']['after'])
-        bar.set_postfix_str(f'{name} {np.nanmean(total[name]):.4f}' if np.isfinite(total[name]).any() else name)
+        bar.set_postfix_str(f'{name} {np.nanmean(total[name]):.4f}'
+                            if np.isfinite(total[name]).any() else name)
     return pd.concat(parts, ignore_index=True)
 
 # %% ../../nbs/api/descriptors/90_comparison.ipynb #80caeca4
@@ -97,10 +143,15 @@ def attacked_images(
 )->np.ndarray:         # Changed images (N,H,W,C), uint8, in the order of the originals
     "What an attack has made of the images."
     files = sorted(Path(folder, name).glob('*.pt'))
-    if not files: raise FileNotFoundError(f"`folder` must hold finished groups of {name!r}; there are none in {Path(folder, name)}.")
+    if not files:
+        raise FileNotFoundError(f"`folder` must hold finished groups of {name!r}; there are "
+                                f"none in {Path(folder, name)}.")
     states = [load_state(o) for o in files]
     wanted = max(o['groups'] for o in states)
-    if len(files) != wanted: raise ValueError(f"`folder` must hold all groups of {name!r}; {len(files)} of {wanted} are finished. Run `compare_attacks` again, it goes on from here.")
+    if len(files) != wanted:
+        raise ValueError(f"`folder` must hold all groups of {name!r}; {len(files)} of "
+                         f"{wanted} are finished. Run `compare_attacks` again, it "
+                         "goes on from here.")
     return torch.cat([o['images'] for o in states]).numpy()
 
 # %% ../../nbs/api/descriptors/90_comparison.ipynb #dc36a690
@@ -108,39 +159,56 @@ def _interval(values, level, seed):
     "Mean over the images, with an interval over their groups; no interval for a single group"
     per = values.groupby(level='group').agg(['sum', 'count'])
     if len(per) < 2: return float(values.mean()), math.nan, math.nan
-    return bootstrap(lambda total, n: total.sum()/n.sum(), per['sum'].to_numpy(), per['count'].to_numpy(), seed=seed, level=level)
+    return bootstrap(lambda total, n: total.sum()/n.sum(), per['sum'].to_numpy(),
+                     per['count'].to_numpy(), seed=seed, level=level)
 
 def attack_table(
     rows:pd.DataFrame,         # From `compare_attacks`
     reference:str|None=None,   # Attack that the others are compared with; None takes the first
     level:float=.95,           # Confidence of the intervals, inside (0,1)
     seed:int=0,                # Draws of the bootstrap
-)->pd.DataFrame:               # One row per attack: images, before, after with lo and hi, difference to the reference with its lo and hi, lowest_ssim, queries and seconds per image
+    # One row per attack: images, before, after with lo and hi, difference to the reference with its
+    # lo and hi, lowest_ssim, queries and seconds per image
+)->pd.DataFrame:
     "How good each attack is, and how much it differs from the reference."
     wide = rows.pivot(index=['group', 'image'], columns='attack', values='after')
     reference = rows.attack.iloc[0] if reference is None else reference
-    if reference not in wide: raise ValueError(f"`reference` must be one of the attacks {some_of(dict.fromkeys(rows.attack))}; got {reference!r}.")
+    if reference not in wide:
+        raise ValueError("`reference` must be one of the attacks "
+                         f"{some_of(dict.fromkeys(rows.attack))}; got {reference!r}.")
     whole = wide.dropna()
-    if not len(whole): raise ValueError("`rows` must have an image that was answered under every attack; got none. Attack again with an oracle that answers.")
+    if not len(whole):
+        raise ValueError("`rows` must have an image that was answered under every attack; got "
+                         "none. Attack again with an oracle that answers.")
     table = {}
     for name, o in rows.groupby('attack', sort=False):
         o = o.set_index(['group', 'image']).loc[whole.index]
-        after, change = _interval(whole[name], level, seed), _interval(whole[name]-whole[reference], level, seed)
-        table[name] = dict(images=len(o), before=o.before.mean()) | dict(zip(('after', 'lo', 'hi', 'difference', 'difference_lo', 'difference_hi'), after+change))
-        table[name] |= dict(lowest_ssim=o.ssim.min(), queries=o.queries.mean(), seconds=o.seconds.mean())
+        after = _interval(whole[name], level, seed)
+        change = _interval(whole[name]-whole[reference], level, seed)
+        table[name] = dict(images=len(o), before=o.before.mean()) | dict(zip(
+            ('after', 'lo', 'hi', 'difference', 'difference_lo', 'difference_hi'), after+change))
+        table[name] |= dict(lowest_ssim=o.ssim.min(), queries=o.queries.mean(),
+                            seconds=o.seconds.mean())
     return pd.DataFrame.from_dict(table, orient='index').rename_axis('attack')
 
 # %% ../../nbs/api/descriptors/90_comparison.ipynb #c4d8b4b8
 def ablation(
     attack:Callable,         # The full attack: (oracle, x, targets, threat, generator, ...) -> images
-    off:dict,                # Heuristic -> the keyword arguments that switch it off, such as `dict(momentum=dict(decay=0))`
+    # Heuristic -> the keyword arguments that switch it off, such as `dict(momentum=dict(decay=0))`
+    off:dict,
     cumulative:bool=False,   # Whether to start with all off and to add them in the order of `off`
-)->dict:                     # Name -> attack, for `compare_attacks`; the full attack first, or last if `cumulative`
+    # Name -> attack, for `compare_attacks`; the full attack first, or last if `cumulative`
+)->dict:
     "An attack with each of its heuristics on and off."
-    if not off or not all(isinstance(o, dict) and o for o in off.values()): raise ValueError(f"`off` must give the arguments that switch each heuristic off, such as dict(momentum=dict(decay=0)); got {off!r}.")
+    if not off or not all(isinstance(o, dict) and o for o in off.values()):
+        raise ValueError("`off` must give the arguments that switch each heuristic off, such "
+                         f"as dict(momentum=dict(decay=0)); got {off!r}.")
     takes = inspect.signature(attack).parameters.values()
     unknown = {k for o in off.values() for k in o} - {o.name for o in takes}
-    if unknown and not any(o.kind == o.VAR_KEYWORD for o in takes): raise ValueError(f"`off` must name arguments of the attack: {', '.join(o.name for o in takes)}; got {some_of(sorted(unknown))}.")
+    if unknown and not any(o.kind == o.VAR_KEYWORD for o in takes):
+        raise ValueError("`off` must name arguments of the attack: "
+                         f"{', '.join(o.name for o in takes)}; got "
+                         f"{some_of(sorted(unknown))}.")
     without = lambda names: partial(attack, **{k: v for n in names for k,v in off[n].items()})
     if not cumulative: return dict(full=attack) | {f'without {n}': without([n]) for n in off}
     names = list(off)

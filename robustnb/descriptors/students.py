@@ -37,7 +37,10 @@ class Descriptor(nn.Module):
         std=(.25,)*3,    # Standard deviation per channel, positive
     ):
         super().__init__()
-        self.normalize, self.net, self.norm, self.dim = Normalize(mean, std), net, nn.BatchNorm1d(dim), dim
+        self.normalize = Normalize(mean, std)
+        self.net = net
+        self.norm = nn.BatchNorm1d(dim)
+        self.dim = dim
         self.made = None
 
     def forward(self,
@@ -47,56 +50,82 @@ class Descriptor(nn.Module):
         return F.normalize(self.norm(self.net(self.normalize(x)).float()), dim=1)
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #a2ed874b
-def _prelu(i, o, padding): return [nn.Conv2d(i, o, 3, padding=padding, bias=False), nn.BatchNorm2d(o), nn.PReLU(o)]
+def _prelu(i, o, padding):
+    return [nn.Conv2d(i, o, 3, padding=padding, bias=False), nn.BatchNorm2d(o), nn.PReLU(o)]
 
 def _caffe34(dim, c, size):
     "Padded between the stages where the images are too small to lose a border there"
     pad = int(size < 96)
-    layers, i, side = _prelu(3, c(32), pad), c(32), size - 2*(1-pad)
+    layers = _prelu(3, c(32), pad)
+    i = c(32)
+    side = size - 2*(1-pad)
     for o, n in zip(map(c, (64, 128, 256, 512)), (1, 2, 5, 3)):
-        layers += [*_prelu(i, o, pad), nn.MaxPool2d(2)] + [Residual(_prelu(o, o, 1) + _prelu(o, o, 1)) for _ in range(n)]
+        layers += [*_prelu(i, o, pad), nn.MaxPool2d(2)] + [
+            Residual(_prelu(o, o, 1) + _prelu(o, o, 1)) for _ in range(n)]
         i, side = o, (side - 2*(1-pad))//2
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(i*side*side, dim))
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #48848e4d
-def _stem(o, size): return conv_layers(3, o, 3) if size < 64 else [*conv_layers(3, o, 7, 2), nn.MaxPool2d(3, 2, 1)]
+def _stem(o, size):
+    return conv_layers(3, o, 3) if size < 64 else [*conv_layers(3, o, 7, 2), nn.MaxPool2d(3, 2, 1)]
 
 def _resnet(dim, c, size, depths):
     "He et al. 2015, arXiv:1512.03385"
-    layers, i = _stem(c(64), size), c(64)
+    layers = _stem(c(64), size)
+    i = c(64)
     for n, o, s in zip(depths, map(c, (64, 128, 256, 512)), (1, 2, 2, 2)):
         for j in range(n):
             stride = 1 if j else s
-            layers.append(Residual([*conv_layers(i, o, 3, stride), *conv_layers(o, o, act=None)], conv_layers(i, o, 1, stride, act=None) if stride > 1 else (), [nn.ReLU()]))
+            layers.append(Residual(
+                [*conv_layers(i, o, 3, stride), *conv_layers(o, o, act=None)],
+                conv_layers(i, o, 1, stride, act=None) if stride > 1 else (), [nn.ReLU()]))
             i = o
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(i, dim))
 
 def _densenet(dim, c, size):
     "Huang et al. 2017, arXiv:1608.06993, with three of the four blocks of DenseNet-121"
-    net = DenseNet(growth_rate=c(32), block_config=(6, 12, 24), num_init_features=c(64), num_classes=dim)
-    if size < 64: net.features[0], net.features[3] = nn.Conv2d(3, c(64), 3, padding=1, bias=False), nn.Identity()
+    net = DenseNet(growth_rate=c(32), block_config=(6, 12, 24), num_init_features=c(64),
+                   num_classes=dim)
+    if size < 64:
+        net.features[0] = nn.Conv2d(3, c(64), 3, padding=1, bias=False)
+        net.features[3] = nn.Identity()
     return net
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #ababee3b
-def _separable(i, o): return [nn.ReLU(), nn.Conv2d(i, i, 3, padding=1, groups=i, bias=False), nn.Conv2d(i, o, 1, bias=False), nn.BatchNorm2d(o)]
+def _separable(i, o):
+    return [nn.ReLU(), nn.Conv2d(i, i, 3, padding=1, groups=i, bias=False),
+            nn.Conv2d(i, o, 1, bias=False), nn.BatchNorm2d(o)]
 
 def _xception(dim, c, size):
     "Chollet 2017, arXiv:1610.02357: the entry flow, four blocks of the middle flow, the exit flow"
-    layers, i = [*conv_layers(3, c(32), 3, 1 if size < 64 else 2), *conv_layers(c(32), c(64))], c(64)
+    layers = [*conv_layers(3, c(32), 3, 1 if size < 64 else 2), *conv_layers(c(32), c(64))]
+    i = c(64)
     for o in map(c, (128, 256, 728)):
-        layers, i = layers + [Residual([*_separable(i, o), *_separable(o, o), nn.MaxPool2d(3, 2, 1)], conv_layers(i, o, 1, 2, act=None))], o
-    layers += [Residual([*_separable(i, i), *_separable(i, i), *_separable(i, i)]) for _ in range(4)]
-    return nn.Sequential(*layers, *_separable(i, c(1024)), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c(1024), dim))
+        layers, i = layers + [Residual(
+            [*_separable(i, o), *_separable(o, o), nn.MaxPool2d(3, 2, 1)],
+            conv_layers(i, o, 1, 2, act=None))], o
+    layers += [Residual([*_separable(i, i), *_separable(i, i), *_separable(i, i)])
+               for _ in range(4)]
+    return nn.Sequential(*layers, *_separable(i, c(1024)), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(c(1024), dim))
 
-_builders = dict(Caffe34=_caffe34, ResNet_18=partial(_resnet, depths=(2, 2, 2, 2)), ResNet_34=partial(_resnet, depths=(3, 4, 6, 3)), DenseNet=_densenet, Xception=_xception)
+_builders = dict(Caffe34=_caffe34, ResNet_18=partial(_resnet, depths=(2, 2, 2, 2)),
+                 ResNet_34=partial(_resnet, depths=(3, 4, 6, 3)), DenseNet=_densenet,
+                 Xception=_xception)
 descriptor_names = tuple(_builders)
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #08df08e3
 def _from_timm(name, dim, pretrained):
     "A network of timm with `dim` outputs"
-    try: import timm
-    except ImportError: raise ValueError(f"`name` must be one of {', '.join(descriptor_names)}, or a model of timm; got {name!r}, and timm is not installed. Install it with `pip install timm`.") from None
-    if name not in timm.list_models(): raise ValueError(f"`name` must be one of {', '.join(descriptor_names)}, or a model of timm; got {name!r}. `timm.list_models()` has the names.")
+    try:
+        import timm
+    except ImportError:
+        raise ValueError(f"`name` must be one of {', '.join(descriptor_names)}, or a model of "
+                         f"timm; got {name!r}, and timm is not installed. Install it with "
+                         "`pip install timm`.") from None
+    if name not in timm.list_models():
+        raise ValueError(f"`name` must be one of {', '.join(descriptor_names)}, or a model of "
+                         f"timm; got {name!r}. `timm.list_models()` has the names.")
     return timm.create_model(name, pretrained=pretrained, num_classes=dim)
 
 def descriptor_model(
@@ -108,13 +137,16 @@ def descriptor_model(
     pretrained:bool=False, # For timm: download its ImageNet weights
 )->Descriptor:           # In evaluation mode
     "A descriptor network with random weights."
-    if not (dim >= 2 and 0 < width <= 4 and size >= 16): raise ValueError(f"`dim` must be at least 2, `width` in (0, 4] and `size` at least 16 pixels; got {dim}, {width} and {size}.")
+    if not (dim >= 2 and 0 < width <= 4 and size >= 16):
+        raise ValueError("`dim` must be at least 2, `width` in (0, 4] and `size` at least 16 "
+                         f"pixels; got {dim}, {width} and {size}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(make_generator(seed, 'descriptor_model', name).initial_seed())
         if name in _builders:
             net = _builders[name](dim, lambda n: max(8, round(n*width)), size)
             he_init(net, make_generator(seed, 'descriptor_model', name))
-        else: net = _from_timm(name, dim, pretrained)
+        else:
+            net = _from_timm(name, dim, pretrained)
     model = Descriptor(net, dim).eval()
     model.made = dict(name=name, dim=dim, width=width, size=size)
     return model
@@ -125,16 +157,24 @@ def save_descriptor(
     path,                # File to write; an existing one is replaced only once the new one is complete
 )->Path:                 # The path written
     "Write a descriptor network with all that `load_descriptor` needs."
-    if not getattr(model, 'made', None): raise ValueError(f"`model` must come from `descriptor_model`; got a {type(model).__name__} built otherwise. Store its weights with `core.save_state(model.state_dict(), path)`.")
-    return save_state(dict(format='robustnb.descriptor/1', made=model.made, state_dict={k: v.detach().cpu() for k, v in model.state_dict().items()}), path)
+    if not getattr(model, 'made', None):
+        raise ValueError("`model` must come from `descriptor_model`; got a "
+                         f"{type(model).__name__} built otherwise. Store its weights with "
+                         "`core.save_state(model.state_dict(), path)`.")
+    return save_state(dict(format='robustnb.descriptor/1', made=model.made,
+                           state_dict={k: v.detach().cpu() for k, v in model.state_dict().items()}),
+                      path)
 
 def load_descriptor(
     path,                # File written by `save_descriptor`
 )->Descriptor:           # In evaluation mode, on the CPU
     "Read a descriptor network from disk."
     held = load_state(path)
-    if not isinstance(held, dict) or held.get('format') != 'robustnb.descriptor/1': raise ValueError(f"`path` must be a file written by `save_descriptor`; {path} is something else.")
-    with explain_errors(path, 'a file written by `save_descriptor`, with the weights of the network it names'):
+    if not isinstance(held, dict) or held.get('format') != 'robustnb.descriptor/1':
+        raise ValueError(
+            f"`path` must be a file written by `save_descriptor`; {path} is something else.")
+    with explain_errors(
+            path, 'a file written by `save_descriptor`, with the weights of the network it names'):
         model = descriptor_model(**held['made'])
         model.load_state_dict(held['state_dict'])
     return model
@@ -147,12 +187,16 @@ class DescriptorRecipe:
     batch_size:int=64        # Images in a step, >= 2
     lr:float=2e-3            # Largest learning rate
     weight_decay:float=.01   # Decoupled weight decay
-    crop:int=0               # Pixels of padding before a random crop; students want the images exactly as they were described
+    # Pixels of padding before a random crop; students want the images exactly as they were
+    # described
+    crop:int=0
     flip:bool=False          # Mirror half of the images
 
     def __post_init__(self):
-        if not (self.epochs >= 1 and self.batch_size >= 2 and self.lr > 0 and self.weight_decay >= 0 and self.crop >= 0):
-            raise ValueError(f"`epochs` must be at least 1, `batch_size` at least 2, `lr` positive, `weight_decay` and `crop` not negative; got {self}.")
+        if not (self.epochs >= 1 and self.batch_size >= 2 and self.lr > 0
+                and self.weight_decay >= 0 and self.crop >= 0):
+            raise ValueError("`epochs` must be at least 1, `batch_size` at least 2, `lr` "
+                             f"positive, `weight_decay` and `crop` not negative; got {self}.")
 
     def rate(self,
         at:float,            # Share of the run that is done, in [0,1]
@@ -160,60 +204,92 @@ class DescriptorRecipe:
         "Learning rate at a moment of the run."
         return self.lr*min(1, 10*at)*(1 + math.cos(math.pi*at))/2
 
-student_recipes = dict(Caffe34=DescriptorRecipe(lr=2e-3), ResNet_18=DescriptorRecipe(lr=3e-3), ResNet_34=DescriptorRecipe(lr=3e-3), DenseNet=DescriptorRecipe(lr=3e-3), Xception=DescriptorRecipe(lr=4e-3))
+student_recipes = dict(Caffe34=DescriptorRecipe(lr=2e-3), ResNet_18=DescriptorRecipe(lr=3e-3),
+                       ResNet_34=DescriptorRecipe(lr=3e-3), DenseNet=DescriptorRecipe(lr=3e-3),
+                       Xception=DescriptorRecipe(lr=4e-3))
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #6ce10e0f
 def _digest(*tensors):
     "A name for what tensors hold"
     h = hashlib.sha256()
-    for o in tensors: h.update(repr((o.dtype, tuple(o.shape))).encode() + o.detach().cpu().contiguous().numpy().tobytes())
+    for o in tensors:
+        h.update(repr((o.dtype, tuple(o.shape))).encode()
+                 + o.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
 
 def _mark(model, images, targets, recipe, seed, *more):
     "What a checkpoint must agree with before a run may continue from it"
-    return dict(network=_digest(*model.state_dict().values()), data=_digest(*map(torch.as_tensor, (images, targets))), recipe=repr(recipe), seed=int(seed), options=repr(more))
+    return dict(network=_digest(*model.state_dict().values()),
+                data=_digest(*map(torch.as_tensor, (images, targets))), recipe=repr(recipe),
+                seed=int(seed), options=repr(more))
 
 def _found(checkpoint, resume, device, mark):
     "The state in `checkpoint`, if there is one and it belongs to this run"
     if not checkpoint or not Path(checkpoint).exists(): return None
-    if not resume: raise ValueError(f"`checkpoint` already exists: {checkpoint}. Pass `resume=True` to continue that run, or choose another path.")
+    if not resume:
+        raise ValueError(f"`checkpoint` already exists: {checkpoint}. Pass `resume=True` to "
+                         "continue that run, or choose another path.")
     state = load_state(checkpoint, device)
     found = state.get('mark', {}) if isinstance(state, dict) else {}
     for k, want in mark.items():
-        if found.get(k) != want: raise ValueError(f"`checkpoint` belongs to another run: its {k} is {found.get(k)}, this run's is {want} ({checkpoint}). Give the same {k}, or another path.")
+        if found.get(k) != want:
+            raise ValueError(f"`checkpoint` belongs to another run: its {k} is "
+                             f"{found.get(k)}, this run's is {want} ({checkpoint}). Give the "
+                             f"same {k}, or another path.")
     return state
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #23060dd1
 def _fit(parts, images, targets, objective, recipe, mark, device, state):
-    "Train `parts` (modules, the first one sees the images) so that `objective(*parts, x, target)` is small, from `state`; yields the state after each epoch"
-    bf16, layout = fast_bf16(device), memory_layout(parts[0])
-    for p in parts: p.to(memory_format=layout).train()
-    optimizer = torch.optim.AdamW([w for p in parts for w in p.parameters()], recipe.lr, weight_decay=recipe.weight_decay)
-    x, y, history, n = torch.from_numpy(images).permute(0, 3, 1, 2).to(device), torch.as_tensor(targets).to(device), [], len(images)
+    """Train `parts` (modules, the first one sees the images) so that `objective(*parts, x, target)`
+    is small, from `state`; yields the state after each epoch"""
+    bf16 = fast_bf16(device)
+    layout = memory_layout(parts[0])
+    for p in parts:
+        p.to(memory_format=layout).train()
+    optimizer = torch.optim.AdamW([w for p in parts for w in p.parameters()], recipe.lr,
+                                  weight_decay=recipe.weight_decay)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
+    y = torch.as_tensor(targets).to(device)
+    history = []
+    n = len(images)
     if state:
-        for p, o in zip(parts, state['parts']): p.load_state_dict(o)
+        for p, o in zip(parts, state['parts']):
+            p.load_state_dict(o)
         optimizer.load_state_dict(state['optimizer'])
         history = state['history']
     steps = max(1, n//recipe.batch_size)
     for epoch in range(len(history), recipe.epochs):
-        g, total = make_generator(mark['seed'], 'epoch', epoch), torch.zeros((), device=device)
-        for i, rows in enumerate(progress(torch.randperm(n, generator=g).tensor_split(steps), f'epoch {epoch+1}/{recipe.epochs}')):
-            for group in optimizer.param_groups: group['lr'] = recipe.rate((epoch + (i+1)/steps)/recipe.epochs)
+        g = make_generator(mark['seed'], 'epoch', epoch)
+        total = torch.zeros((), device=device)
+        for i, rows in enumerate(progress(torch.randperm(n, generator=g).tensor_split(steps),
+                                          f'epoch {epoch+1}/{recipe.epochs}')):
+            for group in optimizer.param_groups:
+                group['lr'] = recipe.rate((epoch + (i+1)/steps)/recipe.epochs)
             xb = x[rows.to(device)]
-            if recipe.crop or recipe.flip: xb = crop_and_flip(xb, recipe.crop, recipe.flip, g)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16): loss = objective(*parts, xb.float().div(255).contiguous(memory_format=layout), y[rows.to(device)])
-            optimizer.zero_grad(set_to_none=True); loss.backward(); optimizer.step()
+            if recipe.crop or recipe.flip:
+                xb = crop_and_flip(xb, recipe.crop, recipe.flip, g)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = objective(*parts, xb.float().div(255).contiguous(memory_format=layout),
+                                 y[rows.to(device)])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
             total += loss.detach()*len(rows)
-        if not torch.isfinite(total): raise FloatingPointError(f"the loss is not finite in epoch {epoch+1}. Lower `lr` (now {recipe.lr}).")
+        if not torch.isfinite(total):
+            raise FloatingPointError(
+                f"the loss is not finite in epoch {epoch+1}. Lower `lr` (now {recipe.lr}).")
         history.append(dict(epoch=epoch+1, loss=total.item()/n))
-        yield dict(mark=mark, parts=[p.state_dict() for p in parts], optimizer=optimizer.state_dict(), history=history)
+        yield dict(mark=mark, parts=[p.state_dict() for p in parts],
+                   optimizer=optimizer.state_dict(), history=history)
 
 def _run(parts, images, targets, objective, recipe, mark, checkpoint, state):
     "`_fit` to the end, saved after every epoch; returns the history"
     device = next(parts[0].parameters()).device
     for state in _fit(parts, images, targets, objective, recipe, mark, device, state):
-        if checkpoint: save_state(state, checkpoint)
-    for p in parts: p.eval().cpu()
+        if checkpoint:
+            save_state(state, checkpoint)
+    for p in parts:
+        p.eval().cpu()
     return pd.DataFrame(state['history'])
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #22559cc2
@@ -241,26 +317,41 @@ def train_teacher(
 )->tuple[Descriptor, pd.DataFrame]: # Trained network in eval mode on the CPU; history
     "Train a descriptor network on persons or classes, with `cosface`."
     images, y = _described(images, np.asarray(y), 'y')
-    if y.dtype.kind not in 'iu' or y.ndim != 1 or y.min() < 0: raise ValueError(f"`y` must be class numbers (N,), not negative; got {y.dtype} of shape {y.shape}.")
-    device, mark = pick_device(device), _mark(model, images, y, recipe, seed)
+    if y.dtype.kind not in 'iu' or y.ndim != 1 or y.min() < 0:
+        raise ValueError(
+            f"`y` must be class numbers (N,), not negative; got {y.dtype} of shape {y.shape}.")
+    device = pick_device(device)
+    mark = _mark(model, images, y, recipe, seed)
     state = _found(checkpoint, resume, device, mark)
-    model, head = copy.deepcopy(model).to(device), nn.utils.skip_init(nn.Linear, model.dim, int(y.max())+1, bias=False)
+    model, head = (copy.deepcopy(model).to(device),
+                   nn.utils.skip_init(nn.Linear, model.dim, int(y.max())+1, bias=False))
     nn.init.normal_(head.weight, generator=make_generator(seed, 'directions'))
-    history = _run([model, head.to(device)], images, y.astype(np.int64), lambda net, head, x, y: cosface(net(x), head.weight, y), recipe, mark, checkpoint, state)
+    history = _run([model, head.to(device)], images, y.astype(np.int64),
+                   lambda net, head, x, y: cosface(net(x), head.weight, y), recipe, mark,
+                   checkpoint, state)
     return model, history
 
 def _described(images, answers, name):
     "Raise unless there are uint8 images with one finite answer each"
     images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3: raise TypeError(f"`images` must be uint8 (N,H,W,3); got {images.dtype} of shape {images.shape}.")
-    if len(answers) != len(images) or len(images) < 2: raise ValueError(f"`{name}` must have one row for each of at least 2 images; got {len(answers)} rows for {len(images)} images.")
-    if not np.isfinite(answers).all(): raise ValueError(f"`{name}` must be finite; row {np.argwhere(~np.isfinite(answers))[0][0]} is not. Leave images without an answer out.")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise TypeError(
+            f"`images` must be uint8 (N,H,W,3); got {images.dtype} of shape {images.shape}.")
+    if len(answers) != len(images) or len(images) < 2:
+        raise ValueError(f"`{name}` must have one row for each of at least 2 images; got "
+                         f"{len(answers)} rows for {len(images)} images.")
+    if not np.isfinite(answers).all():
+        raise ValueError(f"`{name}` must be finite; row "
+                         f"{np.argwhere(~np.isfinite(answers))[0][0]} is not. Leave images "
+                         "without an answer out.")
     return images, answers
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #0552aad0
 def _cosine(d, t): return (1 - F.cosine_similarity(d, t, dim=1)).mean()
-descriptor_losses = dict(mse=F.mse_loss, l2=lambda d, t: (d-t).norm(dim=1).mean(), huber=partial(F.huber_loss, delta=.05), cosine=_cosine,
-                         cosine_huber=lambda d, t: _cosine(d, t) + 100*F.huber_loss(d, t, delta=.05))
+descriptor_losses = dict(
+    mse=F.mse_loss, l2=lambda d, t: (d-t).norm(dim=1).mean(),
+    huber=partial(F.huber_loss, delta=.05), cosine=_cosine,
+    cosine_huber=lambda d, t: _cosine(d, t) + 100*F.huber_loss(d, t, delta=.05))
 
 def distill_descriptor(
     model,                   # Name of a network, or a `Descriptor` to start from; not changed
@@ -274,13 +365,21 @@ def distill_descriptor(
 )->tuple[Descriptor, pd.DataFrame]: # Student in eval mode on the CPU; history
     "A student that answers like the black box (Hinton et al. 2015, arXiv:1503.02531)."
     images, t = _described(images, np.asarray(descriptors, np.float32), 'descriptors')
-    if loss not in descriptor_losses: raise ValueError(f"`loss` must be one of {', '.join(descriptor_losses)}; got {loss!r}.")
-    net = descriptor_model(model, t.shape[1], size=images.shape[1], seed=seed) if isinstance(model, str) else copy.deepcopy(model)
-    if net.dim != t.shape[1]: raise ValueError(f"`model` must answer with {t.shape[1]} numbers, like the black box; it has {net.dim}.")
-    recipe = recipe or student_recipes.get(model if isinstance(model, str) else None, DescriptorRecipe())
-    device, measure, mark = pick_device(None), descriptor_losses[loss], _mark(net, images, t, recipe, seed, loss)
+    if loss not in descriptor_losses:
+        raise ValueError(f"`loss` must be one of {', '.join(descriptor_losses)}; got {loss!r}.")
+    net = descriptor_model(model, t.shape[1], size=images.shape[1],
+                           seed=seed) if isinstance(model, str) else copy.deepcopy(model)
+    if net.dim != t.shape[1]:
+        raise ValueError(
+            f"`model` must answer with {t.shape[1]} numbers, like the black box; it has {net.dim}.")
+    recipe = recipe or student_recipes.get(model if isinstance(model, str) else None,
+                                           DescriptorRecipe())
+    device = pick_device(None)
+    measure = descriptor_losses[loss]
+    mark = _mark(net, images, t, recipe, seed, loss)
     state = _found(checkpoint, resume, device, mark)
-    history = _run([net.to(device)], images, t, lambda net, x, t: measure(net(x), t), recipe, mark, checkpoint, state)
+    history = _run([net.to(device)], images, t, lambda net, x, t: measure(net(x), t), recipe,
+                   mark, checkpoint, state)
     return net, history
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #1b57e034
@@ -291,10 +390,13 @@ def fidelity(
 )->pd.Series:                # `cosine`, `distance`, `mse`, `within_0.01`, `nearest`
     "How well a student answers for the black box."
     images, t = _described(images, np.asarray(descriptors, np.float32), 'descriptors')
-    d, t = predict(student, to_float(images)), torch.from_numpy(t)
+    d = predict(student, to_float(images))
+    t = torch.from_numpy(t)
     hit = torch.cdist(d, t).argmin(1) == torch.cdist(t, t).argmin(1)
-    return pd.Series(dict(cosine=F.cosine_similarity(d, t).mean().item(), distance=(d-t).norm(dim=1).mean().item(), mse=F.mse_loss(d, t).item(),
-                          **{'within_0.01': ((d-t).abs() < .01).float().mean().item()}, nearest=hit.float().mean().item()))
+    return pd.Series(dict(cosine=F.cosine_similarity(d, t).mean().item(),
+                          distance=(d-t).norm(dim=1).mean().item(), mse=F.mse_loss(d, t).item(),
+                          **{'within_0.01': ((d-t).abs() < .01).float().mean().item()},
+                          nearest=hit.float().mean().item()))
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #0448409b
 def _strange(x, noise, generator):
@@ -304,7 +406,8 @@ def _strange(x, noise, generator):
     share = torch.where(u[0] < .5, .5*u[1], 0)
     x = (1-share)*x + share*x[torch.randperm(n, generator=generator)]
     for k in range(5):
-        z = F.interpolate(torch.randn(n, c, max(2, h >> k), max(2, w >> k), generator=generator), size=(h, w), mode='bilinear')
+        z = F.interpolate(torch.randn(n, c, max(2, h >> k), max(2, w >> k), generator=generator),
+                          size=(h, w), mode='bilinear')
         x = x + noise*u[2+k]**2*z/z.flatten(1).std(1).view(-1, 1, 1, 1)
     return x.clamp(0, 1)
 
@@ -312,9 +415,11 @@ def views(
     images:np.ndarray,       # uint8 images (N,H,W,3)
     n:int,                   # Versions of each image, >= 1; one is the image itself
     seed:int=0,              # Alterations
-    noise:float=.08,         # Largest deviation of noise of each of five sizes, in pixels, >= 0; 0 blends no images either
+    # Largest deviation of noise of each of five sizes, in pixels, >= 0; 0 blends no images either
+    noise:float=.08,
 )->np.ndarray:               # uint8 images (n*N,H,W,3): all images, then all of them altered, ...
-    "Images and altered copies to ask a black box about: mirrored, turned, moved, larger or smaller, lighter or darker, noisy, and blended with each other."
+    """Images and altered copies to ask a black box about: mirrored, turned, moved, larger or
+    smaller, lighter or darker, noisy, and blended with each other."""
     if not n >= 1: raise ValueError(f"`n` must be at least 1 version of each image; got {n}.")
     if not 0 <= noise <= 1: raise ValueError(f"`noise` must be in [0, 1]; got {noise}.")
     out = [images]
@@ -322,7 +427,9 @@ def views(
         for s in batches(len(images), 500):
             g = make_generator(seed, 'views', k, s.start)
             x = crop_and_flip(to_float(images[s]), 0, True, g)
-            for alter in (partial(affine, degrees=(-10, 10), shift=(-.06, .06), scale=(.9, 1.15)), partial(gamma, power=(.7, 1.4))): x, _ = alter(x, torch.zeros(len(x), 1), g)
+            for alter in (partial(affine, degrees=(-10, 10), shift=(-.06, .06), scale=(.9, 1.15)),
+                          partial(gamma, power=(.7, 1.4))):
+                x, _ = alter(x, torch.zeros(len(x), 1), g)
             out.append(to_uint8(_strange(x, noise, g) if noise else x))
     return np.concatenate(out)
 
@@ -335,23 +442,32 @@ def split_groups(
     "A split that keeps images of one origin together."
     names, inverse = np.unique(np.asarray(groups), return_inverse=True)
     n = round(share*len(names)) if 0 < share < 1 else 0
-    if not 0 < n < len(names): raise ValueError(f"`share` must leave groups on both sides; got {share} of {len(names)} groups.")
+    if not 0 < n < len(names):
+        raise ValueError(
+            f"`share` must leave groups on both sides; got {share} of {len(names)} groups.")
     out = np.isin(inverse, np.random.default_rng(seed).permutation(len(names))[:n])
     return np.flatnonzero(~out), np.flatnonzero(out)
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #385b0a6a
 class WeightedEnsemble(nn.Module):
-    "Several students that answer as one: the weighted mean of their descriptors, whose weights can be trained."
+    """Several students that answer as one: the weighted mean of their descriptors, whose weights
+    can be trained."""
     def __init__(self,
         students:list,       # Networks: images (N,3,H,W) -> descriptors (N,D)
         weights=None,        # One weight for each, not negative, not all 0; None counts them alike
         mirror:bool=False,   # Whether each is also asked about the mirror image
     ):
         super().__init__()
-        weights = torch.ones(len(students)) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
-        if not students or weights.shape != (len(students),) or not (weights >= 0).all() or not 0 < weights.sum() < float('inf'):
-            raise ValueError(f"`weights` must be one number for each of at least one student, not negative and not all 0; got {weights.tolist()} for {len(students)}.")
-        self.students, self.weights, self.mirror = nn.ModuleList(students), nn.Parameter(weights/weights.sum()), mirror
+        weights = torch.ones(len(students)) if weights is None else torch.as_tensor(
+            weights, dtype=torch.float32)
+        if (not students or weights.shape != (len(students),) or not (weights >= 0).all()
+            or not 0 < weights.sum() < float('inf')):
+            raise ValueError("`weights` must be one number for each of at least one student, "
+                             f"not negative and not all 0; got {weights.tolist()} for "
+                             f"{len(students)}.")
+        self.students = nn.ModuleList(students)
+        self.weights = nn.Parameter(weights/weights.sum())
+        self.mirror = mirror
         self.train(any(s.training for s in students))
 
     def forward(self,
@@ -359,4 +475,5 @@ class WeightedEnsemble(nn.Module):
     )->Tensor:               # Vectors (N,D), at most of length 1
         "The mean of the descriptors."
         both = [x, x.flip(3)] if self.mirror else [x]
-        return sum(w*s(o) for w, s in zip(self.weights, self.students) for o in both)/(len(both)*self.weights.sum())
+        return sum(w*s(o) for w, s in zip(self.weights, self.students)
+                   for o in both)/(len(both)*self.weights.sum())

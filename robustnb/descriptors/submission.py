@@ -26,9 +26,12 @@ from .pairs import Pairs
 def _stack(d, name, dims, shape):
     "A finite float64 array with `dims` dimensions"
     d = np.asarray(d.detach().cpu() if isinstance(d, Tensor) else d, dtype=np.float64)
-    if d.ndim != dims or not d.size: raise ValueError(f"`{name}` must be descriptors {shape}; got shape {d.shape}.")
+    if d.ndim != dims or not d.size:
+        raise ValueError(f"`{name}` must be descriptors {shape}; got shape {d.shape}.")
     bad = np.argwhere(~np.isfinite(d).all(-1))
-    if len(bad): raise ValueError(f"`{name}` must be finite; the descriptor at {bad[0].tolist()} is not ({len(bad)} such). Ask the black box again for these images.")
+    if len(bad):
+        raise ValueError(f"`{name}` must be finite; the descriptor at {bad[0].tolist()} is "
+                         f"not ({len(bad)} such). Ask the black box again for these images.")
     return d
 
 def score_pairs(
@@ -37,12 +40,16 @@ def score_pairs(
     changed=None,    # Descriptors of the changed images (P,S,D); None if there are none yet
 )->pd.DataFrame:     # One row per pair: pair, before, and after if `changed` is given
     "Mean distance of every source to every target, pair by pair (Machines Can See 2018)."
-    targets, rows = _stack(targets, 'targets', 3, '(P,T,D)'), {}
+    targets = _stack(targets, 'targets', 3, '(P,T,D)')
+    rows = {}
     for column, name, d in (('before', 'sources', sources), ('after', 'changed', changed)):
         if d is None: continue
         d = _stack(d, name, 3, '(P,S,D)')
-        if d.shape[::2] != targets.shape[::2]: raise ValueError(f"`{name}` and `targets` must have the same pairs and the same descriptor length; got shapes {d.shape} and {targets.shape}.")
-        rows[column] = np.mean([np.linalg.norm(d-targets[:, [j]], axis=2).mean(1) for j in range(targets.shape[1])], 0)
+        if d.shape[::2] != targets.shape[::2]:
+            raise ValueError(f"`{name}` and `targets` must have the same pairs and the same "
+                             f"descriptor length; got shapes {d.shape} and {targets.shape}.")
+        rows[column] = np.mean(
+            [np.linalg.norm(d-targets[:, [j]], axis=2).mean(1) for j in range(targets.shape[1])], 0)
     return pd.DataFrame(dict(pair=np.arange(len(targets))) | rows)
 
 # %% ../../nbs/api/descriptors/85_submission.ipynb #6b7ff756
@@ -51,7 +58,9 @@ def organiser_layout(
 )->np.ndarray:        # The other of the two
     "From pair by pair to place by place, and back."
     d = np.asarray(descriptors.detach().cpu() if isinstance(descriptors, Tensor) else descriptors)
-    if d.ndim != 3: raise ValueError(f"`descriptors` must be (P,S,D) or (S,P,D); got shape {d.shape}. Rows of a file: `rows.reshape(5, -1, rows.shape[1], order='F')`.")
+    if d.ndim != 3:
+        raise ValueError(f"`descriptors` must be (P,S,D) or (S,P,D); got shape {d.shape}. "
+                         "Rows of a file: `rows.reshape(5, -1, rows.shape[1], order='F')`.")
     return d.transpose(1, 0, 2)
 
 # %% ../../nbs/api/descriptors/85_submission.ipynb #3214c7f6
@@ -59,10 +68,14 @@ def _pixels(x, name):
     "uint8 (N,H,W,3) from a tensor (N,3,H,W), such an array, or a list of images (H,W,3)"
     if isinstance(x, (list, tuple)):
         sizes = sorted({tuple(np.shape(o)) for o in x})
-        if len(sizes) != 1: raise ValueError(f"`{name}` must be images of one size; got {some_of(sizes) or 'none'}. Prepare them all in the same way.")
+        if len(sizes) != 1:
+            raise ValueError(f"`{name}` must be images of one size; got "
+                             f"{some_of(sizes) or 'none'}. Prepare them all in the same way.")
         x = torch.stack(list(x)) if isinstance(x[0], Tensor) else np.stack(x)
     x = to_uint8(check_images(x, name)) if isinstance(x, Tensor) else check_pixels(x)
-    if x.shape[3] != 3: raise ValueError(f"`{name}` must have 3 channels; got {x.shape[3]}. Repeat grey three times.")
+    if x.shape[3] != 3:
+        raise ValueError(
+            f"`{name}` must have 3 channels; got {x.shape[3]}. Repeat grey three times.")
     return x
 
 def _png(a):
@@ -76,7 +89,9 @@ def _npy(a):
     return held.getvalue()
 
 def _check_level(level):
-    if not 0 < level <= 1: raise ValueError(f"`level` must be in (0, 1], the least similarity allowed; got {level}. The competition's is .95.")
+    if not 0 < level <= 1:
+        raise ValueError("`level` must be in (0, 1], the least similarity allowed; got "
+                         f"{level}. The competition's is .95.")
 
 # %% ../../nbs/api/descriptors/85_submission.ipynb #17721768
 def write_submission(
@@ -89,17 +104,25 @@ def write_submission(
 )->Path:                 # The zip file
     "Pack changed images and their descriptors, if every image obeys the rule."
     _check_level(level)
-    names, changed, images, d = check_names(names, 'names'), _pixels(x_adv, 'x_adv'), _pixels(x, 'x'), _stack(descriptors, 'descriptors', 2, '(N,D)').astype(np.float32)
+    names = check_names(names, 'names')
+    changed = _pixels(x_adv, 'x_adv')
+    images = _pixels(x, 'x')
+    d = _stack(descriptors, 'descriptors', 2, '(N,D)').astype(np.float32)
     odd = [n for n in names if not n.endswith('.png')]
     if odd: raise ValueError(f"`names` must end in .png; got {some_of(odd)}. `Pairs.files` has the names.")
     if not len(names) == len(changed) == len(images) == len(d):
-        raise ValueError(f"`names`, `x_adv`, `x` and `descriptors` must belong to the same images; got {len(names)}, {len(changed)}, {len(images)} and {len(d)}.")
+        raise ValueError("`names`, `x_adv`, `x` and `descriptors` must belong to the same "
+                         f"images; got {len(names)}, {len(changed)}, {len(images)} and "
+                         f"{len(d)}.")
     similar = file_ssim(images, changed)
     bad = [f'{names[i]} {similar[i]:.6f}' for i in np.flatnonzero(~(similar >= level))]
-    if bad: raise ValueError(f"`x_adv` must have a similarity of at least {level} to `x` as 8-bit images; {len(bad)} of {len(names)} have less: {some_of(bad)}. "
-                             "Move them back towards the originals until the rounded image obeys.")
+    if bad:
+        raise ValueError(f"`x_adv` must have a similarity of at least {level} to `x` as 8-bit "
+                         f"images; {len(bad)} of {len(names)} have less: {some_of(bad)}. Move "
+                         "them back towards the originals until the rounded image obeys.")
     with atomic_path(path) as tmp, zipfile.ZipFile(tmp, 'w') as z:
-        for name, content in [*((n, partial(_png, a)) for n,a in zip(names, changed)), ('descriptors.npy', partial(_npy, d))]:
+        for name, content in [*((n, partial(_png, a)) for n,a in zip(names, changed)),
+                              ('descriptors.npy', partial(_npy, d))]:
             entry = zipfile.ZipInfo(name)
             entry.external_attr, entry.create_system = 0o644 << 16, 3
             z.writestr(entry, content(), zipfile.ZIP_STORED)
@@ -109,61 +132,94 @@ def write_submission(
 def _open_png(open_file, shape):
     "uint8 (H,W,3) from an open file that must be a PNG of this size with 3 channels of 8 bits"
     most = 4*math.prod(shape) + 2**16
-    with open_file() as f: raw = f.read(most+1)
+    with open_file() as f:
+        raw = f.read(most+1)
     if len(raw) > most: raise ValueError(f"more than {most} bytes")
-    if raw[:8] != b'\x89PNG\r\n\x1a\n' or raw[12:16] != b'IHDR' or len(raw) < 33: raise ValueError("not a PNG file")
+    if raw[:8] != b'\x89PNG\r\n\x1a\n' or raw[12:16] != b'IHDR' or len(raw) < 33:
+        raise ValueError("not a PNG file")
     width, height, depth, colour = struct.unpack('>IIBB', raw[16:26])
     if (height, width) != shape[:2]: raise ValueError(f"{width}x{height} pixels, not {shape[1]}x{shape[0]}")
-    kind = {0: 'grey', 2: 'RGB', 3: 'palette', 4: 'grey with transparency', 6: 'RGBA'}.get(colour, f'colour type {colour}')
+    kind = {0: 'grey', 2: 'RGB', 3: 'palette', 4: 'grey with transparency',
+            6: 'RGBA'}.get(colour, f'colour type {colour}')
     if (depth, colour) != (8, 2): raise ValueError(f"{kind} of {depth} bits, not RGB of 8 bits")
     with Image.open(io.BytesIO(raw), formats=('PNG',)) as im:
-        if im.size != shape[1::-1] or im.mode != 'RGB' or getattr(im, 'n_frames', 1) > 1 or 'transparency' in im.info: raise ValueError("more than one plain image")
+        if (im.size != shape[1::-1] or im.mode != 'RGB' or getattr(im, 'n_frames', 1) > 1
+            or 'transparency' in im.info):
+            raise ValueError("more than one plain image")
         return np.array(im)
 
 def _read_pngs(files, names, shape):
     "Images (N,H,W,3); names of what cannot be read, with the reason"
-    images, wrong = np.zeros((len(names), *shape), np.uint8), {}
+    images = np.zeros((len(names), *shape), np.uint8)
+    wrong = {}
     for i,n in enumerate(progress(names, 'reading')):
-        if n not in files: wrong[n] = 'missing'; continue
-        try: images[i] = _open_png(files[n], shape)
-        except Exception as e: wrong[n] = str(e) or type(e).__name__
+        if n not in files:
+            wrong[n] = 'missing'
+            continue
+        try:
+            images[i] = _open_png(files[n], shape)
+        except Exception as e:
+            wrong[n] = str(e) or type(e).__name__
     return images, wrong
 
-def _verdict(rule, ok, found, todo, value=float('nan'), verdict='broken'): return verdict_row(rule, bool(ok), found, todo, verdict) | dict(value=float(value))
+def _verdict(rule, ok, found, todo, value=float('nan'), verdict='broken'):
+    return verdict_row(rule, bool(ok), found, todo, verdict) | dict(value=float(value))
 
-def _skipped(rule, why): return dict(rule=rule, verdict='not checked', found='', what_to_do=why, value=float('nan'))
+def _skipped(rule, why):
+    return dict(rule=rule, verdict='not checked', found='', what_to_do=why, value=float('nan'))
 
 # %% ../../nbs/api/descriptors/85_submission.ipynb #9c5e4016
 def _image_rows(files, names, originals, level):
     "The images (None if one is missing or wrong), and the verdicts about them"
     changed, wrong = _read_pngs(files, names, originals.shape[1:])
-    lost, other = [n for n in names if wrong.get(n) == 'missing'], [n for n in files if n not in {*names, 'descriptors.npy'}]
+    lost = [n for n in names if wrong.get(n) == 'missing']
+    other = [n for n in files if n not in {*names, 'descriptors.npy'}]
     odd = [f'{n}: {e}' for n,e in wrong.items() if e != 'missing']
     size = f'{originals.shape[2]}x{originals.shape[1]}'
-    rows = [_verdict('files', not lost, f"{len(lost)} of {len(names)} images are missing: {some_of(lost)}" if lost else f'{len(names)} images', "Put every PNG of `pairs.files` at the top of the zip file.", len(lost)),
-            _verdict('other files', not other, some_of(other) or 'none', "Only the images and descriptors.npy belong here.", len(other), 'warning'),
-            _verdict('png', not odd, some_of(odd) or f'{len(names)-len(lost)} of {size}, RGB of 8 bits', f"Save PNG files of {size}, RGB, 8 bits a channel.", len(odd))]
+    rows = [_verdict('files', not lost,
+                     f"{len(lost)} of {len(names)} images are missing: {some_of(lost)}" if lost
+                     else f'{len(names)} images',
+                     "Put every PNG of `pairs.files` at the top of the zip file.", len(lost)),
+            _verdict('other files', not other, some_of(other) or 'none',
+                     "Only the images and descriptors.npy belong here.", len(other), 'warning'),
+            _verdict('png', not odd,
+                     some_of(odd) or f'{len(names)-len(lost)} of {size}, RGB of 8 bits',
+                     f"Save PNG files of {size}, RGB, 8 bits a channel.", len(odd))]
     here = [i for i,n in enumerate(names) if n not in wrong]
     if not here: return None, rows + [_skipped('ssim', "First repair the images.")]
     similar = file_ssim(originals[here], changed[here])
     bad = [f'{names[i]} {v:.6f}' for i,v in zip(here, similar) if not v >= level]
-    rows.append(_verdict('ssim', not bad, f"{len(bad)} below {level}: {some_of(bad)}" if bad else f"at least {similar.min():.6f} ({names[here[similar.argmin()]]})",
-                         "One such image rejects the submission. Move it back towards its original.", similar.min()))
+    rows.append(_verdict(
+        'ssim', not bad, f"{len(bad)} below {level}: {some_of(bad)}" if bad
+                         else f"at least {similar.min():.6f} ({names[here[similar.argmin()]]})",
+        "One such image rejects the submission. Move it back towards its original.", similar.min()))
     return None if wrong else changed, rows
 
 def _descriptor_rows(files, n):
     "The descriptors (None if they are wrong), and the verdicts about them"
-    try: d = read_array(files, 'descriptors.npy')
-    except ValueError as e: return None, [_verdict('descriptors', False, e, "Write float32 (N,D) with np.save, allow_pickle=False."), _skipped('descriptors finite', "First repair descriptors.npy.")]
-    ok = isinstance(d, np.ndarray) and d.dtype.kind == 'f' and d.ndim == 2 and len(d) == n and d.size
-    rows = [_verdict('descriptors', ok, f'{d.dtype} of shape {d.shape}', f"Floating point ({n}, D), a row for each image in the order of `pairs.files`.")]
+    try:
+        d = read_array(files, 'descriptors.npy')
+    except ValueError as e:
+        return None, [_verdict('descriptors', False, e,
+                               "Write float32 (N,D) with np.save, allow_pickle=False."),
+                      _skipped('descriptors finite', "First repair descriptors.npy.")]
+    ok = isinstance(
+        d, np.ndarray) and d.dtype.kind == 'f' and d.ndim == 2 and len(d) == n and d.size
+    rows = [_verdict(
+        'descriptors', ok, f'{d.dtype} of shape {d.shape}',
+        f"Floating point ({n}, D), a row for each image in the order of `pairs.files`.")]
     if not ok: return None, rows + [_skipped('descriptors finite', "First repair descriptors.npy.")]
     bad = np.flatnonzero(~np.isfinite(d).all(1))
-    return None if len(bad) else d, rows + [_verdict('descriptors finite', not len(bad), f"{len(bad)} bad rows" + (f", first {bad[0]}" if len(bad) else ''), "No NaN, no infinity.", len(bad))]
+    return None if len(bad) else d, rows + [_verdict(
+        'descriptors finite', not len(bad),
+        f"{len(bad)} bad rows" + (f", first {bad[0]}" if len(bad) else ''),
+        "No NaN, no infinity.", len(bad))]
 
 # %% ../../nbs/api/descriptors/85_submission.ipynb #eace9838
 @torch.no_grad()
-def _ask(oracle, images): return torch.cat([oracle(to_float(images[o])).float().cpu() for o in batches(len(images), 100)]).numpy()
+def _ask(oracle, images):
+    return torch.cat(
+        [oracle(to_float(images[o])).float().cpu() for o in batches(len(images), 100)]).numpy()
 
 def _spot_row(oracle, changed, d, names, spot, seed):
     "Are the descriptors those of the images?"
@@ -171,53 +227,77 @@ def _spot_row(oracle, changed, d, names, spot, seed):
     if changed is None or d is None: return _skipped('spot check', "First repair what is broken.")
     at = np.sort(np.random.default_rng(subseed(seed, 'spot check')).permutation(len(names))[:spot])
     said = _ask(oracle, changed[at])
-    if said.shape[1] != d.shape[1]: return _verdict('spot check', False, f"length {d.shape[1]}, the oracle's is {said.shape[1]}", "Use the descriptors of the black box.")
+    if said.shape[1] != d.shape[1]:
+        return _verdict('spot check', False,
+                        f"length {d.shape[1]}, the oracle's is {said.shape[1]}",
+                        "Use the descriptors of the black box.")
     off = np.linalg.norm(said - d[at], axis=1)/np.maximum(np.linalg.norm(said, axis=1), 1e-12)
-    if np.isnan(off).all(): return _skipped('spot check', "The oracle did not answer. Give one with questions left.")
+    if np.isnan(off).all():
+        return _skipped('spot check', "The oracle did not answer. Give one with questions left.")
     bad = [f'{names[i]} {o:.3g}' for i,o in zip(at, off) if o > 1e-3]
-    return _verdict('spot check', not bad, f"{len(bad)} of {(~np.isnan(off)).sum()} are off: {some_of(bad)}" if bad else f"{(~np.isnan(off)).sum()} agree to {np.nanmax(off):.1g}",
-                    "Describe the saved images again, as files with 8 bits, in the order of `pairs.files`.", np.nanmax(off))
+    return _verdict(
+        'spot check', not bad,
+        f"{len(bad)} of {(~np.isnan(off)).sum()} are off: {some_of(bad)}" if bad
+        else f"{(~np.isnan(off)).sum()} agree to {np.nanmax(off):.1g}",
+        "Describe the saved images again, as files with 8 bits, in the order of `pairs.files`.",
+        np.nanmax(off))
 
 def _score_row(d, targets, n_pairs):
     "The score, with its interval where there are pairs enough"
     if d is None: return _skipped('score', "First repair descriptors.npy.")
     if targets is None: return _skipped('score', "Give `targets`, or an `oracle` with questions left.")
-    if targets.shape[2] != d.shape[1]: return _verdict('score', False, f"length {d.shape[1]}, that of the targets is {targets.shape[2]}", "Use the descriptors of the black box.")
+    if targets.shape[2] != d.shape[1]:
+        return _verdict('score', False,
+                        f"length {d.shape[1]}, that of the targets is {targets.shape[2]}",
+                        "Use the descriptors of the black box.")
     after = score_pairs(d.reshape(n_pairs, -1, d.shape[1]), targets).before
     interval = ' [{1:.5f}, {2:.5f}]'.format(*bootstrap(np.mean, after)) if len(after) > 1 else ''
-    return _verdict('score', True, f"{after.mean():.5f}{interval}, {len(after)} pairs", '', after.mean())
+    return _verdict('score', True, f"{after.mean():.5f}{interval}, {len(after)} pairs", '',
+                    after.mean())
 
 # %% ../../nbs/api/descriptors/85_submission.ipynb #145c94e0
-_rules = 'archive', 'files', 'other files', 'png', 'ssim', 'descriptors', 'descriptors finite', 'spot check', 'score'
+_rules = ('archive', 'files', 'other files', 'png', 'ssim', 'descriptors',
+          'descriptors finite', 'spot check', 'score')
 
 def check_submission(
     path,               # Zip file (or folder) of a submission
     images:NamedSet,    # Prepared originals and targets, by name
     pairs:Pairs,        # The pairs of the competition
-    oracle=None,        # Images (N,3,H,W) -> descriptors (N,D), NaN without an answer; None checks no descriptor
+    # Images (N,3,H,W) -> descriptors (N,D), NaN without an answer; None checks no descriptor
+    oracle=None,
     targets=None,       # Descriptors of the targets (P,T,D); None asks `oracle` for them
     level:float=.95,    # Least similarity, in (0,1]
     spot:int=10,        # Images whose descriptors `oracle` is asked for, >= 0
     seed:int=0,         # Which ones
-)->pd.DataFrame:        # One row per rule: rule, verdict ('ok', 'warning', 'broken' or 'not checked'), found, what_to_do, value (number behind the verdict, or NaN)
+    # One row per rule: rule, verdict ('ok', 'warning', 'broken' or 'not checked'), found,
+    # what_to_do, value (number behind the verdict, or NaN)
+)->pd.DataFrame:
     "Judge a submission by its files, as the organiser does."
     _check_level(level)
-    if not (isinstance(spot, (int, np.integer)) and spot >= 0): raise ValueError(f"`spot` must be a number of images, at least 0; got {spot!r}.")
-    names, at = pairs.files, images.at(pairs.targets)
+    if not (isinstance(spot, (int, np.integer)) and spot >= 0):
+        raise ValueError(f"`spot` must be a number of images, at least 0; got {spot!r}.")
+    names = pairs.files
+    at = images.at(pairs.targets)
     originals = _pixels(images.images[images.at(pairs.sources).ravel()], 'images')
     if targets is not None:
         targets = _stack(targets, 'targets', 3, '(P,T,D)')
-        if targets.shape[:2] != at.shape: raise ValueError(f"`targets` must be descriptors of {at.shape[0]} pairs with {at.shape[1]} images; got shape {targets.shape}.")
+        if targets.shape[:2] != at.shape:
+            raise ValueError(f"`targets` must be descriptors of {at.shape[0]} pairs with "
+                             f"{at.shape[1]} images; got shape {targets.shape}.")
     try:
         with open_members(path) as files:
             changed, rows = _image_rows(files, names, originals, level)
             d, more = _descriptor_rows(files, len(names))
             rows = [_verdict('archive', True, f'{len(files)} files', ''), *rows, *more]
     except ValueError as e:
-        return pd.DataFrame([_verdict('archive', False, e, "Make the zip file again with `write_submission`; do not unpack this one."), *(_skipped(k, "First repair the zip file.") for k in _rules[1:])])
+        return pd.DataFrame([_verdict(
+            'archive', False, e,
+            "Make the zip file again with `write_submission`; do not unpack this one."),
+                             *(_skipped(k, "First repair the zip file.") for k in _rules[1:])])
     rows.append(_spot_row(oracle, changed, d, names, spot, seed))
     if targets is None and oracle is not None and d is not None:
         asked, back = np.unique(at, return_inverse=True)
         targets = _ask(oracle, images.images[asked])[back.reshape(at.shape)]
-        if not np.isfinite(targets).all(): targets = None
+        if not np.isfinite(targets).all():
+            targets = None
     return pd.DataFrame(rows + [_score_row(d, targets, len(pairs))])

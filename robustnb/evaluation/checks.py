@@ -25,17 +25,22 @@ def _state(model):
     "All of a model that should be the same after an attack."
     hooks = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
     parts = [(k or 'the model', m) for k, m in model.named_modules()]
-    return ({f'values of {k}': v.detach().clone() for k, v in [*model.named_parameters(), *model.named_buffers()]}
-            | {f'gradient of {k}': None if p.grad is None else p.grad.clone() for k, p in model.named_parameters()}
+    return ({f'values of {k}': v.detach().clone()
+             for k, v in [*model.named_parameters(), *model.named_buffers()]}
+            | {f'gradient of {k}': None if p.grad is None else p.grad.clone()
+               for k, p in model.named_parameters()}
             | {f'requires_grad of {k}': p.requires_grad for k, p in model.named_parameters()}
-            | {f'training mode of {k}': m.training for k, m in parts} | {f'hooks of {k}': sum(len(getattr(m, h)) for h in hooks) for k, m in parts})
+            | {f'training mode of {k}': m.training for k, m in parts}
+            | {f'hooks of {k}': sum(len(getattr(m, h)) for h in hooks) for k, m in parts})
 
 class _NotJudged(Exception): "The question has no meaning here."
 
 def _changes(before, after):
     "Names of what differs."
-    same = lambda a, b: torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or type(a) is type(b) and a == b
-    return [k for k in before | after if k not in before or k not in after or not same(before[k], after[k])]
+    same = (lambda a, b: torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor)
+                         else a is b or type(a) is type(b) and a == b)
+    return [k for k in before | after
+            if k not in before or k not in after or not same(before[k], after[k])]
 
 # %% ../../nbs/api/evaluation/20_checks.ipynb #61ac3160
 @dataclass(frozen=True)
@@ -51,8 +56,11 @@ class _Case:
 
     def run(self, attack, threat=None, on=slice(None), start='red flags'):
         "The attacked images of `on`; the threat is that of the case unless given."
-        threat, x, y = threat or self.threat, self.x[on], self.y[on]
-        x_adv = torch.cat([attack(self.model, x[s], y[s], threat, generator=make_generator(self.seed, start)) for s in batches(len(x), 125)])
+        threat = threat or self.threat
+        x = self.x[on]
+        y = self.y[on]
+        x_adv = torch.cat([attack(self.model, x[s], y[s], threat, generator=make_generator(
+            self.seed, start)) for s in batches(len(x), 125)])
         if not threat.allows(x, x_adv).all(): raise ValueError(f'the attack left its threat model {threat}')
         return x_adv
 
@@ -64,7 +72,8 @@ class _Case:
     @cached_property
     def noise(self): return ((self.logits(self.x) - self.clean).abs().max()/self.clean.std()).item()
     @cached_property
-    def left(self): return ((self.clean.argmax(1) == self.y) & self.right(self.attacked[0])).nonzero().flatten()
+    def left(self):
+        return ((self.clean.argmax(1) == self.y) & self.right(self.attacked[0])).nonzero().flatten()
 
     @cached_property
     def attacked(self):
@@ -76,7 +85,8 @@ class _Case:
         "How many of the images that survived the attack fall to one of others."
         left = self.left
         for i, attack in enumerate(attacks):
-            if len(left): left = left[self.right(self.run(attack, on=left, start=f'other start {i}'), left)]
+            if len(left):
+                left = left[self.right(self.run(attack, on=left, start=f'other start {i}'), left)]
         return len(self.left) - len(left)
 
 # %% ../../nbs/api/evaluation/20_checks.ipynb #f8fe3dbc
@@ -84,20 +94,27 @@ def _many(k, n, share=.02): return k > max(1, share*n)
 
 def _training(case): return bool(case.training), f'{len(case.training)} parts in training mode'
 
-def _randomness(case): return case.noise > 1e-4, f'two answers differ by {case.noise:.1g} standard deviations of the logits'
+def _randomness(case):
+    return (case.noise > 1e-4,
+            f'two answers differ by {case.noise:.1g} standard deviations of the logits')
 
 def _batch(case):
     some = torch.linspace(0, len(case.x)-1, 16).long().tolist()
     alone = torch.cat([case.logits(case.x[i:i+1]) for i in some])
     change = ((alone - case.clean[some]).abs().max()/case.clean.std()).item()
-    return change > max(1e-3, 10*case.noise), f'alone and in a batch, answers differ by {change:.1g} standard deviations of the logits'
+    return (
+        change > max(1e-3, 10*case.noise),
+        f'alone and in a batch, answers differ by {change:.1g} standard deviations of the logits')
 
 def _precision(case):
     logits = torch.cat([case.clean.unique(dim=0), case.logits(case.attacked[0]).unique(dim=0)])
     top = logits.topk(2, 1).values
-    ties, distinct = int((top[:, 0] == top[:, 1]).sum()), len(logits.unique())/logits.numel()
-    narrow = [str(d).partition('.')[2] for d in (torch.bfloat16, torch.float16) if torch.equal(logits.to(d).to(logits.dtype), logits)]
-    figure = f'{ties} ties for the largest logit, {distinct:.0%} of the logits distinct' + (f', all of them {narrow[0]} numbers' if narrow else '')
+    ties = int((top[:, 0] == top[:, 1]).sum())
+    distinct = len(logits.unique())/logits.numel()
+    narrow = [str(d).partition('.')[2] for d in (torch.bfloat16, torch.float16)
+              if torch.equal(logits.to(d).to(logits.dtype), logits)]
+    figure = f'{ties} ties for the largest logit, {distinct:.0%} of the logits distinct' + (
+        f', all of them {narrow[0]} numbers' if narrow else '')
     return bool(_many(ties, len(logits)) or narrow or distinct < .5), figure
 
 def _changed(case):
@@ -111,7 +128,8 @@ def _resized(threat, eps):
     if 'level' in names: return replace(threat, level=1-eps)
     raise _NotJudged(f'{type(threat).__name__} has no eps to change')
 
-def _largest(case): return case.threat.distance(torch.zeros_like(case.x[:1]), torch.ones_like(case.x[:1])).item()
+def _largest(case):
+    return case.threat.distance(torch.zeros_like(case.x[:1]), torch.ones_like(case.x[:1])).item()
 
 def _zero(case):
     x_adv = case.run(case.attack, _resized(case.threat, 0.))
@@ -119,12 +137,16 @@ def _zero(case):
     return other > 0, f'{other} of {len(case.x)} predictions differ from the clean ones at eps = 0'
 
 def _larger(case):
-    half, twice = (_resized(case.threat, min(f*case.threat.eps, _largest(case))) for f in (.5, 2))
-    a, b, c = (int(case.right(x_adv).sum()) for x_adv in (case.run(case.attack, half), case.attacked[0], case.run(case.attack, twice)))
-    return _many(max(b-a, c-b), len(case.x)), f'{a}, {b}, {c} of {len(case.x)} right at half, one and two eps'
+    half = _resized(case.threat, min(.5*case.threat.eps, _largest(case)))
+    twice = _resized(case.threat, min(2*case.threat.eps, _largest(case)))
+    a, b, c = (int(case.right(x_adv).sum()) for x_adv in (
+        case.run(case.attack, half), case.attacked[0], case.run(case.attack, twice)))
+    return _many(max(b-a, c-b),
+                 len(case.x)), f'{a}, {b}, {c} of {len(case.x)} right at half, one and two eps'
 
 def _unbounded(case):
-    right = int(case.right(case.run(_longer(case.attack) or case.attack, _resized(case.threat, _largest(case)))).sum())
+    right = int(case.right(case.run(_longer(case.attack) or case.attack,
+                                    _resized(case.threat, _largest(case)))).sum())
     return right > 0, f'{right} of {len(case.x)} still right when every pixel may change'
 
 # %% ../../nbs/api/evaluation/20_checks.ipynb #c14c1074
@@ -134,94 +156,146 @@ def _longer(attack):
     "The same attack with at least 40 steps of its usual length; None if it has no steps."
     if not _takes(attack, 'steps'): return None
     plain = attack
-    while isinstance(plain, partial): plain = plain.func
-    usual = dict(step_size=inspect.signature(plain).parameters['step_size'].default) if _takes(attack, 'step_size') else {}
-    return partial(attack, steps=max(40, 2*inspect.signature(attack).parameters['steps'].default), **usual)
+    while isinstance(plain, partial):
+        plain = plain.func
+    usual = dict(step_size=inspect.signature(plain).parameters['step_size'].default) if _takes(
+        attack, 'step_size') else {}
+    return partial(attack, steps=max(40, 2*inspect.signature(attack).parameters['steps'].default),
+                   **usual)
 
 def _gradients(case):
     on, flat, zero = (case.clean.argmax(1) == case.y).nonzero().flatten(), 0, 0
     for s in batches(len(on), 125):
         value, grad, _ = loss_and_grad(case.model, case.x[on[s]], case.y[on[s]], margin)
         flat += int((grad.flatten(1).abs().sum(1) < 1e-3*value.abs()).sum())
-        zero += int((loss_and_grad(case.model, case.x[on[s]], case.y[on[s]], cross_entropy)[1] == 0).flatten(1).all(1).sum())
-    return _many(flat, len(on)), f'the margin has no gradient on {flat} of {len(on)} images, the cross-entropy on {zero}'
+        zero += int((loss_and_grad(case.model, case.x[on[s]], case.y[on[s]],
+                                   cross_entropy)[1] == 0).flatten(1).all(1).sum())
+    return (_many(flat, len(on)), f'the margin has no gradient on {flat} of {len(on)} images, '
+                                  f'the cross-entropy on {zero}')
 
 def _loss(case):
-    k = case.falls(partial(case.attack, loss=margin) if _takes(case.attack, 'loss') else partial(pgd, loss=margin))
-    return _many(k, len(case.x), .05), f'{k} of {len(case.left)} survivors fall to the same attack on the margin'
+    k = case.falls(partial(case.attack, loss=margin) if _takes(case.attack, 'loss')
+                   else partial(pgd, loss=margin))
+    return _many(k, len(case.x),
+                 .05), f'{k} of {len(case.left)} survivors fall to the same attack on the margin'
 
 def _converged(case):
     longer = _longer(case.attack) or partial(pgd, steps=40)
     k = case.falls(longer, longer)
-    return _many(k, len(case.x), .05), f'{k} of {len(case.left)} survivors fall to 40 or more steps from two other starts'
+    return (_many(k, len(case.x), .05),
+            f'{k} of {len(case.left)} survivors fall to 40 or more steps from two other starts')
 
 def _blackbox(case):
-    k = case.falls(partial(square, queries=300) if isinstance(case.threat, (Linf, L2, L1)) else partial(random_search, tries=300))
+    k = case.falls(partial(square, queries=300) if isinstance(case.threat, (Linf, L2, L1))
+                   else partial(random_search, tries=300))
     return _many(k, len(case.x)), f'{k} of {len(case.left)} survivors fall to 300 questions'
 
 def _rounding(case):
     on = (case.clean.argmax(1) == case.y).index_fill_(0, case.left, False)
     if not on.any(): return False, 'nothing fell, nothing to round'
-    try: rounded = on_8bit_images(lambda *a, **k: case.attacked[0][on])(case.model, case.x[on], case.y[on], case.threat)
-    except ValueError as e: raise _NotJudged('the clean images are not 8-bit images') from e
-    k, n = int(case.right(rounded, on).sum()), int(on.sum())
-    return _many(k, n, .05), f'{k} of {n} successes are lost when their pixels are rounded to 8 bits'
+    try:
+        rounded = on_8bit_images(lambda *a, **k: case.attacked[0][on])(
+            case.model, case.x[on], case.y[on], case.threat)
+    except ValueError as e:
+        raise _NotJudged('the clean images are not 8-bit images') from e
+    k = int(case.right(rounded, on).sum())
+    n = int(on.sum())
+    return _many(k, n,
+                 .05), f'{k} of {n} successes are lost when their pixels are rounded to 8 bits'
 
 # %% ../../nbs/api/evaluation/20_checks.ipynb #b2d9d4c9
 _checks = {
-    'training mode': (_training, 'Call `model.eval()`: batch norm and dropout make another model in training mode. All other checks were made in evaluation mode.'),
-    'randomness': (_randomness, 'Average the gradient over several answers in the attack, and the verdict over several answers; or fix the randomness.'),
-    'batch dependence': (_batch, 'Let the answer to an image depend on that image alone, by running statistics for instance; else judge images one at a time.'),
-    'low precision': (_precision, 'Compute in float32, the last layer above all: ties stop a gradient attack at the border and count as correct.'),
-    'changed state': (_changed, 'Find out what writes to the model; attack and judge a copy (`copy.deepcopy`).'),
-    'zero budget': (_zero, 'Look for noise in the model, and for a step of the attack that ignores the budget.'),
+    'training mode': (_training,
+                      'Call `model.eval()`: batch norm and dropout make another model in '
+                      'training mode. All other checks were made in evaluation mode.'),
+    'randomness': (_randomness, 'Average the gradient over several answers in the attack, and '
+                                'the verdict over several answers; or fix the randomness.'),
+    'batch dependence': (_batch,
+                         'Let the answer to an image depend on that image alone, by running '
+                         'statistics for instance; else judge images one at a time.'),
+    'low precision': (_precision, 'Compute in float32, the last layer above all: ties stop a '
+                                  'gradient attack at the border and count as correct.'),
+    'changed state': (
+        _changed, 'Find out what writes to the model; attack and judge a copy (`copy.deepcopy`).'),
+    'zero budget': (
+        _zero,
+        'Look for noise in the model, and for a step of the attack that ignores the budget.'),
     'larger budget': (_larger, 'Take more and shorter steps, and project after each.'),
-    'unbounded': (_unbounded, 'The gradient does not lead to the border: take more steps, a scale-free loss such as `margin`, or attack around what hides it.'),
-    'vanishing gradient': (_gradients, 'Pass the gradient straight through what rounds, craft the images on a smooth copy (`transfer_attack`), and add `square`.'),
-    'saturated loss': (_loss, 'The loss saturates, as with logits that are scaled up: attack with `loss=margin`.'),
+    'unbounded': (_unbounded,
+                  'The gradient does not lead to the border: take more steps, a scale-free '
+                  'loss such as `margin`, or attack around what hides it.'),
+    'vanishing gradient': (_gradients,
+                           'Pass the gradient straight through what rounds, craft the images '
+                           'on a smooth copy (`transfer_attack`), and add `square`.'),
+    'saturated loss': (
+        _loss, 'The loss saturates, as with logits that are scaled up: attack with `loss=margin`.'),
     'more steps': (_converged, 'Take more steps and restarts until the number stops falling.'),
-    'black box': (_blackbox, 'The gradient misleads: attack around it (straight-through, `transfer_attack`), and count the worst of all attacks per image.'),
-    '8-bit rounding': (_rounding, 'Judge rounded images: `eight_bit(attack)`. Attacks that stop at the border need a few steps beyond it.')}
+    'black box': (_blackbox,
+                  'The gradient misleads: attack around it (straight-through, '
+                  '`transfer_attack`), and count the worst of all attacks per image.'),
+    '8-bit rounding': (_rounding, 'Judge rounded images: `eight_bit(attack)`. Attacks that '
+                                  'stop at the border need a few steps beyond it.')}
 
 @contextmanager
 def _as_it_was(model):
     "Evaluation mode inside; afterwards flags, weights, buffers and gradients as before."
-    modes, grads = [(m, m.training) for m in model.modules()], [(p, p.grad) for p in model.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
+    grads = [(p, p.grad) for p in model.parameters()]
     values = [(v, v.detach().clone()) for v in [*model.parameters(), *model.buffers()]]
-    try: yield model.eval()
+    try:
+        yield model.eval()
     finally:
-        for m, training in modes: m.training = training
-        for p, grad in grads: p.grad = grad
+        for m, training in modes:
+            m.training = training
+        for p, grad in grads:
+            p.grad = grad
         with torch.no_grad():
             for v, was in values:
-                if not torch.equal(v, was): v.copy_(was)
+                if not torch.equal(v, was):
+                    v.copy_(was)
 
 def _row(name, case):
     "One line of the table, whatever happens."
     check, advice = _checks[name]
     try:
-        with _as_it_was(case.model): doubt, figure = check(case)
-    except _NotJudged as e: return dict(check=name, verdict='not judged', figure=str(e), what_to_do='')
-    except Exception as e: doubt, figure, advice = True, f'{type(e).__name__}: {e}', 'The check itself failed; the message says why.'
-    return dict(check=name, verdict='doubt' if doubt else 'ok', figure=figure, what_to_do=advice if doubt else '')
+        with _as_it_was(case.model):
+            doubt, figure = check(case)
+    except _NotJudged as e:
+        return dict(check=name, verdict='not judged', figure=str(e), what_to_do='')
+    except Exception as e:
+        doubt, figure, advice = (True, f'{type(e).__name__}: {e}',
+                                 'The check itself failed; the message says why.')
+    return dict(check=name, verdict='doubt' if doubt else 'ok', figure=figure,
+                what_to_do=advice if doubt else '')
 
 # %% ../../nbs/api/evaluation/20_checks.ipynb #7fe9bb34
 def red_flags(
     model:nn.Module,       # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K)
-    x:Tensor,              # Images (N,C,H,W), pixels in [0,1]; 100 to 200 are enough, at least 20 must be classified correctly
+    # Images (N,C,H,W), pixels in [0,1]; 100 to 200 are enough, at least 20 must be classified
+    # correctly
+    x:Tensor,
     y:Tensor,              # True labels (N,), int64
     threat,                # Threat model of the number in doubt, e.g. `Linf(8/255)`
     attack:Callable=pgd,   # The attack that gave it: (model, x, y, threat, *, generator) -> x_adv
     seed:int=0,            # Everything random
 )->pd.DataFrame:           # One row per check: check, verdict (ok, doubt, not judged), figure, what_to_do
-    "Signs that a robust accuracy is too high (Carlini et al. 2019, arXiv:1902.06705; Athalye et al. 2018, arXiv:1802.00420)."
+    """Signs that a robust accuracy is too high (Carlini et al. 2019, arXiv:1902.06705; Athalye et
+    al. 2018, arXiv:1802.00420)."""
     check_images(x)
-    if not isinstance(model, nn.Module): raise TypeError(f"`model` must be a torch.nn.Module from pixels in [0, 1] to logits; got {type(model).__name__}.")
-    device, training = next(model.parameters(), x).device, [k for k, m in model.named_modules() if m.training]
-    with _as_it_was(model), torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
+    if not isinstance(model, nn.Module):
+        raise TypeError("`model` must be a torch.nn.Module from pixels in [0, 1] to logits; "
+                        f"got {type(model).__name__}.")
+    device = next(model.parameters(), x).device
+    training = [k for k, m in model.named_modules() if m.training]
+    with (_as_it_was(model),
+          torch.random.fork_rng(devices=[device] if device.type == 'cuda' else [])):
         torch.manual_seed(subseed(seed, 'the model'))
-        check_labels(y, len(x), check_attack(model, x[:1].to(device), torch.zeros(1, dtype=torch.int64, device=device), threat))
+        check_labels(y, len(x), check_attack(
+            model, x[:1].to(device), torch.zeros(1, dtype=torch.int64, device=device), threat))
         case = _Case(model, x.to(device), y.to(device), threat, attack, seed, training)
         right = int((case.clean.argmax(1) == case.y).sum())
-        if right < 20: raise ValueError(f"`x` must hold at least 20 images that the model classifies correctly; got {right} of {len(x)}. Check the labels, or give more images.")
+        if right < 20:
+            raise ValueError("`x` must hold at least 20 images that the model classifies "
+                             f"correctly; got {right} of {len(x)}. Check the labels, or give "
+                             "more images.")
         return pd.DataFrame([_row(name, case) for name in _checks])

@@ -25,61 +25,94 @@ def _dual_norm(threat):
     "Order of the norm of a gradient that goes with a family of threats"
     kind = threat if isinstance(threat, type) else type(threat)
     if kind in _dual: return _dual[kind]
-    raise ValueError(f"`threat` must be Linf, L2 or L1, the class or one of its balls; got {threat!r}. Other threat models have no dual norm here: attack them with `robustness_curve`.")
+    raise ValueError("`threat` must be Linf, L2 or L1, the class or one of its balls; got "
+                     f"{threat!r}. Other threat models have no dual norm here: attack them "
+                     "with `robustness_curve`.")
 
 def _radius(model, x, y, order, box, others):
     "Radii (N,) of one batch"
     with torch.enable_grad():
         x = x.detach().clone().requires_grad_(True)
         logits = model(x)
-        if not logits.isfinite().all(): raise ValueError("`model` must answer with finite logits; it gives NaN or infinity for some image.")
-        if not logits.requires_grad: raise ValueError("`model` must pass a gradient to its images; its logits have none. Rounding needs a straight-through gradient, as in `quantize`, and nothing may be detached.")
-        rivals = logits.detach().scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)[:, :min(others, logits.shape[1]-1)]
+        if not logits.isfinite().all():
+            raise ValueError(
+                "`model` must answer with finite logits; it gives NaN or infinity for some image.")
+        if not logits.requires_grad:
+            raise ValueError("`model` must pass a gradient to its images; its logits have "
+                             "none. Rounding needs a straight-through gradient, as in "
+                             "`quantize`, and nothing may be detached.")
+        rivals = logits.detach().scatter(1, y[:, None], -torch.inf).argsort(
+            1, descending=True)[:, :min(others, logits.shape[1]-1)]
         least = torch.full_like(logits[:, 0], torch.inf)
         for j in rivals.T:
             m = (logits.gather(1, y[:, None]) - logits.gather(1, j[:, None]))[:, 0]
             grad, = torch.autograd.grad(m.sum(), x, retain_graph=True)
-            if not grad.isfinite().all(): raise ValueError("`model` must pass a finite gradient to its images; it has NaN or infinity in it.")
-            if box: grad = grad*torch.where(m.view(-1, 1, 1, 1)*grad > 0, x > 0, x < 1)
+            if not grad.isfinite().all():
+                raise ValueError("`model` must pass a finite gradient to its images; it has "
+                                 "NaN or infinity in it.")
+            if box:
+                grad = grad*torch.where(m.view(-1, 1, 1, 1)*grad > 0, x > 0, x < 1)
             ratio = m/grad.flatten(1).norm(order, 1)
             least = torch.minimum(least, torch.where(m == 0, 0, ratio))
     return least.detach().cpu()
 
 # %% ../../nbs/api/evaluation/30_radius.ipynb #48122120
 def first_order_radius(
-    model:nn.Module,    # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode; quantised ones too
+    # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode; quantised ones too
+    model:nn.Module,
     x:Tensor,           # Images (N,C,H,W), float, pixels in [0,1]
     y:Tensor,           # True labels (N,), int64
-    threat=Linf,        # Family of threats: `Linf`, `L2`, `L1`, or one of their balls, whose eps does not matter
+    # Family of threats: `Linf`, `L2`, `L1`, or one of their balls, whose eps does not matter
+    threat=Linf,
     box:bool=False,     # Leave out the gradient of pixels at 0 or 1 that would have to go beyond
-    others:int=9,       # Wrong classes to look at, those with the largest logits first, >= 1; one backward pass each
+    # Wrong classes to look at, those with the largest logits first, >= 1; one backward pass each
+    others:int=9,
     batch_size:int=50,  # Images at a time
-)->Tensor:              # Radius (N,), pixel units of the family: zero or negative where misclassified, infinite where the gradient is zero
-    "Margin over the dual norm of its gradient (Hein and Andriushchenko 2017, arXiv:1705.08475), as an estimate."
+    # Radius (N,), pixel units of the family: zero or negative where misclassified, infinite where
+    # the gradient is zero
+)->Tensor:
+    """Margin over the dual norm of its gradient (Hein and Andriushchenko 2017, arXiv:1705.08475),
+    as an estimate."""
     check_images(x)
     like = next(model.parameters(), x) if isinstance(model, nn.Module) else x
-    check_labels(y, len(x), check_attack(model, x[:1].to(like.device), torch.zeros(1, dtype=torch.int64, device=like.device)))
-    if not others >= 1: raise ValueError(f"`others` must be at least 1; got {others}. 1 is the runner-up alone.")
+    check_labels(y, len(x), check_attack(model, x[:1].to(like.device),
+                                         torch.zeros(1, dtype=torch.int64, device=like.device)))
+    if not others >= 1:
+        raise ValueError(f"`others` must be at least 1; got {others}. 1 is the runner-up alone.")
     order = _dual_norm(threat)
-    return torch.cat([_radius(model, x[s].to(like.device), y[s].to(like.device), order, box, others) for s in batches(len(x), batch_size)])
+    return torch.cat([_radius(model, x[s].to(like.device), y[s].to(like.device), order, box,
+                              others) for s in batches(len(x), batch_size)])
 
 # %% ../../nbs/api/evaluation/30_radius.ipynb #ee5f4b86
 def radius_curve(
     radius:Tensor,     # Radii (N,) from `first_order_radius`, for the family of `threats`
     y:Tensor,          # True labels (N,), int64
-    threats:list,      # Threat models of one family, as for `robustness_curve`: `[Linf(k/255) for k in (.5, 1, 2)]`
-)->pd.DataFrame:       # One row per image and eps, first eps = 0: image, attack, threat, label, correct, radius, eps
+    # Threat models of one family, as for `robustness_curve`: `[Linf(k/255) for k in (.5, 1, 2)]`
+    threats:list,
+    # One row per image and eps, first eps = 0: image, attack, threat, label, correct, radius, eps
+)->pd.DataFrame:
     "Estimated robust accuracy for every budget."
-    if len({type(t) for t in threats}) != 1: raise ValueError(f"`threats` must be balls of one family, such as `[Linf(k/255) for k in (.5, 1, 2)]`; got {threats}.")
+    if len({type(t) for t in threats}) != 1:
+        raise ValueError("`threats` must be balls of one family, such as `[Linf(k/255) for k "
+                         f"in (.5, 1, 2)]`; got {threats}.")
     _dual_norm(threats[0])
-    if radius.shape != y.shape or y.ndim != 1: raise ValueError(f"`radius` and `y` must have one value per image; got {tuple(radius.shape)} and {tuple(y.shape)}.")
-    rows = lambda attack, threat, eps: pd.DataFrame(dict(image=range(len(y)), attack=attack, threat=threat, label=y.numpy(), correct=(radius > eps).numpy(), radius=radius.numpy(), eps=eps))
-    return pd.concat([rows('clean', 'none', 0.), *(rows('first order', repr(t), float(t.eps)) for t in threats)], ignore_index=True)
+    if radius.shape != y.shape or y.ndim != 1:
+        raise ValueError("`radius` and `y` must have one value per image; got "
+                         f"{tuple(radius.shape)} and {tuple(y.shape)}.")
+    rows = lambda attack, threat, eps: pd.DataFrame(dict(
+        image=range(len(y)), attack=attack, threat=threat, label=y.numpy(),
+        correct=(radius > eps).numpy(), radius=radius.numpy(), eps=eps))
+    return pd.concat([rows('clean', 'none', 0.),
+                      *(rows('first order', repr(t), float(t.eps)) for t in threats)],
+                     ignore_index=True)
 
 # %% ../../nbs/api/evaluation/30_radius.ipynb #2f8ee9b1
 def _largest_singular_value(apply, v, steps):
     "Largest singular value of the linear map `apply`: Lanczos on its square, from the vector `v`"
-    diagonal, beside, before, v = [], [], torch.zeros_like(v), v/v.norm()
+    diagonal = []
+    beside = []
+    before = torch.zeros_like(v)
+    v = v/v.norm()
     for _ in range(steps):
         with torch.enable_grad():
             v.requires_grad_(True)
@@ -91,14 +124,17 @@ def _largest_singular_value(apply, v, steps):
         if w.norm() <= 1e-5*max(diagonal): break
         beside.append(w.norm())
         before, v = v, w/beside[-1]
-    d, b = torch.stack(diagonal).double(), torch.stack(beside + [diagonal[0]])[:len(diagonal)-1].double()
-    return torch.linalg.eigvalsh(torch.diag(d) + torch.diag(b, 1) + torch.diag(b, -1))[-1].clamp_min(0).sqrt().item()
+    d = torch.stack(diagonal).double()
+    b = torch.stack(beside + [diagonal[0]])[:len(diagonal)-1].double()
+    return torch.linalg.eigvalsh(
+        torch.diag(d) + torch.diag(b, 1) + torch.diag(b, -1))[-1].clamp_min(0).sqrt().item()
 
 def _norm(layer, before, steps, generator):
     "(kind, spectral norm) of `layer` on one input of shape `before`; None for what is not linear"
     if isinstance(layer, Normalize): return 'normalize', (1/layer.std).max().item()
     if isinstance(layer, _BatchNorm) and layer.running_var is not None:
-        return 'bn', ((1 if layer.weight is None else layer.weight.abs())/(layer.running_var+layer.eps).sqrt()).max().item()
+        return 'bn', ((1 if layer.weight is None else layer.weight.abs())/(
+            layer.running_var+layer.eps).sqrt()).max().item()
     if isinstance(layer, nn.Linear): return 'linear', torch.linalg.svdvals(layer.weight.float())[0].item()
     if not isinstance(layer, _ConvNd): return None
     plain = copy.deepcopy(layer).float().requires_grad_(False)
@@ -110,26 +146,41 @@ def _norm(layer, before, steps, generator):
 def spectral_norms(
     model:nn.Module,     # Takes images (N,C,H,W); in eval mode; quantised ones too; not changed
     shape=(3, 32, 32),   # One image, without the batch dimension
-    steps:int=50,        # Products with each convolution and its transpose, >= 1; more come closer to the norm
+    # Products with each convolution and its transpose, >= 1; more come closer to the norm
+    steps:int=50,
     seed:int=0,          # Start vectors
-)->pd.DataFrame:         # One row per call of a linear layer: name, kind, in_shape, out_shape, norm, log10_product (of this row and all above)
-    "Spectral norms of convolutions and linear layers as operators, and their product: an estimate, not a bound."
+    # One row per call of a linear layer: name, kind, in_shape, out_shape, norm, log10_product (of
+    # this row and all above)
+)->pd.DataFrame:
+    """Spectral norms of convolutions and linear layers as operators, and their product: an
+    estimate, not a bound."""
     if not steps >= 1: raise ValueError(f"`steps` must be at least 1; got {steps}.")
     check_model(model)
-    try: net = model if isinstance(model, fx.GraphModule) else fold_batchnorm(model)
-    except TypeError: net = model
-    calls, g = [], make_generator(seed, 'spectral_norms')
-    note = lambda name: lambda layer, args, out: calls.append((name, layer, tuple(args[0].shape[1:]), tuple(out.shape[1:])))
-    hooks = [m.register_forward_hook(note(n)) for n, m in net.named_modules() if isinstance(m, (Normalize, _BatchNorm, nn.Linear, _ConvNd))]
+    try:
+        net = model if isinstance(model, fx.GraphModule) else fold_batchnorm(model)
+    except TypeError:
+        net = model
+    calls = []
+    g = make_generator(seed, 'spectral_norms')
+    note = lambda name: lambda layer, args, out: calls.append((
+        name, layer, tuple(args[0].shape[1:]), tuple(out.shape[1:])))
+    hooks = [m.register_forward_hook(note(n)) for n, m in net.named_modules()
+             if isinstance(m, (Normalize, _BatchNorm, nn.Linear, _ConvNd))]
     like = next(net.parameters(), torch.zeros(()))
     try:
-        with torch.no_grad(): net(torch.zeros(1, *shape, device=like.device, dtype=like.dtype))
+        with torch.no_grad():
+            net(torch.zeros(1, *shape, device=like.device, dtype=like.dtype))
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     rows = []
     for name, layer, before, after in calls:
-        if not all(p.isfinite().all() for p in layer.parameters()): raise ValueError(f"`model` must have finite weights; {name} holds NaN or infinity.")
+        if not all(p.isfinite().all() for p in layer.parameters()):
+            raise ValueError(f"`model` must have finite weights; {name} holds NaN or infinity.")
         found = _norm(layer, before, steps, g)
-        if found: rows.append(dict(name=name, kind=found[0], in_shape=before, out_shape=after, norm=found[1]))
+        if found:
+            rows.append(dict(name=name, kind=found[0], in_shape=before, out_shape=after,
+                             norm=found[1]))
     table = pd.DataFrame(rows, columns=['name', 'kind', 'in_shape', 'out_shape', 'norm'])
-    return table.assign(log10_product=torch.tensor(table.norm.to_list(), dtype=torch.float64).log10().cumsum(0).numpy())
+    return table.assign(log10_product=torch.tensor(
+        table.norm.to_list(), dtype=torch.float64).log10().cumsum(0).numpy())

@@ -30,7 +30,8 @@ def _said(o):
     if isinstance(o, partial): return [_said(v) for v in (o.func, o.args, sorted(o.keywords.items()))]
     if isinstance(o, nn.Module): return _digest(repr(o), *(v for kv in o.state_dict().items() for v in kv))
     held = inspect.getclosurevars(o).nonlocals if inspect.isfunction(o) else {}
-    told = [[k, _said(v)] for k, v in sorted(held.items()) if callable(v) or isinstance(v, (str, int, float, tuple))]
+    told = [[k, _said(v)] for k, v in sorted(held.items())
+            if callable(v) or isinstance(v, (str, int, float, tuple))]
     return [o.__qualname__, *told] if told else re.sub(' at 0x[0-9a-f]+', '', repr(o))
 
 def _digest(*parts):
@@ -39,7 +40,8 @@ def _digest(*parts):
     for o in parts:
         values = isinstance(o, Tensor)
         h.update(repr([o.dtype, tuple(o.shape)] if values else _said(o)).encode())
-        if values: h.update(o.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        if values:
+            h.update(o.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
 def transfer_attack(
@@ -54,9 +56,11 @@ def transfer_attack(
         names = [_digest(*o) for o in zip(x.cpu(), y.cpu())]
         new = [i for i, name in enumerate(names) if name not in made]
         if new:
-            made.update(zip([names[i] for i in new], attack(source, x[new], y[new], threat, generator=generator)))
+            made.update(zip([names[i] for i in new],
+                            attack(source, x[new], y[new], threat, generator=generator)))
             made['state'] = state()
-        if generator is not None: generator.set_state(made['state'])
+        if generator is not None:
+            generator.set_state(made['state'])
         return torch.stack([made[name] for name in names])
     return transferred
 
@@ -67,16 +71,20 @@ def on_8bit_images(
     "An attack that is judged as an 8-bit file would be."
     def rounded(model, x, y, threat, *, generator=None):
         off = (255*x - (255*x).round()).abs().flatten(1).amax(1)
-        if off.max() > 1e-3: raise ValueError(f"`x` must hold 8-bit images, every pixel a multiple of 1/255; image {int(off.argmax())} is up to {off.max():.2g} grey levels off. "
-                                              "Round them first: `(255*x).round()/255`.")
+        if off.max() > 1e-3:
+            raise ValueError("`x` must hold 8-bit images, every pixel a multiple of 1/255; "
+                             f"image {int(off.argmax())} is up to {off.max():.2g} grey levels "
+                             "off. Round them first: `(255*x).round()/255`.")
         x_adv = attack(model, x, y, threat, generator=generator)
         on_grid = lambda share: (255*torch.lerp(x, x_adv, share.view(-1, 1, 1, 1))).round()/255
-        lo, hi = x.new_zeros(len(x)), x.new_ones(len(x))
+        lo = x.new_zeros(len(x))
+        hi = x.new_ones(len(x))
         whole = threat.allows(x, on_grid(hi))
         for _ in range(12):
             share = (lo+hi)/2
             allowed = threat.allows(x, on_grid(share))
-            lo, hi = torch.where(allowed, share, lo), torch.where(allowed, hi, share)
+            lo = torch.where(allowed, share, lo)
+            hi = torch.where(allowed, hi, share)
         return on_grid(torch.where(whole, 1, lo))
     return rounded
 
@@ -85,51 +93,80 @@ def on_8bit_images(
 def _judge(model, x, x_adv, y, threat, name, images):
     "One row per image."
     got = tuple(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
-    if got != tuple(x.shape): raise ValueError(f"attack {name!r} must return images of shape {tuple(x.shape)}; got {got}.")
+    if got != tuple(x.shape):
+        raise ValueError(
+            f"attack {name!r} must return images of shape {tuple(x.shape)}; got {got}.")
     inside = threat.allows(x, x_adv) if name != 'clean' else torch.ones(len(x), dtype=torch.bool)
-    if not inside.all(): raise ValueError(f"attack {name!r} left its threat model {threat} on {int((~inside).sum())} images. Return `threat.project(x, x_adv)`.")
-    logits, y = model(x_adv).float().cpu(), y.cpu()
+    if not inside.all():
+        raise ValueError(f"attack {name!r} left its threat model {threat} on "
+                         f"{int((~inside).sum())} images. Return `threat.project(x, x_adv)`.")
+    logits = model(x_adv).float().cpu()
+    y = y.cpu()
     bad = images[(~logits.isfinite().all(1)).numpy()]
-    if len(bad): raise ValueError(f"`model` must answer with finite logits; it gave NaN or infinity for image {bad[0]} under {name}.")
-    return pd.DataFrame(dict(image=images, attack=name, threat=repr(threat) if name != 'clean' else 'none', label=y.numpy(),
-                             prediction=logits.argmax(1).numpy(), correct=(logits.argmax(1) == y).numpy(), margin=-margin(logits, y).numpy(),
-                             distance=threat.distance(x, x_adv).float().cpu().numpy()))
+    if len(bad):
+        raise ValueError("`model` must answer with finite logits; it gave NaN or infinity for "
+                         f"image {bad[0]} under {name}.")
+    return pd.DataFrame(dict(
+        image=images, attack=name, threat=repr(threat) if name != 'clean' else 'none',
+        label=y.numpy(), prediction=logits.argmax(1).numpy(),
+        correct=(logits.argmax(1) == y).numpy(), margin=-margin(logits, y).numpy(),
+        distance=threat.distance(x, x_adv).float().cpu().numpy()))
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #d0b700c4
-_types = dict(image='int64', attack=str, threat=str, label='int64', prediction='int64', correct=bool, margin='float32', distance='float32')
+_types = dict(image='int64', attack=str, threat=str, label='int64', prediction='int64',
+              correct=bool, margin='float32', distance='float32')
 
 def _write_rows(rows, path, question):
     "One table with a checksum above it."
     body = rows.to_csv(index=False)
-    with atomic_path(path) as tmp: tmp.write_bytes(f'# {_digest(question, body)}\n{body}'.encode())
+    with atomic_path(path) as tmp:
+        tmp.write_bytes(f'# {_digest(question, body)}\n{body}'.encode())
 
 def _read_rows(path, question):
     "The table, if it is what was written."
     head, _, body = path.read_bytes().decode(errors='replace').partition('\n')
-    if head != f'# {_digest(question, body)}': raise ValueError(f"{path} is damaged, incomplete or from another run. Delete it: its images are evaluated again.")
+    if head != f'# {_digest(question, body)}':
+        raise ValueError(f"{path} is damaged, incomplete or from another run. Delete it: its "
+                         "images are evaluated again.")
     return pd.read_csv(io.StringIO(body), dtype=_types, keep_default_na=False)
 
 def _rows_of(folder, question):
     "The rows that earlier runs with the same question have left."
     file = folder/'question.json'
-    if folder.exists() and not folder.is_dir(): raise ValueError(f"`save` must name a folder; {folder} is a file.")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`save` must name a folder; {folder} is a file.")
     if not file.exists():
-        if any(folder.glob('*.csv')): raise ValueError(f"`save` must be a new folder or that of an earlier run; {folder} holds tables but no question.json. Name another folder.")
+        if any(folder.glob('*.csv')):
+            raise ValueError("`save` must be a new folder or that of an earlier run; "
+                             f"{folder} holds tables but no question.json. "
+                             "Name another folder.")
         save_json(question, file)
-    try: known = dict(json.loads(file.read_text(encoding='utf-8')))
-    except (ValueError, TypeError) as e: raise ValueError(f"{file} is damaged ({e}), so nobody knows what the rows answer. Delete the folder, or name another.") from e
+    try:
+        known = dict(json.loads(file.read_text(encoding='utf-8')))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{file} is damaged ({e}), so nobody knows what the rows answer. "
+                         "Delete the folder, or name another.") from e
     differ = [k for k in question if known.get(k) != question[k]]
-    if differ: raise ValueError(f"`save` holds rows of another question: {', '.join(differ)} differ from {file}. Name another folder, or delete this one.")
+    if differ:
+        raise ValueError(f"`save` holds rows of another question: {', '.join(differ)} differ "
+                         f"from {file}. Name another folder, or delete this one.")
     return [_read_rows(f, question) for f in sorted(folder.glob('*.csv'))]
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #e1100ef1
 def _check_attacks(attacks):
     "Raise unless they are functions with names."
-    if not isinstance(attacks, dict): raise TypeError(f"`attacks` must be a dict from names to attacks, such as `dict(pgd=pgd)`; got {type(attacks).__name__}.")
+    if not isinstance(attacks, dict):
+        raise TypeError("`attacks` must be a dict from names to attacks, such as "
+                        f"`dict(pgd=pgd)`; got {type(attacks).__name__}.")
     for name, attack in attacks.items():
-        if not (isinstance(name, str) and name.isprintable() and name.strip()): raise ValueError(f"`attacks` must be named by non-empty strings; got {name!r}.")
-        if name in ('clean', 'worst'): raise ValueError(f"`attacks` must not hold {name!r}: clean images are always evaluated, and the worst is derived. Choose another name.")
-        if not callable(attack): raise TypeError(f"`attacks` must hold functions (model, x, y, threat, *, generator) -> x_adv; {name!r} is {type(attack).__name__}.")
+        if not (isinstance(name, str) and name.isprintable() and name.strip()):
+            raise ValueError(f"`attacks` must be named by non-empty strings; got {name!r}.")
+        if name in ('clean', 'worst'):
+            raise ValueError(f"`attacks` must not hold {name!r}: clean images are always "
+                             "evaluated, and the worst is derived. Choose another name.")
+        if not callable(attack):
+            raise TypeError("`attacks` must hold functions (model, x, y, threat, *, "
+                            f"generator) -> x_adv; {name!r} is {type(attack).__name__}.")
 
 def evaluate(
     model:nn.Module,        # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
@@ -139,25 +176,36 @@ def evaluate(
     threat,                 # Threat model, e.g. `Linf(1/255)`
     seed:int=0,             # Random starts
     batch_size:int=250,     # Images at a time
-    save=None,              # Folder for the rows of finished batches, where a killed run continues; None keeps none
+    # Folder for the rows of finished batches, where a killed run continues; None keeps none
+    save=None,
 )->pd.DataFrame:            # One row per image and attack, 'clean' first
     "Attack every image and keep every prediction."
-    check_images(x); _check_attacks(attacks)
+    check_images(x)
+    _check_attacks(attacks)
     device = next(model.parameters(), x).device if isinstance(model, nn.Module) else x.device
-    check_labels(y, len(x), check_attack(model, x[:1].to(device), torch.zeros(1, dtype=torch.int64, device=device), threat))
-    parts, jobs = [], dict(clean=lambda model, x, y, threat, generator: x) | attacks
+    check_labels(y, len(x), check_attack(
+        model, x[:1].to(device), torch.zeros(1, dtype=torch.int64, device=device), threat))
+    parts = []
+    jobs = dict(clean=lambda model, x, y, threat, generator: x) | attacks
     if save is not None:
-        question = dict(model=_said(model), images=_digest(x), labels=_digest(y), threat=repr(threat), seed=int(seed), attacks=_said([*attacks.items()]))
+        question = dict(model=_said(model), images=_digest(x), labels=_digest(y),
+                        threat=repr(threat), seed=int(seed), attacks=_said([*attacks.items()]))
         parts = _rows_of(Path(save), question)
     for k, (name, attack) in enumerate(jobs.items()):
-        left = np.setdiff1d(np.arange(len(x)), np.concatenate([[], *(p.image[p.attack == name] for p in parts)]))
+        left = np.setdiff1d(np.arange(len(x)),
+                            np.concatenate([[], *(p.image[p.attack == name] for p in parts)]))
         for s in progress(batches(len(left), batch_size), name):
-            xs, ys = x[left[s]].to(device, memory_format=torch.channels_last), y[left[s]].to(device)
-            rows = _judge(model, xs, attack(model, xs, ys, threat, generator=make_generator(seed, name)), ys, threat, name, left[s])
-            if save is not None: _write_rows(rows, Path(save)/f'{k}_{left[s][0]:07d}.csv', question)
+            xs = x[left[s]].to(device, memory_format=torch.channels_last)
+            ys = y[left[s]].to(device)
+            rows = _judge(model, xs,
+                          attack(model, xs, ys, threat, generator=make_generator(seed, name)),
+                          ys, threat, name, left[s])
+            if save is not None:
+                _write_rows(rows, Path(save)/f'{k}_{left[s][0]:07d}.csv', question)
             parts.append(rows)
     rows = pd.concat(parts, ignore_index=True)
-    return rows.iloc[np.lexsort((rows.image, rows.attack.map(list(jobs).index)))].reset_index(drop=True)
+    return rows.iloc[np.lexsort((rows.image, rows.attack.map(list(jobs).index)))].reset_index(
+        drop=True)
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #ec322ad8
 def worst_case(
@@ -168,10 +216,13 @@ def worst_case(
 
 def summarize(
     rows:pd.DataFrame,    # From `evaluate`
-)->pd.DataFrame:          # One row per attack and one for the worst of them: attack, n, accuracy, lo, hi (fractions)
+    # One row per attack and one for the worst of them: attack, n, accuracy, lo, hi (fractions)
+)->pd.DataFrame:
     "Accuracy under each attack and under the worst of them per image, with 95% intervals."
-    groups = [(name, g.correct) for name, g in rows.groupby('attack', sort=False)] + [('worst', worst_case(rows).correct)]
-    lines = [dict(attack=name, n=len(c), accuracy=c.mean()) | dict(zip(('lo', 'hi'), wilson(int(c.sum()), len(c)))) for name, c in groups]
+    groups = [(name, g.correct) for name, g in rows.groupby('attack', sort=False)] + [(
+        'worst', worst_case(rows).correct)]
+    lines = [dict(attack=name, n=len(c), accuracy=c.mean())
+             | dict(zip(('lo', 'hi'), wilson(int(c.sum()), len(c)))) for name, c in groups]
     return pd.DataFrame(lines)
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #6c816b29
@@ -180,33 +231,49 @@ def compare(
     b:pd.DataFrame,       # Rows of `evaluate` on the same images under the same threat model
 )->pd.DataFrame:          # attack, n, accuracy_a, accuracy_b, difference (a minus b), lo, hi (fractions, 95%)
     "Paired differences of accuracy, attack by attack and for the worst of each."
-    a, b = (o.sort_values('image', kind='stable') for o in (a, b))
-    facts = lambda o: dict(images=o[['image', 'label']].drop_duplicates().sort_values('image').to_numpy().tolist(), threats={*o.threat} - {'none'})
+    a = a.sort_values('image', kind='stable')
+    b = b.sort_values('image', kind='stable')
+    facts = lambda o: dict(
+        images=o[['image', 'label']].drop_duplicates().sort_values('image').to_numpy().tolist(),
+        threats={*o.threat} - {'none'})
     differ = ' and '.join(k for k, v in facts(a).items() if v != facts(b)[k])
-    if differ: raise ValueError(f"`a` and `b` must hold the same images, with the same labels, under the same threat model; their {differ} differ. "
-                                "Evaluate both on the same `x`, `y` and `threat`.")
-    one = lambda o, name: (worst_case(o) if name == 'worst' else o[o.attack == name]).correct.to_numpy()
+    if differ:
+        raise ValueError("`a` and `b` must hold the same images, with the same labels, under "
+                         f"the same threat model; their {differ} differ. Evaluate both on the "
+                         "same `x`, `y` and `threat`.")
+    one = lambda o, name: (worst_case(o) if name == 'worst'
+                           else o[o.attack == name]).correct.to_numpy()
     lines = []
     for name in [*dict.fromkeys(k for k in a.attack if k in set(b.attack)), 'worst']:
-        right, other = one(a, name), one(b, name)
-        if len(right) != len(other): raise ValueError(f"`a` and `b` must hold the same images under every attack; under {name!r} they hold {len(right)} and {len(other)}.")
-        lines.append((name, len(right), right.mean(), other.mean(), *paired_difference(right, other)))
-    return pd.DataFrame(lines, columns=['attack', 'n', 'accuracy_a', 'accuracy_b', 'difference', 'lo', 'hi'])
+        right = one(a, name)
+        other = one(b, name)
+        if len(right) != len(other):
+            raise ValueError("`a` and `b` must hold the same images under every attack; under "
+                             f"{name!r} they hold {len(right)} and {len(other)}.")
+        lines.append((name, len(right), right.mean(), other.mean(),
+                      *paired_difference(right, other)))
+    return pd.DataFrame(
+        lines, columns=['attack', 'n', 'accuracy_a', 'accuracy_b', 'difference', 'lo', 'hi'])
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #104f250e
 def robustness_curve(
     model:nn.Module,        # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,               # Images (N,C,H,W), float, pixels in [0,1]
     y:Tensor,               # True labels (N,), int64
-    attack:Callable,        # Attack `(model, x, y, threat, *, generator) -> x_adv`; several as one by `multi_attack`
-    threats:list,           # Threat models of one family, their eps growing: `[Linf(k/255) for k in (1, 2, 4)]`
+    # Attack `(model, x, y, threat, *, generator) -> x_adv`; several as one by `multi_attack`
+    attack:Callable,
+    # Threat models of one family, their eps growing: `[Linf(k/255) for k in (1, 2, 4)]`
+    threats:list,
     seed:int=0,             # Random starts
     batch_size:int=250,     # Images at a time
 )->pd.DataFrame:            # One row per image and eps, first eps = 0: the columns of `evaluate` and eps
     "The worst image found so far, for every budget."
     eps = [getattr(t, 'eps', None) for t in threats]
-    if not eps or None in eps or len({type(t) for t in threats}) > 1 or not all(a < b for a, b in zip([0, *eps], eps)):
-        raise ValueError(f"`threats` must be balls of one kind, their eps positive and growing, such as `[Linf(k/255) for k in (1, 2, 4)]`; got {threats}.")
+    if (not eps or None in eps or len({type(t) for t in threats}) > 1
+        or not all(a < b for a, b in zip([0, *eps], eps))):
+        raise ValueError("`threats` must be balls of one kind, their eps positive and "
+                         "growing, such as `[Linf(k/255) for k in (1, 2, "
+                         f"4)]`; got {threats}.")
     now = evaluate(model, x, y, {}, threats[0], seed, batch_size)
     table = [now.assign(eps=0.)]
     for threat in progress(threats, 'budgets'):
@@ -226,13 +293,18 @@ def plot_curve(
 ):                          # The axes
     "Accuracy over the budget with 95% intervals, and chance for as many classes as there are labels."
     kind = rows.threat[rows.threat != 'none'].iloc[0].partition('(')[0]
-    unit, factor = dict(Linf=('Linf budget, grey levels', 255), SSIM=('1 - SSIM', 1)).get(kind, (f'{kind} budget, pixels in [0, 1]', 1))
+    unit, factor = dict(Linf=('Linf budget, grey levels', 255),
+                        SSIM=('1 - SSIM', 1)).get(kind, (f'{kind} budget, pixels in [0, 1]', 1))
     lines = []
-    for (name, eps), g in rows.assign(**{by or 'curve': rows[by] if by else 'accuracy'}).groupby([by or 'curve', 'eps'], sort=False):
+    for (name, eps), g in rows.assign(**{by or 'curve': rows[by] if by else 'accuracy'}).groupby(
+            [by or 'curve', 'eps'], sort=False):
         share = (g.correct.mean(), *wilson(int(g.correct.sum()), len(g)))
-        lines.append({'curve': name, unit: factor*eps} | dict(zip(('accuracy, %', 'lo', 'hi'), (100*o for o in share))))
-    caption = ', '.join(o for o in (f'n = {rows.image.nunique():,} images, 95 % intervals', caption) if o)
-    return plot_lines(pd.DataFrame(lines), unit, 'accuracy, %', 'curve', ('lo', 'hi'), (100/rows.label.nunique(), 'chance'), caption, ax)
+        lines.append({'curve': name, unit: factor*eps}
+                     | dict(zip(('accuracy, %', 'lo', 'hi'), (100*o for o in share))))
+    caption = ', '.join(o for o in (f'n = {rows.image.nunique():,} images, 95 % intervals',
+                                    caption) if o)
+    return plot_lines(pd.DataFrame(lines), unit, 'accuracy, %', 'curve', ('lo', 'hi'),
+                      (100/rows.label.nunique(), 'chance'), caption, ax)
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #1a3222d7
 def quantized_attacks(
@@ -241,4 +313,5 @@ def quantized_attacks(
     queries:int=5000,         # Questions that `square` may ask about an image
 )->dict:                      # Attacks for `evaluate`: white_box, transfer, square
     "Three roads to a quantised model: its own straight-through gradient, the original's true one, and none."
-    return dict(white_box=attack, transfer=transfer_attack(original, attack), square=partial(square, queries=queries))
+    return dict(white_box=attack, transfer=transfer_attack(original, attack),
+                square=partial(square, queries=queries))

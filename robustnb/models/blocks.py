@@ -11,7 +11,8 @@ from torch import nn
 
 # %% ../../nbs/api/models/20_blocks.ipynb #b6003edb
 def conv_layers(i, o, k=3, stride=1, groups=1, bias=False, bn=True, act=nn.ReLU):
-    "A `k`x`k` convolution that keeps the size (at stride 1), batch normalisation, activation: a list of layers"
+    """A `k`x`k` convolution that keeps the size (at stride 1), batch normalisation, activation: a
+    list of layers"""
     conv = nn.Conv2d(i, o, k, stride, k//2, groups=groups, bias=bias)
     return [conv] + ([nn.BatchNorm2d(o)] if bn else []) + ([act()] if act else [])
 
@@ -19,26 +20,32 @@ class Residual(nn.Module):
     "`act(body(x) + shortcut(x))`; no layers is the identity"
     def __init__(self, body, shortcut=(), act=()):
         super().__init__()
-        self.body, self.shortcut, self.act = nn.Sequential(*body), nn.Sequential(*shortcut), nn.Sequential(*act)
+        self.body = nn.Sequential(*body)
+        self.shortcut = nn.Sequential(*shortcut)
+        self.act = nn.Sequential(*act)
 
     def forward(self, x): return self.act(self.body(x) + self.shortcut(x))
 
 def joined(features, *classifier):
-    return nn.Sequential(OrderedDict(features=nn.Sequential(*features), classifier=nn.Sequential(*classifier)))
+    return nn.Sequential(OrderedDict(features=nn.Sequential(*features),
+                                     classifier=nn.Sequential(*classifier)))
 
 # %% ../../nbs/api/models/20_blocks.ipynb #df5a4420
 def resnet(k, c, depths, bottleneck):
-    "He et al. 2015, arXiv:1512.03385: 3x3 stem, no first pooling; the stride of a bottleneck sits on its 3x3 convolution"
+    """He et al. 2015, arXiv:1512.03385: 3x3 stem, no first pooling; the stride of a bottleneck sits
+    on its 3x3 convolution"""
     i = c(64)
     layers = conv_layers(3, i)
     for n, w, s in zip(depths, map(c, (64, 128, 256, 512)), (1, 2, 2, 2)):
         o = 4*w if bottleneck else w
         for j in range(n):
             stride = 1 if j else s
-            body = [*conv_layers(i, w, 1), *conv_layers(w, w, 3, stride), *conv_layers(w, o, 1, act=None)] if bottleneck else \
-                   [*conv_layers(i, w, 3, stride), *conv_layers(w, o, act=None)]
+            body = [*conv_layers(i, w, 1), *conv_layers(w, w, 3, stride),
+                    *conv_layers(w, o, 1, act=None)] if bottleneck else [
+                        *conv_layers(i, w, 3, stride), *conv_layers(w, o, act=None)]
             changed = not j and (bottleneck or s > 1)
-            layers.append(Residual(body, conv_layers(i, o, 1, stride, act=None) if changed else (), [nn.ReLU()]))
+            layers.append(Residual(
+                body, conv_layers(i, o, 1, stride, act=None) if changed else (), [nn.ReLU()]))
             i = o
     return joined(layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(i, k))
 
@@ -47,5 +54,7 @@ def he_init(net, generator):
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(m.weight, nonlinearity='relu', generator=generator)
-            if m.bias is not None: nn.init.zeros_(m.bias)
-        elif isinstance(m, nn.BatchNorm2d): m.reset_parameters()
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.BatchNorm2d):
+            m.reset_parameters()

@@ -15,11 +15,13 @@ from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _Av
 from ..core import check_model
 
 # %% ../../nbs/api/models/70_complexity.ipynb #8316b8a2
-_kinds = dict(conv=_ConvNd, linear=nn.Linear, bn=_BatchNorm, relu=(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU),
+_kinds = dict(conv=_ConvNd, linear=nn.Linear, bn=_BatchNorm,
+              relu=(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU),
               pool=(_MaxPoolNd, _AvgPoolNd, _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd))
 
 def _count(kind, layer, before, after):
-    "(MACs, MACs as ptflops counts them) of one call of `layer`, which took `before` and returned `after` elements"
+    """(MACs, MACs as ptflops counts them) of one call of `layer`, which took `before` and returned
+    `after` elements"""
     if kind in ('conv', 'linear'):
         reach = before if getattr(layer, 'transposed', False) else after
         macs = reach*layer.weight[0].numel()
@@ -29,24 +31,36 @@ def _count(kind, layer, before, after):
     return (after, after) if kind == 'relu' else (0, 0)
 
 def model_complexity(
-    model:nn.Module,     # Takes images `(N,C,H,W)`; in evaluation mode, on any device (also `meta`); not changed
+    # Takes images `(N,C,H,W)`; in evaluation mode, on any device (also `meta`); not changed
+    model:nn.Module,
     shape=(3, 32, 32),   # One image, without the batch dimension
-)->pd.DataFrame:         # One row per call of a layer: `name`, `kind`, `params`, `macs`, `ptflops`, `out_shape` (without the batch)
+    # One row per call of a layer: `name`, `kind`, `params`, `macs`, `ptflops`, `out_shape` (without
+    # the batch)
+)->pd.DataFrame:
     "Parameters and multiply-accumulates for one image; kinds: conv, linear, bn, relu, pool, other."
     check_model(model)
-    if len(shape) != 3 or min(shape) < 1: raise ValueError(f"`shape` must be channels, height and width, each at least 1; got {tuple(shape)}.")
-    rows, seen = [], set()
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(
+            f"`shape` must be channels, height and width, each at least 1; got {tuple(shape)}.")
+    rows = []
+    seen = set()
     def note(name, layer, args, out):
         kind = next((k for k, types in _kinds.items() if isinstance(layer, types)), 'other')
         params = sum(p.numel() for p in layer.parameters()) if layer not in seen else 0
         seen.add(layer)
-        macs, ptflops = _count(kind, layer, args[0].numel(), out.numel()) if kind != 'other' else (0, 0)
-        rows.append(dict(name=name, kind=kind, params=params, macs=macs, ptflops=ptflops, out_shape=tuple(getattr(out, 'shape', ()))[1:]))
-    layers = [(n, m) for n, m in model.named_modules() if not any(True for _ in m.children()) and not isinstance(m, nn.Sequential)]
-    hooks = [m.register_forward_hook(lambda m, args, out, n=n: note(n, m, args, out)) for n, m in layers]
+        macs, ptflops = _count(kind, layer, args[0].numel(),
+                               out.numel()) if kind != 'other' else (0, 0)
+        rows.append(dict(name=name, kind=kind, params=params, macs=macs, ptflops=ptflops,
+                         out_shape=tuple(getattr(out, 'shape', ()))[1:]))
+    layers = [(n, m) for n, m in model.named_modules()
+              if not any(True for _ in m.children()) and not isinstance(m, nn.Sequential)]
+    hooks = [m.register_forward_hook(lambda m, args, out, n=n: note(n, m, args, out))
+             for n, m in layers]
     like = next(model.parameters(), torch.zeros(()))
     try:
-        with torch.no_grad(): model(torch.zeros(1, *shape, device=like.device, dtype=like.dtype))
+        with torch.no_grad():
+            model(torch.zeros(1, *shape, device=like.device, dtype=like.dtype))
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     return pd.DataFrame(rows, columns=['name', 'kind', 'params', 'macs', 'ptflops', 'out_shape'])

@@ -21,18 +21,22 @@ _kept = ('name', 'n_classes', 'width', 'classes')
 
 def keep_facts(graph, **facts):
     "Gives `graph` attributes that a deep copy of it has too"
-    graph.meta['_user_preserved_attributes'] = {**graph.meta.get('_user_preserved_attributes', {}), **facts}
-    for k, v in facts.items(): setattr(graph, k, v)
+    graph.meta['_user_preserved_attributes'] = {
+        **graph.meta.get('_user_preserved_attributes', {}), **facts}
+    for k, v in facts.items():
+        setattr(graph, k, v)
     return graph
 
 class _Tracer(fx.Tracer):
-    "Keeps `Normalize` and other people's kinds of layers whole, and remembers where it was when something failed"
+    """Keeps `Normalize` and other people's kinds of layers whole, and remembers where it was when
+    something failed"""
     def __init__(self):
         super().__init__()
         self.entered = []
 
     def is_leaf_module(self, m, name):
-        return isinstance(m, (Normalize, _ConvNd, nn.Linear, _BatchNorm)) or super().is_leaf_module(m, name)
+        return isinstance(
+            m, (Normalize, _ConvNd, nn.Linear, _BatchNorm)) or super().is_leaf_module(m, name)
 
     def call_module(self, m, forward, args, kwargs):
         self.entered.append(f"{self.path_of_module(m) or 'the model'} ({type(m).__name__})")
@@ -45,7 +49,8 @@ def _split_activations(model):
     for name, m in list(model.named_modules()):
         if name and type(m).__name__ == 'BatchNormAct2d':
             like = next(iter(m.state_dict().values()), torch.empty(0))
-            bn = nn.BatchNorm2d(m.num_features, m.eps, m.momentum, m.affine, m.track_running_stats).to(like)
+            bn = nn.BatchNorm2d(m.num_features, m.eps, m.momentum, m.affine,
+                                m.track_running_stats).to(like)
             bn.load_state_dict({k: v for k, v in m.state_dict().items() if k in bn.state_dict()})
             model.set_submodule(name, nn.Sequential(OrderedDict(norm=bn, act=m.act)))
     return model
@@ -55,31 +60,46 @@ class _Attention(nn.Module):
     "What `nn.MultiheadAttention` does, as four linear layers and a call for attention between them"
     def __init__(self, m):
         super().__init__()
-        weights = m.in_proj_weight.chunk(3) if m._qkv_same_embed_dim else (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)
-        for name, weight, bias in zip('qkv', weights, (None,)*3 if m.in_proj_bias is None else m.in_proj_bias.chunk(3)):
-            layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias is not None)
-            layer.weight, layer.bias = (o if o is None else nn.Parameter(o.detach().clone()) for o in (weight, bias))
+        weights = m.in_proj_weight.chunk(3) if m._qkv_same_embed_dim else (
+            m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)
+        for name, weight, bias in zip(
+                'qkv', weights, (None,)*3 if m.in_proj_bias is None else m.in_proj_bias.chunk(3)):
+            layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0],
+                                       bias is not None)
+            layer.weight = weight if weight is None else nn.Parameter(weight.detach().clone())
+            layer.bias = bias if bias is None else nn.Parameter(bias.detach().clone())
             self.add_module(name, layer)
         self.out_proj = m.out_proj
-        for name in ('embed_dim', 'kdim', 'vdim', 'num_heads', 'head_dim', 'batch_first', 'dropout'): setattr(self, name, getattr(m, name))
+        for name in ('embed_dim', 'kdim', 'vdim', 'num_heads', 'head_dim', 'batch_first',
+                     'dropout'):
+            setattr(self, name, getattr(m, name))
 
-    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
-        if key_padding_mask is not None or attn_mask is not None or is_causal: raise NotImplementedError("attention with a mask")
-        q, k, v = (f(x) if self.batch_first else f(x).transpose(0, 1) for f, x in ((self.q, query), (self.k, key), (self.v, value)))
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+    def forward(self, query, key, value, key_padding_mask=None, need_weights=True,
+                attn_mask=None, average_attn_weights=True, is_causal=False):
+        if key_padding_mask is not None or attn_mask is not None or is_causal:
+            raise NotImplementedError("attention with a mask")
+        q, k, v = (f(x) if self.batch_first else f(x).transpose(0, 1)
+                   for f, x in ((self.q, query), (self.k, key), (self.v, value)))
+        q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k = k.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        v = v.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         if need_weights:
             shares = (q @ k.transpose(-2, -1) * self.head_dim**-.5).softmax(-1)
             out = shares @ v
-        else: shares, out = None, F.scaled_dot_product_attention(q, k, v)
+        else:
+            shares, out = None, F.scaled_dot_product_attention(q, k, v)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
-        return out if self.batch_first else out.transpose(0, 1), shares.mean(1) if need_weights and average_attn_weights else shares
+        return (out if self.batch_first else out.transpose(0, 1),
+                shares.mean(1) if need_weights and average_attn_weights else shares)
 
 def _show_attention(model):
     "Opens `nn.MultiheadAttention`, unless a layer of torch reads its parts or it adds a learned key"
-    inside = {id(m) for layer in model.modules() if isinstance(layer, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) for m in layer.modules()}
+    inside = {id(m) for layer in model.modules() if isinstance(
+        layer, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) for m in layer.modules()}
     opened = {}
     for name, m in list(model.named_modules(remove_duplicate=False)):
-        if name and type(m) is nn.MultiheadAttention and id(m) not in inside and m.bias_k is None and not m.add_zero_attn:
+        if (name and type(m) is nn.MultiheadAttention and id(m) not in inside
+            and m.bias_k is None and not m.add_zero_attn):
             model.set_submodule(name, opened.setdefault(id(m), _Attention(m)))
     return model
 
@@ -88,33 +108,43 @@ def trace(
     model:nn.Module,   # Takes one batch of images
 )->fx.GraphModule:     # A copy of the model as a graph, in evaluation mode; `Normalize` is one node
     "The layers of a model in the order of their calls (Reed et al. 2021, arXiv:2112.08429)."
-    model, tracer = _show_attention(_split_activations(deepcopy(model))).eval(), _Tracer()
-    try: graph = fx.GraphModule(model, tracer.trace(model), type(model).__name__)
+    model = _show_attention(_split_activations(deepcopy(model))).eval()
+    tracer = _Tracer()
+    try:
+        graph = fx.GraphModule(model, tracer.trace(model), type(model).__name__)
     except Exception as e:
         at = tracer.entered[-1] if tracer.entered else f"the model ({type(model).__name__})"
-        raise TypeError(f"`model` must be traceable by torch.fx; {at} is not: {type(e).__name__}: {str(e).partition(chr(10))[0].rstrip('.')}. "
-            "Its `forward` must not branch or loop on the values or the shape of a tensor; put that part in a function marked "
-            "with `torch.fx.wrap`, or in a module of its own.") from e
+        raise TypeError(f"`model` must be traceable by torch.fx; {at} is not: "
+                        f"{type(e).__name__}: {str(e).partition(chr(10))[0].rstrip('.')}. Its "
+                        "`forward` must not branch or loop on the values or the shape of a "
+                        "tensor; put that part in a function marked with `torch.fx.wrap`, or "
+                        "in a module of its own.") from e
     return keep_facts(graph.eval(), **{k: getattr(model, k, None) for k in _kept})
 
 # %% ../../nbs/api/models/50_graph.ipynb #a342088e
-_pairs = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d, nn.Linear: nn.BatchNorm1d}
+_pairs = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d,
+          nn.Linear: nn.BatchNorm1d}
 
 def _foldable(node, modules, uses, weights):
     "Whether `node` is batch normalisation of a layer that nothing else reads, calls or hooks"
     before = node.args[0] if node.op == 'call_module' and node.args else None
     if not isinstance(before, fx.Node) or before.op != 'call_module' or len(before.users) > 1: return False
-    layer, bn = modules[before.target], modules[node.target]
+    layer = modules[before.target]
+    bn = modules[node.target]
     plain = not any(m._forward_hooks or m._forward_pre_hooks for m in (layer, bn))
-    alone = uses[before.target] == uses[node.target] == 1 and not any(w.startswith(before.target + '.') for w in weights)
-    return type(layer) in _pairs and type(bn) is _pairs[type(layer)] and bn.running_mean is not None and plain and alone
+    alone = (uses[before.target] == uses[node.target] == 1
+             and not any(w.startswith(before.target + '.') for w in weights))
+    return (type(layer) in _pairs and type(bn) is _pairs[type(layer)]
+            and bn.running_mean is not None and plain and alone)
 
 def fold_batchnorm(
     model:nn.Module,  # Classifier; left as it is
 )->fx.GraphModule:    # A copy in evaluation mode that gives the same logits with fewer layers
-    "Merge batch normalisation into the convolution or linear layer before it (Jacob et al. 2017, arXiv:1712.05877)."
+    """Merge batch normalisation into the convolution or linear layer before it (Jacob et al. 2017,
+    arXiv:1712.05877)."""
     folded = trace(model)
-    modules, nodes = dict(folded.named_modules()), list(folded.graph.nodes)
+    modules = dict(folded.named_modules())
+    nodes = list(folded.graph.nodes)
     uses = Counter(n.target for n in nodes if n.op == 'call_module')
     weights = {n.target for n in nodes if n.op == 'get_attr'}
     for node in [n for n in nodes if _foldable(n, modules, uses, weights)]:

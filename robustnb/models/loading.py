@@ -23,36 +23,49 @@ def save_model(
     "Write a model with all that `load_model` needs."
     name = getattr(model, 'name', None)
     if name not in _builders:
-        raise ValueError(f"`model` must be one of the networks of `build_model`; got a {type(getattr(model, 'net', model)).__name__}, whose "
-                         "construction this library does not know. Store its weights with `core.save_state(net.state_dict(), path)`.")
+        raise ValueError("`model` must be one of the networks of `build_model`; got a "
+                         f"{type(getattr(model, 'net', model)).__name__}, whose construction "
+                         "this library does not know. Store its weights with "
+                         "`core.save_state(net.state_dict(), path)`.")
     classes = tuple(map(str, classes or model.classes or ())) or None
     if classes and len(classes) != model.n_classes:
-        raise ValueError(f"`classes` must hold {model.n_classes} names, one per logit; got {len(classes)}.")
+        raise ValueError(
+            f"`classes` must hold {model.n_classes} names, one per logit; got {len(classes)}.")
     stats = {k: getattr(model.normalize, k).flatten().tolist() for k in ('mean', 'std')}
-    save_state(dict(format=_format, name=name, n_classes=model.n_classes, width=float(model.width), **stats, classes=classes,
-                    state_dict={k: v.detach().cpu() for k, v in model.net.state_dict().items()}), path)
+    save_state(dict(format=_format, name=name, n_classes=model.n_classes,
+                    width=float(model.width), **stats, classes=classes,
+                    state_dict={k: v.detach().cpu() for k, v in model.net.state_dict().items()}),
+               path)
 
 # %% ../../nbs/api/models/40_loading.ipynb #ab6381dd
 def strip_prefixes(state):
-    "Names as in the network itself: without the prefixes of DataParallel, torch.compile and `Normalized`; the normalisation beside"
+    """Names as in the network itself: without the prefixes of DataParallel, torch.compile and
+    `Normalized`; the normalisation beside"""
     for prefix in ('module.', '_orig_mod.', 'module.'):
-        if all(k.startswith(prefix) for k in state): state = {k[len(prefix):]: v for k, v in state.items()}
+        if all(k.startswith(prefix) for k in state):
+            state = {k[len(prefix):]: v for k, v in state.items()}
     inside = all(k.startswith(('net.', 'normalize.')) for k in state)
-    stats = {k: state[f'normalize.{k}'].flatten().tolist() for k in ('mean', 'std') if inside and f'normalize.{k}' in state}
-    return ({k[4:]: v for k, v in state.items() if k.startswith('net.')} if inside else state), stats
+    stats = {k: state[f'normalize.{k}'].flatten().tolist() for k in ('mean', 'std')
+             if inside and f'normalize.{k}' in state}
+    return (({k[4:]: v for k, v in state.items() if k.startswith('net.')} if inside else state),
+            stats)
 
 def _read_checkpoint(path):
     "What the file at `path` says; None for what it does not"
     held = load_state(path)
     if isinstance(held, dict) and held.get('format') == _format: return held
     for key in ('state_dict', 'model', 'model_state_dict', 'net'):
-        if isinstance(held, dict) and isinstance(held.get(key), dict): held = held[key]
+        if isinstance(held, dict) and isinstance(held.get(key), dict):
+            held = held[key]
     if not (isinstance(held, dict) and held and all(isinstance(v, Tensor) for v in held.values())):
-        what = f"a dict with {list(held)[:4]}" if isinstance(held, dict) else f"a {type(held).__name__}"
-        raise ValueError(f"`path` must hold a model written by `save_model` or a state_dict (named tensors); {path} holds {what}. "
+        what = f"a dict with {list(held)[:4]}" if isinstance(
+            held, dict) else f"a {type(held).__name__}"
+        raise ValueError("`path` must hold a model written by `save_model` or a state_dict "
+                         f"(named tensors); {path} holds {what}. "
                          "Write `net.state_dict()` alone.")
     state, stats = strip_prefixes(held)
-    return {**dict.fromkeys(('name', 'n_classes', 'width', 'mean', 'std', 'classes')), **stats, 'state_dict': state}
+    return {**dict.fromkeys(('name', 'n_classes', 'width', 'mean', 'std', 'classes')), **stats,
+            'state_dict': state}
 
 def _count_classes(state, name, width):
     "The number of rows of the last layer in `state`; 2 if it has no such layer"
@@ -63,27 +76,36 @@ def _count_classes(state, name, width):
 def _misfits(state, net):
     "What keeps `state` from being loaded into `net`, in words; empty if nothing does"
     own = net.state_dict()
-    lost = [f"{k} {tuple(v.shape)}" for k, v in own.items() if k not in state and not k.endswith('num_batches_tracked')]
+    lost = [f"{k} {tuple(v.shape)}" for k, v in own.items()
+            if k not in state and not k.endswith('num_batches_tracked')]
     extra = [f"{k} {tuple(v.shape)}" for k, v in state.items() if k not in own]
-    shape = [f"{k} {tuple(state[k].shape)} instead of {tuple(v.shape)}" for k, v in own.items() if k in state and state[k].shape != v.shape]
+    shape = [f"{k} {tuple(state[k].shape)} instead of {tuple(v.shape)}" for k, v in own.items()
+             if k in state and state[k].shape != v.shape]
     lists = (('other shapes', shape), ('missing', lost), ('unexpected', extra))
-    return '; '.join(f"{len(v)} {k}: {', '.join(v[:2])}{', ...' if v[2:] else ''}" for k, v in lists if v)
+    return '; '.join(f"{len(v)} {k}: {', '.join(v[:2])}{', ...' if v[2:] else ''}"
+                     for k, v in lists if v)
 
 # %% ../../nbs/api/models/40_loading.ipynb #c282cfb0
 def _built(held, path, name, n_classes, width, mean, std):
     "The model that the file and the caller describe"
     for key, told in (('name', name), ('n_classes', n_classes), ('width', width)):
         if told is not None and held[key] is not None and told != held[key]:
-            raise ValueError(f"`{key}` must agree with the file: got {told!r}, but {path} holds {held['name']} with {held['n_classes']} "
-                             f"classes and width {held['width']:g}. Leave `{key}` out, or give the file of the network you want.")
-    name, width, state = name or held['name'], width or held['width'] or 1., held['state_dict']
+            raise ValueError(f"`{key}` must agree with the file: got {told!r}, but {path} "
+                             f"holds {held['name']} with {held['n_classes']} classes and "
+                             f"width {held['width']:g}. Leave `{key}` out, or give the file "
+                             "of the network you want.")
+    name = name or held['name']
+    width = width or held['width'] or 1.
+    state = held['state_dict']
     if name is None:
-        raise ValueError(f"`name` must be given: {path} is a state_dict, which does not say its network. One of {', '.join(model_names)}.")
+        raise ValueError(f"`name` must be given: {path} is a state_dict, which does not say "
+                         f"its network. One of {', '.join(model_names)}.")
     n_classes = n_classes or held['n_classes'] or _count_classes(state, name, width)
     net = _blank(name, n_classes, width)
     if misfits := _misfits(state, net):
-        raise ValueError(f"`name` must be the network in the file: {path} does not fit {name} with {n_classes} classes and width {width:g} "
-                         f"({misfits}). Give the `name`, `n_classes` and `width` it was trained with.")
+        raise ValueError(f"`name` must be the network in the file: {path} does not fit {name} "
+                         f"with {n_classes} classes and width {width:g} ({misfits}). Give the "
+                         "`name`, `n_classes` and `width` it was trained with.")
     zero = {k: torch.tensor(0) for k in net.state_dict() if k not in state}
     net.load_state_dict({**state, **zero})
     mean = (held['mean'] or _cifar_mean) if mean is None else mean
@@ -94,13 +116,16 @@ def _built(held, path, name, n_classes, width, mean, std):
 
 def load_model(
     name:str=None,      # One of `model_names`; None is what the file says
-    path=None,          # File written by `save_model`, or a state_dict; `load_model(path)` alone works for the former
+    # File written by `save_model`, or a state_dict; `load_model(path)` alone works for the former
+    path=None,
     n_classes:int=None, # Number of logits; None is what the file says
     width:float=None,   # Multiplier of the channels; None is what the file says, 1 for a state_dict
     mean=None,          # Mean per channel; None is what the file says, that of CIFAR-10 for a state_dict
     std=None,           # Standard deviation per channel; None as for `mean`
 )->Normalized:          # In evaluation mode, on the CPU
     "Read a model from disk."
-    if path is None: name, path = None, name
+    if path is None:
+        name, path = None, name
     held = _read_checkpoint(path)
-    with explain_errors(path, 'a model written by `save_model`, or a state_dict'): return _built(held, path, name, n_classes, width, mean, std)
+    with explain_errors(path, 'a model written by `save_model`, or a state_dict'):
+        return _built(held, path, name, n_classes, width, mean, std)

@@ -16,8 +16,8 @@ from torch import nn, Tensor
 from ..core import fast_bf16, make_generator, memory_layout, predict, progress, subseed
 from ..files import fingerprint, resume_state, save_state
 from ..data import ImageSet
-from ..distributed import (
-    as_main_, is_main, init_distributed, part, rank, world_size, all_sum, all_sum_gradients_, wait, whole_batch)
+from ..distributed import (as_main_, is_main, init_distributed, part, rank, world_size,
+                                  all_sum, all_sum_gradients_, wait, whole_batch)
 
 # %% ../../nbs/api/models/60_training.ipynb #0d58b573
 @dataclass(frozen=True)
@@ -36,18 +36,21 @@ class Recipe:
 
     def __post_init__(self):
         for k in ('epochs', 'batch_size'):
-            if not getattr(self, k) >= 1: raise ValueError(f"`{k}` must be at least 1; got {getattr(self, k)}.")
+            if not getattr(self, k) >= 1:
+                raise ValueError(f"`{k}` must be at least 1; got {getattr(self, k)}.")
         for k in ('lr', 'gamma'):
             if not getattr(self, k) > 0: raise ValueError(f"`{k}` must be positive; got {getattr(self, k)}.")
         for k in ('weight_decay', 'warmup', 'crop', 'momentum'):
-            if not getattr(self, k) >= 0: raise ValueError(f"`{k}` must not be negative; got {getattr(self, k)}.")
+            if not getattr(self, k) >= 0:
+                raise ValueError(f"`{k}` must not be negative; got {getattr(self, k)}.")
         object.__setattr__(self, 'milestones', tuple(self.milestones))
 
     def shortened(self,
         epochs:int,              # Passes over the training set, >= 1
     )->'Recipe':
         "The same recipe in `epochs` epochs, its milestones at the same shares of the run."
-        return dataclasses.replace(self, epochs=epochs, milestones=tuple(round(m*epochs/self.epochs) for m in self.milestones))
+        return dataclasses.replace(self, epochs=epochs, milestones=tuple(
+            round(m*epochs/self.epochs) for m in self.milestones))
 
     def rate(self,
         epoch:float,             # Moment of the run, >= 0; fractions are moments inside an epoch
@@ -66,32 +69,49 @@ def crop_and_flip(
     "Random crop after padding, then a random horizontal mirror."
     n, _, h, w = x.shape
     dy, dx = torch.randint(0, 2*crop+1, (2, n, 1), generator=generator)
-    rows, cols = dy + torch.arange(h), dx + torch.arange(w)
-    if flip: cols = torch.where(torch.rand(n, 1, generator=generator) < .5, cols.flip(1), cols)
+    rows = dy + torch.arange(h)
+    cols = dx + torch.arange(w)
+    if flip:
+        cols = torch.where(torch.rand(n, 1, generator=generator) < .5, cols.flip(1), cols)
     padded = F.pad(x, [crop]*4)
     at = lambda i: i.to(x.device)
-    return padded[at(torch.arange(n)[:, None, None]), :, at(rows[:, :, None]), at(cols[:, None, :])].permute(0, 3, 1, 2)
+    return padded[at(torch.arange(n)[:, None, None]), :, at(rows[:, :, None]),
+                  at(cols[:, None, :])].permute(0, 3, 1, 2)
 
 # %% ../../nbs/api/models/60_training.ipynb #f15d9649
 def _train_epoch(model, x, targets, recipe, epoch, seed, optimizer, bf16):
     "One pass over the data; returns the mean loss and the accuracy on the augmented images."
-    device, n, layout = x.device, len(x), memory_layout(model)
+    device = x.device
+    n = len(x)
+    layout = memory_layout(model)
     g = make_generator(seed, 'epoch', epoch)
     order = torch.randperm(n, generator=g)
     cuts = list(range(0, n, recipe.batch_size))
-    loss_sum = torch.zeros((), device=device); right = torch.zeros((), device=device)
+    loss_sum = torch.zeros((), device=device)
+    right = torch.zeros((), device=device)
     for i, start in enumerate(progress(cuts, f'epoch {epoch+1}/{recipe.epochs}')):
-        for group in optimizer.param_groups: group['lr'] = recipe.rate(epoch + (i+1)/len(cuts) if epoch < recipe.warmup else epoch)
+        for group in optimizer.param_groups:
+            group['lr'] = recipe.rate(epoch + (i+1)/len(cuts) if epoch < recipe.warmup else epoch)
         rows = order[start:start+recipe.batch_size].to(device)
         own = part(len(rows))
-        xb = crop_and_flip(x[rows], recipe.crop, recipe.flip, g)[own].float().div_(255).contiguous(memory_format=layout)
+        xb = crop_and_flip(x[rows], recipe.crop, recipe.flip,
+                           g)[own].float().div_(255).contiguous(memory_format=layout)
         tb = targets[rows[own]]
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16): logits = model(xb)
-        loss = F.cross_entropy(logits.float(), tb)*(len(tb)/len(rows)) if len(tb) else 0*logits.sum()
-        optimizer.zero_grad(set_to_none=True); loss.backward(); all_sum_gradients_(model); optimizer.step()
-        loss_sum += loss.detach()*len(rows); right += (logits.argmax(1) == tb.argmax(1)).sum()
-    loss_sum, right = all_sum(loss_sum), all_sum(right)
-    if not torch.isfinite(loss_sum): raise FloatingPointError(f"the loss is not finite in epoch {epoch+1}. Lower `lr` (now {recipe.lr}) or lengthen `warmup` (now {recipe.warmup}).")
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = model(xb)
+        loss = F.cross_entropy(logits.float(),
+                               tb)*(len(tb)/len(rows)) if len(tb) else 0*logits.sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        all_sum_gradients_(model)
+        optimizer.step()
+        loss_sum += loss.detach()*len(rows)
+        right += (logits.argmax(1) == tb.argmax(1)).sum()
+    loss_sum = all_sum(loss_sum)
+    right = all_sum(right)
+    if not torch.isfinite(loss_sum):
+        raise FloatingPointError(f"the loss is not finite in epoch {epoch+1}. Lower `lr` (now "
+                                 f"{recipe.lr}) or lengthen `warmup` (now {recipe.warmup}).")
     return loss_sum.item()/n, right.item()/n
 
 # %% ../../nbs/api/models/60_training.ipynb #b4de05d7
@@ -107,30 +127,49 @@ def train(
 )->tuple[nn.Module, pd.DataFrame]:  # Trained network in eval mode on the CPU; history, one row per epoch
     "Train a copy of `model` by `published_mixture` with cross-entropy on soft labels."
     device = init_distributed(device)
-    if len(data) < data.labels.shape[1]: raise ValueError(f"`data` must have at least one image per class; got {len(data)} images for {data.labels.shape[1]} classes.")
+    if len(data) < data.labels.shape[1]:
+        raise ValueError(f"`data` must have at least one image per class; got {len(data)} "
+                         f"images for {data.labels.shape[1]} classes.")
     if getattr(model, 'n_classes', None) not in (None, data.labels.shape[1]):
-        raise ValueError(f"`model` must have one logit per class of `data`; got {model.n_classes} logits for {data.labels.shape[1]} classes. Build it with `n_classes={data.labels.shape[1]}`.")
-    mark, history, start = fingerprint(model, data, recipe, seed), [], 0
+        raise ValueError("`model` must have one logit per class of `data`; got "
+                         f"{model.n_classes} logits for {data.labels.shape[1]} classes. Build "
+                         f"it with `n_classes={data.labels.shape[1]}`.")
+    mark = fingerprint(model, data, recipe, seed)
+    history = []
+    start = 0
     model = copy.deepcopy(model).to(device, memory_format=memory_layout(model))
-    optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0)
+    optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum,
+                                weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0)
     if checkpoint and Path(checkpoint).exists():
-        if not resume: raise ValueError(f"`checkpoint` already exists: {checkpoint}. Pass `resume=True` to continue that run, or choose another path.")
+        if not resume:
+            raise ValueError(f"`checkpoint` already exists: {checkpoint}. Pass `resume=True` "
+                             "to continue that run, or choose another path.")
         state = resume_state(checkpoint, mark, device)
-        model.load_state_dict(state['model']); optimizer.load_state_dict(state['optimizer'])
-        start, history = state['epoch'], state['history']
-    if all_sum(torch.tensor(start, device=device)) != start*world_size(): raise ValueError(f"`checkpoint` must be a file that all {world_size()} processes see; one starts at epoch {start+1}, another elsewhere ({checkpoint}).")
+        model.load_state_dict(state['model'])
+        optimizer.load_state_dict(state['optimizer'])
+        start = state['epoch']
+        history = state['history']
+    if all_sum(torch.tensor(start, device=device)) != start*world_size():
+        raise ValueError(f"`checkpoint` must be a file that all {world_size()} processes see; "
+                         f"one starts at epoch {start+1}, another elsewhere ({checkpoint}).")
     as_main_(model)
     x = torch.from_numpy(data.images).permute(0, 3, 1, 2).to(device)
     targets = torch.from_numpy(data.labels).to(device)
     for epoch in range(start, recipe.epochs):
         began = time.time()
         with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
-            (torch.cuda if device.type == 'cuda' else torch.default_generator).manual_seed(subseed(seed, 'dropout', epoch, *([rank()] if rank() else [])))
-            with whole_batch(model): loss, acc = _train_epoch(model.train(), x, targets, recipe, epoch, seed, optimizer, fast_bf16(device))
+            (torch.cuda if device.type == 'cuda' else torch.default_generator).manual_seed(
+                subseed(seed, 'dropout', epoch, *([rank()] if rank() else [])))
+            with whole_batch(model):
+                loss, acc = _train_epoch(model.train(), x, targets, recipe, epoch, seed,
+                                         optimizer, fast_bf16(device))
         row = dict(epoch=epoch+1, lr=optimizer.param_groups[0]['lr'], loss=loss, accuracy=acc)
-        if val is not None: row['val_accuracy'] = (predict(model.eval(), val.x).argmax(1).numpy() == val.y).mean().item()
+        if val is not None:
+            row['val_accuracy'] = (
+                (predict(model.eval(), val.x).argmax(1).numpy() == val.y).mean().item())
         history.append(row | dict(seconds=time.time()-began))
-        if checkpoint and is_main(): save_state(dict(format='robustnb.training/1', mark=mark, epoch=epoch+1, history=history,
-                                       model=model.state_dict(), optimizer=optimizer.state_dict()), checkpoint)
+        if checkpoint and is_main():
+            save_state(dict(format='robustnb.training/1', mark=mark, epoch=epoch+1, history=history,
+              model=model.state_dict(), optimizer=optimizer.state_dict()), checkpoint)
         wait()
     return model.eval().cpu(), pd.DataFrame(history)

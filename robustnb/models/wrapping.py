@@ -14,21 +14,28 @@ def _check_input(x, channels, size):
     "Refuse a batch that the network behind would misread"
     if x.ndim != 4 or x.shape[1] != channels or (size and tuple(x.shape[2:]) != (size, size)):
         side = f"{size}x{size} pixels" if size else "any size"
-        way = f"Resize or pad the images to {size}x{size}, or use a network that averages its last maps, such as ResNet_18." \
-            if x.ndim == 4 and x.shape[1] == channels else "Repeat grey images along dimension 1, and move channels before height and width."
-        raise ValueError(f"`x` must be a batch (N,{channels},H,W) of {side}; got shape {tuple(x.shape)}. {way}")
+        way = (
+            f"Resize or pad the images to {size}x{size}, or use a network that averages its "
+            "last maps, such as ResNet_18."
+            if x.ndim == 4 and x.shape[1] == channels
+            else "Repeat grey images along dimension 1, and move channels before height and width.")
+        raise ValueError(
+            f"`x` must be a batch (N,{channels},H,W) of {side}; got shape {tuple(x.shape)}. {way}")
     return x
 
 fx.wrap('_check_input')
 
 def _statistics(mean, std):
     "The two as float32 vectors of one length, finite, `std` positive"
-    mean, std = (torch.as_tensor(v, dtype=torch.float32).flatten() for v in (mean, std))
+    mean = torch.as_tensor(mean, dtype=torch.float32).flatten()
+    std = torch.as_tensor(std, dtype=torch.float32).flatten()
     if len(mean) != len(std) or not len(mean):
-        raise ValueError(f"`mean` and `std` must hold one value per channel each; got {len(mean)} and {len(std)} values.")
+        raise ValueError("`mean` and `std` must hold one value per channel each; got "
+                         f"{len(mean)} and {len(std)} values.")
     if not bool(torch.isfinite(mean).all()): raise ValueError(f"`mean` must be finite; got {mean.tolist()}.")
     if not bool(((std > 0) & torch.isfinite(std)).all()):
-        raise ValueError(f"`std` must be positive and finite; got {std.tolist()}. Give the standard deviation of pixels in [0,1].")
+        raise ValueError(f"`std` must be positive and finite; got {std.tolist()}. Give the "
+                         "standard deviation of pixels in [0,1].")
     return mean, std
 
 # %% ../../nbs/api/models/10_wrapping.ipynb #d86e406b
@@ -40,7 +47,8 @@ class Normalize(nn.Module):
         size=None,     # Only height and width accepted, in pixels; None is any size
     ):
         super().__init__()
-        for k, v in zip(('mean', 'std'), _statistics(mean, std)): self.register_buffer(k, v.view(1, -1, 1, 1))
+        for k, v in zip(('mean', 'std'), _statistics(mean, std)):
+            self.register_buffer(k, v.view(1, -1, 1, 1))
         self.size = size
 
     def forward(self,
@@ -77,19 +85,24 @@ def last_linear(
 )->nn.Module:            # `nn.Linear` or 1x1 `nn.Conv2d`; `weight.flatten(1)` has one row per class
     "The layer that makes the logits."
     k = n_classes or getattr(model, 'n_classes', None)
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear) or isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)]
+    layers = [m for m in model.modules()
+              if isinstance(m, nn.Linear) or isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)]
     likely = layers[-1:] + [m for m in reversed(layers) if isinstance(m, nn.Linear)]
     found = [m for m in likely if k in (None, m.weight.shape[0])]
     if found: return found[0]
     sizes = [m.weight.shape[0] for m in layers][-3:]
-    raise ValueError(f"`model` must have a linear layer or 1x1 convolution with {k or 'any number of'} outputs; the last ones of "
-                     f"this {type(model).__name__} have {sizes}. Give the `n_classes` of the classifier.")
+    raise ValueError("`model` must have a linear layer or 1x1 convolution with "
+                     f"{k or 'any number of'} outputs; the last ones of this "
+                     f"{type(model).__name__} have {sizes}. Give the `n_classes` "
+                     "of the classifier.")
 
 def batchnorms(
     model:nn.Module, # Any network
-)->list:             # (name, `nn.BatchNorm2d`) of the layers that hold running statistics, in order of definition
+    # (name, `nn.BatchNorm2d`) of the layers that hold running statistics, in order of definition
+)->list:
     "The batch normalisation layers whose statistics tell about the training images."
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
+    return [(n, m) for n, m in model.named_modules()
+            if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
 
 # %% ../../nbs/api/models/10_wrapping.ipynb #01d23422
 def _pretrained_value(net, key):
@@ -97,9 +110,10 @@ def _pretrained_value(net, key):
     cfg = getattr(net, 'pretrained_cfg', None) or getattr(net, 'default_cfg', None) or {}
     value = cfg.get(key) if isinstance(cfg, dict) else getattr(cfg, key, None)
     if value is not None: return value
-    raise ValueError(f"`{key}` must be given: this {type(net).__name__} does not say how its images were normalised (timm networks do, "
-        "torchvision ones do not). Look it up where the weights come from; `(.485, .456, .406)` and `(.229, .224, .225)` "
-        "are usual for ImageNet.")
+    raise ValueError(f"`{key}` must be given: this {type(net).__name__} does not say how its "
+                     "images were normalised (timm networks do, torchvision ones do not). "
+                     "Look it up where the weights come from; `(.485, .456, .406)` and "
+                     "`(.229, .224, .225)` are usual for ImageNet.")
 
 def wrap_model(
     net:nn.Module, # Takes normalised images `(N,C,H,W)`; from torch, torchvision, timm or your own
@@ -107,16 +121,20 @@ def wrap_model(
     std=None,      # Standard deviation per channel, positive; None asks `net` (timm)
 )->Normalized:     # In evaluation mode: images with pixels in [0,1] to what `net` returns
     "Any network as a model of this library."
-    if not isinstance(net, nn.Module): raise TypeError(f"`net` must be an nn.Module; got {type(net).__name__}.")
-    if isinstance(net, Normalized): raise TypeError("`net` must be a network without normalisation; got a `Normalized` one: use it as it is.")
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"`net` must be an nn.Module; got {type(net).__name__}.")
+    if isinstance(net, Normalized):
+        raise TypeError("`net` must be a network without normalisation; got a `Normalized` "
+                        "one: use it as it is.")
     mean = _pretrained_value(net, 'mean') if mean is None else mean
     std = _pretrained_value(net, 'std') if std is None else std
     model = Normalized(net, mean, std)
     first = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
     channels = model.normalize.mean.shape[1]
     if first is not None and first.in_channels != channels:
-        raise ValueError(f"`mean` and `std` must have one value per channel: the first convolution of this {type(net).__name__} "
-                         f"takes {first.in_channels} channels; got {channels} values.")
+        raise ValueError("`mean` and `std` must have one value per channel: the first "
+                         f"convolution of this {type(net).__name__} takes {first.in_channels} "
+                         f"channels; got {channels} values.")
     linear = [m for m in net.modules() if isinstance(m, nn.Linear)]
     model.n_classes = linear[-1].out_features if linear else None
     return model.eval()

@@ -24,15 +24,19 @@ def _alexnet(k, c, bn):
     "Krizhevsky et al. 2012 for 32x32: five convolutions with biases, three linear layers"
     conv = partial(conv_layers, bias=True, bn=bn)
     a, b, d, e, f, g = map(c, (32, 64, 128, 256, 1024, 512))
-    features = [*conv(3, a), nn.MaxPool2d(2), *conv(a, b), nn.MaxPool2d(2), *conv(b, d), *conv(d, e), *conv(e, e), nn.MaxPool2d(3, 2)]
-    return joined(features, nn.Flatten(), nn.Dropout(.5), nn.Linear(9*e, f), nn.ReLU(), nn.Dropout(.5),
-                   nn.Linear(f, g), nn.ReLU(), nn.Linear(g, k))
+    features = [*conv(3, a), nn.MaxPool2d(2), *conv(a, b), nn.MaxPool2d(2), *conv(b, d),
+                *conv(d, e), *conv(e, e), nn.MaxPool2d(3, 2)]
+    return joined(features, nn.Flatten(), nn.Dropout(.5), nn.Linear(9*e, f), nn.ReLU(),
+                  nn.Dropout(.5), nn.Linear(f, g), nn.ReLU(), nn.Linear(g, k))
 
 def _vgg(k, c, depths):
     "Simonyan and Zisserman 2014, arXiv:1409.1556, with batch normalisation"
-    layers, i, h = [], 3, c(4096)
+    layers = []
+    i = 3
+    h = c(4096)
     for n, o in zip(depths, map(c, (64, 128, 256, 512, 512))):
-        for _ in range(n): layers, i = layers + conv_layers(i, o, bias=True), o
+        for _ in range(n):
+            layers, i = layers + conv_layers(i, o, bias=True), o
         layers.append(nn.MaxPool2d(2))
     return joined(layers, nn.Flatten(), nn.Linear(i, h), nn.ReLU(), nn.Dropout(.5),
                    nn.Linear(h, h), nn.ReLU(), nn.Dropout(.5), nn.Linear(h, k))
@@ -40,8 +44,10 @@ def _vgg(k, c, depths):
 # %% ../../nbs/api/models/30_zoo.ipynb #9f7f112f
 # 1x1, 3x3 reduction, 3x3, 5x5 reduction, 5x5, after pooling; None is a pooling layer
 _inception_table = ((64, 96, 128, 16, 32, 32), (128, 128, 192, 32, 96, 64), None,
-    (192, 96, 208, 16, 48, 64), (160, 112, 224, 24, 64, 64), (128, 128, 256, 24, 64, 64), (112, 144, 288, 32, 64, 64),
-    (256, 160, 320, 32, 128, 128), None, (256, 160, 320, 32, 128, 128), (384, 192, 384, 48, 128, 128))
+                    (192, 96, 208, 16, 48, 64), (160, 112, 224, 24, 64, 64),
+                    (128, 128, 256, 24, 64, 64), (112, 144, 288, 32, 64, 64),
+                    (256, 160, 320, 32, 128, 128), None, (256, 160, 320, 32, 128, 128),
+                    (384, 192, 384, 48, 128, 128))
 
 def _inception_bn(k, c):
     "Szegedy et al. 2014, arXiv:1409.4842, with batch normalisation in the branches (Ioffe and Szegedy 2015)"
@@ -52,7 +58,8 @@ def _inception_bn(k, c):
             layers.append(nn.MaxPool2d(3, 2, 1))
             continue
         one, r3, three, r5, five, pooled = map(c, row)
-        branches = (conv_layers(i, one, 1), conv_layers(i, r3, 1) + conv_layers(r3, three), conv_layers(i, r5, 1) + conv_layers(r5, five, 5),
+        branches = (conv_layers(i, one, 1), conv_layers(i, r3, 1) + conv_layers(r3, three),
+                    conv_layers(i, r5, 1) + conv_layers(r5, five, 5),
                     [nn.MaxPool2d(3, 1, 1), *conv_layers(i, pooled, 1)])
         layers.append(_Branches([nn.Sequential(*b) for b in branches]))
         i = one + three + five + pooled
@@ -60,9 +67,11 @@ def _inception_bn(k, c):
 
 def _mobilenet(k, c):
     "Sandler et al. 2018, arXiv:1801.04381: inverted residuals, convolutions with biases"
-    i, conv = c(32), partial(conv_layers, bias=True, act=nn.ReLU6)
+    i = c(32)
+    conv = partial(conv_layers, bias=True, act=nn.ReLU6)
     layers = [nn.Conv2d(3, i, 1, padding=1), nn.BatchNorm2d(i), nn.ReLU6()]
-    for t, o, n, s in ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 1), (6, 320, 1, 1)):
+    for t, o, n, s in ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2),
+                       (6, 96, 3, 1), (6, 160, 3, 1), (6, 320, 1, 1)):
         o = c(o)
         for j in range(n):
             h = t*i
@@ -74,13 +83,16 @@ def _mobilenet(k, c):
 
 # %% ../../nbs/api/models/30_zoo.ipynb #15367e6e
 _builders = dict(AlexNet=partial(_alexnet, bn=False), AlexNet_BN=partial(_alexnet, bn=True),
-    VGG_16=partial(_vgg, depths=(2, 2, 3, 3, 3)), VGG_19=partial(_vgg, depths=(2, 2, 4, 4, 4)),
-    Inception_BN=_inception_bn, MobileNetV2=_mobilenet, ResNet_18=partial(resnet, depths=(2, 2, 2, 2), bottleneck=False),
-    ResNet_50=partial(resnet, depths=(3, 4, 6, 3), bottleneck=True),
-    ResNet_152=partial(resnet, depths=(3, 8, 36, 3), bottleneck=True))
+                 VGG_16=partial(_vgg, depths=(2, 2, 3, 3, 3)),
+                 VGG_19=partial(_vgg, depths=(2, 2, 4, 4, 4)), Inception_BN=_inception_bn,
+                 MobileNetV2=_mobilenet,
+                 ResNet_18=partial(resnet, depths=(2, 2, 2, 2), bottleneck=False),
+                 ResNet_50=partial(resnet, depths=(3, 4, 6, 3), bottleneck=True),
+                 ResNet_152=partial(resnet, depths=(3, 8, 36, 3), bottleneck=True))
 
 model_names = tuple(_builders)
-_cifar_mean, _cifar_std = (.4914, .4822, .4465), (.2470, .2435, .2616)
+_cifar_mean = (.4914, .4822, .4465)
+_cifar_std = (.2470, .2435, .2616)
 _fixed_size = {n: 32 for n in ('AlexNet', 'AlexNet_BN', 'VGG_16', 'VGG_19')}
 
 def _blank(name, n_classes, width):
@@ -92,8 +104,10 @@ def _blank(name, n_classes, width):
     if isinstance(n_classes, bool) or not (isinstance(n_classes, int) and n_classes >= 2):
         raise ValueError(f"`n_classes` must be an integer of at least 2; got {n_classes!r}.")
     if not (isinstance(width, (int, float)) and 0 < width <= 4):
-        raise ValueError(f"`width` must be in (0, 4]; got {width!r}. 1 is the network as published.")
-    with torch.device('meta'): net = _builders[name](n_classes, lambda n: max(1, round(n*width)))
+        raise ValueError(
+            f"`width` must be in (0, 4]; got {width!r}. 1 is the network as published.")
+    with torch.device('meta'):
+        net = _builders[name](n_classes, lambda n: max(1, round(n*width)))
     return net.to_empty(device='cpu')
 
 # %% ../../nbs/api/models/30_zoo.ipynb #f36bb95b

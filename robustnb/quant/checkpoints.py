@@ -22,16 +22,21 @@ def _skeleton(held):
     "The graph that the facts in `held` describe, with weights and scales still to come"
     network = held['network']
     q = fold_batchnorm(build_model(**{k: network[k] for k in ('name', 'n_classes', 'width')}))
-    spec = QuantSpec(**{k: number_format(v) if k in ('weights', 'activations') else v for k, v in held['spec'].items()})
+    spec = QuantSpec(**{k: number_format(v) if k in ('weights', 'activations') else v
+                        for k, v in held['spec'].items()})
     for r in held['rounders']:
         node = {n.name: n for n in q.graph.nodes}[r['after']]
         rounder = FakeQuantize(spec, torch.zeros(1))
-        rounder.fmt, rounder.signed, rounder.on = number_format(r['fmt']), r['signed'], r['on']
+        rounder.fmt = number_format(r['fmt'])
+        rounder.signed = r['signed']
+        rounder.on = r['on']
         q.add_submodule(r['name'], rounder)
-        with q.graph.inserting_after(node): new = q.graph.call_module(r['name'], (node,))
+        with q.graph.inserting_after(node):
+            new = q.graph.call_module(r['name'], (node,))
         node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
     q.recompile()
-    return keep_facts(q, spec=spec, left_float=tuple(held['left_float']), opaque=(), classes=network['classes'])
+    return keep_facts(q, spec=spec, left_float=tuple(held['left_float']), opaque=(),
+                      classes=network['classes'])
 
 # %% ../../nbs/api/quant/70_checkpoints.ipynb #f2afcc6c
 def save_quantized(
@@ -39,18 +44,35 @@ def save_quantized(
     path,                      # File to write; an existing one is replaced only once the new one is complete
 )->None:
     "Write a quantised copy with all that `load_quantized` needs."
-    name, spec = getattr(quantised, 'name', None), getattr(quantised, 'spec', None)
-    if not isinstance(quantised, fx.GraphModule) or spec is None: raise TypeError(f"`quantised` must be a copy made by `quantize`; got {type(quantised).__name__}. For the original use `save_model`.")
-    if name not in model_names: raise ValueError(f"`quantised` must be a copy of one of the networks of `build_model`; got one of {name or 'another network'}, which cannot be built again from a name. Store its `state_dict()` and quantise again with the same images.")
+    name = getattr(quantised, 'name', None)
+    spec = getattr(quantised, 'spec', None)
+    if not isinstance(quantised, fx.GraphModule) or spec is None:
+        raise TypeError("`quantised` must be a copy made by `quantize`; got "
+                        f"{type(quantised).__name__}. For the original use `save_model`.")
+    if name not in model_names:
+        raise ValueError("`quantised` must be a copy of one of the networks of `build_model`; "
+                         f"got one of {name or 'another network'}, which cannot be built "
+                         "again from a name. Store its `state_dict()` and quantise again with "
+                         "the same images.")
     network = {k: getattr(quantised, k) for k in ('name', 'n_classes', 'width', 'classes')}
     words = {f.name: getattr(spec, f.name) for f in fields(spec)}
-    calls = [(n, quantised.get_submodule(n.target)) for n in quantised.graph.nodes if n.op == 'call_module']
-    rounders = [dict(name=n.target, after=n.args[0].name, fmt=str(m.fmt), signed=m.signed, on=m.on) for n, m in calls if isinstance(m, FakeQuantize)]
-    held = dict(format=_quantised, network=network, spec={k: str(v) if isinstance(v, NumberFormat) else v for k, v in words.items()},
-                rounders=rounders, left_float=list(quantised.left_float), code=quantised.code, state_dict={k: v.detach().cpu() for k, v in quantised.state_dict().items()})
-    try: twin = _skeleton(held)
-    except KeyError: twin = None
-    if not twin or twin.code != quantised.code or twin.state_dict().keys() != quantised.state_dict().keys(): raise ValueError(f"`quantised` must be as `quantize` made it; the graph of this {name} cannot be built again from its formats and rounding points. Save before changing it.")
+    calls = [(n, quantised.get_submodule(n.target)) for n in quantised.graph.nodes
+             if n.op == 'call_module']
+    rounders = [dict(name=n.target, after=n.args[0].name, fmt=str(m.fmt), signed=m.signed,
+                     on=m.on) for n, m in calls if isinstance(m, FakeQuantize)]
+    held = dict(format=_quantised, network=network,
+                spec={k: str(v) if isinstance(v, NumberFormat) else v for k, v in words.items()},
+                rounders=rounders, left_float=list(quantised.left_float), code=quantised.code,
+                state_dict={k: v.detach().cpu() for k, v in quantised.state_dict().items()})
+    try:
+        twin = _skeleton(held)
+    except KeyError:
+        twin = None
+    if (not twin or twin.code != quantised.code
+        or twin.state_dict().keys() != quantised.state_dict().keys()):
+        raise ValueError("`quantised` must be as `quantize` made it; the graph of this "
+                         f"{name} cannot be built again from its formats and rounding points. "
+                         "Save before changing it.")
     save_state(held, path)
 
 def load_quantized(
@@ -58,9 +80,14 @@ def load_quantized(
 )->fx.GraphModule:   # The copy, on the CPU: logits are those of the one saved, to the last bit
     "Read a quantised copy."
     held = load_state(path)
-    if not isinstance(held, dict) or held.get('format') != _quantised: raise ValueError(f"`path` must be a file of `save_quantized`; {path} is something else. For a network in full precision use `load_model`.")
+    if not isinstance(held, dict) or held.get('format') != _quantised:
+        raise ValueError(f"`path` must be a file of `save_quantized`; {path} is something "
+                         "else. For a network in full precision use `load_model`.")
     with explain_errors(path, 'a file of `save_quantized`'):
         q = _skeleton(held)
-        if q.code != held['code']: raise ValueError(f"`path` was written by a version of this library that built {held['network']['name']} differently; quantise again ({path}).")
+        if q.code != held['code']:
+            raise ValueError("`path` was written by a version of this library that built "
+                             f"{held['network']['name']} differently; "
+                             f"quantise again ({path}).")
         fill(q, held['state_dict'], path)
     return q.requires_grad_(False).eval()

@@ -25,14 +25,22 @@ from .ptq import FakeQuantize
 # %% ../../nbs/api/quant/80_export.ipynb #a7fe4444
 def _need(name):
     "The optional package, or a word on where to get it."
-    try: return importlib.import_module(name)
-    except ImportError as e: raise ImportError(f"Exporting needs the package {name}: pip install 'robustnb[export]'") from e
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise ImportError(
+            f"Exporting needs the package {name}: pip install 'robustnb[export]'") from e
 
 class _Writer:
-    "An ONNX graph in the making: its nodes and constants, and for each node of `graph` the name and the levels of its value."
+    """An ONNX graph in the making: its nodes and constants, and for each node of `graph` the name
+    and the levels of its value."""
     def __init__(self, graph, weights, integer):
         self.graph, self.weights, self.integer, self.onnx = graph, weights, integer, _need('onnx')
-        self.nodes, self.constants, self.name, self.grid, self.floats = [], {}, {}, {}, []
+        self.nodes = []
+        self.constants = {}
+        self.name = {}
+        self.grid = {}
+        self.floats = []
     def const(self, name, value, dtype=np.float32):
         value = value.detach().numpy() if isinstance(value, Tensor) else value
         self.constants[name] = np.asarray(value, dtype)
@@ -42,22 +50,26 @@ class _Writer:
         return out
     def pair(self, base, value, grid):
         "Round `value` to the 256 levels of `grid`, which is a scale and the place of zero."
-        scale, zero = self.const(f'{base}.scale', grid[0]), self.const(f'{base}.zero', grid[1], np.uint8)
+        scale = self.const(f'{base}.scale', grid[0])
+        zero = self.const(f'{base}.zero', grid[1], np.uint8)
         whole = self.op('QuantizeLinear', f'{base}.levels', value, scale, zero)
         return self.op('DequantizeLinear', f'{base}.stored', whole, scale, zero)
     def keep(self, node, value, grid=None):
         "`value` is that of `node`, rounded to `grid` if there is one."
-        self.name[node], self.grid[node] = self.pair(node.name, value, grid) if grid else value, grid
+        self.name[node], self.grid[node] = (self.pair(node.name, value, grid) if grid else value,
+                                            grid)
     def move(self, node, value):
         "`value` is that of `node`, and lies on the levels of the node it was computed from."
         self.keep(node, value, self.grid[node.all_input_nodes[0]])
     def same(self, node):
         "The value of `node` is that of the node before it."
-        self.name[node], self.grid[node] = (o[node.all_input_nodes[0]] for o in (self.name, self.grid))
+        self.name[node], self.grid[node] = (o[node.all_input_nodes[0]]
+                                            for o in (self.name, self.grid))
 
 # %% ../../nbs/api/quant/80_export.ipynb #af023022
 def _whole_weights(weight):
-    "Scale of each output channel (K,1) and integers (K,...) in -127..127 whose product is `weight`; None if there are none."
+    """Scale of each output channel (K,1) and integers (K,...) in -127..127 whose product is
+    `weight`; None if there are none."""
     rows = weight.detach().double().flatten(1)
     most = rows.abs().amax(1, keepdim=True)
     scale = torch.where(most > 0, 0., 1/127)
@@ -70,27 +82,37 @@ def _whole_weights(weight):
 
 def _weights(w, node, weight, bias):
     "Names of the weights and the bias of a layer: whole numbers if its input has levels, else floats."
-    base, grid = node.name, w.grid[node.all_input_nodes[0]]
+    base = node.name
+    grid = w.grid[node.all_input_nodes[0]]
     if not grid:
         w.floats.append(str(node.target))
-        return [w.const(f'{base}.{k}', v) for k, v in (('weight', weight), ('bias', bias)) if v is not None]
+        return [w.const(f'{base}.{k}', v) for k, v in (('weight', weight), ('bias', bias))
+                if v is not None]
     found = _whole_weights(weight)
-    if found is None: raise ValueError(f"`model` must have the weights that `quantize` gave it; those of {node.target} do not lie on 255 levels. Were they changed afterwards?")
+    if found is None:
+        raise ValueError("`model` must have the weights that `quantize` gave it; those of "
+                         f"{node.target} do not lie on 255 levels. Were "
+                         "they changed afterwards?")
     scale, steps = found
     bias = (torch.zeros(len(scale)) if bias is None else bias.detach()).double()
     coarse = torch.maximum(scale, bias[:, None].abs()/(grid[0]*2**30))
-    whole = dict(weight=((steps*(scale/coarse)).round().view_as(weight), coarse.flatten(), np.int8),
-                 bias=((bias/(coarse.flatten()*grid[0])).round(), coarse.flatten()*grid[0], np.int32))
+    whole = dict(
+        weight=((steps*(scale/coarse)).round().view_as(weight), coarse.flatten(), np.int8),
+        bias=((bias/(coarse.flatten()*grid[0])).round(), coarse.flatten()*grid[0], np.int32))
     def stored(name, value, unit, dtype):
-        value, unit = w.const(f'{name}.levels', value, dtype), w.const(f'{name}.scale', unit)
-        return w.op('DequantizeLinear', name, value, unit, w.const(f'{name}.zero', np.zeros(len(scale)), dtype), axis=0)
+        value = w.const(f'{name}.levels', value, dtype)
+        unit = w.const(f'{name}.scale', unit)
+        return w.op('DequantizeLinear', name, value, unit,
+                    w.const(f'{name}.zero', np.zeros(len(scale)), dtype), axis=0)
     return [stored(f'{base}.{k}', *v) for k, v in whole.items()]
 
 # %% ../../nbs/api/quant/80_export.ipynb #730ff643
 def _round_in_float(w, base, x, rounder):
     "Operators that round `x` like `rounder`."
-    fmt, n = rounder.fmt, iter(range(20))
-    top, scale = fmt.top(rounder.signed), w.const(f'{base}.scale', rounder.scale)
+    fmt = rounder.fmt
+    n = iter(range(20))
+    top = fmt.top(rounder.signed)
+    scale = w.const(f'{base}.scale', rounder.scale)
     const = lambda value: w.const(f'{base}.c{next(n)}', value)
     op = lambda kind, *a: w.op(kind, f'{base}.{next(n)}', *a)
     ends = [const(-top if rounder.signed else 0.), const(top)]
@@ -118,109 +140,158 @@ _two = lambda v: [int(o) for o in (v if isinstance(v, (tuple, list)) else (v, v)
 
 def _refuse(node, what, why='is not known'):
     known = ', '.join(sorted({k.__name__ for k in _layers if k is not FakeQuantize}))
-    raise TypeError(f"`model` must consist of operators that can be written; {node.name} ({what}) {why}. Known are sums, products, concatenations, means over "
-        f"height and width, reshaping, and {known}. Replace it, or export the full-precision model with `torch.onnx.export`.")
+    raise TypeError(f"`model` must consist of operators that can be written; {node.name} "
+                    f"({what}) {why}. Known are sums, products, concatenations, means over "
+                    f"height and width, reshaping, and {known}. Replace it, or export the "
+                    "full-precision model with `torch.onnx.export`.")
 
-def _readers(w, node): return [w.graph.get_submodule(u.target) if u.op == 'call_module' else None for u in node.users]
+def _readers(w, node):
+    return [w.graph.get_submodule(u.target) if u.op == 'call_module' else None for u in node.users]
 
-def _ends(w, node): return any(u.op == 'output' or not isinstance(m, FakeQuantize) and _ends(w, u) for u, m in zip(node.users, _readers(w, node)))
+def _ends(w, node):
+    return any(u.op == 'output' or not isinstance(m, FakeQuantize) and _ends(w, u)
+               for u, m in zip(node.users, _readers(w, node)))
 
 def _reshape(w, node, x):
-    if _shape(node)[0] != 2: _refuse(node, node.target, 'mixes the images of a batch')
-    return w.op('Reshape', node.name, x, w.const(f'{node.name}.shape', (-1, *_shape(node)[1:]), np.int64))
+    if _shape(node)[0] != 2:
+        _refuse(node, node.target, 'mixes the images of a batch')
+    return w.op('Reshape', node.name, x,
+                w.const(f'{node.name}.shape', (-1, *_shape(node)[1:]), np.int64))
 
 def _conv(w, node, m, x):
     before = node.all_input_nodes[0]
-    if m.padding_mode != 'zeros': _refuse(node, type(m).__name__, f'pads with {m.padding_mode!r}, where only zeros can be written')
-    pads, weight = m._reversed_padding_repeated_twice, m.weight
-    if w.grid[before] and _ends(w, node) and m.groups == 1 and weight[0, 0].numel() == math.prod(_shape(before)[2:]) == 1 and not any(pads):
+    if m.padding_mode != 'zeros':
+        _refuse(node, type(m).__name__,
+                f'pads with {m.padding_mode!r}, where only zeros can be written')
+    pads = m._reversed_padding_repeated_twice
+    weight = m.weight
+    if (w.grid[before] and _ends(w, node) and m.groups == 1
+        and weight[0, 0].numel() == math.prod(_shape(before)[2:]) == 1 and not any(pads)):
         flat = w.pair(f'{node.name}.flat', w.op('Flatten', f'{node.name}.row', x), w.grid[before])
-        out = w.op('Gemm', f'{node.name}.sums', flat, *_weights(w, node, weight.flatten(1), m.bias), transB=1)
+        out = w.op('Gemm', f'{node.name}.sums', flat,
+                   *_weights(w, node, weight.flatten(1), m.bias), transB=1)
         return w.keep(node, _reshape(w, node, out))
-    w.keep(node, w.op('Conv', node.name, x, *_weights(w, node, weight, m.bias), strides=_two(m.stride), dilations=_two(m.dilation),
-                      pads=[*pads[::2][::-1], *pads[1::2][::-1]], group=m.groups, kernel_shape=_two(m.kernel_size)))
+    w.keep(node,
+           w.op('Conv', node.name, x, *_weights(w, node, weight, m.bias), strides=_two(m.stride),
+                dilations=_two(m.dilation), pads=[*pads[::2][::-1], *pads[1::2][::-1]],
+                group=m.groups, kernel_shape=_two(m.kernel_size)))
 
 def _linear(w, node, m, x):
-    if len(_shape(node)) != 2: _refuse(node, 'Linear', f'has inputs of {len(_shape(node))} dimensions, where only rows can be written')
+    if len(_shape(node)) != 2:
+        _refuse(node, 'Linear',
+                f'has inputs of {len(_shape(node))} dimensions, where only rows can be written')
     w.keep(node, w.op('Gemm', node.name, x, *_weights(w, node, m.weight, m.bias), transB=1))
 
 # %% ../../nbs/api/quant/80_export.ipynb #78527f12
 def _clip(w, node, m, x):
     low, high = (0., math.inf) if isinstance(m, nn.ReLU) else (m.min_val, m.max_val)
-    behind = [_grid(o) if w.integer and isinstance(o, FakeQuantize) and o.on else None for o in _readers(w, node)]
-    if all(g and (-127*g[0] if g[1] else 0) >= low and (127 if g[1] else 255)*g[0] <= high + g[0]/2 for g in behind): return w.same(node)
-    if all(behind): x = w.pair(f'{node.name}.before', x, behind[0])
+    behind = [_grid(o) if w.integer and isinstance(o, FakeQuantize) and o.on else None
+              for o in _readers(w, node)]
+    if all(g and (-127*g[0] if g[1] else 0) >= low
+           and (127 if g[1] else 255)*g[0] <= high + g[0]/2 for g in behind):
+        return w.same(node)
+    if all(behind):
+        x = w.pair(f'{node.name}.before', x, behind[0])
     if (low, high) == (0, math.inf): return w.move(node, w.op('Relu', node.name, x))
-    w.move(node, w.op('Clip', node.name, x, w.const(f'{node.name}.low', low), w.const(f'{node.name}.high', high)))
+    w.move(node, w.op('Clip', node.name, x, w.const(f'{node.name}.low', low),
+                      w.const(f'{node.name}.high', high)))
 
-def _windows(m): return dict(kernel_shape=_two(m.kernel_size), strides=_two(m.stride), pads=_two(m.padding)*2, ceil_mode=int(m.ceil_mode))
+def _windows(m):
+    return dict(kernel_shape=_two(m.kernel_size), strides=_two(m.stride),
+                pads=_two(m.padding)*2, ceil_mode=int(m.ceil_mode))
 
 def _max_pool(w, node, m, x):
-    if m.return_indices: _refuse(node, 'MaxPool2d', 'returns places beside values')
+    if m.return_indices:
+        _refuse(node, 'MaxPool2d', 'returns places beside values')
     w.move(node, w.op('MaxPool', node.name, x, dilations=_two(m.dilation), **_windows(m)))
 
 def _avg_pool(w, node, m, x):
-    if m.divisor_override: _refuse(node, 'AvgPool2d', 'has a divisor of its own')
-    w.keep(node, w.op('AveragePool', node.name, x, count_include_pad=int(m.count_include_pad), **_windows(m)))
+    if m.divisor_override:
+        _refuse(node, 'AvgPool2d', 'has a divisor of its own')
+    w.keep(node, w.op('AveragePool', node.name, x, count_include_pad=int(m.count_include_pad),
+                      **_windows(m)))
 
 def _adaptive_pool(w, node, m, x):
-    size, out = _shape(node.all_input_nodes[0])[2:], _shape(node)[2:]
+    size = _shape(node.all_input_nodes[0])[2:]
+    out = _shape(node)[2:]
     if out == (1, 1): return w.keep(node, w.op('GlobalAveragePool', node.name, x))
-    if any(a % b for a, b in zip(size, out)): _refuse(node, 'AdaptiveAvgPool2d', f'makes windows of several sizes out of {size} for {out}')
+    if any(a % b for a, b in zip(size, out)):
+        _refuse(node, 'AdaptiveAvgPool2d',
+                f'makes windows of several sizes out of {size} for {out}')
     window = [a//b for a, b in zip(size, out)]
     w.keep(node, w.op('AveragePool', node.name, x, kernel_shape=window, strides=window))
 
 def _batchnorm(w, node, m, x):
     one = torch.ones_like(m.running_mean)
-    values = dict(weight=one if m.weight is None else m.weight, bias=one*0 if m.bias is None else m.bias, mean=m.running_mean, var=m.running_var)
-    w.keep(node, w.op('BatchNormalization', node.name, x, *(w.const(f'{node.name}.{k}', v) for k, v in values.items()), epsilon=m.eps))
+    values = dict(weight=one if m.weight is None else m.weight,
+                  bias=one*0 if m.bias is None else m.bias, mean=m.running_mean, var=m.running_var)
+    w.keep(node, w.op('BatchNormalization', node.name, x,
+                      *(w.const(f'{node.name}.{k}', v) for k, v in values.items()), epsilon=m.eps))
 
 def _normalize(w, node, m, x):
     centred = w.op('Sub', f'{node.name}.centred', x, w.const(f'{node.name}.mean', m.mean))
     w.keep(node, w.op('Div', node.name, centred, w.const(f'{node.name}.std', m.std)))
 
-def _silu(w, node, m, x): w.keep(node, w.op('Mul', node.name, x, w.op('Sigmoid', f'{node.name}.gate', x)))
+def _silu(w, node, m, x):
+    w.keep(node, w.op('Mul', node.name, x, w.op('Sigmoid', f'{node.name}.gate', x)))
 
 def _plain(kind, **attributes):
     "A layer that ONNX has too; attributes that are functions ask the layer."
-    return lambda w, node, m, x: w.keep(node, w.op(kind, node.name, x, **{k: v(m) if callable(v) else v for k, v in attributes.items()}))
+    return lambda w, node, m, x: w.keep(node, w.op(
+        kind, node.name, x, **{k: v(m) if callable(v) else v for k, v in attributes.items()}))
 
 # %% ../../nbs/api/quant/80_export.ipynb #0a2a703f
 def _nothing(w, node, m, x):
-    if type(m) is nn.Dropout and m.training: _refuse(node, 'dropout', 'drops values in evaluation mode too')
+    if type(m) is nn.Dropout and m.training:
+        _refuse(node, 'dropout', 'drops values in evaluation mode too')
     w.same(node)
 
-_layers = {FakeQuantize: _rounder, Normalize: _normalize, nn.Conv2d: _conv, nn.Linear: _linear, nn.BatchNorm2d: _batchnorm,
-    nn.ReLU: _clip, nn.ReLU6: _clip, nn.Hardtanh: _clip, nn.MaxPool2d: _max_pool, nn.AvgPool2d: _avg_pool, nn.AdaptiveAvgPool2d: _adaptive_pool,
-    nn.Dropout: _nothing, nn.Dropout2d: _nothing, nn.Identity: _nothing, nn.Flatten: lambda w, node, m, x: w.move(node, _reshape(w, node, x)),
-    nn.SiLU: _silu, nn.Sigmoid: _plain('Sigmoid'), nn.Tanh: _plain('Tanh'), nn.Hardswish: _plain('HardSwish'),
-    nn.Hardsigmoid: _plain('HardSigmoid', alpha=1/6, beta=.5), nn.LeakyReLU: _plain('LeakyRelu', alpha=lambda m: m.negative_slope)}
+_layers = {
+    FakeQuantize: _rounder, Normalize: _normalize, nn.Conv2d: _conv, nn.Linear: _linear,
+    nn.BatchNorm2d: _batchnorm, nn.ReLU: _clip, nn.ReLU6: _clip, nn.Hardtanh: _clip,
+    nn.MaxPool2d: _max_pool, nn.AvgPool2d: _avg_pool, nn.AdaptiveAvgPool2d: _adaptive_pool,
+    nn.Dropout: _nothing, nn.Dropout2d: _nothing, nn.Identity: _nothing,
+    nn.Flatten: lambda w, node, m, x: w.move(node, _reshape(w, node, x)), nn.SiLU: _silu,
+    nn.Sigmoid: _plain('Sigmoid'), nn.Tanh: _plain('Tanh'), nn.Hardswish: _plain('HardSwish'),
+    nn.Hardsigmoid: _plain('HardSigmoid', alpha=1/6, beta=.5),
+    nn.LeakyReLU: _plain('LeakyRelu', alpha=lambda m: m.negative_slope)}
 
-def _clamp(min=None, max=None): return nn.Hardtanh(-math.inf if min is None else min, math.inf if max is None else max)
+def _clamp(min=None, max=None):
+    return nn.Hardtanh(-math.inf if min is None else min, math.inf if max is None else max)
 def _max(kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
     return nn.MaxPool2d(kernel_size, stride, padding, dilation, return_indices, ceil_mode)
 def _drop(p=.5, training=True, inplace=False): return nn.Dropout(p).train(training)
 
-_calls = {F.relu: nn.ReLU, torch.relu: nn.ReLU, 'relu': nn.ReLU, F.relu6: nn.ReLU6, F.hardtanh: nn.Hardtanh, torch.clamp: _clamp, 'clamp': _clamp,
-    F.max_pool2d: _max, F.avg_pool2d: nn.AvgPool2d, F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d, F.dropout: _drop, 'contiguous': nn.Identity, F.silu: nn.SiLU,
-    torch.sigmoid: nn.Sigmoid, 'sigmoid': nn.Sigmoid, F.hardswish: nn.Hardswish, F.hardsigmoid: nn.Hardsigmoid, F.leaky_relu: nn.LeakyReLU}
+_calls = {F.relu: nn.ReLU, torch.relu: nn.ReLU, 'relu': nn.ReLU, F.relu6: nn.ReLU6,
+          F.hardtanh: nn.Hardtanh, torch.clamp: _clamp, 'clamp': _clamp, F.max_pool2d: _max,
+          F.avg_pool2d: nn.AvgPool2d, F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
+          F.dropout: _drop, 'contiguous': nn.Identity, F.silu: nn.SiLU,
+          torch.sigmoid: nn.Sigmoid, 'sigmoid': nn.Sigmoid, F.hardswish: nn.Hardswish,
+          F.hardsigmoid: nn.Hardsigmoid, F.leaky_relu: nn.LeakyReLU}
 
 # %% ../../nbs/api/quant/80_export.ipynb #3ad8edb1
-_pairs = {operator.add: 'Add', operator.iadd: 'Add', torch.add: 'Add', 'add': 'Add', 'add_': 'Add', operator.mul: 'Mul', operator.imul: 'Mul', torch.mul: 'Mul', 'mul': 'Mul'}
-_shapes = (torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, 'flatten', 'view', 'reshape', 'squeeze', 'unsqueeze')
+_pairs = {operator.add: 'Add', operator.iadd: 'Add', torch.add: 'Add', 'add': 'Add', 'add_': 'Add',
+          operator.mul: 'Mul', operator.imul: 'Mul', torch.mul: 'Mul', 'mul': 'Mul'}
+_shapes = (torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, 'flatten', 'view',
+           'reshape', 'squeeze', 'unsqueeze')
 
 def _function(w, node, x):
     "Functions and methods that are no layers."
-    target, at = node.target, lambda name, i, usual=None: node.kwargs.get(name, node.args[i] if len(node.args) > i else usual)
+    target = node.target
+    at = lambda name, i, usual=None: node.kwargs.get(
+        name, node.args[i] if len(node.args) > i else usual)
     if target in _pairs and 'alpha' not in node.kwargs and 'out' not in node.kwargs:
-        ends = [w.name[o] if isinstance(o, fx.Node) else w.const(f'{node.name}.number', o) for o in (node.args[0], at('other', 1))]
+        ends = [w.name[o] if isinstance(o, fx.Node) else w.const(f'{node.name}.number', o)
+                for o in (node.args[0], at('other', 1))]
         return w.keep(node, w.op(_pairs[target], node.name, *ends))
     if target in _shapes: return w.move(node, _reshape(w, node, x))
     rank = len(_shape(node.all_input_nodes[0]))
     if target in (torch.cat, torch.concat) and (axis := at('dim', 1, 0) % rank):
-        return w.keep(node, w.op('Concat', node.name, *(w.name[o] for o in at('tensors', 0)), axis=axis))
+        return w.keep(
+            node, w.op('Concat', node.name, *(w.name[o] for o in at('tensors', 0)), axis=axis))
     dims = at('dim', 1)
-    if target in (torch.mean, 'mean') and rank == 4 and isinstance(dims, (tuple, list)) and sorted(d % 4 for d in dims) == [2, 3]:
+    if target in (torch.mean, 'mean') and rank == 4 and isinstance(
+            dims, (tuple, list)) and sorted(d % 4 for d in dims) == [2, 3]:
         mean = w.op('GlobalAveragePool', f'{node.name}.maps', x)
         return w.keep(node, mean if len(_shape(node)) == 4 else _reshape(w, node, mean))
     _refuse(node, target if isinstance(target, str) else getattr(target, '__name__', target))
@@ -228,74 +299,110 @@ def _function(w, node, x):
 def _write(w, node):
     "Append what `node` computes."
     m, x = None, w.name[node.all_input_nodes[0]] if node.all_input_nodes else None
-    if node.op == 'call_module': m = w.graph.get_submodule(node.target)
-    elif node.target in _calls: m = _calls[node.target](*node.args[1:], **{k: v for k, v in node.kwargs.items() if k != 'input'})
-    if node.op == 'get_attr' or (m is not None and type(m) not in _layers): _refuse(node, type(m).__name__ if m is not None else 'a parameter')
-    if m is None: _function(w, node, x)
-    else: _layers[type(m)](w, node, m, x)
+    if node.op == 'call_module':
+        m = w.graph.get_submodule(node.target)
+    elif node.target in _calls:
+        m = _calls[node.target](*node.args[1:],
+                                **{k: v for k, v in node.kwargs.items() if k != 'input'})
+    if node.op == 'get_attr' or (m is not None and type(m) not in _layers):
+        _refuse(node, type(m).__name__ if m is not None else 'a parameter')
+    if m is None:
+        _function(w, node, x)
+    else:
+        _layers[type(m)](w, node, m, x)
 
 # %% ../../nbs/api/quant/80_export.ipynb #3b014bd6
 def _says(spec, writer):
     "The name of the format, and in words what an engine makes of the file."
     if spec is None: return 'FP32', 'Full precision: weights, activations and sums are float32.'
-    name = str(spec) if writer.weights == {spec.weights} else f"{' and '.join(sorted(map(str, writer.weights)))} weights beside {spec.activations}"
+    name = (
+        str(spec) if writer.weights == {spec.weights}
+        else f"{' and '.join(sorted(map(str, writer.weights)))} weights beside {spec.activations}")
     if not writer.integer:
-        return name, (f'No engine computes in {name}: the weights are stored as the float32 numbers they were rounded to, and float operators round the activations. '
-                'Only the accuracy is real, not the time and not the size.')
+        return name, (f'No engine computes in {name}: the weights are stored as the float32 '
+                      'numbers they were rounded to, and float operators round the '
+                      'activations. Only the accuracy is real, not the time and not the size.')
     fewer = ', '.join(map(str, sorted({f.bits for f in writer.weights} - {8})))
     less = f' Weights of {fewer} bits are stored in 8.' if fewer else ''
-    floats = f" In float for want of whole weights or rounded inputs: {', '.join(writer.floats)}." if writer.floats else ''
-    return name, f'{name}: weights and activations are 8-bit integers, biases 32-bit; the logits leave as floats.{less}{floats}'
+    floats = (f" In float for want of whole weights or rounded inputs: {', '.join(writer.floats)}."
+              if writer.floats else '')
+    return (name, f'{name}: weights and activations are 8-bit integers, biases 32-bit; the '
+                  f'logits leave as floats.{less}{floats}')
 
 def _translate(model, shape):
-    "What a folded copy of `model` on the CPU computes, its format if it has one, the node of its logits, and their shape."
+    """What a folded copy of `model` on the CPU computes, its format if it has one, the node of its
+    logits, and their shape."""
     check_model(model)
-    spec = getattr(model, 'spec', None) if any(isinstance(m, FakeQuantize) for m in model.modules()) else None
+    spec = getattr(model, 'spec',
+                   None) if any(isinstance(m, FakeQuantize) for m in model.modules()) else None
     graph = (copy.deepcopy(model) if spec else fold_batchnorm(model)).cpu().float()
     bad = [n for n, v in graph.state_dict().items() if not v.isfinite().all()]
-    if bad: raise ValueError(f"`model` must have finite weights; {bad[0]} has values that are not ({len(bad)} such tensors). Did its training diverge?")
+    if bad:
+        raise ValueError(f"`model` must have finite weights; {bad[0]} has values that are not "
+                         f"({len(bad)} such tensors). Did its training diverge?")
     try:
-        with torch.no_grad(): ShapeProp(graph).propagate(torch.zeros(2, *shape))
+        with torch.no_grad():
+            ShapeProp(graph).propagate(torch.zeros(2, *shape))
     except (RuntimeError, ValueError) as e:
-        raise ValueError(f"`shape` must be the channels, height and width of images that `model` takes; got {shape!r}. It says: {e.__cause__ or e}") from e
-    weights = {number_format(f) for f in getattr(model, 'layer_formats', {}).values()} or {spec.weights} if spec else set()
-    w = _Writer(graph, weights, spec is not None and str(spec.activations) == 'INT8' and all(f.kind == 'INT' and f.bits <= 8 for f in weights))
+        raise ValueError("`shape` must be the channels, height and width of images that "
+                         f"`model` takes; got {shape!r}. It says: {e.__cause__ or e}") from e
+    weights = {number_format(f) for f in getattr(model, 'layer_formats', {}).values()} or {
+        spec.weights} if spec else set()
+    w = _Writer(graph, weights, spec is not None and str(spec.activations) == 'INT8'
+                                and all(f.kind == 'INT' and f.bits <= 8 for f in weights))
     for node in graph.graph.nodes:
-        if node.op == 'placeholder': w.keep(node, 'images')
-        elif node.op == 'output': logits = node.args[0]
-        elif 'tensor_meta' in node.meta: _write(w, node)
-    if not isinstance(logits, fx.Node): raise TypeError(f"`model` must return one tensor of logits; got a {type(logits).__name__} of them.")
+        if node.op == 'placeholder':
+            w.keep(node, 'images')
+        elif node.op == 'output':
+            logits = node.args[0]
+        elif 'tensor_meta' in node.meta:
+            _write(w, node)
+    if not isinstance(logits, fx.Node):
+        raise TypeError(
+            f"`model` must return one tensor of logits; got a {type(logits).__name__} of them.")
     w.op('Identity', 'logits', w.name[logits])
     return w, spec, _shape(logits)[1:]
 
 # %% ../../nbs/api/quant/80_export.ipynb #c2667f2d
 def export_onnx(
-    model:nn.Module,      # From `quantize`, or any classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
+    # From `quantize`, or any classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
+    model:nn.Module,
     path,                 # File to write, usually `.onnx`
     shape=(3, 32, 32),    # Channels, height and width of an image; the number of images stays free
 )->dict:                  # path, format, integer, says, rounded (tensors), layers (with weights), megabytes
-    "Write a model for ONNX Runtime: INT8 as pairs of QuantizeLinear and DequantizeLinear (Jacob et al. 2018, arXiv:1712.05877)."
-    (w, spec, n_classes), onnx, helper = _translate(model, shape), _need('onnx'), _need('onnx.helper')
-    value = lambda name, dims: helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ['images', *dims])
-    body = helper.make_graph(w.nodes, 'robustnb', [value('images', shape)], [value('logits', n_classes)],
-                             [onnx.numpy_helper.from_array(v, k) for k, v in w.constants.items()])
+    """Write a model for ONNX Runtime: INT8 as pairs of QuantizeLinear and DequantizeLinear (Jacob
+    et al. 2018, arXiv:1712.05877)."""
+    w, spec, n_classes = _translate(model, shape)
+    onnx = _need('onnx')
+    helper = _need('onnx.helper')
+    value = lambda name, dims: helper.make_tensor_value_info(
+        name, onnx.TensorProto.FLOAT, ['images', *dims])
+    body = helper.make_graph(
+        w.nodes, 'robustnb', [value('images', shape)], [value('logits', n_classes)],
+        [onnx.numpy_helper.from_array(v, k) for k, v in w.constants.items()])
     name, says = _says(spec, w)
-    made = helper.make_model(body, opset_imports=[helper.make_opsetid('', 17)], ir_version=8, producer_name='robustnb', doc_string=says)
+    made = helper.make_model(body, opset_imports=[helper.make_opsetid('', 17)], ir_version=8,
+                             producer_name='robustnb', doc_string=says)
     onnx.checker.check_model(made)
-    with atomic_path(path) as tmp: onnx.save(made, tmp)
+    with atomic_path(path) as tmp:
+        onnx.save(made, tmp)
     kinds = Counter(n.op_type for n in w.nodes)
-    return dict(path=str(path), format=name, integer=w.integer, says=says, rounded=sum(isinstance(m, FakeQuantize) and m.on for m in w.graph.modules()),
+    return dict(path=str(path), format=name, integer=w.integer, says=says,
+                rounded=sum(isinstance(m, FakeQuantize) and m.on for m in w.graph.modules()),
                 layers=kinds['Conv']+kinds['Gemm'], megabytes=os.path.getsize(path)/1e6)
 
 # %% ../../nbs/api/quant/80_export.ipynb #41684419
 def _session(path, threads=None, optimised=None):
     "An inference session on the CPU; `optimised` is where to write the optimised graph."
     ort = _need('onnxruntime')
-    if not Path(path).is_file(): raise FileNotFoundError(f"`path` must be an ONNX file; there is none at {path}. Write one with `export_onnx`.")
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"`path` must be an ONNX file; there is none at {path}. Write one with `export_onnx`.")
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, threads or torch.get_num_threads()
     options.add_session_config_entry('session.x64quantprecision', '1')
-    if optimised: options.optimized_model_filepath = str(optimised)
+    if optimised:
+        options.optimized_model_filepath = str(optimised)
     return ort.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
 
 class OnnxModel(nn.Module):
@@ -306,14 +413,18 @@ class OnnxModel(nn.Module):
     ):
         super().__init__()
         self.session = _session(path, threads)
-        self.shape, self.n_classes = tuple(self.session.get_inputs()[0].shape[1:]), self.session.get_outputs()[0].shape[-1]
+        self.shape = tuple(self.session.get_inputs()[0].shape[1:])
+        self.n_classes = self.session.get_outputs()[0].shape[-1]
         self.eval()
     def forward(self,
         x:Tensor,          # Images (N,C,H,W), float, pixels in [0,1]
     )->Tensor:             # Logits (N,K), float32, on the device of `x`
         "Ask the engine."
-        if tuple(x.shape[1:]) != self.shape: raise ValueError(f"`x` must hold images of shape {self.shape}; got {tuple(x.shape[1:])}. Export the model with that `shape`.")
-        return torch.from_numpy(self.session.run(None, {'images': x.detach().float().cpu().contiguous().numpy()})[0]).to(x.device)
+        if tuple(x.shape[1:]) != self.shape:
+            raise ValueError(f"`x` must hold images of shape {self.shape}; got "
+                             f"{tuple(x.shape[1:])}. Export the model with that `shape`.")
+        return torch.from_numpy(self.session.run(
+            None, {'images': x.detach().float().cpu().contiguous().numpy()})[0]).to(x.device)
 
 def run_onnx(
     path,                # File from `export_onnx`
@@ -325,22 +436,31 @@ def run_onnx(
     return predict(OnnxModel(path, threads), x, batch_size)
 
 # %% ../../nbs/api/quant/80_export.ipynb #d00400ab
-_moving = {'MaxPool', 'NhwcMaxPool', 'Reshape', 'Flatten', 'Transpose', 'Identity', 'Squeeze', 'Unsqueeze', 'Split', 'ReorderInput', 'ReorderOutput'}
+_moving = {'MaxPool', 'NhwcMaxPool', 'Reshape', 'Flatten', 'Transpose', 'Identity', 'Squeeze',
+           'Unsqueeze', 'Split', 'ReorderInput', 'ReorderOutput'}
 
 def _computes(op):
-    if op.startswith('QLinear') or op in ('QGemm', 'ConvInteger', 'MatMulInteger', 'MatMulIntegerToFloat'): return 'integers'
-    return 'nothing' if op in _moving else 'conversion' if op in ('QuantizeLinear', 'DequantizeLinear') else 'floats'
+    if op.startswith('QLinear') or op in ('QGemm', 'ConvInteger', 'MatMulInteger',
+                                          'MatMulIntegerToFloat'):
+        return 'integers'
+    return ('nothing' if op in _moving else 'conversion'
+            if op in ('QuantizeLinear', 'DequantizeLinear') else 'floats')
 
 def engine_ops(
     path,                # File from `export_onnx`
-)->pd.DataFrame:         # One row per operator: op, computes ('integers', 'floats', 'conversion' or 'nothing'), count, names of the nodes
+    # One row per operator: op, computes ('integers', 'floats', 'conversion' or 'nothing'), count,
+    # names of the nodes
+)->pd.DataFrame:
     "The operators that ONNX Runtime executes for a file, counted."
     with tempfile.TemporaryDirectory() as folder:
         optimised = Path(folder)/'optimised.onnx'
         _session(path, optimised=optimised)
         nodes = _need('onnx').load(optimised).graph.node
-    rows = pd.DataFrame([dict(op=n.op_type, computes=_computes(n.op_type), name=n.name) for n in nodes])
-    return rows.groupby(['computes', 'op'], as_index=False).agg(count=('name', 'size'), names=('name', tuple)).sort_values(['computes', 'count'], ascending=[False, False], ignore_index=True)
+    rows = pd.DataFrame(
+        [dict(op=n.op_type, computes=_computes(n.op_type), name=n.name) for n in nodes])
+    return rows.groupby(['computes', 'op'], as_index=False).agg(count=('name', 'size'), names=(
+        'name',
+        tuple)).sort_values(['computes', 'count'], ascending=[False, False], ignore_index=True)
 
 # %% ../../nbs/api/quant/80_export.ipynb #45d71f3f
 def check_export(
@@ -348,13 +468,24 @@ def check_export(
     path,                 # File from `export_onnx`
     x:Tensor,             # Images (N,C,H,W), float, pixels in [0,1]; labels are not needed
     threads:int=None,     # Threads of the engine; None is as many as torch uses
-)->dict:                  # images, agreement, max_logit_difference, mean_logit_difference, fused, convolutions_fused, unfused, floats, ops, says
+    # images, agreement, max_logit_difference, mean_logit_difference, fused, convolutions_fused,
+    # unfused, floats, ops, says
+)->dict:
     "Agreement, logit differences and integer operators of an exported model, reported together."
-    here, there, ops = predict(quantised, x), run_onnx(path, x, threads=threads), engine_ops(path)
-    if here.shape != there.shape: raise ValueError(f"`path` must hold the model that was given: it gives logits {tuple(there.shape)}, the model {tuple(here.shape)}.")
-    off, count = (here-there).abs(), dict(zip(ops.op, ops['count'].tolist()))
+    here = predict(quantised, x)
+    there = run_onnx(path, x, threads=threads)
+    ops = engine_ops(path)
+    if here.shape != there.shape:
+        raise ValueError("`path` must hold the model that was given: it gives logits "
+                         f"{tuple(there.shape)}, the model {tuple(here.shape)}.")
+    off = (here-there).abs()
+    count = dict(zip(ops.op, ops['count'].tolist()))
     names = lambda kinds: [n for row in ops.itertuples() if row.op in kinds for n in row.names]
-    return dict(images=len(x), agreement=(here.argmax(1) == there.argmax(1)).double().mean().item(), max_logit_difference=off.max().item(),
-                mean_logit_difference=off.mean().item(), fused=int(ops['count'][ops.computes == 'integers'].sum()), convolutions_fused=count.get('QLinearConv', 0),
-                unfused=names(('Conv', 'FusedConv', 'Gemm', 'FusedGemm', 'MatMul', 'FusedMatMul')), floats={k: n for k, n in count.items() if _computes(k) == 'floats'},
-                ops={k: n for k, n in count.items() if _computes(k) == 'integers'}, says=_need('onnx').load(path, load_external_data=False).doc_string)
+    return dict(images=len(x), agreement=(here.argmax(1) == there.argmax(1)).double().mean().item(),
+                max_logit_difference=off.max().item(), mean_logit_difference=off.mean().item(),
+                fused=int(ops['count'][ops.computes == 'integers'].sum()),
+                convolutions_fused=count.get('QLinearConv', 0),
+                unfused=names(('Conv', 'FusedConv', 'Gemm', 'FusedGemm', 'MatMul', 'FusedMatMul')),
+                floats={k: n for k, n in count.items() if _computes(k) == 'floats'},
+                ops={k: n for k, n in count.items() if _computes(k) == 'integers'},
+                says=_need('onnx').load(path, load_external_data=False).doc_string)

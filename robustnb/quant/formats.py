@@ -25,7 +25,8 @@ class NumberFormat:
 
     def __str__(self):
         if self.kind != 'FLOAT': return f'{self.kind}{self.bits}'
-        return f'FLOAT{self.bits}_E{self.exponent}' if self.finite_only else f'FP8_E{self.exponent}M{7-self.exponent}'
+        return (f'FLOAT{self.bits}_E{self.exponent}' if self.finite_only
+                else f'FP8_E{self.exponent}M{7-self.exponent}')
 
     @property
     def mantissa(self):
@@ -58,7 +59,9 @@ class NumberFormat:
 _usual_exponent = {3: 1, 4: 2, 5: 2, 6: 3, 7: 3, 8: 4}
 
 def number_format(
-    name:str,          # Like 'INT4', 'POT4', 'APOT4', 'FLOAT6_E3', 'FLOAT4', 'FP8_E4M3'; a `NumberFormat` is returned as it is
+    # Like 'INT4', 'POT4', 'APOT4', 'FLOAT6_E3', 'FLOAT4', 'FP8_E4M3'; a `NumberFormat` is returned
+    # as it is
+    name:str,
 )->NumberFormat:       # The format
     "The number format of that name."
     if isinstance(name, NumberFormat): return name
@@ -66,17 +69,24 @@ def number_format(
     text = {'FP8': 'FP8_E4M3'}.get(name, name)
     if text in ('FP8_E4M3', 'FP8_E5M2'): return NumberFormat('FLOAT', 8, int(text[5]), finite_only=False)
     m = re.fullmatch(r'(INT|A?POT|FLOAT)_?(\d+)(?:_?E(\d+))?', str(text))
-    rule = "`name` must be INT2 to INT16, POT2 to POT8, APOT3 to APOT8, FLOAT3 to FLOAT8 with _E1 to _E(bits-2), FP8_E4M3 or FP8_E5M2"
+    rule = ("`name` must be INT2 to INT16, POT2 to POT8, APOT3 to APOT8, FLOAT3 to FLOAT8 "
+            "with _E1 to _E(bits-2), FP8_E4M3 or FP8_E5M2")
     if not m or (m[3] and m[1] != 'FLOAT'): raise ValueError(f"{rule}; got {name!r}.")
-    kind, bits, (least, most) = m[1], int(m[2]), kinds[m[1]]
-    if not least <= bits <= most: raise ValueError(f"{rule}; got {name!r}, and {kind} takes {least} to {most} bits.")
+    kind = m[1]
+    bits = int(m[2])
+    least, most = kinds[m[1]]
+    if not least <= bits <= most:
+        raise ValueError(f"{rule}; got {name!r}, and {kind} takes {least} to {most} bits.")
     if kind != 'FLOAT': return NumberFormat(kind, bits)
     exponent = int(m[3]) if m[3] else _usual_exponent[bits]
-    if not 1 <= exponent <= bits-2: raise ValueError(f"{rule}; got {name!r}, and {bits} bits take 1 to {bits-2} exponent bits beside the sign and a mantissa.")
+    if not 1 <= exponent <= bits-2:
+        raise ValueError(f"{rule}; got {name!r}, and {bits} bits take 1 to {bits-2} exponent "
+                         "bits beside the sign and a mantissa.")
     return NumberFormat(kind, bits, exponent)
 
 # %% ../../nbs/api/quant/10_formats.ipynb #6c1041b4
-def all_formats()->list: # Names: INT2..INT16, POT2..POT8, FLOAT3_E1..FLOAT8_E6, FP8_E4M3, FP8_E5M2, APOT3..APOT8
+# Names: INT2..INT16, POT2..POT8, FLOAT3_E1..FLOAT8_E6, FP8_E4M3, FP8_E5M2, APOT3..APOT8
+def all_formats()->list:
     "Every format there is, by name."
     return ([f'INT{b}' for b in range(2, 17)] + [f'POT{b}' for b in range(2, 9)] +
             [f'FLOAT{b}_E{e}' for b in range(3, 9) for e in range(1, b-1)] +
@@ -87,7 +97,8 @@ _bits = {torch.float32: (torch.int32, 23, 0xff), torch.float64: (torch.int64, 52
 
 @lru_cache(None)
 def _nearest(fmt, dtype, device):
-    "The nearest level of every half step from -top to top: the table of a format whose levels follow no simpler rule."
+    """The nearest level of every half step from -top to top: the table of a format whose levels
+    follow no simpler rule."""
     at = levels(fmt)
     half = torch.arange(int(at[-1]*2**(1-fmt.lowest))+1, dtype=torch.float64)*2.**(fmt.lowest-1)
     near = at[torch.bucketize(half, (at[1:]+at[:-1])/2, right=True)]
@@ -95,17 +106,21 @@ def _nearest(fmt, dtype, device):
 
 def _snap_(v, t, fmt, signed):
     "Round `v`, in units of the levels, in place; `t` is room of the same shape."
-    top, (whole, digits, exponents) = fmt.top(signed), _bits[v.dtype]
+    top = fmt.top(signed)
+    whole, digits, exponents = _bits[v.dtype]
     if fmt.kind == 'INT': return v.round_().clamp_(-top if signed else 0, top)
-    code, mask = t.view(whole), exponents << digits
+    code = t.view(whole)
+    mask = exponents << digits
     if fmt.kind == 'POT':
         torch.abs(v, out=t)
         code.add_(1 << (digits-1)).bitwise_and_(mask)
-        return torch.hardshrink(v.mul_(2.**(1-fmt.lowest)), 1-torch.finfo(v.dtype).eps/2, out=v).clamp_(-1, 1).mul_(t.clamp_(2.**fmt.lowest, top))
+        return torch.hardshrink(v.mul_(2.**(1-fmt.lowest)), 1-torch.finfo(v.dtype).eps/2,
+                                out=v).clamp_(-1, 1).mul_(t.clamp_(2.**fmt.lowest, top))
     v.clamp_(-top, top)
     if fmt.kind == 'APOT':
         table = _nearest(fmt, v.dtype, v.device)
-        at = torch.mul(v, 2.**(1-fmt.lowest), out=t).int().add_(len(table)//2).clamp_(0, len(table)-1)
+        at = torch.mul(v, 2.**(1-fmt.lowest),
+                       out=t).int().add_(len(table)//2).clamp_(0, len(table)-1)
         return v.mul_(0).add_(table.index_select(0, at.reshape(-1)).view_as(at))
     torch.bitwise_and(v.view(whole), mask, out=code)
     return v.div_(t.clamp_min_(2.**fmt.lowest).mul_(2.**-fmt.mantissa)).round_().mul_(t)
@@ -114,24 +129,33 @@ def _snap_(v, t, fmt, signed):
 _piece = 2**16
 
 def _flat(x):
-    "The values of `x` in the order of memory: a view where they lie without gaps, whatever the strides, otherwise a copy."
-    return x.as_strided((x.numel(),), (1,)) if x.stride() == torch.empty_like(x).stride() else x.reshape(-1)
+    """The values of `x` in the order of memory: a view where they lie without gaps, whatever the
+    strides, otherwise a copy."""
+    return x.as_strided((x.numel(),),
+                        (1,)) if x.stride() == torch.empty_like(x).stride() else x.reshape(-1)
 
 def _pieces(x, scale):
     "Matching parts of `x`, of an empty result and of `scale`, small enough for the cache; the result."
-    if x.dtype not in _bits: raise TypeError(f"`x` must be float32 or float64; got {x.dtype}. Convert the model with `model.float()`.")
+    if x.dtype not in _bits:
+        raise TypeError(f"`x` must be float32 or float64; got {x.dtype}. Convert the model "
+                        "with `model.float()`.")
     x, out = x.detach(), torch.empty_like(x)
     rows, into = (x[None], out[None]) if x.ndim == 0 else (x, out)
-    if scale.numel() == 1 and x.stride() == out.stride(): rows, into, scale = _flat(x), _flat(out), scale.reshape(())
+    if scale.numel() == 1 and x.stride() == out.stride():
+        rows = _flat(x)
+        into = _flat(out)
+        scale = scale.reshape(())
     many = max(1, _piece//max(1, rows[:1].numel())) if x.device.type == 'cpu' else max(1, len(rows))
-    each = scale.split(many) if scale.ndim == rows.ndim and len(scale) == len(rows) > 1 else [scale]*-(-len(rows)//many)
+    each = (scale.split(many) if scale.ndim == rows.ndim and len(scale) == len(rows) > 1
+            else [scale]*-(-len(rows)//many))
     return zip(rows.split(many), into.split(many), each), out
 
 @torch.no_grad()
 def _rounded(x, fmt, scale, signed=True):
     "Round to `fmt` and back."
     parts, out = _pieces(x, scale)
-    for a, o, s in parts: _snap_(torch.div(a, s, out=o), torch.empty_like(o), fmt, signed).mul_(s)
+    for a, o, s in parts:
+        _snap_(torch.div(a, s, out=o), torch.empty_like(o), fmt, signed).mul_(s)
     return out
 
 def to_levels(
@@ -148,8 +172,12 @@ def levels(
 )->Tensor:              # Non-negative levels, ascending, float64
     "The non-negative levels of `fmt`, from its definition."
     if fmt.kind == 'INT': return torch.arange(fmt.top()+1, dtype=torch.float64)
-    if fmt.kind == 'POT': return torch.tensor([0.] + [2.**k for k in range(fmt.lowest, 1)], dtype=torch.float64)
-    if fmt.kind == 'APOT': return torch.tensor([sum(picks) for picks in product(*([0., *(2.**k for k in t)] for t in fmt.terms))], dtype=torch.float64).sort().values
+    if fmt.kind == 'POT':
+        return torch.tensor([0.] + [2.**k for k in range(fmt.lowest, 1)], dtype=torch.float64)
+    if fmt.kind == 'APOT':
+        return torch.tensor(
+            [sum(picks) for picks in product(*([0., *(2.**k for k in t)] for t in fmt.terms))],
+            dtype=torch.float64).sort().values
     def value(code):
         e, f = divmod(code, 2**fmt.mantissa)
         return 2.**(max(e, 1) + fmt.lowest - 1) * (f/2**fmt.mantissa + (e > 0))
@@ -160,25 +188,31 @@ def levels(
 @torch.no_grad()
 def _errors(rows, scales, fmt, signed):
     "Squared error of each row for each of the scales, as (scales, rows, 1)."
-    found, wide = torch.zeros(len(scales), len(rows), 1, dtype=torch.float64, device=rows.device), _piece if rows.device.type == 'cpu' else rows.numel()
+    found = torch.zeros(len(scales), len(rows), 1, dtype=torch.float64, device=rows.device)
+    wide = _piece if rows.device.type == 'cpu' else rows.numel()
     high = max(1, wide//rows.shape[1])
     for i in range(0, len(rows), high):
         for a in rows[i:i+high].split(wide, 1):
-            v, t = torch.empty_like(a), torch.empty_like(a)
+            v = torch.empty_like(a)
+            t = torch.empty_like(a)
             for k, s in enumerate(scales[:, i:i+high].unbind()):
-                found[k, i:i+high] += _snap_(torch.div(a, s, out=v), t, fmt, signed).mul_(s).sub_(a).square_().sum(1, keepdim=True)
+                found[k, i:i+high] += _snap_(torch.div(a, s, out=v), t, fmt,
+                                             signed).mul_(s).sub_(a).square_().sum(1, keepdim=True)
     return found
 
 _many = 2**20
 
 def _least_error(rows, full, fmt, signed):
-    "The share of `full` with the least error, of 33; among many values a quarter of the shares first, then the neighbours of the best."
-    shares, coarse = torch.linspace(1, .2, 33).to(full), 1 if rows.numel() <= _many else 4
+    """The share of `full` with the least error, of 33; among many values a quarter of the shares
+    first, then the neighbours of the best."""
+    shares = torch.linspace(1, .2, 33).to(full)
+    coarse = 1 if rows.numel() <= _many else 4
     best = coarse*_errors(rows, full*shares[::coarse, None, None], fmt, signed).argmin(0)
     while coarse > 1:
         coarse //= 2
         near = torch.stack([best, (best-coarse).clamp(min=0), (best+coarse).clamp(max=32)])
-        best = near.gather(0, _errors(rows, full*shares[near], fmt, signed).argmin(0, keepdim=True))[0]
+        best = near.gather(
+            0, _errors(rows, full*shares[near], fmt, signed).argmin(0, keepdim=True))[0]
     return full*shares[best]
 
 # %% ../../nbs/api/quant/10_formats.ipynb #a1f0c003
@@ -196,12 +230,16 @@ def choose_scale(
     rows = x.detach().flatten(1) if per_channel else x.detach().reshape(1, -1)
     low, high = rows.aminmax(dim=1, keepdim=True)
     most = torch.maximum(high, -low)
-    if not most.isfinite().all(): raise ValueError(f"`x` must be finite; {int((~rows.isfinite()).sum())} of {rows.numel()} values are not. Does the model overflow on the calibration images?")
+    if not most.isfinite().all():
+        raise ValueError(f"`x` must be finite; {int((~rows.isfinite()).sum())} of "
+                         f"{rows.numel()} values are not. Does the model overflow on the "
+                         "calibration images?")
     if rule == 'percentile':
         inner = rows.abs().kthvalue(math.ceil(.999*rows.shape[1]), 1, keepdim=True).values
         most = torch.where(inner > 0, inner, most)
     scale = torch.where(most > 0, most, torch.ones_like(most)) / fmt.top(signed)
-    if rule == 'mse': scale = _least_error(rows, scale, fmt, signed)
+    if rule == 'mse':
+        scale = _least_error(rows, scale, fmt, signed)
     return scale.view(-1, *[1]*(x.ndim-1)) if per_channel else scale.reshape([1]*x.ndim)
 
 # %% ../../nbs/api/quant/10_formats.ipynb #fb7bb6d5
@@ -209,7 +247,8 @@ class _StraightThrough(torch.autograd.Function):
     "Forward: round. Backward: the identity inside the range, zero outside."
     @staticmethod
     def forward(ctx, x, scale, fmt, signed):
-        v, top = x/scale, fmt.top(signed)
+        v = x/scale
+        top = fmt.top(signed)
         ctx.save_for_backward(v.clamp(-top if signed else 0, top) == v)
         return _rounded(x, fmt, scale, signed)
     @staticmethod
@@ -221,7 +260,8 @@ def fake_quantize(
     fmt:NumberFormat,   # Format
     scale:Tensor,       # What one unit of the levels stands for, as `choose_scale` gives it
     signed:bool=True,   # False for unsigned INT
-)->Tensor:              # Values on the grid, same shape; the gradient passes straight through inside the range
+    # Values on the grid, same shape; the gradient passes straight through inside the range
+)->Tensor:
     "Round to `fmt` and back, with a straight-through gradient (Jacob et al. 2018, arXiv:1712.05877)."
     if torch.is_grad_enabled() and x.requires_grad: return _StraightThrough.apply(x, scale, fmt, signed)
     return _rounded(x, fmt, scale, signed)
@@ -237,7 +277,8 @@ class QuantSpec:
 
     def __str__(self):
         usual = NumberFormat('INT', 8) if self.weights.kind in ('POT', 'APOT') else self.weights
-        return str(self.weights) if self.activations == usual else f'{self.weights}/{self.activations}'
+        return (str(self.weights) if self.activations == usual
+                else f'{self.weights}/{self.activations}')
 
 def quant_spec(
     name:str,                # 'INT8', 'POT4', 'FLOAT4', 'FP8', or weights/activations as in 'INT4/INT8'
@@ -249,5 +290,6 @@ def quant_spec(
     if rule not in _rules: raise ValueError(f"`rule` must be 'minmax', 'percentile' or 'mse'; got {rule!r}.")
     first, slash, second = str(name).partition('/')
     weights = number_format(first)
-    activations = number_format(second) if slash else NumberFormat('INT', 8) if weights.kind in ('POT', 'APOT') else weights
+    activations = number_format(second) if slash else NumberFormat(
+        'INT', 8) if weights.kind in ('POT', 'APOT') else weights
     return QuantSpec(weights, activations, per_channel, rule)

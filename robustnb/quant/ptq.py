@@ -20,19 +20,24 @@ from ..models.graph import fold_batchnorm, keep_facts
 from .formats import choose_scale, fake_quantize, _flat, quant_spec, QuantSpec
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #b1f0c003
-def _scores(q, k, scale): return (q*(q.shape[-1]**-.5 if scale is None else scale)) @ k.transpose(-2, -1)
+def _scores(q, k, scale):
+    return (q*(q.shape[-1]**-.5 if scale is None else scale)) @ k.transpose(-2, -1)
 
 def _attend(scores, mask):
-    if mask is not None: scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if mask is not None:
+        scores = scores.masked_fill(~mask,
+                                    -torch.inf) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1)
 
 def _open_attention(model):
     "Replace torch's one call for attention by its two products and the softmax between them, in place."
     for node in [n for n in model.graph.nodes if n.target is F.scaled_dot_product_attention]:
-        given = dict(zip(('query', 'key', 'value', 'attn_mask', 'dropout_p', 'is_causal'), node.args)) | dict(node.kwargs)
+        given = dict(zip(('query', 'key', 'value', 'attn_mask', 'dropout_p', 'is_causal'),
+                         node.args)) | dict(node.kwargs)
         if given.get('is_causal') or given.get('enable_gqa'): continue
         with model.graph.inserting_before(node):
-            scores = model.graph.call_function(_scores, (given['query'], given['key'], given.get('scale')))
+            scores = model.graph.call_function(
+                _scores, (given['query'], given['key'], given.get('scale')))
             shares = model.graph.call_function(_attend, (scores, given.get('attn_mask')))
             out = model.graph.call_function(torch.matmul, (shares, given['value']))
         node.replace_all_uses_with(out)
@@ -41,27 +46,37 @@ def _open_attention(model):
     return model
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #b89d1e63
-_clips = (nn.ReLU, nn.ReLU6, nn.Hardtanh, F.relu, F.relu6, F.hardtanh, torch.relu, torch.clamp, 'relu', 'clamp')
-_moves = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout2d, nn.Identity, nn.Flatten, nn.Unflatten, nn.ZeroPad2d, nn.PixelShuffle, nn.PixelUnshuffle,
-          nn.ChannelShuffle, F.max_pool2d, F.dropout, F.pad, torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.chunk, torch.split, torch.unbind,
-          torch.squeeze, torch.unsqueeze, torch.roll, 'flatten', 'view', 'reshape', 'permute', 'transpose', 'contiguous', 'unsqueeze', 'squeeze', 'chunk', 'split',
-          'unbind', 'unflatten', 'expand', 'roll', 'size', 'dim', 'stochastic_depth')
+_clips = (nn.ReLU, nn.ReLU6, nn.Hardtanh, F.relu, F.relu6, F.hardtanh, torch.relu, torch.clamp,
+          'relu', 'clamp')
+_moves = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout2d, nn.Identity,
+          nn.Flatten, nn.Unflatten, nn.ZeroPad2d, nn.PixelShuffle, nn.PixelUnshuffle,
+          nn.ChannelShuffle, F.max_pool2d, F.dropout, F.pad, torch.flatten, torch.reshape,
+          torch.permute, torch.transpose, torch.chunk, torch.split, torch.unbind,
+          torch.squeeze, torch.unsqueeze, torch.roll, 'flatten', 'view', 'reshape', 'permute',
+          'transpose', 'contiguous', 'unsqueeze', 'squeeze', 'chunk', 'split', 'unbind',
+          'unflatten', 'expand', 'roll', 'size', 'dim', 'stochastic_depth')
 
 def _is(node, model, kinds):
     "Does `node` call one of `kinds`: module classes, functions or method names?"
-    if node.op == 'call_module': return isinstance(model.get_submodule(node.target), tuple(k for k in kinds if isinstance(k, type)))
-    return node.op in ('call_function', 'call_method') and (node.target in kinds or getattr(node.target, '__name__', None) == 'stochastic_depth' in kinds)
+    if node.op == 'call_module':
+        return isinstance(model.get_submodule(node.target),
+                          tuple(k for k in kinds if isinstance(k, type)))
+    return node.op in ('call_function', 'call_method') and (node.target in kinds or getattr(
+        node.target, '__name__', None) == 'stochastic_depth' in kinds)
 
 def _moves_only(node, model):
-    "Does `node` keep the levels as they are? An item does, unless it is the first sight of what a module returned in a tuple."
+    """Does `node` keep the levels as they are? An item does, unless it is the first sight of what a
+    module returned in a tuple."""
     item = node.op == 'call_function' and node.target is getitem
-    return _is(node, model, _moves) or item and not (isinstance(node.args[1], int) and node.args[0].op == 'call_module')
+    return (_is(node, model, _moves)
+            or item and not (isinstance(node.args[1], int) and node.args[0].op == 'call_module'))
 
 def _of_image(model):
     "The nodes that depend on the image, not on weights alone."
     found = set()
     for node in model.graph.nodes:
-        if node.op == 'placeholder' or not found.isdisjoint(node.all_input_nodes): found.add(node)
+        if node.op == 'placeholder' or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
     return found
 
 def quantization_points(
@@ -70,15 +85,21 @@ def quantization_points(
     "The nodes whose output an engine would store."
     output = next(n for n in model.graph.nodes if n.op == 'output')
     logits = output.all_input_nodes
-    while any(_moves_only(n, model) for n in logits): logits = [m for n in logits for m in (n.all_input_nodes if _moves_only(n, model) else [n])]
-    points, of_image = [], _of_image(model)
+    while any(_moves_only(n, model) for n in logits):
+        logits = [m for n in logits for m in (n.all_input_nodes if _moves_only(n, model) else [n])]
+    points = []
+    of_image = _of_image(model)
     for node in model.graph.nodes:
         if node not in of_image or not node.users: continue
-        computed = node.op in ('call_module', 'call_function', 'call_method') and not (_is(node, model, _clips) or _moves_only(node, model))
-        first = node.op == 'placeholder' and not all(_is(u, model, (Normalize,)) for u in node.users)
+        computed = (node.op in ('call_module', 'call_function', 'call_method')
+                    and not (_is(node, model, _clips) or _moves_only(node, model)))
+        first = (node.op == 'placeholder'
+                 and not all(_is(u, model, (Normalize,)) for u in node.users))
         if not (computed or first): continue
-        while len(node.users) == 1 and _is(next(iter(node.users)), model, _clips): node = next(iter(node.users))
-        if node not in logits and node not in points: points.append(node)
+        while len(node.users) == 1 and _is(next(iter(node.users)), model, _clips):
+            node = next(iter(node.users))
+        if node not in logits and node not in points:
+            points.append(node)
     return points
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #1f36cbc0
@@ -89,33 +110,44 @@ def _sample(x, room):
     "Extremes of `x` and about `room` of its values, evenly from all channels, rows and columns."
     flat = _flat(x.detach())
     step = max(1, len(flat)//room)
-    while math.gcd(step, len(flat)) > 1: step += 1
+    while math.gcd(step, len(flat)) > 1:
+        step += 1
     return torch.cat([torch.stack(flat.aminmax()), flat[::step]])
 
 def _derives(layer, x):
-    "Does `layer` compute with something else than its weight, a standardised one for example? Then doubling the weight does not double the answer."
+    """Does `layer` compute with something else than its weight, a standardised one for example?
+    Then doubling the weight does not double the answer."""
     if 'weight' not in dict(layer.named_parameters(recurse=False)): return True
     if type(layer).forward in [kind.forward for kind in _weighted]: return False
     one = copy.deepcopy(layer)
-    if one.bias is not None: one.bias.zero_()
+    if one.bias is not None:
+        one.bias.zero_()
     before = one(x[:1])
     one.weight.mul_(2)
     return not torch.allclose(one(x[:1]), 2*before, rtol=1e-4, atol=1e-5*before.abs().max().item())
 
 class _Watch(fx.Interpreter):
-    "Runs a graph, keeps a sample of the values at some nodes, and finds layers whose weight is not used as it is."
+    """Runs a graph, keeps a sample of the values at some nodes, and finds layers whose weight is
+    not used as it is."""
     def __init__(self, model, points):
         super().__init__(model)
-        self.points, self.seen, self.share, self.derived = set(points), {}, 1, {}
+        self.points = set(points)
+        self.seen = {}
+        self.share = 1
+        self.derived = {}
     def call_module(self, target, args, kwargs):
         layer = self.fetch_attr(target)
-        if isinstance(layer, _weighted) and target not in self.derived: self.derived[target] = _derives(layer, (*args, *kwargs.values())[0])
+        if isinstance(layer, _weighted) and target not in self.derived:
+            self.derived[target] = _derives(layer, (*args, *kwargs.values())[0])
         return super().call_module(target, args, kwargs)
     def run_node(self, node):
         out = super().run_node(node)
         if node not in self.points or not isinstance(out, Tensor) or not out.is_floating_point(): return out
         sample = _sample(out, max(1, int(_sample_size*self.share)))
-        if not sample[:2].isfinite().all(): raise ValueError(f"`model` must be finite on `images`; the values after {node.name} are not. Does the model overflow on the calibration images?")
+        if not sample[:2].isfinite().all():
+            raise ValueError("`model` must be finite on `images`; the values after "
+                             f"{node.name} are not. Does the model overflow on the "
+                             "calibration images?")
         self.seen.setdefault(node.name, []).append(sample)
         return out
 
@@ -124,8 +156,11 @@ def _check_weights(model):
     "Raise if a parameter or a running statistic is not finite."
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         counts = isinstance(t, nn.Parameter) or name.rpartition('.')[2].startswith('running_')
-        if counts and t.is_floating_point() and t.numel() and not torch.stack(t.detach().aminmax()).isfinite().all():
-            raise ValueError(f"`model` must have finite weights; {int((~t.isfinite()).sum())} of the {t.numel()} values of {name} are NaN or infinite. Was the training run broken off, or did it diverge?")
+        if (counts and t.is_floating_point() and t.numel()
+            and not torch.stack(t.detach().aminmax()).isfinite().all()):
+            raise ValueError(f"`model` must have finite weights; {int((~t.isfinite()).sum())} "
+                             f"of the {t.numel()} values of {name} are NaN or infinite. Was "
+                             "the training run broken off, or did it diverge?")
 
 @dataclass(frozen=True)
 class Calibration:
@@ -133,7 +168,8 @@ class Calibration:
     model:nn.Module      # The model it was made from
     graph:fx.GraphModule # The model folded, attention opened, nothing rounded
     values:dict          # Node -> extremes and a sample of its values
-    derived:tuple        # Layers that compute with something else than their weight: standardised convolutions
+    # Layers that compute with something else than their weight: standardised convolutions
+    derived:tuple
 
 @torch.no_grad()
 def calibrate(
@@ -142,14 +178,20 @@ def calibrate(
     batch_size:int=100,   # Images at a time
 )->Calibration:           # For `quantize`, any number of times
     "Read the ranges of all tensors of a model off some images."
-    check_model(model); check_images(images, 'images'); _check_weights(model)
-    if hasattr(model, 'left_float'): raise ValueError("`model` must be in full precision; this one is a copy that `quantize` made. Give the original.")
+    check_model(model)
+    check_images(images, 'images')
+    _check_weights(model)
+    if hasattr(model, 'left_float'):
+        raise ValueError("`model` must be in full precision; this one is a copy that "
+                         "`quantize` made. Give the original.")
     q = _open_attention(fold_batchnorm(model))
-    watch, like = _Watch(q, quantization_points(q)), next(model.parameters(), images)
+    watch = _Watch(q, quantization_points(q))
+    like = next(model.parameters(), images)
     for s in batches(len(images), batch_size):
         watch.share = (s.stop-s.start)/len(images)
         watch.run(images[s].to(like.device).contiguous(memory_format=torch.channels_last))
-    return Calibration(model, q, {name: torch.cat(parts) for name, parts in watch.seen.items()}, tuple(n for n, odd in watch.derived.items() if odd))
+    return Calibration(model, q, {name: torch.cat(parts) for name, parts in watch.seen.items()},
+                       tuple(n for n, odd in watch.derived.items() if odd))
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #38979904
 class FakeQuantize(nn.Module):
@@ -161,7 +203,8 @@ class FakeQuantize(nn.Module):
         super().__init__()
         self.fmt, self.on = spec.activations, True
         self.signed = self.fmt.kind != 'INT' or values.min().item() < 0
-        self.register_buffer('scale', choose_scale(values, self.fmt, spec.rule, signed=self.signed).reshape(()))
+        self.register_buffer(
+            'scale', choose_scale(values, self.fmt, spec.rule, signed=self.signed).reshape(()))
     def forward(self,
         x:Tensor,    # Any tensor
     ):
@@ -177,12 +220,18 @@ def _free_weights(model, original):
     for node in model.graph.nodes:
         if node.op == 'get_attr' and node.target.endswith('.weight'):
             owner = node.target.removesuffix('.weight')
-            try: layer = original.get_submodule(owner)
-            except AttributeError: continue
-            if isinstance(layer, _weighted): found[node.target] = f'{owner}.bias'
+            try:
+                layer = original.get_submodule(owner)
+            except AttributeError:
+                continue
+            if isinstance(layer, _weighted):
+                found[node.target] = f'{owner}.bias'
         if node.op == 'call_function' and node.target in _linears:
-            weight, bias = (node.args[i] if len(node.args) > i else node.kwargs.get(k) for i, k in ((1, 'weight'), (2, 'bias')))
-            if getattr(weight, 'op', None) == 'get_attr': found[weight.target] = bias.target if getattr(bias, 'op', None) == 'get_attr' else None
+            weight, bias = (node.args[i] if len(node.args) > i else node.kwargs.get(k)
+                            for i, k in ((1, 'weight'), (2, 'bias')))
+            if getattr(weight, 'op', None) == 'get_attr':
+                found[weight.target] = (bias.target if getattr(bias, 'op', None) == 'get_attr'
+                                        else None)
     return found
 
 def _unrounded(model, done):
@@ -190,7 +239,9 @@ def _unrounded(model, done):
     names = set()
     for n, _ in model.named_parameters():
         owner = n.rpartition('.')[0]
-        if n not in done: names.add(n if not owner or any(True for _ in model.get_submodule(owner).children()) else owner)
+        if n not in done:
+            names.add(n if not owner or any(True for _ in model.get_submodule(owner).children())
+                      else owner)
     return tuple(sorted(names))
 
 _seen_through = ('torch', '_operator', 'operator', 'math', 'builtins', 'robustnb', '__main__')
@@ -199,17 +250,24 @@ def _hides(node, model):
     "Does the call take several steps that the graph does not show?"
     if node.op == 'call_module':
         layer = model.get_submodule(node.target)
-        return any(True for _ in layer.children()) or isinstance(layer, (nn.RNNBase, nn.MultiheadAttention))
+        return any(True for _ in layer.children()) or isinstance(
+            layer, (nn.RNNBase, nn.MultiheadAttention))
     if node.op != 'call_function' or _is(node, model, _moves): return False
-    return node.target is F.scaled_dot_product_attention or (getattr(node.target, '__module__', None) or 'torch').partition('.')[0] not in _seen_through
+    return node.target is F.scaled_dot_product_attention or (getattr(
+        node.target, '__module__', None) or 'torch').partition('.')[0] not in _seen_through
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #b1f0c0b1
 def _whole_biases(q, scales):
-    "Biases become whole multiples of input scale times weight scale, in place; `scales` are those of the weights, by their names"
+    """Biases become whole multiples of input scale times weight scale, in place; `scales` are those
+    of the weights, by their names"""
     called = [n.target for n in q.graph.nodes if n.op == 'call_module']
-    for node in [n for n in q.graph.nodes if n.op == 'call_module' and f'{n.target}.weight' in scales and called.count(n.target) == 1]:
-        layer, source = q.get_submodule(node.target), node.all_input_nodes[0]
-        while _moves_only(source, q): source = source.all_input_nodes[0]
+    for node in [n for n in q.graph.nodes if n.op == 'call_module'
+                                             and f'{n.target}.weight' in scales
+                                             and called.count(n.target) == 1]:
+        layer = q.get_submodule(node.target)
+        source = node.all_input_nodes[0]
+        while _moves_only(source, q):
+            source = source.all_input_nodes[0]
         rounder = q.get_submodule(source.target) if source.op == 'call_module' else None
         if layer.bias is None or not isinstance(rounder, FakeQuantize) or rounder.fmt.kind != 'INT': continue
         unit = scales[f'{node.target}.weight'].flatten()*rounder.scale
@@ -220,26 +278,38 @@ def _whole_biases(q, scales):
 def quantize(
     model:nn.Module,      # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode; not changed
     spec:str,             # 'INT8', 'POT4', 'INT4/INT8', ..., or a `QuantSpec`
-    images:Tensor,        # Calibration images (N,C,H,W), float, pixels in [0,1], real or generated; or the `Calibration` of this model
+    # Calibration images (N,C,H,W), float, pixels in [0,1], real or generated; or the `Calibration`
+    # of this model
+    images:Tensor,
 )->fx.GraphModule:        # A model with the same contract that computes in that format
     "Post-training quantisation: fold, calibrate, round (Nagel et al. 2021, arXiv:2106.08295)."
-    spec, seen = quant_spec(spec), images if isinstance(images, Calibration) else calibrate(model, images)
-    if seen.model is not model: raise ValueError("`images` must be images, or the `Calibration` of this very `model`; got that of another. Call `calibrate(model, images)`.")
-    q, done, scales = copy.deepcopy(seen.graph), set(), {}
-    nodes, of_image = {n.name: n for n in q.graph.nodes}, _of_image(q)
+    spec = quant_spec(spec)
+    seen = images if isinstance(images, Calibration) else calibrate(model, images)
+    if seen.model is not model:
+        raise ValueError("`images` must be images, or the `Calibration` of this very `model`; "
+                         "got that of another. Call `calibrate(model, images)`.")
+    q = copy.deepcopy(seen.graph)
+    done = set()
+    scales = {}
+    nodes = {n.name: n for n in q.graph.nodes}
+    of_image = _of_image(q)
     for name, values in seen.values.items():
         q.add_submodule(f'round_{name}', FakeQuantize(spec, values))
-        with q.graph.inserting_after(nodes[name]): new = q.graph.call_module(f'round_{name}', (nodes[name],))
+        with q.graph.inserting_after(nodes[name]):
+            new = q.graph.call_module(f'round_{name}', (nodes[name],))
         nodes[name].replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
-    layers = {f'{n}.weight': f'{n}.bias' for n, m in q.named_modules() if isinstance(m, _weighted) and n not in seen.derived}
+    layers = {f'{n}.weight': f'{n}.bias' for n, m in q.named_modules()
+              if isinstance(m, _weighted) and n not in seen.derived}
     for name, bias in (layers | _free_weights(q, model)).items():
         weight = getattr(q.get_submodule(name.rpartition('.')[0]), name.rpartition('.')[2])
         scales[name] = choose_scale(weight, spec.weights, spec.rule, spec.per_channel)
         weight.copy_(fake_quantize(weight, spec.weights, scales[name]))
         done |= {name, bias}
     q.recompile()
-    if spec.weights.kind == 'INT': _whole_biases(q, scales)
-    keep_facts(q, spec=spec, left_float=_unrounded(q, done), opaque=tuple(n.name for n in nodes.values() if n in of_image and _hides(n, q)))
+    if spec.weights.kind == 'INT':
+        _whole_biases(q, scales)
+    keep_facts(q, spec=spec, left_float=_unrounded(q, done),
+               opaque=tuple(n.name for n in nodes.values() if n in of_image and _hides(n, q)))
     return q.requires_grad_(False).eval()
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #f68cf10c
@@ -247,12 +317,16 @@ def model_bytes(
     model:nn.Module,   # Any network; fold it first to see what an engine stores
     weight_bits=32,    # Bits per weight of convolutions and linear layers, 1 to 32
 )->int:                # Bytes, rounded up
-    "Storage of a model whose convolution and linear weights take `weight_bits` and all other numbers 32 bits."
-    if isinstance(weight_bits, bool) or not (isinstance(weight_bits, int) and 1 <= weight_bits <= 32):
-        raise ValueError(f"`weight_bits` must be an integer from 1 to 32; got {weight_bits!r}. 32 is the model without quantisation.")
+    """Storage of a model whose convolution and linear weights take `weight_bits` and all other
+    numbers 32 bits."""
+    if isinstance(weight_bits,
+                  bool) or not (isinstance(weight_bits, int) and 1 <= weight_bits <= 32):
+        raise ValueError("`weight_bits` must be an integer from 1 to 32; got "
+                         f"{weight_bits!r}. 32 is the model without quantisation.")
     modules = list(model.modules())
     weights = {m.weight: m.weight.numel() for m in modules if isinstance(m, (_ConvNd, nn.Linear))}
-    running = sum(m.running_mean.numel() + m.running_var.numel() for m in modules if isinstance(m, _BatchNorm) and m.running_mean is not None)
+    running = sum(m.running_mean.numel() + m.running_var.numel() for m in modules
+                  if isinstance(m, _BatchNorm) and m.running_mean is not None)
     few = sum(weights.values())
     many = sum(p.numel() for p in model.parameters()) - few + running
     return -(-(weight_bits*few + 32*many)//8)

@@ -25,28 +25,42 @@ def layer_sensitivity(
     model:nn.Module,            # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     quantised:fx.GraphModule,   # Its quantised copy, from `quantize`
     x:Tensor,                   # Images (N,C,H,W), float, pixels in [0,1]; labels are not needed
-)->pd.DataFrame:                # One row per rounded tensor: layer, kind ('weights' or 'activations'), nsr, logit_noise
+    # One row per rounded tensor: layer, kind ('weights' or 'activations'), nsr, logit_noise
+)->pd.DataFrame:
     "First-order noise of each rounding at the logits, one at a time."
     check_images(x)
-    clean, partial = fold_batchnorm(model), copy.deepcopy(quantised)
-    floats, rounded = dict(clean.named_parameters()), dict(quantised.named_parameters())
+    clean = fold_batchnorm(model)
+    partial = copy.deepcopy(quantised)
+    floats = dict(clean.named_parameters())
+    rounded = dict(quantised.named_parameters())
     rounders = {n: m for n, m in partial.named_modules() if isinstance(m, FakeQuantize)}
-    for m in rounders.values(): m.on = False
-    for n, p in partial.named_parameters(): p.copy_(floats[n])
-    signal, rows, heard = predict(clean, x), [], {}
-    hooks = [m.register_forward_hook(lambda m, args, out, n=n: heard.update({n: (args[0], out)})) for n, m in rounders.items()]
+    for m in rounders.values():
+        m.on = False
+    for n, p in partial.named_parameters():
+        p.copy_(floats[n])
+    signal = predict(clean, x)
+    rows = []
+    heard = {}
+    hooks = [m.register_forward_hook(lambda m, args, out, n=n: heard.update({n: (args[0], out)}))
+             for n, m in rounders.items()]
     arriving = lambda: noise_ratio(signal, predict(partial, x))
-    for n in progress([n for n in floats if not n.endswith('bias') and not torch.equal(floats[n], rounded[n])], 'weights'):
+    for n in progress([n for n in floats
+                       if not n.endswith('bias') and not torch.equal(floats[n], rounded[n])],
+                      'weights'):
         partial.get_parameter(n).copy_(rounded[n])
-        nsr = ((rounded[n]-floats[n]).square().sum()/floats[n].square().sum().clamp_min(1e-30)).item()
-        rows.append(dict(layer=n.removesuffix('.weight'), kind='weights', nsr=nsr, logit_noise=arriving()))
+        nsr = (((rounded[n]-floats[n]).square().sum()/floats[n].square().sum().clamp_min(1e-30))
+               .item())
+        rows.append(dict(layer=n.removesuffix('.weight'), kind='weights', nsr=nsr,
+                         logit_noise=arriving()))
         partial.get_parameter(n).copy_(floats[n])
     for n, m in progress(rounders.items(), 'activations'):
         m.on = True
         noise = arriving()
-        rows.append(dict(layer=n.removeprefix('round_'), kind='activations', nsr=noise_ratio(*heard[n]), logit_noise=noise))
+        rows.append(dict(layer=n.removeprefix('round_'), kind='activations',
+                         nsr=noise_ratio(*heard[n]), logit_noise=noise))
         m.on = False
-    for h in hooks: h.remove()
+    for h in hooks:
+        h.remove()
     return pd.DataFrame(rows)
 
 # %% ../../nbs/api/quant/30_sensitivity.ipynb #b00071d4
@@ -55,6 +69,8 @@ def output_change(
     after:Tensor,    # Logits (N,K) of the changed model on the same images
 )->pd.DataFrame:     # One row per image: js (nats), flip (bool)
     "How different two models answer, image by image."
-    if before.shape != after.shape or before.ndim != 2: raise ValueError(f"`before` and `after` must be logits (N,K) of the same images; got {tuple(before.shape)} and {tuple(after.shape)}.")
+    if before.shape != after.shape or before.ndim != 2:
+        raise ValueError("`before` and `after` must be logits (N,K) of the same images; got "
+                         f"{tuple(before.shape)} and {tuple(after.shape)}.")
     js = js_divergence(before.double().softmax(1).numpy(), after.double().softmax(1).numpy())
     return pd.DataFrame(dict(js=js, flip=(before.argmax(1) != after.argmax(1)).numpy()))

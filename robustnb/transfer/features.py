@@ -19,7 +19,8 @@ from ..quant.sensitivity import noise_ratio
 def _changed_weights(model, quantised):
     "(name, weight before, weight after) of each rounded layer"
     floats = dict(fold_batchnorm(model).named_parameters())
-    return [(n.removesuffix('.weight'), floats[n].detach(), p.detach()) for n, p in quantised.named_parameters() if n.endswith('weight') and p.ndim > 1]
+    return [(n.removesuffix('.weight'), floats[n].detach(), p.detach())
+            for n, p in quantised.named_parameters() if n.endswith('weight') and p.ndim > 1]
 
 @torch.no_grad()
 def noise_sum(
@@ -30,11 +31,16 @@ def noise_sum(
     "Noise-to-signal ratios of all roundings, added up."
     check_images(x)
     heard = []
-    hooks = [m.register_forward_hook(lambda m, args, out: heard.append(noise_ratio(args[0], out))) for m in quantised.modules() if isinstance(m, FakeQuantize)]
-    try: predict(quantised, x, len(x))
+    hooks = [m.register_forward_hook(lambda m, args, out: heard.append(noise_ratio(args[0], out)))
+             for m in quantised.modules() if isinstance(m, FakeQuantize)]
+    try:
+        predict(quantised, x, len(x))
     finally:
-        for h in hooks: h.remove()
-    return dict(weights=sum(((b-a).square().sum()/a.square().sum().clamp_min(1e-30)).item() for _, a, b in _changed_weights(model, quantised)), activations=sum(heard))
+        for h in hooks:
+            h.remove()
+    return dict(weights=sum(((b-a).square().sum()/a.square().sum().clamp_min(1e-30)).item()
+                            for _, a, b in _changed_weights(model, quantised)),
+                activations=sum(heard))
 
 # %% ../../nbs/api/transfer/20_features.ipynb #ed4d52f2
 def relative_margin(
@@ -42,7 +48,8 @@ def relative_margin(
 )->float:            # Mean lead of the first choice in standard deviations of all logits; at least 0.001
     "How clear the answers are, whatever the scale of the logits."
     first, second = logits.double().topk(2, 1).values.T
-    return ((first-second).mean()/logits.double().std(correction=0).clamp_min(1e-30)).clamp_min(1e-3).item()
+    return ((first-second).mean()/logits.double().std(correction=0).clamp_min(1e-30)).clamp_min(
+        1e-3).item()
 
 # %% ../../nbs/api/transfer/20_features.ipynb #452d1a1b
 @torch.no_grad()
@@ -54,6 +61,7 @@ def softmax_js(
     "Divergence of softmaxed weights, as `klin02/Model-Transfer-Adaptability` defines it."
     macs = model_complexity(fold_batchnorm(model), shape).groupby('name').macs.sum()
     rows = lambda w: w.double().softmax(1).movedim(1, -1).flatten(0, -2).numpy()
-    layers = [(js_divergence(rows(a), rows(b)).sum().item(), float(macs.get(n, 0)), a.numel()) for n, a, b in _changed_weights(model, quantised)]
+    layers = [(js_divergence(rows(a), rows(b)).sum().item(), float(macs.get(n, 0)), a.numel())
+              for n, a, b in _changed_weights(model, quantised)]
     js, flops, params = torch.tensor(layers, dtype=torch.float64).T
     return dict(flops=(js @ flops/flops.sum()).item(), params=(js @ params/params.sum()).item())

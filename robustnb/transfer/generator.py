@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core import batches, check_model, fast_bf16, make_generator, progress, subseed
 from ..files import fill, load_state, explain_errors, save_state
-from ..distributed import (
-    as_main_, init_distributed, moments, part, world_size as processes, all_sum, all_sum_gradients_, whole_batch)
+from ..distributed import (as_main_, init_distributed, moments, part,
+                                  world_size as processes, all_sum, all_sum_gradients_, whole_batch)
 from ..models.wrapping import batchnorms, last_linear
 
 # %% ../../nbs/api/transfer/10_generator.ipynb #05fbc83a
 class Generator(nn.Module):
-    "Class mixtures to images, after the CIFAR generator of Choi et al. 2021 (Qimera, arXiv:2111.02625), with pixels in [0,1]."
+    """Class mixtures to images, after the CIFAR generator of Choi et al. 2021 (Qimera,
+    arXiv:2111.02625), with pixels in [0,1]."""
     def __init__(self,
         embedding:Tensor,  # Class embeddings (K,D)
         mean:Tensor,       # Mean of each channel (C,), pixels
@@ -33,11 +34,15 @@ class Generator(nn.Module):
         if not width >= 2: raise ValueError(f"`width` must be at least 2 channels; got {width}.")
         rows = embedding.detach().float().flatten(1)
         rows = (rows-rows.mean(1, keepdim=True))/rows.std(1, keepdim=True).clamp_min(1e-8)
-        for k, v in dict(embedding=rows, mean=mean, std=std, contrast=torch.ones(())).items(): self.register_buffer(k, v.detach().clone())
+        for k, v in dict(embedding=rows, mean=mean, std=std, contrast=torch.ones(())).items():
+            self.register_buffer(k, v.detach().clone())
         self.size, self.knows, low = size, 'nothing: it was not trained', size//4
-        conv = lambda i, o: [nn.Upsample(scale_factor=2), nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.LeakyReLU(.2)]
-        self.body = nn.Sequential(nn.Linear(rows.shape[1], width*low*low), nn.Unflatten(1, (width, low, low)), nn.BatchNorm2d(width),
-                                  *conv(width, width), *conv(width, width//2), nn.Conv2d(width//2, len(mean), 3, padding=1), nn.BatchNorm2d(len(mean), affine=False))
+        conv = lambda i, o: [nn.Upsample(scale_factor=2), nn.Conv2d(i, o, 3, padding=1),
+                             nn.BatchNorm2d(o), nn.LeakyReLU(.2)]
+        self.body = nn.Sequential(
+            nn.Linear(rows.shape[1], width*low*low), nn.Unflatten(1, (width, low, low)),
+            nn.BatchNorm2d(width), *conv(width, width), *conv(width, width//2),
+            nn.Conv2d(width//2, len(mean), 3, padding=1), nn.BatchNorm2d(len(mean), affine=False))
     def unclipped(self,
         targets:Tensor,    # Class mixtures (N,K), rows sum to 1
         noise:Tensor,      # Standard normal (N,D)
@@ -61,13 +66,16 @@ def draw_targets(
     "Soft labels of single classes and of pairs (Choi et al. 2021, arXiv:2111.02625)."
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
     if not (0 <= boundary <= 1): raise ValueError(f"`boundary` must be a share in [0, 1]; got {boundary}.")
-    if not (0 <= spread < float('inf')): raise ValueError(f"`spread` must be finite and not negative; got {spread}. 1 is that of the paper, 0 puts every pair halfway.")
+    if not (0 <= spread < float('inf')):
+        raise ValueError(f"`spread` must be finite and not negative; got {spread}. 1 is that "
+                         "of the paper, 0 puts every pair halfway.")
     first = torch.randint(n_classes, (n,), generator=generator)
     second = (first + torch.randint(1, n_classes, (n,), generator=generator)) % n_classes
     weights = (spread*torch.randn(n, 2, generator=generator)).softmax(1)
     single = torch.arange(n) >= round(n*boundary)
     weights[single] = torch.tensor([1., 0.])
-    return torch.zeros(n, n_classes).scatter_(1, first[:, None], weights[:, :1]).scatter_add_(1, second[:, None], weights[:, 1:])
+    return torch.zeros(n, n_classes).scatter_(
+        1, first[:, None], weights[:, :1]).scatter_add_(1, second[:, None], weights[:, 1:])
 
 # %% ../../nbs/api/transfer/10_generator.ipynb #fe9b930b
 @torch.no_grad()
@@ -79,9 +87,11 @@ def generate(
     spread:float=1.,      # How far from halfway they are, as in `draw_targets`
 )->tuple[Tensor, Tensor]: # Images (N,C,H,W), pixels in [0,1]; class mixtures (N,K)
     "Images from the generator, shuffled."
-    if generator.training: raise ValueError("`generator` must be in evaluation mode; call `generator.eval()`.")
+    if generator.training:
+        raise ValueError("`generator` must be in evaluation mode; call `generator.eval()`.")
     g = make_generator(seed, 'generate')
-    targets = draw_targets(n, len(generator.embedding), boundary, g, spread)[torch.randperm(n, generator=g)]
+    targets = draw_targets(n, len(generator.embedding), boundary, g,
+                           spread)[torch.randperm(n, generator=g)]
     noise = torch.randn(n, generator.embedding.shape[1], generator=g)
     return torch.cat([generator(targets[s], noise[s]) for s in batches(n, 250)]), targets
 
@@ -92,10 +102,13 @@ def bn_inputs(
 ):                     # A list that each forward pass fills with (layer, input)
     "Watch what goes into the batch-norm layers; nothing stays behind."
     seen = []
-    hooks = [bn.register_forward_pre_hook(lambda m, args: seen.append((m, args[0]))) for _, bn in batchnorms(model)]
-    try: yield seen
+    hooks = [bn.register_forward_pre_hook(lambda m, args: seen.append((m, args[0])))
+             for _, bn in batchnorms(model)]
+    try:
+        yield seen
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
 
 def bn_distance(
     seen:list,     # (layer, input) pairs from `bn_inputs`
@@ -110,7 +123,8 @@ def _distance(seen, statistics):
         var, mean = statistics(x.float())
         known = bn.running_var + 1e-6*bn.running_var.mean() + 1e-12
         ratio = var/known
-        return .5*(ratio + (mean-bn.running_mean).square()/known - 1 - ((ratio+.01)/1.01).log()).mean()
+        return .5*(
+            ratio + (mean-bn.running_mean).square()/known - 1 - ((ratio+.01)/1.01).log()).mean()
     return torch.stack([distance(bn, x) for bn, x in seen]).mean()
 
 # %% ../../nbs/api/transfer/10_generator.ipynb #84f351bb
@@ -123,15 +137,19 @@ def energy(
 )->dict:                  # ratio: generated over remembered variance; clip_rate: share of pixels at the clamp
     "Do the images have the energy that the model remembers?"
     targets = draw_targets(n, len(generator.embedding), 0., make_generator(seed, 'energy'))
-    noise = torch.randn(n, generator.embedding.shape[1], generator=make_generator(seed, 'energy noise'))
+    noise = torch.randn(n, generator.embedding.shape[1],
+                        generator=make_generator(seed, 'energy noise'))
     raw = generator.unclipped(targets, noise)
     x = raw.clamp(0, 1)
     clip_rate = ((raw < 0) | (raw > 1)).float().mean().item()
-    with bn_inputs(model) as seen: model(x.to(next(model.parameters()).device))
+    with bn_inputs(model) as seen:
+        model(x.to(next(model.parameters()).device))
     if seen:
         bn, first = seen[0]
-        ratio = (first.var((0, 2, 3), correction=0)/bn.running_var.clamp_min(1e-12)).log().median().exp().item()
-    else: ratio = (x.var((0, 2, 3))/generator.std.square()).mean().item()
+        ratio = ((first.var((0, 2, 3), correction=0)/bn.running_var.clamp_min(1e-12)).log()
+                 .median().exp().item())
+    else:
+        ratio = (x.var((0, 2, 3))/generator.std.square()).mean().item()
     return dict(ratio=ratio, clip_rate=clip_rate)
 
 def match_energy(
@@ -144,13 +162,17 @@ def match_energy(
     low, high = .25, 4.
     for _ in range(rounds):
         generator.contrast.fill_((low*high)**.5)
-        if energy(generator, model, seed=seed)['ratio'] > 1: high = generator.contrast.item()
-        else: low = generator.contrast.item()
+        if energy(generator, model, seed=seed)['ratio'] > 1:
+            high = generator.contrast.item()
+        else:
+            low = generator.contrast.item()
     return energy(generator, model, seed=seed)
 
 # %% ../../nbs/api/transfer/10_generator.ipynb #03750c1c
 def train_generator(
-    model:nn.Module,      # Classifier with normalisation inside (`normalize.mean`, `normalize.std`), in eval mode; not changed
+    # Classifier with normalisation inside (`normalize.mean`, `normalize.std`), in eval mode; not
+    # changed
+    model:nn.Module,
     steps:int=300,        # Optimiser steps, >= 0
     batch_size:int=64,    # Images in a step
     size:int=32,          # Height and width of the images, a multiple of 4
@@ -159,34 +181,57 @@ def train_generator(
     seed:int=0,           # Weights, classes and noise
     device=None,          # Where to train; None takes CUDA if there is one
 )->tuple[Generator, pd.DataFrame]:  # Generator in eval mode on the CPU; history, one row per step
-    "A conditional generator from the model alone, with data-free losses as in Xu et al. 2020 (GDFQ, arXiv:2003.03603)."
-    if not hasattr(check_model(model), 'normalize'): raise TypeError(f"`model` must have its normalisation inside; this {type(model).__name__} has none. Use `wrap_model`.")
+    """A conditional generator from the model alone, with data-free losses as in Xu et al. 2020
+    (GDFQ, arXiv:2003.03603)."""
+    if not hasattr(check_model(model), 'normalize'):
+        raise TypeError("`model` must have its normalisation inside; this "
+                        f"{type(model).__name__} has none. Use `wrap_model`.")
     if steps < 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
-    device, g = init_distributed(device), make_generator(seed, 'generator')
-    if batch_size < processes(): raise ValueError(f"`batch_size` must be at least the number of processes, {processes()}; got {batch_size}.")
-    home, flags = next(model.parameters()).device, [p.requires_grad for p in model.parameters()]
-    embedding, normalize = last_linear(model).weight.flatten(1), model.normalize
+    device = init_distributed(device)
+    g = make_generator(seed, 'generator')
+    if batch_size < processes():
+        raise ValueError("`batch_size` must be at least the number of processes, "
+                         f"{processes()}; got {batch_size}.")
+    home = next(model.parameters()).device
+    flags = [p.requires_grad for p in model.parameters()]
+    embedding = last_linear(model).weight.flatten(1)
+    normalize = model.normalize
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(subseed(seed, 'weights'))
-        net = Generator(embedding.cpu(), normalize.mean.flatten().cpu(), normalize.std.flatten().cpu(), size, width)
-    net, own = net.to(device).train(), part(batch_size)
+        net = Generator(embedding.cpu(), normalize.mean.flatten().cpu(),
+                        normalize.std.flatten().cpu(), size, width)
+    net = net.to(device).train()
+    own = part(batch_size)
     as_main_(net)
-    optimizer, history = torch.optim.Adam(net.parameters(), 1e-3, betas=(.5, .999)), []
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3, betas=(.5, .999))
+    history = []
     model.to(device).requires_grad_(False)
     try:
         for step in progress(range(steps), 'generator'):
-            for group in optimizer.param_groups: group['lr'] = 1e-3 if step < .75*steps else 2e-4
+            for group in optimizer.param_groups:
+                group['lr'] = 1e-3 if step < .75*steps else 2e-4
             targets = draw_targets(batch_size, len(embedding), boundary, g)[own].to(device)
             noise = torch.randn(batch_size, embedding.shape[1], generator=g)[own].to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)), bn_inputs(model) as seen, whole_batch(net): logits = model(net(targets, noise))
-            entropy, unusual = F.cross_entropy(logits.float(), targets)*(share := len(targets)/batch_size), _distance(seen, moments)
-            optimizer.zero_grad(set_to_none=True); (entropy + unusual/processes()).backward(); all_sum_gradients_(net); optimizer.step()
-            history.append(dict(step=step+1, cross_entropy=all_sum(entropy.detach()).item(), bn_distance=unusual.item(), agreement=all_sum((logits.argmax(1) == targets.argmax(1)).float().mean()*share).item()))
+            with (torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)),
+                  bn_inputs(model) as seen, whole_batch(net)):
+                logits = model(net(targets, noise))
+            entropy = F.cross_entropy(logits.float(), targets)*(share := len(targets)/batch_size)
+            unusual = _distance(seen, moments)
+            optimizer.zero_grad(set_to_none=True)
+            (entropy + unusual/processes()).backward()
+            all_sum_gradients_(net)
+            optimizer.step()
+            history.append(dict(
+                step=step+1, cross_entropy=all_sum(entropy.detach()).item(),
+                bn_distance=unusual.item(), agreement=all_sum(
+                    (logits.argmax(1) == targets.argmax(1)).float().mean()*share).item()))
     finally:
         model.to(home)
-        for p, flag in zip(model.parameters(), flags): p.requires_grad_(flag)
+        for p, flag in zip(model.parameters(), flags):
+            p.requires_grad_(flag)
     net = net.eval().cpu()
-    net.knows = 'batch-norm statistics' if batchnorms(model) else 'channel mean and deviation only: the network has no batch norm'
+    net.knows = ('batch-norm statistics' if batchnorms(model)
+                 else 'channel mean and deviation only: the network has no batch norm')
     match_energy(net, model, seed=seed)
     return net, pd.DataFrame(history)
 
@@ -199,19 +244,26 @@ def save_generator(
     path,                 # File to write; an existing one is replaced only once the new one is complete
 )->None:
     "Write a generator with all that `load_generator` needs."
-    if not isinstance(generator, Generator): raise TypeError(f"`generator` must be a Generator, as `train_generator` returns first; got {type(generator).__name__}.")
-    save_state(dict(format=_generator, size=generator.size, width=generator.body[2].num_features, knows=generator.knows,
-                    state_dict={k: v.detach().cpu() for k, v in generator.state_dict().items()}), path)
+    if not isinstance(generator, Generator):
+        raise TypeError("`generator` must be a Generator, as `train_generator` returns first; "
+                        f"got {type(generator).__name__}.")
+    save_state(dict(format=_generator, size=generator.size,
+                    width=generator.body[2].num_features, knows=generator.knows,
+                    state_dict={k: v.detach().cpu() for k, v in generator.state_dict().items()}),
+               path)
 
 def load_generator(
     path,          # File of `save_generator`
-)->Generator:      # In evaluation mode, on the CPU: for the same seed it draws the same images, to the last bit
+    # In evaluation mode, on the CPU: for the same seed it draws the same images, to the last bit
+)->Generator:
     "Read a generator."
     held = load_state(path)
-    if not isinstance(held, dict) or held.get('format') != _generator: raise ValueError(f"`path` must be a file of `save_generator`; {path} is something else.")
+    if not isinstance(held, dict) or held.get('format') != _generator:
+        raise ValueError(f"`path` must be a file of `save_generator`; {path} is something else.")
     with explain_errors(path, 'a file of `save_generator`'):
         state = held['state_dict']
-        generator = Generator(*(state[k] for k in ('embedding', 'mean', 'std')), held['size'], held['width'])
+        generator = Generator(*(state[k] for k in ('embedding', 'mean', 'std')), held['size'],
+                              held['width'])
         fill(generator, state, path)
         generator.knows = held['knows']
     return generator.eval()

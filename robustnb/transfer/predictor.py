@@ -48,17 +48,22 @@ class LossPredictor:
     "Coefficients that turn measured change into a share of accuracy lost; make one with `fit_predictor`."
     features:tuple          # Columns it reads
     coefficients:tuple      # Intercept, then one slope per feature, of the log-odds
-    spread:float            # Half width of the 95% interval in log-odds, from models that a bootstrap left out
+    # Half width of the 95% interval in log-odds, from models that a bootstrap left out
+    spread:float
     seen:tuple              # Smallest and largest log-odds in the fit
     models:tuple            # Models it was fitted on
 
     def predict(self,
         rows:pd.DataFrame,  # Columns `features` and `n_classes`
-    )->pd.DataFrame:        # predicted, lo, hi (shares of accuracy lost); outside: beyond what the fit has seen
+        # predicted, lo, hi (shares of accuracy lost); outside: beyond what the fit has seen
+    )->pd.DataFrame:
         "The loss that goes with each row."
-        cap, z = 1 - 1/rows.n_classes.to_numpy(float), self.coefficients[0] + _features(rows, self.features) @ np.array(self.coefficients[1:])
+        cap = 1 - 1/rows.n_classes.to_numpy(float)
+        z = self.coefficients[0] + _features(rows, self.features) @ np.array(self.coefficients[1:])
         loss = lambda z: cap/(1+np.exp(-z))
-        return pd.DataFrame(dict(predicted=loss(z), lo=loss(z-self.spread), hi=loss(z+self.spread), outside=(z < self.seen[0]) | (z > self.seen[1])), index=rows.index)
+        return pd.DataFrame(dict(predicted=loss(z), lo=loss(z-self.spread), hi=loss(z+self.spread),
+                                 outside=(z < self.seen[0]) | (z > self.seen[1])),
+                            index=rows.index)
 
 # %% ../../nbs/api/transfer/30_predictor.ipynb #052ad1c3
 def _left_out(f, cap, loss, models, keep):
@@ -75,29 +80,40 @@ def fit_predictor(
     resamples:int=50,    # Bootstrap samples of models, >= 1
     seed:int=0,          # Which models they hold
 )->tuple[LossPredictor, pd.DataFrame]:  # The link; each row's loss as predicted with its model left out
-    "Fit the link; its interval holds 95% of the errors on models that a bootstrap sample (Efron 1979, doi:10.1214/aos/1176344552) does not hold."
+    """Fit the link; its interval holds 95% of the errors on models that a bootstrap sample (Efron
+    1979, doi:10.1214/aos/1176344552) does not hold."""
     models = rows.model.to_numpy()
     names = tuple(dict.fromkeys(models))
-    if len(names) < 2: raise ValueError(f"`rows` must hold at least 2 models, so that one can be left out; got {names}.")
-    f, cap, loss = _features(rows, features), 1 - 1/rows.n_classes.to_numpy(float), rows[target].to_numpy(float)
+    if len(names) < 2:
+        raise ValueError(
+            f"`rows` must hold at least 2 models, so that one can be left out; got {names}.")
+    f = _features(rows, features)
+    cap = 1 - 1/rows.n_classes.to_numpy(float)
+    loss = rows[target].to_numpy(float)
     z = np.zeros(len(rows))
     for name in names:
         out, z_out = _left_out(f, cap, loss, models, [k for k in names if k != name])
         z[out] = z_out
-    left_out, errors, rng = rows.assign(predicted=cap/(1+np.exp(-z))), [], np.random.default_rng(seed)
+    left_out = rows.assign(predicted=cap/(1+np.exp(-z)))
+    errors = []
+    rng = np.random.default_rng(seed)
     odds = lambda z: _odds(cap/(1+np.exp(-z)), cap)
     for _ in range(resamples):
         keep = rng.choice(names, len(names))
-        while len(set(keep)) == len(names): keep = rng.choice(names, len(names))
+        while len(set(keep)) == len(names):
+            keep = rng.choice(names, len(names))
         out, z_out = _left_out(f, cap, loss, models, keep)
         z[out] = z_out
         errors.append(abs(odds(z) - _odds(loss, cap))[out])
     b = _fit(f, cap, loss)
     inside = b[0] + f @ b[1:]
-    return LossPredictor(tuple(features), tuple(b.tolist()), float(np.quantile(np.concatenate(errors), .95)), (float(inside.min()), float(inside.max())), names), left_out
+    return LossPredictor(tuple(features), tuple(b.tolist()),
+                         float(np.quantile(np.concatenate(errors), .95)),
+                         (float(inside.min()), float(inside.max())), names), left_out
 
 # %% ../../nbs/api/transfer/30_predictor.ipynb #444e3375
-_links = Path(__file__).parent/'predictors.json' if '__file__' in globals() else Path('../../../robustnb/transfer/predictors.json')
+_links = (Path(__file__).parent/'predictors.json' if '__file__' in globals()
+          else Path('../../../robustnb/transfer/predictors.json'))
 
 def load_predictor(
     name:str,        # 'loss' or 'robust_loss'
@@ -107,28 +123,42 @@ def load_predictor(
     with explain_errors(path, 'a file of links, as robustnb_fit_predictor writes it'):
         held = json.loads(Path(path).read_text(encoding='utf-8'))['links']
         if name not in held: raise ValueError(f"`name` must be one of {sorted(held)}; got {name!r}.")
-        return LossPredictor(**{k: tuple(v) if isinstance(v, list) else v for k, v in held[name].items()})
+        return LossPredictor(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in held[name].items()})
 
 # %% ../../nbs/api/transfer/30_predictor.ipynb #bb0bcfb7
 def predict_losses(
     table:pd.DataFrame,   # Rows with n_classes and what `probe` gives
-    path=None,            # JSON file of other links, as robustnb_fit_predictor writes it; None takes those of the package
-)->pd.DataFrame:          # The rows with predicted_loss and predicted_robust_loss, each with _lo, _hi and _outside
+    # JSON file of other links, as robustnb_fit_predictor writes it; None takes those of the package
+    path=None,
+    # The rows with predicted_loss and predicted_robust_loss, each with _lo, _hi and _outside
+)->pd.DataFrame:
     "Losses from measured change."
     for name in ('loss', 'robust_loss'):
         p = (load_predictor(name) if path is None else load_predictor(name, path)).predict(table)
-        table = table.assign(**{f'predicted_{name}{k}': p[c] for k, c in (('', 'predicted'), ('_lo', 'lo'), ('_hi', 'hi'), ('_outside', 'outside'))})
+        table = table.assign(**{f'predicted_{name}{k}': p[c] for k, c in (
+            ('', 'predicted'), ('_lo', 'lo'), ('_hi', 'hi'), ('_outside', 'outside'))})
     return table
 
 # %% ../../nbs/api/transfer/30_predictor.ipynb #b9dbd50d
 _reads = dict(loss=('flips', 'noise'), robust_loss=('flips', 'noise', 'activation_noise'))
 
 def fit_predictors(
-    rows:pd.DataFrame,   # model, format, n_classes, what `probe` gives, measured_loss, measured_robust_loss; any number of budgets
-)->tuple[dict, dict]:    # Name -> `LossPredictor`; name -> the rows it was fitted on, each with the loss `predicted` with its model left out
+    # model, format, n_classes, what `probe` gives, measured_loss, measured_robust_loss; any number
+    # of budgets
+    rows:pd.DataFrame,
+    # Name -> `LossPredictor`; name -> the rows it was fitted on, each with the loss `predicted`
+    # with its model left out
+)->tuple[dict, dict]:
     "The links for accuracy and for robust accuracy, from measured networks."
-    short = [c for c in dict.fromkeys(('model', 'format', 'n_classes', *_reads['loss'], *_reads['robust_loss'], 'measured_loss', 'measured_robust_loss')) if c not in rows]
-    if short: raise ValueError(f"`rows` must have the columns of an assessment with a test set; {', '.join(short)} are missing. Use `assess(model, test=...)`.")
+    short = [c for c in dict.fromkeys(('model', 'format', 'n_classes', *_reads['loss'],
+                                       *_reads['robust_loss'], 'measured_loss',
+                                       'measured_robust_loss')) if c not in rows]
+    if short:
+        raise ValueError("`rows` must have the columns of an assessment with a test set; "
+                         f"{', '.join(short)} are missing. Use `assess(model, test=...)`.")
     tables = dict(loss=rows.drop_duplicates(['model', 'format']), robust_loss=rows)
-    fitted = {k: fit_predictor(t.dropna(subset=[*_reads[k], f'measured_{k}']), _reads[k], f'measured_{k}') for k, t in tables.items()}
-    return {k: link for k, (link, _) in fitted.items()}, {k: left for k, (_, left) in fitted.items()}
+    fitted = {k: fit_predictor(t.dropna(subset=[*_reads[k], f'measured_{k}']), _reads[k],
+                               f'measured_{k}') for k, t in tables.items()}
+    return ({k: link for k, (link, _) in fitted.items()},
+            {k: left for k, (_, left) in fitted.items()})

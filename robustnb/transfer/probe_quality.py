@@ -33,15 +33,19 @@ def is_robust(
     seed:int=0,            # Random starts
 )->Tensor:                 # (1+len(eps),N) bool: classified as `y`, and still so at each budget
     "Which images withstand `pgd` on the cross-entropy and on the margin."
-    if not all(a < b for a, b in zip((0, *eps), eps)): raise ValueError(f"`eps` must be positive and grow; got {eps}.")
-    attack = multi_attack(lambda *a, generator: pgd(*a, generator=generator, steps=steps), lambda *a, generator: pgd(*a, generator=generator, steps=steps, loss=margin))
+    if not all(a < b for a, b in zip((0, *eps), eps)):
+        raise ValueError(f"`eps` must be positive and grow; got {eps}.")
+    attack = multi_attack(
+        lambda *a, generator: pgd(*a, generator=generator, steps=steps),
+        lambda *a, generator: pgd(*a, generator=generator, steps=steps, loss=margin))
     now = torch.zeros(len(x), dtype=torch.bool).index_fill(0, is_correct(model, x, y)[0], True)
     rows = [now]
     for e in eps:
         now, left = torch.zeros_like(now), now.nonzero().flatten()
         for s in batches(len(left), 125):
             at = left[s]
-            x_adv = attack(model, x[at], y[at], Linf(e), generator=make_generator(seed, 'survivors', e))
+            x_adv = attack(model, x[at], y[at], Linf(e),
+                           generator=make_generator(seed, 'survivors', e))
             now[at[is_correct(model, x_adv, y[at])[0]]] = True
         rows.append(now)
     return torch.stack(rows)
@@ -54,9 +58,12 @@ def features(
 )->Tensor:             # Features (N,D), float32, on the CPU
     "The input of the last linear layer."
     seen = []
-    hook = last_linear(model, predict(model, x[:1]).shape[1]).register_forward_pre_hook(lambda m, args: seen.append(args[0].float().cpu().flatten(1)))
-    try: predict(model, x)
-    finally: hook.remove()
+    hook = last_linear(model, predict(model, x[:1]).shape[1]).register_forward_pre_hook(
+        lambda m, args: seen.append(args[0].float().cpu().flatten(1)))
+    try:
+        predict(model, x)
+    finally:
+        hook.remove()
     return torch.cat(seen)
 
 def effective_rank(
@@ -77,8 +84,11 @@ class Composition:
     spread:float=1.        # Scale of the draws that set the weights of two classes; 0 is halfway
     push:float=1/255       # Linf length of the push, pixels
     def __post_init__(self):
-        b, a = self.boundary, self.adversarial
-        if not (b >= 0 and a >= 0 and a+b <= 1+1e-9): raise ValueError(f"`boundary` and `adversarial` must be shares that sum to at most 1; got {b} and {a}.")
+        b = self.boundary
+        a = self.adversarial
+        if not (b >= 0 and a >= 0 and a+b <= 1+1e-9):
+            raise ValueError("`boundary` and `adversarial` must be shares that sum to at most "
+                             f"1; got {b} and {a}.")
 
 def compose(
     generator:Generator,    # Generator in eval mode
@@ -90,12 +100,14 @@ def compose(
     "A generated set of that composition, shuffled."
     x, targets = generate(generator, n, min(shares.boundary, 1.), seed, shares.spread)
     one = (targets == 1).any(1).nonzero().flatten()[:round(n*shares.adversarial)]
-    if len(one): x[one] = _push(model, x[one], targets[one].argmax(1), shares.push, seed)
+    if len(one):
+        x[one] = _push(model, x[one], targets[one].argmax(1), shares.push, seed)
     return x, targets
 
 def _push(model, x, y, eps, seed):
     "A short attack on the own class of generated images."
-    return torch.cat([pgd(model, x[s], y[s], Linf(eps), make_generator(seed, 'push'), steps=5) for s in batches(len(x), 125)])
+    return torch.cat([pgd(model, x[s], y[s], Linf(eps), make_generator(seed, 'push'), steps=5)
+                      for s in batches(len(x), 125)])
 
 # %% ../../nbs/api/transfer/40_probe_quality.ipynb #fe5db39c
 def _gaps(model, x):
@@ -108,9 +120,12 @@ def _moments(model, x):
     "First and second moment of each batch-norm input around the remembered mean, in remembered deviations."
     parts = []
     for s in batches(len(x), 100):
-        with bn_inputs(model) as seen: model(x[s])
-        z = [(o.float()-bn.running_mean.view(1, -1, 1, 1))/(bn.running_var.view(1, -1, 1, 1)+1e-6*bn.running_var.mean()+1e-12).sqrt() for bn, o in seen]
-        parts.append((s.stop-s.start)*torch.cat([torch.cat([o.mean((0, 2, 3)), o.square().mean((0, 2, 3))])/o.shape[1]**.5 for o in z])/len(x))
+        with bn_inputs(model) as seen:
+            model(x[s])
+        z = [(o.float()-bn.running_mean.view(1, -1, 1, 1))/(bn.running_var.view(
+            1, -1, 1, 1)+1e-6*bn.running_var.mean()+1e-12).sqrt() for bn, o in seen]
+        parts.append((s.stop-s.start)*torch.cat([torch.cat([
+            o.mean((0, 2, 3)), o.square().mean((0, 2, 3))])/o.shape[1]**.5 for o in z])/len(x))
     return torch.stack(parts).sum(0)
 
 def _statistic(model, target, eps, seed):
@@ -118,54 +133,79 @@ def _statistic(model, target, eps, seed):
     if isinstance(target, Tensor):
         check_images(target, 'target')
         own = _gaps(model, target)
-        below = lambda gaps: (gaps[:, None] <= own.quantile(torch.linspace(.1, .9, 9))).float().mean(0)
+        below = lambda gaps: (
+            gaps[:, None] <= own.quantile(torch.linspace(.1, .9, 9))).float().mean(0)
         return (lambda x, y: below(_gaps(model, x))), below(own)
     if target is None:
-        if not batchnorms(model): raise ValueError("`target` must be given for a network without batch norm: unlabelled images, or the pair (clean accuracy, robust accuracy).")
-        ones = torch.cat([torch.cat([torch.zeros(bn.num_features), torch.ones(bn.num_features)])/bn.num_features**.5 for _, bn in batchnorms(model)])
+        if not batchnorms(model):
+            raise ValueError("`target` must be given for a network without batch norm: "
+                             "unlabelled images, or the pair (clean "
+                             "accuracy, robust accuracy).")
+        ones = torch.cat([torch.cat([torch.zeros(bn.num_features),
+                                     torch.ones(bn.num_features)])/bn.num_features**.5
+                          for _, bn in batchnorms(model)])
         return (lambda x, y: _moments(model, x)), ones
-    if isinstance(target, ImageSet) or not (isinstance(target, (tuple, list)) and len(target) == 2 and all(isinstance(o, (int, float)) for o in target)):
-        raise TypeError(f"`target` must be unlabelled images, a pair of accuracies or None; got {type(target).__name__}. Labels are not wanted here: of an image set give `.x`.")
-    if not 0 <= target[1] <= target[0] <= 1: raise ValueError(f"`target` must be (clean accuracy, robust accuracy) with 0 <= robust <= clean <= 1; got {tuple(target)}.")
-    return (lambda x, y: is_robust(model, x, y, (eps,), seed=seed).float().mean(1)), torch.tensor(target, dtype=torch.float32)
+    if isinstance(target, ImageSet) or not (isinstance(target, (tuple, list)) and len(target) == 2
+                                            and all(isinstance(o, (int, float)) for o in target)):
+        raise TypeError("`target` must be unlabelled images, a pair of accuracies or None; "
+                        f"got {type(target).__name__}. Labels are not wanted here: of an "
+                        "image set give `.x`.")
+    if not 0 <= target[1] <= target[0] <= 1:
+        raise ValueError("`target` must be (clean accuracy, robust accuracy) with 0 <= robust "
+                         f"<= clean <= 1; got {tuple(target)}.")
+    return ((lambda x, y: is_robust(model, x, y, (eps,), seed=seed).float().mean(1)),
+            torch.tensor(target, dtype=torch.float32))
 
 # %% ../../nbs/api/transfer/40_probe_quality.ipynb #b48d8465
 def _solve(single, between, pushed, wanted):
     "The shares on a grid of hundredths whose weighted average comes nearest in squares."
-    b, a = (o.flatten()/100. for o in torch.meshgrid(torch.arange(101), torch.arange(101), indexing='ij'))
+    b, a = (o.flatten()/100.
+            for o in torch.meshgrid(torch.arange(101), torch.arange(101), indexing='ij'))
     b, a = b[a+b <= 1+1e-6], a[a+b <= 1+1e-6]
-    miss = (single + b[:, None]*(between-single) + a[:, None]*(pushed-single) - wanted).square().mean(1)
+    miss = ((single + b[:, None]*(between-single) + a[:, None]*(pushed-single) - wanted)
+            .square().mean(1))
     best = (miss + 1e-6*(a+b)).argmin()
     return round(b[best].item(), 2), round(a[best].item(), 2)
 
 def adjust(
     generator:Generator,   # Generator in eval mode
     model:nn.Module,       # Classifier it was trained from, in eval mode
-    target=None,           # Unlabelled images (N,C,H,W); or (clean accuracy, robust accuracy); or None, the batch-norm layers
+    # Unlabelled images (N,C,H,W); or (clean accuracy, robust accuracy); or None, the batch-norm
+    # layers
+    target=None,
     eps:float=1/255,       # Linf budget of the robust accuracy
     rounds:int=8,          # Compositions to try at most, >= 1
     n:int=300,             # Images of each kind to measure on
     seed:int=0,            # Everything random
-)->tuple[Composition, pd.DataFrame]:  # Composition for `compose`; history, one row per round: the composition, its miss (root mean square) and whether it is kept
-    "Choose the composition of a generated set so that it agrees with unlabelled images, with two accuracies or with the batch-norm layers."
+    # Composition for `compose`; history, one row per round: the composition, its miss (root mean
+    # square) and whether it is kept
+)->tuple[Composition, pd.DataFrame]:
+    """Choose the composition of a generated set so that it agrees with unlabelled images, with two
+    accuracies or with the batch-norm layers."""
     if not rounds >= 1: raise ValueError(f"`rounds` must be at least 1; got {rounds}.")
     check_model(model)
     value, wanted = _statistic(model, target, eps, seed)
     def of(shares, *names):
         x, targets = compose(generator, model, n, shares, subseed(seed, 'adjust', *names))
         return value(x, targets.argmax(1))
-    single, rows, best = of(Composition(0.)), [], None
+    single = of(Composition(0.))
+    rows = []
+    best = None
     untried = [dict(), dict(spread=.5), dict(push=2.)]
     while untried and len(rows) < rounds:
         now = Composition() if best is None else best
-        spread, push = (getattr(now, k)*untried[0].get(k, 1) for k in ('spread', 'push'))
-        between, pushed = of(Composition(1., 0., spread, push)), of(Composition(0., 1., spread, push))
+        spread = getattr(now, 'spread')*untried[0].get('spread', 1)
+        push = getattr(now, 'push')*untried[0].get('push', 1)
+        between = of(Composition(1., 0., spread, push))
+        pushed = of(Composition(0., 1., spread, push))
         shares = Composition(*_solve(single, between, pushed, wanted), spread, push)
         measured = of(shares, 'fresh', len(rows))
         miss = (measured-wanted).square().mean().sqrt().item()
         better = not rows or miss < min(r['miss'] for r in rows) - 1e-3
-        rows.append(dict(round=len(rows)+1) | asdict(shares) | dict(miss=miss, kept=better) | (dict(accuracy=measured[0].item(), robust=measured[1].item()) if len(wanted) == 2 else {}))
-        if better: best = shares
+        rows.append(dict(round=len(rows)+1) | asdict(shares) | dict(miss=miss, kept=better) | (dict(
+            accuracy=measured[0].item(), robust=measured[1].item()) if len(wanted) == 2 else {}))
+        if better:
+            best = shares
         untried = untried[1:] if not (better and untried[0]) else untried
     return best, pd.DataFrame(rows)
 
@@ -176,21 +216,30 @@ def generator_quality(
     real:ImageSet|None=None,   # Labelled images to compare with; None leaves the distances out
     eps:tuple=(.5/255, 1/255, 2/255), # Linf budgets, growing
     seed:int=0,                # Random starts
-)->pd.DataFrame:               # One row per set: n, accuracy, robust_<grey levels>, margin_10, margin_50, margin_90, margin_distance, bn_distance, clip_rate, dimensions
+    # One row per set: n, accuracy, robust_<grey levels>, margin_10, margin_50, margin_90,
+    # margin_distance, bn_distance, clip_rate, dimensions
+)->pd.DataFrame:
     "How generated images compare with real ones, as the classifier sees them."
-    if real is not None: sets = {**sets, 'real': (real.x, torch.as_tensor(real.y))}
-    rows, margins = [], {}
+    if real is not None:
+        sets = {**sets, 'real': (real.x, torch.as_tensor(real.y))}
+    rows = []
+    margins = {}
     for name, (x, y) in progress(sets.items(), 'sets'):
         check_images(x, name)
         y = y.argmax(1) if y.ndim == 2 else y
         logits = predict(model, x)
         check_labels(y, len(x), logits.shape[1], name)
-        kept, margins[name] = is_robust(model, x, y, eps, seed=seed).float().mean(1), -margin(logits, y)
+        kept = is_robust(model, x, y, eps, seed=seed).float().mean(1)
+        margins[name] = -margin(logits, y)
         quantiles = {f'margin_{q}': margins[name].quantile(q/100).item() for q in (10, 50, 90)}
-        shares = {'accuracy' if not e else f'robust_{255*e:g}': k.item() for e, k in zip((0, *eps), kept)}
-        with torch.no_grad(), bn_inputs(model) as seen: model(x[:250])
-        rows.append(dict(set=name, n=len(x)) | shares | quantiles | dict(bn_distance=bn_distance(seen).item() if seen else np.nan,
-                    clip_rate=((x == 0) | (x == 1)).float().mean().item(), dimensions=effective_rank(features(model, x))))
+        shares = {'accuracy' if not e else f'robust_{255*e:g}': k.item()
+                  for e, k in zip((0, *eps), kept)}
+        with torch.no_grad(), bn_inputs(model) as seen:
+            model(x[:250])
+        rows.append(dict(set=name, n=len(x)) | shares | quantiles | dict(
+            bn_distance=bn_distance(seen).item() if seen else np.nan,
+            clip_rate=((x == 0) | (x == 1)).float().mean().item(),
+            dimensions=effective_rank(features(model, x))))
     away = lambda name: np.nan if real is None else _wasserstein(margins[name], margins['real'])
     return pd.DataFrame([r | dict(margin_distance=away(r['set'])) for r in rows])
 
@@ -203,20 +252,28 @@ def _wasserstein(a, b):
 # %% ../../nbs/api/transfer/40_probe_quality.ipynb #43bffc61
 def feature_pca(
     model:nn.Module,      # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
-    sets:dict,            # Name -> (images (N,C,H,W), class mixtures (N,K) or class numbers (N,)); 'real', else the first, gives the projection
-)->pd.DataFrame:          # One row per image: set, label, pc1, pc2, and the shares of the variance that each axis explains (share1, share2)
+    # Name -> (images (N,C,H,W), class mixtures (N,K) or class numbers (N,)); 'real', else the
+    # first, gives the projection
+    sets:dict,
+    # One row per image: set, label, pc1, pc2, and the shares of the variance that each axis
+    # explains (share1, share2)
+)->pd.DataFrame:
     "Features of several sets in one projection."
     if not sets: raise ValueError("`sets` must hold at least one set of images; got none.")
     f = {k: features(model, x).double() for k, (x, _) in sets.items()}
     base = f['real' if 'real' in f else next(iter(f))]
     centre = base.mean(0)
     _, scale, axes = torch.linalg.svd(base-centre, full_matrices=False)
-    if len(scale) < 2: raise ValueError("`sets` must have at least 2 images and 2 features in the set that gives the projection.")
+    if len(scale) < 2:
+        raise ValueError("`sets` must have at least 2 images and 2 features in the set that "
+                         "gives the projection.")
     axes = axes[:2]*axes[:2].gather(1, axes[:2].abs().argmax(1, keepdim=True)).sign()
     share = (scale.square()/scale.square().sum().clamp_min(1e-30))[:2].tolist()
     def rows(name):
-        y, at = sets[name][1], ((f[name]-centre) @ axes.T).numpy()
-        return pd.DataFrame(dict(set=name, label=(y.argmax(1) if y.ndim == 2 else y).numpy(), pc1=at[:, 0], pc2=at[:, 1], share1=share[0], share2=share[1]))
+        y = sets[name][1]
+        at = ((f[name]-centre) @ axes.T).numpy()
+        return pd.DataFrame(dict(set=name, label=(y.argmax(1) if y.ndim == 2 else y).numpy(),
+                                 pc1=at[:, 0], pc2=at[:, 1], share1=share[0], share2=share[1]))
     return pd.concat([rows(k) for k in sets], ignore_index=True)
 
 def plot_features(
@@ -225,58 +282,82 @@ def plot_features(
 ):                        # A figure with one panel per set, all with the same axes
     "One panel per set, points shaded by class, each class's number at its mean."
     names = list(dict.fromkeys(table.set))
-    fig, panels = plt.subplots(1, len(names), figsize=(2.6*len(names), 2.9), sharex=True, sharey=True, squeeze=False)
+    fig, panels = plt.subplots(1, len(names), figsize=(2.6*len(names), 2.9), sharex=True,
+                               sharey=True, squeeze=False)
     for ax, name in zip(panels[0], names):
         rows = table[table.set == name]
-        ax.scatter(rows.pc1, rows.pc2, c=rows.label, cmap='viridis', s=6, alpha=.6, lw=0, vmin=0, vmax=table.label.max())
-        for k, g in rows.groupby('label'): ax.text(g.pc1.mean(), g.pc2.mean(), k, fontsize=8, ha='center', va='center', bbox=dict(boxstyle='circle,pad=.1', fc='w', ec='none', alpha=.7))
+        ax.scatter(rows.pc1, rows.pc2, c=rows.label, cmap='viridis', s=6, alpha=.6, lw=0,
+                   vmin=0, vmax=table.label.max())
+        for k, g in rows.groupby('label'):
+            ax.text(g.pc1.mean(), g.pc2.mean(), k, fontsize=8, ha='center', va='center',
+                    bbox=dict(boxstyle='circle,pad=.1', fc='w', ec='none', alpha=.7))
         ax.set_title(name, fontsize=9)
         ax.set_xlabel(f'first component ({table.share1.iloc[0]:.0%})', fontsize=8)
         ax.spines[['top', 'right']].set_visible(False)
     panels[0, 0].set_ylabel(f'second component ({table.share2.iloc[0]:.0%})', fontsize=8)
-    if caption: fig.supxlabel(caption, fontsize='small', color='.35')
+    if caption:
+        fig.supxlabel(caption, fontsize='small', color='.35')
     fig.tight_layout()
     return fig
 
 # %% ../../nbs/api/transfer/40_probe_quality.ipynb #7b09dd5b
 def optimize_images(
-    model:nn.Module,      # Classifier with normalisation inside (`normalize.mean`, `normalize.std`), in eval mode; not changed
+    # Classifier with normalisation inside (`normalize.mean`, `normalize.std`), in eval mode; not
+    # changed
+    model:nn.Module,
     targets:Tensor,       # Class mixtures (N,K), as `draw_targets` makes them
     steps:int=60,         # Optimiser steps for each batch
     batch_size:int=100,   # Images optimised together: their joint statistics are compared
     size:int=32,          # Height and width of the images
     seed:int=0,           # Starting noise
-)->tuple[Tensor, pd.DataFrame]: # Images (N,C,H,W), pixels in [0,1]; history, one row per batch and step: cross_entropy, bn_distance
-    "Direct optimisation of images on batch-norm statistics, after Cai et al. 2020 (ZeroQ, arXiv:2001.00281), with the cross-entropy."
-    if not hasattr(check_model(model), 'normalize'): raise TypeError(f"`model` must have its normalisation inside; this {type(model).__name__} has none. Use `wrap_model`.")
-    mean, std, g, out, history = model.normalize.mean, model.normalize.std, make_generator(seed, 'optimise'), [], []
+    # Images (N,C,H,W), pixels in [0,1]; history, one row per batch and step: cross_entropy,
+    # bn_distance
+)->tuple[Tensor, pd.DataFrame]:
+    """Direct optimisation of images on batch-norm statistics, after Cai et al. 2020 (ZeroQ,
+    arXiv:2001.00281), with the cross-entropy."""
+    if not hasattr(check_model(model), 'normalize'):
+        raise TypeError("`model` must have its normalisation inside; this "
+                        f"{type(model).__name__} has none. Use `wrap_model`.")
+    mean = model.normalize.mean
+    std = model.normalize.std
+    g = make_generator(seed, 'optimise')
+    out = []
+    history = []
     for s in progress(batches(len(targets), batch_size), 'batches'):
         z = torch.randn(s.stop-s.start, mean.shape[1], size, size, generator=g).requires_grad_()
         optimizer = torch.optim.Adam([z], .1)
         for step in range(steps):
             with torch.enable_grad(), bn_inputs(model) as seen:
                 logits = model((mean + std*z).clamp(0, 1))
-                entropy, unusual = F.cross_entropy(logits.float(), targets[s]), bn_distance(seen)
+                entropy = F.cross_entropy(logits.float(), targets[s])
+                unusual = bn_distance(seen)
             z.grad, = torch.autograd.grad(entropy + unusual, z)
             optimizer.step()
-            history.append(dict(batch=len(out), step=step+1, cross_entropy=entropy.item(), bn_distance=unusual.item()))
+            history.append(dict(batch=len(out), step=step+1, cross_entropy=entropy.item(),
+                                bn_distance=unusual.item()))
         out.append((mean + std*z.detach()).clamp(0, 1))
     return torch.cat(out), pd.DataFrame(history)
 
 # %% ../../nbs/api/transfer/40_probe_quality.ipynb #572e4922
 def prediction_error(
-    rows:pd.DataFrame,          # model, format, source, n_classes, js, flips and measured_loss (share of the accuracy)
+    # model, format, source, n_classes, js, flips and measured_loss (share of the accuracy)
+    rows:pd.DataFrame,
     features:tuple=('js', 'flips', 'js flips'), # What to predict from: columns, several with spaces between
-)->pd.DataFrame:                # source, features, r2, r2_mid (losses in [0.02, 0.8]), mae, mae_worst (of the worst network), rank (Spearman, over all networks)
+    # source, features, r2, r2_mid (losses in [0.02, 0.8]), mae, mae_worst (of the worst network),
+    # rank (Spearman, over all networks)
+)->pd.DataFrame:
     "Error of the loss predicted for a network left out, for each source of images."
     out = []
     for source, g in rows.groupby('source', sort=False):
         for names in features:
             left = fit_predictor(g, tuple(names.split()), 'measured_loss')[1]
-            e, loss = left.predicted-left.measured_loss, left.measured_loss
+            e = left.predicted-left.measured_loss
+            loss = left.measured_loss
             mid = loss.between(.02, .8)
             r2 = lambda at: 1-(e[at]**2).sum()/(((loss[at]-loss[at].mean())**2).sum() or np.nan)
-            out.append(dict(source=source, features=names, r2=r2(mid | True), r2_mid=r2(mid), mae=e.abs().mean(), mae_worst=e.abs().groupby(left.model).mean().max(), rank=left.predicted.corr(loss, 'spearman')))
+            out.append(dict(source=source, features=names, r2=r2(mid | True), r2_mid=r2(mid),
+                            mae=e.abs().mean(), mae_worst=e.abs().groupby(left.model).mean().max(),
+                            rank=left.predicted.corr(loss, 'spearman')))
     return pd.DataFrame(out)
 
 def plot_sources(
@@ -286,10 +367,16 @@ def plot_sources(
     "Mean error of the predicted loss for each source, the best on top."
     order = table.groupby('source').mae.min().sort_values().index
     _, ax = plt.subplots(figsize=(5, .35*len(order)+1.2))
-    for (name, g), marker, grey in zip(table.groupby('features', sort=False), 'osD^v', ('0', '.4', '.65', '.2', '.5')):
-        ax.plot(100*g.set_index('source').mae.reindex(order), range(len(order)), marker, color=grey, mfc='none' if marker != 'o' else grey, label=name)
-    ax.set(yticks=range(len(order)), yticklabels=order, ylim=(len(order)-.5, -.5), xlim=(0, None), xlabel='error of the predicted loss, percentage points')
+    for (name, g), marker, grey in zip(table.groupby('features', sort=False), 'osD^v',
+                                       ('0', '.4', '.65', '.2', '.5')):
+        ax.plot(100*g.set_index('source').mae.reindex(order), range(len(order)), marker,
+                color=grey, mfc='none' if marker != 'o' else grey, label=name)
+    ax.set(yticks=range(len(order)), yticklabels=order, ylim=(len(order)-.5, -.5),
+           xlim=(0, None), xlabel='error of the predicted loss, percentage points')
     ax.legend(frameon=False, fontsize=8, title='from', title_fontsize=8)
     ax.spines[['top', 'right']].set_visible(False)
-    if caption: ax.annotate(caption, (.5, 0), xycoords=ax.xaxis.label, xytext=(0, -4), textcoords='offset points', ha='center', va='top', fontsize='small', color='.35')
+    if caption:
+        ax.annotate(caption, (.5, 0), xycoords=ax.xaxis.label, xytext=(0, -4),
+                    textcoords='offset points', ha='center', va='top', fontsize='small',
+                    color='.35')
     return ax

@@ -22,11 +22,14 @@ def plot_losses(
     "Predicted losses with their intervals, and the measured ones where there are any."
     fig, axes = plt.subplots(1, 2, figsize=(8, .45*len(table)+1.4), sharey=True)
     at = np.arange(len(table))[::-1]
-    for ax, kind, title in zip(axes, ('loss', 'robust_loss'), ('accuracy lost, % of the original', 'robust accuracy lost, % of the original')):
-        for name, shift, style in (('predicted', .1, dict(fmt='o', color='k')), ('measured', -.12, dict(fmt='s', color='.55', mfc='w'))):
+    for ax, kind, title in zip(axes, ('loss', 'robust_loss'), (
+            'accuracy lost, % of the original', 'robust accuracy lost, % of the original')):
+        for name, shift, style in (('predicted', .1, dict(fmt='o', color='k')),
+                                   ('measured', -.12, dict(fmt='s', color='.55', mfc='w'))):
             if f'{name}_{kind}' not in table or table[f'{name}_{kind}'].isna().all(): continue
             value, lo, hi = (100*table[f'{name}_{kind}{k}'].to_numpy() for k in ('', '_lo', '_hi'))
-            ax.errorbar(value, at+shift, xerr=np.abs(np.stack([value-lo, hi-value])), ms=5, lw=1, capsize=2, label=name, **style)
+            ax.errorbar(value, at+shift, xerr=np.abs(np.stack([value-lo, hi-value])), ms=5,
+                        lw=1, capsize=2, label=name, **style)
         ax.axvline(0, color='.8', lw=1, zorder=0)
         ax.set(xlabel=title, yticks=at, yticklabels=table.format)
         ax.spines[['top', 'right']].set_visible(False)
@@ -35,26 +38,42 @@ def plot_losses(
     return fig
 
 # %% ../../nbs/api/transfer/50_report.ipynb #519bc7d8
-_style = ("body{font:16px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}table{border-collapse:collapse;font-size:.9em}"
-          "td,th{padding:.25em .7em;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}.wide{overflow-x:auto}"
-          "img{max-width:100%;height:auto}figure{margin:1.5em 0}figcaption{font-size:.9em;color:#555}pre{background:#f5f5f5;padding:.7em;overflow:auto;font-size:.8em}")
+_style = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 "
+    "1em;color:#222}table{border-collapse:collapse;font-size:.9em}td,th{padding:.25em "
+    ".7em;text-align:right;border-bottom:1px solid "
+    "#ddd}td:first-child,th:first-child{text-align:left}.wide{overflow-x:auto}img{max-width:100%;height:auto}figure{margin:1.5em "
+    "0}figcaption{font-size:.9em;color:#555}pre{background:#f5f5f5;padding:.7em;overflow:auto;font-size:.8em}")
 
 
 def _figure(ax, caption):
     "A figure element; the figure is closed."
-    uri, figure = figure_svg(ax), getattr(ax, 'figure', None) or ax
+    uri = figure_svg(ax)
+    figure = getattr(ax, 'figure', None) or ax
     plt.close(figure)
-    return f'<figure><img src="{uri}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+    return (
+        f'<figure><img src="{uri}" '
+        f'alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>')
 
 def _page(report):
     "A page that needs no other file."
-    t, facts = report.table, report.facts
+    t = report.table
+    facts = report.facts
     worst_case = t.format[t.predicted_loss.idxmax()]
     layers = report.layers[report.layers.format == worst_case]
-    layers = layers.assign(**{'noise at the logits': layers.logit_noise, 'layer': layers.layer + ' (' + layers.kind.str[0] + ')'}).nlargest(30, 'logit_noise').sort_index()
+    layers = layers.assign(**{'noise at the logits': layers.logit_noise,
+                              'layer': layers.layer + ' (' + layers.kind.str[0] + ')'}).nlargest(
+                                  30, 'logit_noise').sort_index()
     best = report.recommend()
-    advice = f'The smallest format whose whole predicted interval stays below 2 % for both losses is <b>{best}</b>.' if best else 'No format keeps both losses below 2 % with its whole interval; look at the layers that need more bits.'
-    measured = '' if 'measured_loss' not in t or t.measured_loss.isna().all() else _figure(plot_predicted(t, 'measured_loss', 'predicted_loss', label='format', caption=f"n = {facts['test_images']} test images"), 'Predicted against measured loss of accuracy (shares). On the diagonal the prediction is right.')
+    advice = ('The smallest format whose whole predicted interval stays below 2 % for both '
+              f'losses is <b>{best}</b>.'
+              if best else 'No format keeps both losses below 2 % with its whole interval; '
+                           'look at the layers that need more bits.')
+    measured = '' if 'measured_loss' not in t or t.measured_loss.isna().all() else _figure(
+        plot_predicted(t, 'measured_loss', 'predicted_loss', label='format',
+                       caption=f"n = {facts['test_images']} test images"),
+        'Predicted against measured loss of accuracy (shares). On the diagonal '
+        'the prediction is right.')
     notes = ''.join(f'<li>{html.escape(o)}</li>' for o in facts['notes'])
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(facts['model'])}: what quantisation will cost</title><style>{_style}</style></head><body>
@@ -70,10 +89,15 @@ def _page(report):
 # %% ../../nbs/api/transfer/50_report.ipynb #69bb8189
 def _percent_table(table):
     "The main columns as people read them: percentages with intervals."
-    cell = lambda r, k: '' if pd.isna(r.get(k)) else f'{100*r[k]:.1f} ({100*r[k+"_lo"]:.1f} to {100*r[k+"_hi"]:.1f})' + ('*' if r.get(f'{k}_outside') else '')
-    columns = dict(predicted_loss='accuracy lost, predicted', measured_loss='measured', predicted_robust_loss='robust accuracy lost, predicted', measured_robust_loss='measured ')
+    cell = (lambda r, k: '' if pd.isna(r.get(k))
+                         else f'{100*r[k]:.1f} ({100*r[k+"_lo"]:.1f} to {100*r[k+"_hi"]:.1f})'
+                              + ('*' if r.get(f'{k}_outside') else ''))
+    columns = dict(predicted_loss='accuracy lost, predicted', measured_loss='measured',
+                   predicted_robust_loss='robust accuracy lost, predicted',
+                   measured_robust_loss='measured ')
     shown = [k for k in columns if k in table]
-    return pd.DataFrame([{'format': r['format'], 'weights, kB': f'{r.size_kb:.0f}'} | {columns[k]: cell(r, k) for k in shown} for _, r in table.iterrows()])
+    return pd.DataFrame([{'format': r['format'], 'weights, kB': f'{r.size_kb:.0f}'}
+                         | {columns[k]: cell(r, k) for k in shown} for _, r in table.iterrows()])
 
 # %% ../../nbs/api/transfer/50_report.ipynb #3a73eec1
 @dataclass
@@ -88,7 +112,8 @@ class Report:
         max_loss:float=.02,  # Share of the accuracy, clean and robust, that may be lost
     ):
         "The smallest format whose predicted losses stay below `max_loss` with their whole interval, or None."
-        upper = self.table[['predicted_loss_hi', 'predicted_robust_loss_hi']].max(axis=1, skipna=False)
+        upper = self.table[['predicted_loss_hi', 'predicted_robust_loss_hi']].max(
+            axis=1, skipna=False)
         fine = self.table[upper <= max_loss].sort_values('size_kb')
         return None if fine.empty else fine.format.iloc[0]
 
@@ -96,6 +121,8 @@ class Report:
         path,      # HTML file to write; the tables go beside it as .csv
     ):
         "Write the page and its tables, each completely or not at all."
-        with atomic_path(path) as tmp: tmp.write_text(_page(self), encoding='utf-8')
+        with atomic_path(path) as tmp:
+            tmp.write_text(_page(self), encoding='utf-8')
         for name in ('table', 'layers'):
-            with atomic_path(str(path).removesuffix('.html') + f'_{name}.csv') as tmp: getattr(self, name).to_csv(tmp, index=False)
+            with atomic_path(str(path).removesuffix('.html') + f'_{name}.csv') as tmp:
+                getattr(self, name).to_csv(tmp, index=False)

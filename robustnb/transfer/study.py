@@ -37,7 +37,9 @@ def relative_loss(
     before:pd.DataFrame,   # `evaluate` rows of the original
     after:pd.DataFrame,    # `evaluate` rows of the copy on the same images
     attack:str='worst',    # 'clean', or 'worst' for the per-image worst of all attacks
-)->tuple[float, float, float]: # Share of the original's accuracy that is gone, and its 95% interval; NaN if the original is right on fewer than 20 images
+    # Share of the original's accuracy that is gone, and its 95% interval; NaN if the original is
+    # right on fewer than 20 images
+)->tuple[float, float, float]:
     "Loss as a share of what there was to lose; the interval is the paired one of `compare`."
     lost = compare(before, after).set_index('attack').loc[attack]
     if round(lost.n*lost.accuracy_a) < 20: return (np.nan,)*3
@@ -47,7 +49,8 @@ def relative_loss(
 def _both_roads(model, attack):
     "For the original, and for its copies: the same images first, then white-box on what survives them."
     roads = quantized_attacks(model, attack)
-    return dict(attacked=roads['transfer']), dict(attacked=multi_attack(roads['transfer'], roads['white_box']))
+    return (dict(attacked=roads['transfer']),
+            dict(attacked=multi_attack(roads['transfer'], roads['white_box'])))
 
 def probe(
     model:nn.Module,       # The original
@@ -57,13 +60,19 @@ def probe(
     before:pd.DataFrame,   # `evaluate` rows of the original on `x`, with its own answers as labels
     attacks:dict,          # Name -> attack on the original that the copy is shown the results of
     seed:int=0,            # Random starts
-)->dict:                   # js (nats), flips (share), noise and activation_noise (of power, over the margin), robust_flips (share of the survivors that the copy gets wrong; NaN if there are fewer than 20)
+    # js (nats), flips (share), noise and activation_noise (of power, over the margin), robust_flips
+    # (share of the survivors that the copy gets wrong; NaN if there are fewer than 20)
+)->dict:
     "How much a quantised copy differs from its original on unlabelled images."
     clean = predict(model, x)
     change = output_change(clean, predict(quantised, x))
-    stood, stands = (worst_case(rows).correct for rows in (before, evaluate(quantised, x, clean.argmax(1), attacks, threat, seed=seed)))
-    noise, margin, tensors = noise_sum(model, quantised, x[:100]), relative_margin(clean), sum(isinstance(m, FakeQuantize) for m in quantised.modules())
-    return dict(js=change.js.mean(), flips=change.flip.mean(), noise=sum(noise.values())/margin, activation_noise=noise['activations']/max(tensors, 1)/margin,
+    stood, stands = (worst_case(rows).correct for rows in (
+        before, evaluate(quantised, x, clean.argmax(1), attacks, threat, seed=seed)))
+    noise = noise_sum(model, quantised, x[:100])
+    margin = relative_margin(clean)
+    tensors = sum(isinstance(m, FakeQuantize) for m in quantised.modules())
+    return dict(js=change.js.mean(), flips=change.flip.mean(), noise=sum(noise.values())/margin,
+                activation_noise=noise['activations']/max(tensors, 1)/margin,
                 robust_flips=1 - stands[stood].mean() if stood.sum() >= 20 else np.nan)
 
 def measure(
@@ -73,12 +82,16 @@ def measure(
     before:pd.DataFrame,   # `evaluate` rows of the original on `test`
     attacks:dict,          # Name -> attack to try on the copy
     seed:int=0,            # Random starts
-)->dict:                   # measured_loss and measured_robust_loss with _lo and _hi, the latter NaN if the original is below twice chance; accuracy, robust_accuracy
+    # measured_loss and measured_robust_loss with _lo and _hi, the latter NaN if the original is
+    # below twice chance; accuracy, robust_accuracy
+)->dict:
     "What a quantised copy loses on a labelled test set."
     after = evaluate(quantised, test.x, torch.as_tensor(test.y), attacks, threat, seed=seed)
     named = lambda name, triple: dict(zip((name, f'{name}_lo', f'{name}_hi'), triple))
-    by, told = summarize(after).set_index('attack').accuracy, worst_case(before).correct.mean() >= 2/len(test.classes)
-    return (named('measured_loss', relative_loss(before, after, 'clean')) | named('measured_robust_loss', relative_loss(before, after) if told else (np.nan,)*3)
+    by = summarize(after).set_index('attack').accuracy
+    told = worst_case(before).correct.mean() >= 2/len(test.classes)
+    return (named('measured_loss', relative_loss(before, after, 'clean'))
+            | named('measured_robust_loss', relative_loss(before, after) if told else (np.nan,)*3)
             | dict(accuracy=by['clean'], robust_accuracy=by['worst']))
 
 # %% ../../nbs/api/transfer/60_study.ipynb #83af4a8d
@@ -89,31 +102,54 @@ def _probe_images(model, unlabelled, generator, n, seed):
     if unlabelled is not None:
         check_images(unlabelled, 'unlabelled')
         return unlabelled[:n], f'{min(n, len(unlabelled))} unlabelled real images', {}
-    if generator is None: generator, _ = train_generator(model, seed=seed)
+    if generator is None:
+        generator, _ = train_generator(model, seed=seed)
     x, _ = generate(generator, n, seed=seed)
-    return x, f'{n} images generated from the model alone ({generator.knows})', energy(generator, model, seed=seed)
+    return (x, f'{n} images generated from the model alone ({generator.knows})',
+            energy(generator, model, seed=seed))
 
 def _notes(study, last):
     "What a reader has to keep in mind, in sentences."
-    notes = ['The links were fitted on narrow CIFAR-10 networks; their interval is the error on a network that was left out, not a guarantee for yours.',
-             'Robust accuracy is what survives projected gradient descent, white-box and transferred from the original; a stronger attack will find more.',
-             'The robust link was fitted at Linf .25/255 to 2/255; under another threat look at robust_flips in the table too: how the copy fares on the images that an attack made of the probes.',
-             'Logits are returned in full precision and biases kept in 32 bits; every other stored tensor is rounded.']
-    if 'no batch norm' in study.probes: notes.append('The network has no batch norm, so the generator knew only channel means and deviations: trust the predictions less.')
-    if study.facts.get('clip_rate', 0) > .2: notes.append(f"{study.facts['clip_rate']:.0%} of the generated pixels are black or white at the clamp.")
-    for name, said in (('left_float', 'Left in full precision'), ('opaque', 'Computed in full precision between rounded inputs and outputs')):
-        if last[name]: notes.append(f"{said}: {', '.join(last[name])}.")
+    notes = ['The links were fitted on narrow CIFAR-10 networks; their interval is the error '
+             'on a network that was left out, not a guarantee for yours.',
+             'Robust accuracy is what survives projected gradient descent, white-box and '
+             'transferred from the original; a stronger attack will find more.',
+             'The robust link was fitted at Linf .25/255 to 2/255; under another threat look '
+             'at robust_flips in the table too: how the copy fares on the images that an '
+             'attack made of the probes.',
+             'Logits are returned in full precision and biases kept in 32 bits; every other '
+             'stored tensor is rounded.']
+    if 'no batch norm' in study.probes:
+        notes.append('The network has no batch norm, so the generator knew only channel means '
+                     'and deviations: trust the predictions less.')
+    if study.facts.get('clip_rate', 0) > .2:
+        notes.append(f"{study.facts['clip_rate']:.0%} of the generated pixels are black or "
+                     "white at the clamp.")
+    for name, said in (('left_float', 'Left in full precision'),
+                       ('opaque', 'Computed in full precision between rounded inputs and outputs')):
+        if last[name]:
+            notes.append(f"{said}: {', '.join(last[name])}.")
     for rows, images in ((study.before, 'probes'), (study.before_test, 'test images')):
-        if rows is not None and worst_case(rows).correct.sum() < 20: notes.append(f'The original itself is right on fewer than 20 attacked {images}, so no robust loss can be stated from them: choose a smaller eps or give more images.')
-    if study.test is not None and worst_case(study.before_test).correct.mean() < 2/len(study.test.classes): notes.append('Under this attack the original is right less than twice as often as by chance, so no robust loss is measured: a copy that always gives the same answer would seem to keep half. Choose a smaller eps.')
+        if rows is not None and worst_case(rows).correct.sum() < 20:
+            notes.append(f'The original itself is right on fewer than 20 attacked {images}, '
+                         'so no robust loss can be stated from them: choose a smaller eps or '
+                         'give more images.')
+    if (study.test is not None
+        and worst_case(study.before_test).correct.mean() < 2/len(study.test.classes)):
+        notes.append('Under this attack the original is right less than twice as often as by '
+                     'chance, so no robust loss is measured: a copy that always gives the '
+                     'same answer would seem to keep half. Choose a smaller eps.')
     return notes
 
-def _words(threat): return f'Linf {255*threat.eps:g}/255' if isinstance(threat, Linf) else repr(threat)
+def _words(threat):
+    return f'Linf {255*threat.eps:g}/255' if isinstance(threat, Linf) else repr(threat)
 
 def _originals(before, before_test):
     "Accuracies of the full-precision model."
     found = dict(survivors_among_probes=worst_case(before).correct.mean())
-    if before_test is not None: found |= dict(accuracy=before_test[before_test.attack == 'clean'].correct.mean(), robust_accuracy=worst_case(before_test).correct.mean())
+    if before_test is not None:
+        found |= dict(accuracy=before_test[before_test.attack == 'clean'].correct.mean(),
+                      robust_accuracy=worst_case(before_test).correct.mean())
     return {k: round(float(v), 4) for k, v in found.items()}
 
 # %% ../../nbs/api/transfer/60_study.ipynb #26e3d8d0
@@ -129,39 +165,64 @@ class _Study:
     seed:int
 
     def __post_init__(self):
-        self.logits, self.ranges, self.started = predict(self.model, self.x), calibrate(self.model, self.x), time.time()
-        (self.on_original, self.attacks), test = _both_roads(self.model, partial(pgd, steps=10)), self.test
-        self.before = evaluate(self.model, self.x, self.logits.argmax(1), self.on_original, self.threat, seed=self.seed)
-        self.before_test = None if test is None else evaluate(self.model, test.x, torch.as_tensor(test.y), self.on_original, self.threat, seed=self.seed)
+        self.logits = predict(self.model, self.x)
+        self.ranges = calibrate(self.model, self.x)
+        self.started = time.time()
+        (self.on_original,
+         self.attacks), test = _both_roads(self.model, partial(pgd, steps=10)), self.test
+        self.before = evaluate(self.model, self.x, self.logits.argmax(1), self.on_original,
+                               self.threat, seed=self.seed)
+        self.before_test = None if test is None else evaluate(
+            self.model, test.x, torch.as_tensor(test.y), self.on_original, self.threat,
+            seed=self.seed)
 
     def one(self, spec):
         "What one format does: a row, rows of layers, names of what it leaves alone"
         q = quantize(self.model, spec, self.ranges)
-        row = dict(format=str(spec), n_classes=self.logits.shape[1], eps=getattr(self.threat, 'eps', np.nan), size_kb=model_bytes(q, spec.weights.bits)/1000)
+        row = dict(format=str(spec), n_classes=self.logits.shape[1],
+                   eps=getattr(self.threat, 'eps', np.nan),
+                   size_kb=model_bytes(q, spec.weights.bits)/1000)
         row |= probe(self.model, q, self.x, self.threat, self.before, self.on_original, self.seed)
-        if self.test is not None: row |= measure(q, self.test, self.threat, self.before_test, self.attacks, self.seed)
+        if self.test is not None:
+            row |= measure(q, self.test, self.threat, self.before_test, self.attacks, self.seed)
         layers = layer_sensitivity(self.model, q, self.x[:50]).assign(format=str(spec))
-        return dict(row=row, layers=layers.to_dict('records'), left_float=list(q.left_float), opaque=list(q.opaque))
+        return dict(row=row, layers=layers.to_dict('records'), left_float=list(q.left_float),
+                    opaque=list(q.opaque))
 
     def report(self, found):
         "The report on what `one` said of each format"
-        facts = manifest(model=getattr(self.model, 'name', None) or type(self.model).__name__, threat=_words(self.threat), probes=self.probes, seed=self.seed, notes=_notes(self, found[-1]),
-                         test_images=0 if self.test is None else len(self.test), **self.facts, **_originals(self.before, self.before_test), seconds=round(time.time()-self.started))
-        return Report(predict_losses(pd.DataFrame([o['row'] for o in found])), pd.DataFrame([r for o in found for r in o['layers']]), self.x[:16], facts)
+        facts = manifest(model=getattr(self.model, 'name', None) or type(self.model).__name__,
+                         threat=_words(self.threat), probes=self.probes, seed=self.seed,
+                         notes=_notes(self, found[-1]),
+                         test_images=0 if self.test is None else len(self.test), **self.facts,
+                         **_originals(self.before, self.before_test),
+                         seconds=round(time.time()-self.started))
+        return Report(predict_losses(pd.DataFrame([o['row'] for o in found])),
+                      pd.DataFrame([r for o in found for r in o['layers']]), self.x[:16], facts)
 
 # %% ../../nbs/api/transfer/60_study.ipynb #b9044fb6
 def _study(model, formats, threat, test, unlabelled, generator, n, seed):
     "The specifications, and the study that takes them one by one"
     specs = [quant_spec(f) for f in (formats.split(',') if isinstance(formats, str) else formats)]
-    if not specs: raise ValueError(f"`formats` must name at least one number format, such as {default_formats}; got {formats!r}.")
+    if not specs:
+        raise ValueError("`formats` must name at least one number format, such as "
+                         f"{default_formats}; got {formats!r}.")
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
-    if not (test is None or isinstance(test, ImageSet)): raise TypeError(f"`test` must be an ImageSet, images with their labels; got {type(test).__name__}. Use `ImageSet(images, labels, classes)` or `load_data`.")
-    check_model(model); check_threat(threat)
-    if test is not None: check_labels(torch.as_tensor(test.y), len(test), predict(model, test[:1].x).shape[1], 'test')
-    return specs, _Study(model, threat, test, *_probe_images(model, unlabelled, generator, n, seed), seed)
+    if not (test is None or isinstance(test, ImageSet)):
+        raise TypeError("`test` must be an ImageSet, images with their labels; got "
+                        f"{type(test).__name__}. Use `ImageSet(images, labels, classes)` or "
+                        "`load_data`.")
+    check_model(model)
+    check_threat(threat)
+    if test is not None:
+        check_labels(torch.as_tensor(test.y), len(test), predict(model, test[:1].x).shape[1],
+                     'test')
+    return specs, _Study(model, threat, test,
+                         *_probe_images(model, unlabelled, generator, n, seed), seed)
 
 def assess(
-    model:nn.Module,             # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K), normalisation inside; in eval mode
+    # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K), normalisation inside; in eval mode
+    model:nn.Module,
     formats=default_formats,     # Names as in `quant_spec`
     threat=Linf(1/255),          # Threat model of the robust accuracy
     test:ImageSet|None=None,     # Labelled images: adds measured losses
@@ -180,11 +241,15 @@ job_attacks = dict(fgsm=fgsm, pgd=partial(pgd, steps=10), apgd=apgd)
 @lru_cache(1)
 def _original(weights, attack, seed, data, images, n, eps):
     "The network, images with its answers, and how it fares itself"
-    model, threat = load_model(weights).to(pick_device()), Linf(eps)
-    test, source = load_data(data, 'test'), images or data
+    model = load_model(weights).to(pick_device())
+    threat = Linf(eps)
+    test = load_data(data, 'test')
+    source = images or data
     pool = load_data(source, None if (Path(source)/'data.npy').is_file() else 'train')
-    if len(test) > n: test = subset(test, n, seed=0)
-    x = pool[torch.randperm(len(pool), generator=make_generator(seed, 'calibration'))[:300].numpy()].x
+    if len(test) > n:
+        test = subset(test, n, seed=0)
+    x = pool[torch.randperm(len(pool),
+                            generator=make_generator(seed, 'calibration'))[:300].numpy()].x
     on_original, attacks = _both_roads(model, job_attacks[attack])
     before = evaluate(model, x, predict(model, x).argmax(1), on_original, threat, seed=seed)
     before_test = evaluate(model, test.x, torch.as_tensor(test.y), on_original, threat, seed=seed)
@@ -196,18 +261,24 @@ def measure_one(
     attack:str='pgd',     # fgsm, pgd (10 steps) or apgd (100 steps)
     seed:int=0,           # Calibration images and random starts
     data:str='digits',    # Labelled images to measure on, as for `load_data`; their test split
-    images:str='',        # Calibration images: as `data`, or a folder of robustnb_generate; none takes the train split of `data`
+    # Calibration images: as `data`, or a folder of robustnb_generate; none takes the train split of
+    # `data`
+    images:str='',
     n:int=500,            # Test images at most, balanced over the classes
     eps:float=1/255,      # Radius of the Linf ball, pixels in [0,1]
 )->dict:                  # The columns of an assessment with a test set, and the accuracies of the original
     "What one format costs one network under one attack."
-    if attack not in job_attacks: raise ValueError(f"`attack` must be one of {', '.join(job_attacks)}; got {attack!r}.")
+    if attack not in job_attacks:
+        raise ValueError(f"`attack` must be one of {', '.join(job_attacks)}; got {attack!r}.")
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
     spec = quant_spec(format)
-    model, threat, test, x, ranges, on_original, attacks, before, before_test = _original(weights, attack, seed, data, images, n, eps)
+    model, threat, test, x, ranges, on_original, attacks, before, before_test = _original(
+        weights, attack, seed, data, images, n, eps)
     q = quantize(model, spec, ranges)
-    row = dict(n_classes=len(test.classes), size_kb=model_bytes(q, spec.weights.bits)/1000, n_test=len(test)) | probe(model, q, x, threat, before, on_original, seed)
+    row = dict(n_classes=len(test.classes), size_kb=model_bytes(q, spec.weights.bits)/1000,
+               n_test=len(test)) | probe(model, q, x, threat, before, on_original, seed)
     row |= measure(q, test, threat, before_test, attacks, seed)
     said = predict_losses(pd.DataFrame([row])).iloc[0].to_dict()
     known = _originals(before, before_test)
-    return said | dict(original_accuracy=known['accuracy'], original_robust_accuracy=known['robust_accuracy'])
+    return said | dict(original_accuracy=known['accuracy'],
+                       original_robust_accuracy=known['robust_accuracy'])
