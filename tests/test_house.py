@@ -35,25 +35,30 @@ class Share:
     'test_eq(Share(.5).scaled(2), 1)',
     '#| export\ndef _private(a, b): return a + b',
 ]
-CORE = ['# Core\n\n> The bottom', '#| default_exp core', 'A whole.', '#| export\ndef whole(): return 1', 'assert whole() == 1']
+CORE = ['# Core\n\n> The bottom', '#| default_exp core', 'A whole.',
+        '#| export\ndef whole(): return 1', 'assert whole() == 1']
 
 
 def write(folder, name, sources):
     "A notebook of `sources`: those that start like a title or a sentence are Markdown"
     kind = {True: 'markdown', False: 'code'}
-    cells = [dict(cell_type=kind[bool(re.match('# |[A-Z]', o))], source=o.splitlines(True)) for o in sources]
+    cells = [dict(cell_type=kind[bool(re.match('# |[A-Z]', o))], source=o.splitlines(True))
+             for o in sources]
     (folder/name).write_text(json.dumps(dict(cells=cells)))
     return folder/name
 
 
 @pytest.fixture
 def check(tmp_path):
-    "Breaches of the good notebook after replacing text in it, beside a core notebook below and a later one above"
+    """Breaches of the good notebook after replacing text in it, beside a core notebook below and a
+    later one above"""
     def check(old='', new='', drop=None, more=()):
-        sources = [o.replace(old, new) if old else o for i,o in enumerate(GOOD) if i != drop] + list(more)
+        sources = [o.replace(old, new) if old else o for i,o in enumerate(GOOD)
+                   if i != drop] + list(more)
         assert sources != GOOD or not old, f'{old} is not in the good notebook'
         later = [o.replace('core', 'later').replace('whole', 'more') for o in CORE]
-        files = [write(tmp_path, 'nbs/api/00_core.ipynb', CORE), write(tmp_path, '10_halves.ipynb', sources),
+        files = [write(tmp_path, 'nbs/api/00_core.ipynb', CORE),
+                 write(tmp_path, '10_halves.ipynb', sources),
                  write(tmp_path, '20_later.ipynb', later)]
         return [o.partition('10_halves.ipynb: ')[2] for o in breaches(files)]
     return check
@@ -65,29 +70,42 @@ def test_good_notebook_is_silent(check): assert check() == []
 BAD = {
     'import from above': (dict(old='robustnb.core', new='robustnb.later'), 'imports later'),
     'relative import from above': (dict(old='robustnb.core', new='.later'), 'imports later'),
-    'import from above in a lesson': (dict(more=['assert 1\nfrom robustnb.later import more']), 'imports later'),
-    'import from above in a function': (dict(old='    return x/n', new='    import robustnb.later\n    return x/n'), 'imports later'),
+    'import from above in a lesson': (dict(more=['assert 1\nfrom robustnb.later import more']),
+                                      'imports later'),
+    'import from above in a function': (
+        dict(old='    return x/n', new='    import robustnb.later\n    return x/n'),
+        'imports later'),
     'unknown module': (dict(old='robustnb.core', new='robustnb.nowhere'), 'imports nowhere'),
-    'import of the package': (dict(old='robustnb.core', new='robustnb'), 'imports the package itself'),
+    'import of the package': (dict(old='robustnb.core', new='robustnb'),
+                              'imports the package itself'),
     'star import': (dict(old='import whole', new='import *'), 'star import of robustnb.core'),
     'dead cell': (dict(more=['#| export\n# x = half(3)']), 'an exported cell without code'),
-    'dead line': (dict(old='# rounding is left to the caller', new='# x = round(x)'), 'code in a comment: x = round(x)'),
+    'dead line': (dict(old='# rounding is left to the caller', new='# x = round(x)'),
+                  'code in a comment: x = round(x)'),
     'long cell': (dict(old='    return x/n', new='    x = x\n'*40), 'lines, at most 40'),
-    'many parameters': (dict(old='a, b)', new='a, b, c, d, e, f, g, h, i)'), '_private has 9 parameters'),
+    'many parameters': (dict(old='a, b)', new='a, b, c, d, e, f, g, h, i)'),
+                        '_private has 9 parameters'),
     'many cells': (dict(more=['Text.']*50), 'cells, at most 60'),
     'many bytes': (dict(more=['Text. '*70_000]), 'KB, at most 400'),
     'no prose': (dict(drop=3), 'no prose before half'),
     'a heading is not prose': (dict(old=GOOD[6], new='# Shares'), 'no prose before Share'),
     'no lesson': (dict(drop=5), 'no visible lesson after half'),
-    'a lesson that cannot fail': (dict(old='assert half(4) == 2\n', new='a = 1\n'), 'no visible lesson after half'),
-    'hidden lesson': (dict(old='assert half', new='#| hide\nassert half'), 'no visible lesson after half'),
-    'lesson without its code': (dict(old='test_eq(S', new='#| echo: false\ntest_eq(S'), 'no visible lesson after Share'),
-    'slow lesson': (dict(old='test_eq(S', new='#| slow\ntest_eq(S'), 'no visible lesson after Share'),
+    'a lesson that cannot fail': (dict(old='assert half(4) == 2\n', new='a = 1\n'),
+                                  'no visible lesson after half'),
+    'hidden lesson': (dict(old='assert half', new='#| hide\nassert half'),
+                      'no visible lesson after half'),
+    'lesson without its code': (dict(old='test_eq(S', new='#| echo: false\ntest_eq(S'),
+                                'no visible lesson after Share'),
+    'slow lesson': (dict(old='test_eq(S', new='#| slow\ntest_eq(S'),
+                    'no visible lesson after Share'),
     'argument without comment': (dict(old='  # Parts, >= 1', new=''), 'half: n has no comment'),
-    'rest argument without comment': (dict(old='    # More of them', new=''), 'half: rest has no comment'),
-    'two arguments on a line': (dict(old='    *rest,    # More of them\n    n', new='    *rest, n'), 'half: rest has no comment'),
+    'rest argument without comment': (dict(old='    # More of them', new=''),
+                                      'half: rest has no comment'),
+    'two arguments on a line': (dict(old='    *rest,    # More of them\n    n', new='    *rest, n'),
+                                'half: rest has no comment'),
     'return without comment': (dict(old='     # `x/n`', new=''), 'half: return has no comment'),
-    'method argument without comment': (dict(old='   # Factor', new=''), 'Share.scaled: by has no comment'),
+    'method argument without comment': (dict(old='   # Factor', new=''),
+                                        'Share.scaled: by has no comment'),
     'field without comment': (dict(old='  # Name', new=''), 'Share: owner has no comment'),
     'not Python': (dict(more=['#| export\ndef']), 'not Python'),
 }

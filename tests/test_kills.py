@@ -1,4 +1,5 @@
-"kill -9 at random moments, eight times for each kind of run: the rerun ends like the run that nobody disturbed. And a job that forgets what it had done is found out."
+"""kill -9 at random moments, eight times for each kind of run: the rerun ends like the run that
+nobody disturbed. And a job that forgets what it had done is found out."""
 import json, os, subprocess, sys
 from pathlib import Path
 
@@ -10,14 +11,20 @@ pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='jobs are forked
 
 
 def run(code, *words):
-    return subprocess.run([sys.executable, '-W', 'ignore', *code, *words], cwd=root, capture_output=True, text=True, timeout=600, env=os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''))
+    return subprocess.run([sys.executable, '-W', 'ignore', *code, *words], cwd=root,
+                          capture_output=True, text=True, timeout=600,
+                          env=os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''))
 
 
 def test_every_kind_of_run_survives(tmp_path):
-    said = run(['benchmarks/reliability/kills.py'], '--kills', '8', '--out', str(tmp_path/'kills.csv'))
+    said = run(['benchmarks/reliability/kills.py'], '--kills', '8', '--out',
+               str(tmp_path/'kills.csv'))
     assert said.returncode == 0, said.stdout + said.stderr[-2000:]
     rows = pd.read_csv(tmp_path/'kills.csv')
-    assert len(rows) == 7 and rows.kills.sum() >= 50 and rows.same.all() and (rows.files > 0).all()
+    assert len(rows) == 7
+    assert rows.kills.sum() >= 50
+    assert rows.same.all()
+    assert (rows.files > 0).all()
     assert json.loads((tmp_path/'kills.json').read_text())['kills'] == rows.kills.sum()
 
 

@@ -1,4 +1,5 @@
-"Sweeps on this machine: what runs, what runs again, what is refused; kill -9 at any moment loses nothing. The jobs mark each call, so that calls can be counted."
+"""Sweeps on this machine: what runs, what runs again, what is refused; kill -9 at any moment loses
+nothing. The jobs mark each call, so that calls can be counted."""
 import importlib, json, os, signal, subprocess, sys, time, warnings
 from functools import wraps
 from pathlib import Path
@@ -61,32 +62,50 @@ class Holder:
 def calls(lab):
     "Calls of each job since the last question"
     folder, _ = lab
-    for f in (folder/'marks').iterdir(): f.unlink()
+    for f in (folder/'marks').iterdir():
+        f.unlink()
     return lambda: {f.name: f.stat().st_size for f in sorted((folder/'marks').iterdir())}
 
 
 def test_grid_is_every_combination():
     table = grid(a=(1, 2), b=['x'], c=range(3), d=.5)
-    assert table.to_dict('records') == [dict(a=a, b='x', c=c, d=.5) for a in (1, 2) for c in range(3)]
-    assert grid(a=np.arange(2), b=pd.Series(['u', 'v'])).shape == (4, 2) and grid(name='word').name.tolist() == ['word']
+    assert table.to_dict('records') == [dict(a=a, b='x', c=c, d=.5) for a in (1, 2)
+                                        for c in range(3)]
+    assert grid(a=np.arange(2), b=pd.Series(['u', 'v'])).shape == (4, 2)
+    assert grid(name='word').name.tolist() == ['word']
     for bad in (dict(a=[]), dict(a=1, b=()), {}):
-        with pytest.raises(ValueError, match='at least one value'): grid(**bad)
+        with pytest.raises(ValueError, match='at least one value'):
+            grid(**bad)
 
 
 @pytest.mark.parametrize('workers', (1, 3))
 def test_each_job_has_its_row(lab, calls, tmp_path, workers):
     _, jobs = lab
-    found = sweep(jobs.root, grid(x=[4, 'kill', 'flaky', 'exit', 9, 'leave', 16]), tmp_path, workers=workers)
-    assert found.x.tolist() == [4, 'kill', 'flaky', 'exit', 9, 'leave', 16], 'in the order of the table'
-    assert found.status.tolist() == ['done', 'failed', 'done', 'failed', 'done', 'failed', 'done'] and found.tries.tolist() == [1, 2, 2, 2, 1, 2, 1]
+    found = sweep(jobs.root, grid(x=[4, 'kill', 'flaky', 'exit', 9, 'leave', 16]), tmp_path,
+                  workers=workers)
+    assert found.x.tolist() == [4, 'kill', 'flaky', 'exit', 9, 'leave',
+                                16], 'in the order of the table'
+    assert found.status.tolist() == ['done', 'failed', 'done', 'failed', 'done', 'failed', 'done']
+    assert found.tries.tolist() == [1, 2, 2, 2, 1, 2, 1]
     assert calls() == {'4': 1, 'kill': 2, 'flaky': 2, 'exit': 2, '9': 1, 'leave': 2, '16': 1}
-    assert found.root[[0, 4, 6]].tolist() == [2, 3, 4] and found.error[0] == '' and found.wide[0] == float(np.float32(.1))
-    assert 'SIGKILL' in found.error[1] and found.error[3] == 'SystemExit: enough' and 'exit code 3; its last words: the memory is full' in found.error[5]
-    assert (found.seconds.dropna() >= 0).all() and found.host.nunique() == 1 and found.threads[0] == os.environ.get('OMP_NUM_THREADS', '1')
-    if workers == 1: assert found.process[0] != found.process[2] == found.process[4], 'a worker lives until a job kills it'
-    row = next(r for r in map(read_row, (tmp_path/'rows').iterdir()) if r['arguments']['x'] == 'exit')
-    assert 'Traceback' in row['traceback'] and row['job'] == 'sweep_lab:root'
-    assert 'root of' in ''.join(f.read_text() for f in (tmp_path/'logs').iterdir()), 'what jobs print is in the logs'
+    assert found.root[[0, 4, 6]].tolist() == [2, 3, 4]
+    assert found.error[0] == ''
+    assert found.wide[0] == float(np.float32(.1))
+    assert 'SIGKILL' in found.error[1]
+    assert found.error[3] == 'SystemExit: enough'
+    assert 'exit code 3; its last words: the memory is full' in found.error[5]
+    assert (found.seconds.dropna() >= 0).all()
+    assert found.host.nunique() == 1
+    assert found.threads[0] == os.environ.get('OMP_NUM_THREADS', '1')
+    if workers == 1:
+        assert found.process[0] != found.process[2] == found.process[4], (
+            'a worker lives until a job kills it')
+    row = next(r for r in map(read_row, (tmp_path/'rows').iterdir())
+               if r['arguments']['x'] == 'exit')
+    assert 'Traceback' in row['traceback']
+    assert row['job'] == 'sweep_lab:root'
+    assert 'root of' in ''.join(f.read_text() for f in (tmp_path/'logs').iterdir()), (
+        'what jobs print is in the logs')
     assert not [f for f in (tmp_path/'rows').iterdir() if f.name.startswith('.')]
     kept = sweep_rows(tmp_path).set_index('x').loc[found.x].reset_index()
     pd.testing.assert_frame_equal(kept[sorted(kept)], found[sorted(found)])
@@ -96,47 +115,65 @@ def test_finished_jobs_never_run_again(lab, calls, tmp_path):
     _, jobs = lab
     first = sweep(jobs.root, grid(x=[4, 9, 'exit']), tmp_path, workers=1, tries=1)
     assert calls() == {'4': 1, '9': 1, 'exit': 1}
-    again = sweep(jobs.root, [dict(x=9), dict(x=25), dict(x='exit'), dict(x=4)], tmp_path, workers=2, tries=3)
-    assert calls() == {'25': 1, '4': 1, '9': 1, 'exit': 4} and again.root[[0, 1, 3]].tolist() == [3, 5, 2]
-    assert again.process[3] == first.process[0] and again.seconds[0] == first.seconds[1], 'the row is the one that was written'
+    again = sweep(jobs.root, [dict(x=9), dict(x=25), dict(x='exit'), dict(x=4)], tmp_path,
+                  workers=2, tries=3)
+    assert calls() == {'25': 1, '4': 1, '9': 1, 'exit': 4}
+    assert again.root[[0, 1, 3]].tolist() == [3, 5, 2]
+    assert again.process[3] == first.process[0], 'the row is the one that was written'
+    assert again.seconds[0] == first.seconds[1], 'the row is the one that was written'
     before = calls()
     sweep(jobs.root, grid(x=[4, 9]), tmp_path, slurm=None)
-    assert calls() == before and not (tmp_path/'slurm').exists()
+    assert calls() == before
+    assert not (tmp_path/'slurm').exists()
     sweep(jobs.root, [dict(x=4, wait=0.)], tmp_path, workers=1)
     assert calls()['4'] == 2, 'another table of arguments is another job'
     sweep(jobs.default, [dict(x=4)], tmp_path, workers=1)
     assert len(sweep_rows(tmp_path)) == 6
 
 
-@pytest.mark.parametrize('damage', (lambda t: t[:-3], lambda t: '', lambda t: t.replace('2.0', '2.5'), lambda t: t.partition('\n')[2], lambda t: '\x00'*len(t), lambda t: '[]', lambda t: 'null\n'*2))
+@pytest.mark.parametrize('damage',
+                         (lambda t: t[:-3], lambda t: '', lambda t: t.replace('2.0', '2.5'),
+                          lambda t: t.partition('\n')[2], lambda t: '\x00'*len(t),
+                          lambda t: '[]', lambda t: 'null\n'*2))
 def test_a_damaged_row_is_computed_again(lab, calls, tmp_path, damage):
     _, jobs = lab
     sweep(jobs.root, [dict(x=4)], tmp_path, workers=1)
     file, = (tmp_path/'rows').iterdir()
     file.write_text(damage(file.read_text()))
-    assert read_row(file) is None and len(sweep_rows(tmp_path)) == 0
-    assert sweep(jobs.root, [dict(x=4)], tmp_path, workers=1).root[0] == 2 and calls() == {'4': 2}
+    assert read_row(file) is None
+    assert len(sweep_rows(tmp_path)) == 0
+    assert sweep(jobs.root, [dict(x=4)], tmp_path, workers=1).root[0] == 2
+    assert calls() == {'4': 2}
 
 
 def test_kill_9_at_any_moment(lab, calls, tmp_path):
-    "The sweep is killed again and again; no job that had its row is called again, no worker is left, and the table is that of an undisturbed sweep"
+    """The sweep is killed again and again; no job that had its row is called again, no worker is
+    left, and the table is that of an undisturbed sweep"""
     _, jobs = lab
-    xs, rng, finished, kills = list(range(100, 140)), np.random.default_rng(0), {}, 0
+    xs = list(range(100, 140))
+    rng = np.random.default_rng(0)
+    finished = {}
+    kills = 0
     for _ in range(4):
         before = len(list(tmp_path.glob('rows/*.json')))
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore', DeprecationWarning)     # of forking beside threads; this child only waits for others
+            # of forking beside threads; this child only waits for others
+            warnings.simplefilter('ignore', DeprecationWarning)
             pid = os.fork()
         if not pid:
-            try: sweep(jobs.root, grid(x=xs, wait=.05), tmp_path, workers=2)
-            finally: os._exit(0)
+            try:
+                sweep(jobs.root, grid(x=xs, wait=.05), tmp_path, workers=2)
+            finally:
+                os._exit(0)
         end = time.time() + 30
-        while len(list(tmp_path.glob('rows/*.json'))) < before + 2 and time.time() < end: time.sleep(.002)
+        while len(list(tmp_path.glob('rows/*.json'))) < before + 2 and time.time() < end:
+            time.sleep(.002)
         time.sleep(rng.uniform(0, .05))
         os.kill(pid, signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
         time.sleep(.2)
-        done, made = {read_row(f)['arguments']['x'] for f in tmp_path.glob('rows/*.json')}, calls()
+        done = {read_row(f)['arguments']['x'] for f in tmp_path.glob('rows/*.json')}
+        made = calls()
         kills += 0 < len(done) < len(xs)
         time.sleep(.2)
         assert calls() == made, 'the workers ended with their sweep'
@@ -144,7 +181,8 @@ def test_kill_9_at_any_moment(lab, calls, tmp_path):
         finished = {str(x): made[str(x)] for x in done}
     found = sweep(jobs.root, grid(x=xs, wait=.05), tmp_path, workers=2)
     assert kills > 1, 'the kill came in the middle'
-    assert found.root.tolist() == [x**.5 for x in xs] and (found.status == 'done').all()
+    assert found.root.tolist() == [x**.5 for x in xs]
+    assert (found.status == 'done').all()
     assert {k: calls()[k] for k in finished} == finished, 'what had its row was not called again'
     assert not list(tmp_path.glob('rows/.*.json'))
 
@@ -158,23 +196,33 @@ def test_a_sweep_that_is_interrupted_stops_its_workers(lab, calls, tmp_path, mon
     def board(jobs): yield interrupt
     monkeypatch.setattr(module, '_board', board)
     began = time.time()
-    with pytest.raises(KeyboardInterrupt): sweep(jobs.root, [dict(x=1), dict(x=2, wait=60.), dict(x=3, wait=60.)], tmp_path, workers=2)
-    assert time.time() - began < 20 and '1' in calls()
-    assert all(r is None or r['status'] == 'done' for r in map(read_row, tmp_path.glob('rows/*.json'))), 'a job that was stopped has not failed'
+    with pytest.raises(KeyboardInterrupt):
+        sweep(jobs.root, [dict(x=1), dict(x=2, wait=60.), dict(x=3, wait=60.)], tmp_path, workers=2)
+    assert time.time() - began < 20
+    assert '1' in calls()
+    assert all(r is None or r['status'] == 'done' for r in map(
+        read_row, tmp_path.glob('rows/*.json'))), 'a job that was stopped has not failed'
 
 
 def test_cells_that_are_empty_take_the_default(lab, tmp_path):
     _, jobs = lab
-    table = pd.DataFrame([dict(x='a', y=None), dict(x='b', y='z'), dict(x='c', y=np.nan), dict(x='d', y=pd.NA)])
+    table = pd.DataFrame([dict(x='a', y=None), dict(x='b', y='z'), dict(x='c', y=np.nan),
+                          dict(x='d', y=pd.NA)])
     found = sweep(jobs.default, table, tmp_path, workers=1)
     assert found.both.tolist() == ['a7', 'bz', 'c7', 'd7']
 
 
 def test_what_a_job_may_return(lab, tmp_path):
     _, jobs = lab
-    found = sweep(jobs.returns, grid(kind=['a_list', 'taken', 'reserved', 'large', 'nothing', 'nan']), tmp_path, workers=1, tries=1)
-    assert found.status.tolist() == ['failed']*5 + ['done'] and found.isna().x.all()
-    for said, error in zip(('must return a dict .* got list', "not those of its arguments, .* got 'kind'", "got 'status'", "'x', which must be a number, .* got list", 'got NoneType'), found.error):
+    found = sweep(jobs.returns,
+                  grid(kind=['a_list', 'taken', 'reserved', 'large', 'nothing', 'nan']),
+                  tmp_path, workers=1, tries=1)
+    assert found.status.tolist() == ['failed']*5 + ['done']
+    assert found.isna().x.all()
+    for said, error in zip(('must return a dict .* got list',
+                            "not those of its arguments, .* got 'kind'", "got 'status'",
+                            "'x', which must be a number, .* got list", 'got NoneType'),
+                           found.error):
         assert pd.Series([error]).str.contains(said)[0], error
 
 
@@ -182,33 +230,48 @@ def test_tables_that_are_refused(lab, tmp_path):
     _, jobs = lab
     ok = [dict(x=1)]
     _refused(TypeError, '`job` must be a function', 'root', ok, tmp_path/'o')
-    for f in (lambda x: dict(), jobs.Holder().method): _refused(ValueError, '`job` must be a function at the top level', f, ok, tmp_path/'o')
-    _refused(ValueError, '`job` must be a function at the top level', wraps(jobs.root)(lambda x: dict()), ok, tmp_path/'o')
-    for t in ([], pd.DataFrame(), {}, 'abc', [1], None): _refused(TypeError, '`table` must be a DataFrame with at least one row', jobs.root, t, tmp_path/'o')
-    _refused(TypeError, 'row 1: missing a required argument', jobs.root, [dict(x=1), dict(wait=1.)], tmp_path/'o')
-    _refused(TypeError, "row 0: got an unexpected keyword argument 'z'", jobs.root, [dict(x=1, z=2)], tmp_path/'o')
-    _refused(TypeError, 'row 0: x must be a number, a string', jobs.root, [dict(x=(1, 2))], tmp_path/'o')
-    _refused(ValueError, 'must not hold a job twice; row 2', jobs.root, grid(x=[1, 2, 1]), tmp_path/'o')
-    for kw in (dict(workers=0), dict(tries=0), dict(chunk=0), dict(tries=1.5), dict(workers=True), dict(tries=float('nan'))): _refused(ValueError, f'`{[*kw][0]}` must be a whole number', jobs.root, ok, tmp_path/'o', **kw)
+    for f in (lambda x: dict(), jobs.Holder().method):
+        _refused(ValueError, '`job` must be a function at the top level', f, ok, tmp_path/'o')
+    _refused(ValueError, '`job` must be a function at the top level',
+             wraps(jobs.root)(lambda x: dict()), ok, tmp_path/'o')
+    for t in ([], pd.DataFrame(), {}, 'abc', [1], None):
+        _refused(TypeError, '`table` must be a DataFrame with at least one row', jobs.root, t,
+                 tmp_path/'o')
+    _refused(TypeError, 'row 1: missing a required argument', jobs.root,
+             [dict(x=1), dict(wait=1.)], tmp_path/'o')
+    _refused(TypeError, "row 0: got an unexpected keyword argument 'z'", jobs.root,
+             [dict(x=1, z=2)], tmp_path/'o')
+    _refused(TypeError, 'row 0: x must be a number, a string', jobs.root, [dict(x=(1, 2))],
+             tmp_path/'o')
+    _refused(ValueError, 'must not hold a job twice; row 2', jobs.root, grid(x=[1, 2, 1]),
+             tmp_path/'o')
+    for kw in (dict(workers=0), dict(tries=0), dict(chunk=0), dict(tries=1.5),
+               dict(workers=True), dict(tries=float('nan'))):
+        _refused(ValueError, f'`{[*kw][0]}` must be a whole number', jobs.root, ok,
+                 tmp_path/'o', **kw)
     _refused(TypeError, '`slurm` must be a dict', jobs.root, ok, tmp_path/'o', slurm='gpu')
     (tmp_path/'file').write_text('')
     _refused(ValueError, '`out` must be a folder', jobs.root, ok, tmp_path/'file')
-    _refused(FileNotFoundError, 'there are no rows', None, None, tmp_path/'o', call=lambda job, table, out: sweep_rows(out))
+    _refused(FileNotFoundError, 'there are no rows', None, None, tmp_path/'o',
+             call=lambda job, table, out: sweep_rows(out))
     assert not (tmp_path/'o').exists(), 'nothing is written before the table is understood'
 
 
 def _refused(kind, said, *args, call=sweep, **kw):
-    with pytest.raises(kind, match=said): call(*args, **kw)
+    with pytest.raises(kind, match=said):
+        call(*args, **kw)
 
 
 def test_slurm_is_refused_where_there_is_none(lab, tmp_path, monkeypatch):
     _, jobs = lab
     monkeypatch.setitem(sys.modules, 'submitit', None)
-    with pytest.raises(ImportError, match=r"pip install 'robustnb\[slurm\]'"): sweep(jobs.root, [dict(x=1)], tmp_path, slurm={})
+    with pytest.raises(ImportError, match=r"pip install 'robustnb\[slurm\]'"):
+        sweep(jobs.root, [dict(x=1)], tmp_path, slurm={})
     monkeypatch.undo()
     pytest.importorskip('submitit')
     monkeypatch.setenv('PATH', str(tmp_path))
-    with pytest.raises(ValueError, match='on a machine with Slurm; submitit says: .*srun'): sweep(jobs.root, [dict(x=1)], tmp_path, slurm={})
+    with pytest.raises(ValueError, match='on a machine with Slurm; submitit says: .*srun'):
+        sweep(jobs.root, [dict(x=1)], tmp_path, slurm={})
 
 
 def test_as_many_workers_as_cores_that_may_be_used(lab, tmp_path, monkeypatch):
@@ -217,20 +280,29 @@ def test_as_many_workers_as_cores_that_may_be_used(lab, tmp_path, monkeypatch):
     monkeypatch.delattr(os, 'sched_getaffinity')                 # as on macOS and Windows
     monkeypatch.setattr(os, 'cpu_count', lambda: 2)
     assert _cores() == 2
-    assert (sweep(lab[1].root, [dict(x=i) for i in range(71, 74)], tmp_path).status == 'done').all() and len(list((tmp_path/'logs').iterdir())) == 2
+    assert (sweep(lab[1].root, [dict(x=i) for i in range(71, 74)], tmp_path).status == 'done').all()
+    assert len(list((tmp_path/'logs').iterdir())) == 2
     monkeypatch.setattr(os, 'cpu_count', lambda: None)
     assert _cores() == 1
 
 
 def test_a_worker_is_like_its_parent_but_alone(monkeypatch):
-    for k, v in dict(WORLD_SIZE='4', RANK='1', CUDA_VISIBLE_DEVICES='2,5', OTHER='kept').items(): monkeypatch.setenv(k, v)
+    for k, v in dict(WORLD_SIZE='4', RANK='1', CUDA_VISIBLE_DEVICES='2,5', OTHER='kept').items():
+        monkeypatch.setenv(k, v)
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     found = [_environment(i) for i in range(3)]
-    assert [e['CUDA_VISIBLE_DEVICES'] for e in found] == ['2', '5', '2'] and {e['OMP_NUM_THREADS'] for e in found} == {'1'}
-    assert 'WORLD_SIZE' not in found[0] and 'RANK' not in found[0] and found[0]['OTHER'] == 'kept' and '' not in found[0]['PYTHONPATH'].split(os.pathsep)
-    monkeypatch.setenv('OMP_NUM_THREADS', '3'); monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '7')
-    assert _environment(1)['OMP_NUM_THREADS'] == '3' and _environment(1)['CUDA_VISIBLE_DEVICES'] == '7'
-    monkeypatch.delenv('CUDA_VISIBLE_DEVICES'); monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    assert [e['CUDA_VISIBLE_DEVICES'] for e in found] == ['2', '5', '2']
+    assert {e['OMP_NUM_THREADS'] for e in found} == {'1'}
+    assert 'WORLD_SIZE' not in found[0]
+    assert 'RANK' not in found[0]
+    assert found[0]['OTHER'] == 'kept'
+    assert '' not in found[0]['PYTHONPATH'].split(os.pathsep)
+    monkeypatch.setenv('OMP_NUM_THREADS', '3')
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '7')
+    assert _environment(1)['OMP_NUM_THREADS'] == '3'
+    assert _environment(1)['CUDA_VISIBLE_DEVICES'] == '7'
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     assert [_environment(i)['CUDA_VISIBLE_DEVICES'] for i in range(3)] == ['0', '1', '0']
 
 
@@ -239,62 +311,79 @@ def test_the_live_table(lab, calls, tmp_path, monkeypatch):
     module = importlib.import_module('robustnb.sweeps')
     _, jobs = lab
     class Bar:
-        def __init__(self, items, desc, total): self.desc, self.total, self.n, self.said, self.open = desc, total, 0, {}, True; bars.append(self)
+        def __init__(self, items, desc, total):
+            self.desc, self.total, self.n, self.said, self.open = desc, total, 0, {}, True
+            bars.append(self)
         def update(self): self.n += 1
         def set_postfix(self, refresh, **said): self.said = said
         def close(self): self.open = False
     bars = []
     monkeypatch.setattr(module, 'progress', Bar)
     sweep(jobs.root, [dict(x='exit'), dict(x=4), dict(x=4, wait=.0)], tmp_path, workers=1, tries=1)
-    assert [(b.desc, b.total, b.n, b.said, b.open) for b in bars] == [('exit', 1, 1, dict(failed=1), False), ('4', 2, 2, {}, False)]
+    assert [(b.desc, b.total, b.n, b.said, b.open) for b in bars] == [
+        ('exit', 1, 1, dict(failed=1), False), ('4', 2, 2, {}, False)]
     bars.clear()
     sweep(jobs.root, [dict(x=4), dict(x=4, wait=.0), dict(x=9)], tmp_path, workers=1)
-    assert [(b.desc, b.total, b.n) for b in bars] == [('4', 2, 2), ('9', 1, 1)], 'what was finished before counts'
+    assert [(b.desc, b.total, b.n) for b in bars] == [
+        ('4', 2, 2), ('9', 1, 1)], 'what was finished before counts'
     bars.clear()
-    with module._board({str(i): dict(x=i) for i in range(25)}) as tell: tell('3', dict(status='failed'))
+    with module._board({str(i): dict(x=i) for i in range(25)}) as tell:
+        tell('3', dict(status='failed'))
     assert [(b.desc, b.total, b.n, b.said) for b in bars] == [('jobs', 25, 1, dict(failed=1))]
 
 
 def test_rows_and_workers(tmp_path):
     assert digest(dict(a=1, b=2)) == digest(dict(b=2, a=1)) != digest(dict(a=1, b=3))
     write_row(dict(x=float('nan'), y='ü'), tmp_path/'deep'/'row.json')
-    assert read_row(tmp_path/'deep'/'row.json')['y'] == 'ü' and read_row(tmp_path/'none.json') is None
+    assert read_row(tmp_path/'deep'/'row.json')['y'] == 'ü'
+    assert read_row(tmp_path/'none.json') is None
     run_job('nowhere:f', {}, tmp_path/'a.json', 3)
-    assert read_row(tmp_path/'a.json')['error'].startswith('ModuleNotFoundError') and read_row(tmp_path/'a.json')['tries'] == 3
+    assert read_row(tmp_path/'a.json')['error'].startswith('ModuleNotFoundError')
+    assert read_row(tmp_path/'a.json')['tries'] == 3
     run_job('math:nothing', {}, tmp_path/'a.json')
     assert read_row(tmp_path/'a.json')['error'].startswith('AttributeError')
-    said = subprocess.run([*worker_command()[:-1], worker_command()[-1].replace('m.serve()', 'import sys; print("torch" in sys.modules, "numpy" in sys.modules)')], capture_output=True, text=True)
+    said = subprocess.run([*worker_command()[:-1], worker_command()[-1].replace(
+        'm.serve()', 'import sys; print("torch" in sys.modules, "numpy" in sys.modules)')],
+                          capture_output=True, text=True)
     assert said.stdout == 'False False\n', 'a worker starts without what a job may not need'
 
 
 def test_a_row_is_whole_or_not_there(tmp_path, monkeypatch):
     write_row(dict(x=1), tmp_path/'row.json')
-    with pytest.raises(TypeError): write_row(dict(x=object()), tmp_path/'row.json')
+    with pytest.raises(TypeError):
+        write_row(dict(x=object()), tmp_path/'row.json')
     def full(*args): raise OSError(28, 'No space left on device')
     for name in ('replace', 'fsync'):
         with monkeypatch.context() as m:
             m.setattr(os, name, full)
-            with pytest.raises(OSError): write_row(dict(x=2), tmp_path/'row.json')
-    assert read_row(tmp_path/'row.json') == dict(x=1) and [f.name for f in tmp_path.iterdir()] == ['row.json']
+            with pytest.raises(OSError):
+                write_row(dict(x=2), tmp_path/'row.json')
+    assert read_row(tmp_path/'row.json') == dict(x=1)
+    assert [f.name for f in tmp_path.iterdir()] == ['row.json']
 
 
 def test_a_worker_ends_with_the_one_that_feeds_it(lab, tmp_path):
     "In the middle of a job, and when it has none"
     for orders in ([], [['sweep_lab:root', dict(x=64, wait=600.), str(tmp_path/'row.json')]]):
-        worker = subprocess.Popen(worker_command(), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=_environment(0))
-        for o in orders: worker.stdin.write(json.dumps(o) + '\n')
+        worker = subprocess.Popen(worker_command(), stdin=subprocess.PIPE,
+                                  stdout=subprocess.DEVNULL, text=True, env=_environment(0))
+        for o in orders:
+            worker.stdin.write(json.dumps(o) + '\n')
         worker.stdin.flush()
         time.sleep(.3)
         assert worker.poll() is None
         worker.stdin.close()
-        assert worker.wait(20) == 0 and not (tmp_path/'row.json').exists()
+        assert worker.wait(20) == 0
+        assert not (tmp_path/'row.json').exists()
 
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
     data = subset(load_data('digits', 'train'), 900, seed=0)
     std, mean = torch.std_mean(data.x, (0, 2, 3))
-    net, _ = train(Recipe(flip=False, batch_size=25, lr=.02).shortened(10), build_model('AlexNet_BN', 10, .125, mean.tolist(), std.tolist()), data, device='cpu')
+    net, _ = train(Recipe(flip=False, batch_size=25, lr=.02).shortened(10),
+                   build_model('AlexNet_BN', 10, .125, mean.tolist(), std.tolist()), data,
+                   device='cpu')
     path = tmp_path_factory.mktemp('net')/'digits.pt'
     save_model(net, path)
     return str(path)
@@ -302,42 +391,71 @@ def weights(tmp_path_factory):
 
 def test_the_job_of_the_mission(weights):
     row = measure_one(weights, 'INT4', 'fgsm', seed=3, n=80, eps=4/255)
-    model, (test, x) = load_model(weights), _original(weights, 'fgsm', 3, 'digits', '', 80, 4/255)[2:4]
+    model = load_model(weights)
+    test, x = _original(weights, 'fgsm', 3, 'digits', '', 80, 4/255)[2:4]
     pool = load_data('digits', 'train').x
-    assert len(x) == 300 and all((pool == o).flatten(1).all(1).any() for o in x[:5]) and len(test) == 80 and np.bincount(test.y).tolist() == [8]*10
+    assert len(x) == 300
+    assert all((pool == o).flatten(1).all(1).any() for o in x[:5])
+    assert len(test) == 80
+    assert np.bincount(test.y).tolist() == [8]*10
     other = _original(weights, 'fgsm', 4, 'digits', '', 80, 4/255)
-    assert torch.equal(other[2].x, test.x) and not torch.equal(other[3], x), 'the seed chooses calibration images, never those that measure'
+    assert torch.equal(other[2].x,
+                       test.x), 'the seed chooses calibration images, never those that measure'
+    assert not torch.equal(other[3],
+                           x), 'the seed chooses calibration images, never those that measure'
     from robustnb.attacks.gradient import fgsm
-    q, y = quantize(model, 'INT4', x), torch.as_tensor(test.y)
-    of = lambda m: summarize(evaluate(m, test.x, y, dict(fgsm=fgsm), Linf(4/255))).set_index('attack').accuracy
-    assert row['accuracy'] == of(q)['clean'] and row['original_accuracy'] == pytest.approx(of(model)['clean'], abs=1e-4) and row['original_robust_accuracy'] == pytest.approx(of(model)['worst'], abs=1e-4)
-    assert row['robust_accuracy'] <= of(q)['worst'] and row['measured_loss'] == pytest.approx(1 - row['accuracy']/of(model)['clean'], abs=1e-9)
-    assert row['n_test'] == 80 and 0 < row['js'] and 0 <= row['predicted_loss_lo'] <= row['predicted_loss'] <= row['predicted_loss_hi'] <= 1
-    assert repr(row) == repr(measure_one(weights, 'INT4', 'fgsm', seed=3, n=80, eps=4/255)), 'the same question has the same answer'
-    with pytest.raises(ValueError, match='`attack` must be one of'): measure_one(weights, 'INT4', 'PGD')
-    with pytest.raises(ValueError, match='`n` must be at least 1'): measure_one(weights, 'INT4', n=0)
+    q = quantize(model, 'INT4', x)
+    y = torch.as_tensor(test.y)
+    of = lambda m: summarize(evaluate(m, test.x, y, dict(fgsm=fgsm),
+                                      Linf(4/255))).set_index('attack').accuracy
+    assert row['accuracy'] == of(q)['clean']
+    assert row['original_accuracy'] == pytest.approx(of(model)['clean'], abs=1e-4)
+    assert row['original_robust_accuracy'] == pytest.approx(of(model)['worst'], abs=1e-4)
+    assert row['robust_accuracy'] <= of(q)['worst']
+    assert row['measured_loss'] == pytest.approx(1 - row['accuracy']/of(model)['clean'], abs=1e-9)
+    assert row['n_test'] == 80
+    assert 0 < row['js']
+    assert 0 <= row['predicted_loss_lo'] <= row['predicted_loss'] <= row['predicted_loss_hi'] <= 1
+    assert repr(row) == repr(measure_one(weights, 'INT4', 'fgsm', seed=3, n=80,
+                                         eps=4/255)), 'the same question has the same answer'
+    with pytest.raises(ValueError, match='`attack` must be one of'):
+        measure_one(weights, 'INT4', 'PGD')
+    with pytest.raises(ValueError, match='`n` must be at least 1'):
+        measure_one(weights, 'INT4', n=0)
 
 
 def test_the_command(weights, tmp_path, capsys):
     out = tmp_path/'out'
-    run_sweep(weights, 'INT8,POT3', 'fgsm', seeds=2, measure='n=40,eps=2/255', where='1', out=str(out))
+    run_sweep(weights, 'INT8,POT3', 'fgsm', seeds=2, measure='n=40,eps=2/255', where='1',
+              out=str(out))
     rows = pd.read_csv(out/'sweep.csv')
-    assert rows[['format', 'seed', 'status']].to_numpy().tolist() == [[f, s, 'done'] for f in ('INT8', 'POT3') for s in (0, 1)]
-    assert rows.eps.to_numpy() == pytest.approx(2/255, rel=1e-12) and (rows.n == 40).all() and rows.weights.unique().tolist() == [weights] and {'measured_robust_loss', 'predicted_loss', 'size_kb'} <= set(rows)
+    assert rows[['format', 'seed', 'status']].to_numpy().tolist() == [
+        [f, s, 'done'] for f in ('INT8', 'POT3') for s in (0, 1)]
+    assert rows.eps.to_numpy() == pytest.approx(2/255, rel=1e-12)
+    assert (rows.n == 40).all()
+    assert rows.weights.unique().tolist() == [weights]
+    assert {'measured_robust_loss', 'predicted_loss', 'size_kb'} <= set(rows)
     said = capsys.readouterr().out
-    assert '4 of 4 jobs done' in said and 'POT3' in said
+    assert '4 of 4 jobs done' in said
+    assert 'POT3' in said
     facts = json.loads((out/'manifest.json').read_text())
-    assert facts['jobs'] == 4 and facts['failed'] == 0 and facts['eps'] == 2/255 and {'command', 'torch'} <= facts.keys()
+    assert facts['jobs'] == 4
+    assert facts['failed'] == 0
+    assert facts['eps'] == 2/255
+    assert {'command', 'torch'} <= facts.keys()
     files = {f: f.stat().st_mtime_ns for f in (out/'rows').iterdir()}
     run_sweep(weights, 'INT8', 'fgsm', seeds=1, measure='n=40,eps=2/255', out=str(out))
-    assert {f: f.stat().st_mtime_ns for f in (out/'rows').iterdir()} == files and len(pd.read_csv(out/'sweep.csv')) == 1
+    assert {f: f.stat().st_mtime_ns for f in (out/'rows').iterdir()} == files
+    assert len(pd.read_csv(out/'sweep.csv')) == 1
 
 
 def test_what_the_command_refuses(weights, tmp_path, capsys):
     out = str(tmp_path/'out')
     def refused(said, *args, **kw):
-        with pytest.raises(SystemExit) as e: run_sweep(*args, **dict(out=out) | kw)
-        assert said in str(e.value) and '\n' not in str(e.value), e.value
+        with pytest.raises(SystemExit) as e:
+            run_sweep(*args, **dict(out=out) | kw)
+        assert said in str(e.value), e.value
+        assert '\n' not in str(e.value), e.value
     refused('no', 'nowhere.pt')
     refused('`name` must be', weights, 'INT99')
     refused('got \'pgd20\'', weights, attacks='pgd20')
@@ -350,20 +468,35 @@ def test_what_the_command_refuses(weights, tmp_path, capsys):
     refused('a whole number of at least 1 for n', weights, measure='n=0')
     refused('`eps` must be in', weights, measure='eps=2')
     refused('`workers` must be a whole number', weights, where='0')
-    assert not (tmp_path/'out').exists() or not [*(tmp_path/'out').iterdir()], 'a question that was refused is not kept'
+    assert (not (tmp_path/'out').exists()
+            or not [*(tmp_path/'out').iterdir()]), 'a question that was refused is not kept'
     sweep_cli._same_files(tmp_path/'q', dict(n=1), {'a': '1'})
     sweep_cli._same_files(tmp_path/'q', dict(n=1), {'b': '2'})
-    assert json.loads((tmp_path/'q'/'question.json').read_text()) == dict(facts=dict(n=1), files=dict(a='1', b='2'))
-    for facts, files, said in ((dict(n=2), {}, 'n is 1 there and 2 here'), (dict(n=1), {'a': '3'}, 'a has changed since')):
-        with pytest.raises(ValueError, match=said): sweep_cli._same_files(tmp_path/'q', facts, files)
+    assert json.loads((tmp_path/'q'/'question.json').read_text()) == dict(
+        facts=dict(n=1), files=dict(a='1', b='2'))
+    for facts, files, said in ((dict(n=2), {}, 'n is 1 there and 2 here'),
+                               (dict(n=1), {'a': '3'}, 'a has changed since')):
+        with pytest.raises(ValueError, match=said):
+            sweep_cli._same_files(tmp_path/'q', facts, files)
     (tmp_path/'q'/'question.json').write_text('{')
-    with pytest.raises(ValueError, match='is damaged'): sweep_cli._same_files(tmp_path/'q', dict(n=1), {})
+    with pytest.raises(ValueError, match='is damaged'):
+        sweep_cli._same_files(tmp_path/'q', dict(n=1), {})
 
 
 def test_a_command_with_failures_names_them(tmp_path, capsys):
-    rows = pd.DataFrame([dict(weights='a.pt', format='INT8', attack='pgd', seed=0, status='done', error='', measured_loss=.1), dict(weights='a.pt', format='INT4', attack='pgd', seed=1, status='failed', error='OSError: gone')])
-    with pytest.raises(SystemExit) as e: sweep_cli._tell(rows, rows[rows.status == 'failed'], tmp_path)
-    assert e.value.code == 1 and 'failed: a.pt INT4 pgd seed 1: OSError: gone' in capsys.readouterr().out
-    assert (sweep_cli._place(''), sweep_cli._place('3'), sweep_cli._place('mem_gb=1.5,slurm_partition=gpu')) == (dict(workers=None), dict(workers=3), dict(slurm=dict(mem_gb=1.5, slurm_partition='gpu')))
+    rows = pd.DataFrame([dict(weights='a.pt', format='INT8', attack='pgd', seed=0,
+                              status='done', error='', measured_loss=.1),
+                         dict(weights='a.pt', format='INT4', attack='pgd', seed=1,
+                              status='failed', error='OSError: gone')])
+    with pytest.raises(SystemExit) as e:
+        sweep_cli._tell(rows, rows[rows.status == 'failed'], tmp_path)
+    assert e.value.code == 1
+    assert 'failed: a.pt INT4 pgd seed 1: OSError: gone' in capsys.readouterr().out
+    assert (sweep_cli._place(''), sweep_cli._place('3'),
+            sweep_cli._place('mem_gb=1.5,slurm_partition=gpu')) == (
+                dict(workers=None), dict(workers=3),
+                dict(slurm=dict(mem_gb=1.5, slurm_partition='gpu')))
     settings = (Path(__file__).parent.parent/'settings.ini').read_text()
-    assert 'robustnb_sweep=robustnb.commands.sweep:sweep_command\n' in settings and 'slurm_requirements' in settings and 'accelerate_requirements' in settings
+    assert 'robustnb_sweep=robustnb.commands.sweep:sweep_command\n' in settings
+    assert 'slurm_requirements' in settings
+    assert 'accelerate_requirements' in settings

@@ -1,6 +1,7 @@
 """Check the house limits on the notebooks, one line per breach.
 
-`python tools/house.py [NOTEBOOK ...]` checks all of nbs/ by default. CONTRIBUTING.md says what the limits are for.
+`python tools/house.py [NOTEBOOK ...]` checks all of nbs/ by default. CONTRIBUTING.md says what
+the limits are for.
 """
 import ast, io, json, re, sys, tokenize
 from collections import namedtuple
@@ -31,7 +32,8 @@ def imports_of(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for o in node.names:
-                if o.name.split('.')[0] == PACKAGE: yield o.name.partition('.')[2]
+                if o.name.split('.')[0] == PACKAGE:
+                    yield o.name.partition('.')[2]
         elif isinstance(node, ast.ImportFrom):
             name = node.module or ''
             if node.level == 0 and name.split('.')[0] != PACKAGE: continue
@@ -41,13 +43,16 @@ def imports_of(tree):
 def comments_of(source):
     "Comment by line number, and whether it has the line to itself"
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return {t.start[0]: (t.string.lstrip('# '), not t.line[:t.start[1]].strip()) for t in tokens if t.type == tokenize.COMMENT}
+    return {t.start[0]: (t.string.lstrip('# '), not t.line[:t.start[1]].strip())
+            for t in tokens if t.type == tokenize.COMMENT}
 
 
 def is_code(comment):
     "Whether `comment` is a statement that somebody switched off, not a sentence"
-    try: body = ast.parse(comment).body
-    except SyntaxError: return False
+    try:
+        body = ast.parse(comment).body
+    except SyntaxError:
+        return False
     def live(o):
         if isinstance(o, ast.Expr): return isinstance(o.value, (ast.Call, ast.Await, ast.Yield))
         return not isinstance(o, ast.AnnAssign) or o.value is not None
@@ -63,7 +68,8 @@ def undocumented(node, comments):
     last = list(zip(args[::-1], a.defaults[::-1]))
     for o, default in last + [(o, d) for o, d in zip(a.kwonlyargs, a.kw_defaults) if d]:
         ends[o.arg] = default.end_lineno
-    if args and args[0].arg in ('self', 'cls'): ends.pop(args[0].arg)
+    if args and args[0].arg in ('self', 'cls'):
+        ends.pop(args[0].arg)
     elif node.returns and ast.unparse(node.returns) != 'None':
         starts['return'] = node.returns.lineno
         ends['return'] = node.returns.end_lineno
@@ -71,7 +77,8 @@ def undocumented(node, comments):
     def has_comment(name):
         above = comments.get(starts[name] - 1, ('', False))
         return ends[name] in comments or above[1]
-    return [k for k, line in ends.items() if not has_comment(k) or list(ends.values()).count(line) > 1]
+    return [k for k, line in ends.items()
+            if not has_comment(k) or list(ends.values()).count(line) > 1]
 
 
 def is_decorated(node, name): return any(name in ast.unparse(o) for o in node.decorator_list)
@@ -81,44 +88,57 @@ def interface(node):
     "The public functions of a definition (itself, or the methods of a class), with their names"
     if isinstance(node, ast.ClassDef):
         for o in node.body:
-            if isinstance(o, ast.FunctionDef) and (not o.name.startswith('_') or o.name in ('__init__', '__call__')) \
-              and not is_decorated(o, 'property'): yield f'{node.name}.{o.name}', o
-    elif isinstance(node, ast.FunctionDef): yield node.name, node
+            if isinstance(o, ast.FunctionDef) and (not o.name.startswith('_') or o.name in (
+                    '__init__', '__call__')) and not is_decorated(o, 'property'):
+                yield f'{node.name}.{o.name}', o
+    elif isinstance(node, ast.FunctionDef):
+        yield node.name, node
 
 
 def exported_cell(cell, tree):
     "Breaches inside one exported cell"
-    n, comments = len(cell.source.rstrip().splitlines()), comments_of(cell.source)
-    if n > LINES: yield f'{n} lines, at most {LINES}'
-    if not tree.body: yield 'an exported cell without code'
+    n = len(cell.source.rstrip().splitlines())
+    comments = comments_of(cell.source)
+    if n > LINES:
+        yield f'{n} lines, at most {LINES}'
+    if not tree.body:
+        yield 'an exported cell without code'
     for line,(comment,alone) in comments.items():
-        if alone and is_code(comment): yield f'code in a comment: {comment}'
+        if alone and is_code(comment):
+            yield f'code in a comment: {comment}'
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and any(o.name == '*' for o in node.names): yield f'star import of {node.module}'
+        if isinstance(node, ast.ImportFrom) and any(o.name == '*' for o in node.names):
+            yield f'star import of {node.module}'
         if isinstance(node, ast.FunctionDef):
             a = node.args
-            names = [o.arg for o in a.posonlyargs + a.args + a.kwonlyargs if o.arg not in ('self', 'cls')]
+            names = [o.arg for o in a.posonlyargs + a.args + a.kwonlyargs
+                     if o.arg not in ('self', 'cls')]
             n = len(names) + bool(a.vararg) + bool(a.kwarg)
-            if n > PARAMETERS: yield f'{node.name} has {n} parameters, at most {PARAMETERS}'
+            if n > PARAMETERS:
+                yield f'{node.name} has {n} parameters, at most {PARAMETERS}'
     for node in tree.body:
         if getattr(node, 'name', '_').startswith('_'): continue
         for name,f in interface(node):
-            for arg in undocumented(f, comments): yield f'{name}: {arg} has no comment of its own'
+            for arg in undocumented(f, comments):
+                yield f'{name}: {arg} has no comment of its own'
         if isinstance(node, ast.ClassDef) and is_decorated(node, 'dataclass'):
             for o in node.body:
-                if isinstance(o, ast.AnnAssign) and not o.target.id.startswith('_') and o.end_lineno not in comments:
+                if (isinstance(o, ast.AnnAssign) and not o.target.id.startswith('_')
+                    and o.end_lineno not in comments):
                     yield f'{node.name}: {o.target.id} has no comment of its own'
 
 
 def public_names(cell, tree):
     "Public functions and classes that `cell` exports"
-    names = [getattr(o, 'name', '_') for o in tree.body] if cell.directives.keys() & {'export', 'exports'} else []
+    names = [getattr(o, 'name', '_')
+             for o in tree.body] if cell.directives.keys() & {'export', 'exports'} else []
     return [o for o in names if not o.startswith('_')]
 
 
 def is_prose(cell):
     "Whether a Markdown cell says something besides headings and the subtitle"
-    return cell.kind == 'markdown' and any(o.strip() and o.lstrip()[0] not in '#>' for o in cell.source.splitlines())
+    return (cell.kind == 'markdown'
+            and any(o.strip() and o.lstrip()[0] not in '#>' for o in cell.source.splitlines()))
 
 
 def is_lesson(cell, tree):
@@ -126,7 +146,8 @@ def is_lesson(cell, tree):
     shown = 'false' not in (cell.directives.get(k, '').strip() for k in ('eval', 'echo', 'include'))
     if cell.kind != 'code' or not shown or cell.directives.keys() & NO_LESSON: return False
     called = [ast.unparse(o.func).split('.')[-1] for o in ast.walk(tree) if isinstance(o, ast.Call)]
-    return any(isinstance(o, ast.Assert) for o in ast.walk(tree)) or any(re.match('test_|expect_fail', o) for o in called)
+    return (any(isinstance(o, ast.Assert) for o in ast.walk(tree))
+            or any(re.match('test_|expect_fail', o) for o in called))
 
 
 def teaching(cells, trees):
@@ -134,12 +155,17 @@ def teaching(cells, trees):
     prose, waiting = False, None
     for i,(cell,tree) in enumerate(zip(cells, trees)):
         if names := public_names(cell, tree):
-            if waiting: yield waiting
-            if not prose: yield f'cell {i}: no prose before {", ".join(names)}'
+            if waiting:
+                yield waiting
+            if not prose:
+                yield f'cell {i}: no prose before {", ".join(names)}'
             prose, waiting = False, f'cell {i}: no visible lesson after {", ".join(names)}'
-        elif is_prose(cell): prose = True
-        elif is_lesson(cell, tree): waiting = None
-    if waiting: yield waiting
+        elif is_prose(cell):
+            prose = True
+        elif is_lesson(cell, tree):
+            waiting = None
+    if waiting:
+        yield waiting
 
 
 def floor(module, path):
@@ -152,8 +178,10 @@ def misplaced(path, module):
     "What is wrong with the address of the notebook of `module`"
     if not number_and_name(path): return
     room, _, name = module.rpartition('.')
-    if number_and_name(path)[1] != name: yield f'its module is called {module}, so the file must be NN_{name}.ipynb'
-    if room and path.parent.name != room: yield f'its module is {module}, so its folder must be {room}/'
+    if number_and_name(path)[1] != name:
+        yield f'its module is called {module}, so the file must be NN_{name}.ipynb'
+    if room and path.parent.name != room:
+        yield f'its module is {module}, so its folder must be {room}/'
 
 
 def number_and_name(path):
@@ -167,17 +195,20 @@ def wrong_imports(tree, module, exported, floors):
     here = floors[module]
     for m in imports_of(tree):
         if not m and not exported or m == module: continue
-        if floors.get(m, here) >= here: yield f'imports {m or "the package itself"}, which is not below it'
+        if floors.get(m, here) >= here:
+            yield f'imports {m or "the package itself"}, which is not below it'
 
 
 def read_books(paths):
     "The cells of each notebook by its path, and the module that each one exports"
-    books, modules = {}, {}
+    books = {}
+    modules = {}
     for path in map(Path, paths):
         cells = json.loads(path.read_text(encoding='utf-8'))['cells']
         books[path] = [parse_cell(c) for c in cells]
         for cell in books[path]:
-            if 'default_exp' in cell.directives: modules[path] = cell.directives['default_exp'].strip()
+            if 'default_exp' in cell.directives:
+                modules[path] = cell.directives['default_exp'].strip()
     return books, modules
 
 
@@ -188,30 +219,40 @@ def breaches(paths):
     found = []
     for p, cells in books.items():
         def add(*messages): found.extend(f'{p}: {m}' for m in messages)
-        if len(cells) > CELLS: add(f'{len(cells)} cells, at most {CELLS}')
-        if p.stat().st_size > BYTES: add(f'{p.stat().st_size//1000} KB, at most {BYTES//1000}')
-        try: trees = [ast.parse(c.source if c.kind == 'code' else '') for c in cells]
+        if len(cells) > CELLS:
+            add(f'{len(cells)} cells, at most {CELLS}')
+        if p.stat().st_size > BYTES:
+            add(f'{p.stat().st_size//1000} KB, at most {BYTES//1000}')
+        try:
+            trees = [ast.parse(c.source if c.kind == 'code' else '') for c in cells]
         except SyntaxError as e:
             add(f'not Python: {e.text or e}')
             continue
         add(*teaching(cells, trees))
         if p in modules:
             add(*misplaced(p, modules[p]))
-            if list(modules.values()).count(modules[p]) > 1: add(f'{modules[p]} is exported by another notebook too')
+            if list(modules.values()).count(modules[p]) > 1:
+                add(f'{modules[p]} is exported by another notebook too')
         for i, (cell, tree) in enumerate(zip(cells, trees)):
             exported = bool(cell.directives.keys() & EXPORTS)
-            if exported: add(*(f'cell {i}: {m}' for m in exported_cell(cell, tree)))
-            if p in modules: add(*(f'cell {i}: {m}' for m in wrong_imports(tree, modules[p], exported, floors)))
+            if exported:
+                add(*(f'cell {i}: {m}' for m in exported_cell(cell, tree)))
+            if p in modules:
+                add(*(f'cell {i}: {m}' for m in wrong_imports(tree, modules[p], exported, floors)))
     return found
 
 
 def main():
-    paths = sys.argv[1:] or [f for f in sorted(Path('nbs').rglob('*.ipynb')) if '/.' not in f.as_posix()]
+    paths = (sys.argv[1:]
+             or [f for f in sorted(Path('nbs').rglob('*.ipynb')) if '/.' not in f.as_posix()])
     found = breaches(paths)
-    if not sys.argv[1:]: found += rooms.broken_rules(Path(PACKAGE)) + lines.broken_limits()
-    for o in found: print(o)
+    if not sys.argv[1:]:
+        found += rooms.broken_rules(Path(PACKAGE)) + lines.broken_limits()
+    for o in found:
+        print(o)
     print(f'house: {len(paths)} notebooks, {len(found)} breaches')
     sys.exit(bool(found))
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

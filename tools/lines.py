@@ -70,9 +70,12 @@ def is_one_line(node):
     "Whether the body of a block stands behind its colon; guards do not count"
     first = node.body[0]
     if isinstance(node, ast.If) and isinstance(first, GUARDS): return False
-    if isinstance(node, ast.With): head = node.items[-1].context_expr
-    elif isinstance(node, ast.For): head = node.iter
-    else: head = node.test
+    if isinstance(node, ast.With):
+        head = node.items[-1].context_expr
+    elif isinstance(node, ast.For):
+        head = node.iter
+    else:
+        head = node.test
     return first.lineno == head.end_lineno
 
 
@@ -83,29 +86,38 @@ class Count:
         self.lengths = []
         self.of = defaultdict(int)              # kind -> how many there are
         self.found = defaultdict(list)          # kind -> those that are counted against it
-        for piece in group: self.add(piece)
+        for piece in group:
+            self.add(piece)
 
     def add(self, piece):
         "Count one piece"
-        def note(kind, size, line): self.found[kind].append(Finding(size, piece.file, piece.where, line))
+        def note(kind, size, line):
+            self.found[kind].append(Finding(size, piece.file, piece.where, line))
         rows = piece.source.strip().splitlines()
         self.lengths += [len(row) for row in rows if row.strip()]
         for i, row in enumerate(rows, 1):
-            if len(row) > WIDTH: note('long', len(row), i)
+            if len(row) > WIDTH:
+                note('long', len(row), i)
         self.of['cells'] += piece.exported
-        if piece.exported and len(rows) > CELL_LINES: note('cells', len(rows), 1)
-        try: tree = ast.parse(piece.source)
-        except SyntaxError: return
+        if piece.exported and len(rows) > CELL_LINES:
+            note('cells', len(rows), 1)
+        try:
+            tree = ast.parse(piece.source)
+        except SyntaxError:
+            return
         for node in ast.walk(tree):
             if isinstance(node, ast.Assign):
                 self.of['packed'] += 1
-                if computed_values(node) > 1: note('packed', computed_values(node), node.lineno)
+                if computed_values(node) > 1:
+                    note('packed', computed_values(node), node.lineno)
             elif isinstance(node, ast.Assert):
                 self.of['several'] += 1
-                if claims(node.test) > 2: note('several', claims(node.test), node.lineno)
+                if claims(node.test) > 2:
+                    note('several', claims(node.test), node.lineno)
             elif isinstance(node, BLOCKS):
                 self.of['one_line'] += 1
-                if is_one_line(node): note('one_line', 1, node.lineno)
+                if is_one_line(node):
+                    note('one_line', 1, node.lineno)
 
     def percentile(self, share):
         "The length that a share of the lines does not exceed"
@@ -123,10 +135,11 @@ class Count:
 
     def __str__(self):
         return (f"{len(self.lengths)} lines, 90th percentile {self.percentile(.9)}, "
-                f"{len(self.found['long'])} over {WIDTH} | "
-                f"packed assignments {self.share('packed')} | one-line blocks {self.share('one_line')} | "
-                f"exported cells over {CELL_LINES} lines {len(self.found['cells'])} of {self.of['cells']} | "
-                f"asserts with three claims or more {self.share('several')}")
+                f"{len(self.found['long'])} over {WIDTH} | packed assignments "
+                f"{self.share('packed')} | one-line blocks {self.share('one_line')} | "
+                f"exported cells over {CELL_LINES} lines {len(self.found['cells'])} of "
+                f"{self.of['cells']} | asserts with three claims or more "
+                f"{self.share('several')}")
 
 
 def worst(counts, n):
@@ -146,7 +159,8 @@ def read_groups():
     "What is found in each group of files"
     counts = {}
     for name, pattern in GROUPS.items():
-        paths = [f for f in sorted(Path().glob(pattern)) if '/.' not in f.as_posix() and f.stem != '_modidx']
+        paths = [f for f in sorted(Path().glob(pattern))
+                 if '/.' not in f.as_posix() and f.stem != '_modidx']
         counts[name] = Count([piece for f in paths for piece in pieces(f)])
     return counts
 
@@ -156,11 +170,14 @@ def broken_limits():
     found = []
     for name, count in read_groups().items():
         if name == 'package': continue
-        found += [f'{o.file} {o.where} line {o.line}: {o.size} columns, at most {WIDTH}' for o in count.found['long']]
+        found += [f'{o.file} {o.where} line {o.line}: {o.size} columns, at most {WIDTH}'
+                  for o in count.found['long']]
         if count.percentile(.9) > P90:
-            found.append(f'{name}: 90th percentile of line length {count.percentile(.9)}, at most {P90}')
+            found.append(
+                f'{name}: 90th percentile of line length {count.percentile(.9)}, at most {P90}')
         if count.has_too_many('packed', PACKED_SHARE):
-            found.append(f"{name}: packed assignments {count.share('packed')}, at most {PACKED_SHARE:.0%}")
+            found.append(
+                f"{name}: packed assignments {count.share('packed')}, at most {PACKED_SHARE:.0%}")
     return found
 
 
@@ -171,14 +188,17 @@ def main():
     parser.add_argument('--worst', type=int, default=0)
     args = parser.parse_args()
     counts = read_groups()
-    if args.files: counts = dict(files=Count([piece for f in args.files for piece in pieces(f)]))
+    if args.files:
+        counts = dict(files=Count([piece for f in args.files for piece in pieces(f)]))
     for name, count in counts.items():
         print(f'{name}: {count}')
     written = [count for name, count in counts.items() if name != 'package']
     for place, n in worst(written, args.worst):
         print(f"  {place}: {n['long']} long, {n['packed']} packed, "
               f"{n['one_line']} one-line, {n['several']} asserts")
-    if not args.files: sys.exit(bool(broken_limits()))
+    if not args.files:
+        sys.exit(bool(broken_limits()))
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

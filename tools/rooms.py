@@ -32,9 +32,12 @@ def room_of(module):
 def defined_by(node):
     "The names that a top-level statement defines"
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): return [node.name]
-    if isinstance(node, ast.Assign): left = node.targets
-    elif isinstance(node, (ast.AnnAssign, ast.AugAssign)): left = [node.target]
-    else: left = []
+    if isinstance(node, ast.Assign):
+        left = node.targets
+    elif isinstance(node, (ast.AnnAssign, ast.AugAssign)):
+        left = [node.target]
+    else:
+        left = []
     return [o.id for part in left for o in ast.walk(part) if isinstance(o, ast.Name)]
 
 
@@ -61,7 +64,8 @@ class Module:
             if isinstance(node, ast.Import):
                 for o in node.names:
                     first, _, rest = o.name.partition('.')
-                    if first == self.package: yield rest, '(module)'
+                    if first == self.package:
+                        yield rest, '(module)'
             elif isinstance(node, ast.ImportFrom) and (source := self.source(node)) is not None:
                 for o in node.names:
                     inner = f'{source}.{o.name}'.lstrip('.')
@@ -79,7 +83,8 @@ def read_uses(modules):
     uses = defaultdict(set)
     for m in modules.values():
         for module, name in m.imported(modules):
-            if module != m.name: uses[m.name, module].add(name)
+            if module != m.name:
+                uses[m.name, module].add(name)
     return uses
 
 
@@ -118,7 +123,8 @@ def count_between(uses):
     "(room, room) -> how many arrows between modules lead from one to the other"
     between = defaultdict(int)
     for a, b in uses:
-        if room_of(a) != room_of(b): between[room_of(a), room_of(b)] += 1
+        if room_of(a) != room_of(b):
+            between[room_of(a), room_of(b)] += 1
     return between
 
 
@@ -130,7 +136,8 @@ def hidden_modules(root):
         for node in ast.walk(ast.parse(face.read_text(encoding='utf-8'))):
             if not isinstance(node, ast.ImportFrom): continue
             for o in node.names:
-                if (o.asname or o.name) in inside: yield f'{face}: {o.asname or o.name}'
+                if (o.asname or o.name) in inside:
+                    yield f'{face}: {o.asname or o.name}'
 
 
 def wrong_arrows(uses):
@@ -141,12 +148,16 @@ def wrong_arrows(uses):
         here = room_of(a)
         there = room_of(b)
         private = sorted(n for n in names if n.startswith('_'))
-        if private: found[HINT].append(f"{a} -> {b} ({', '.join(private)})")
+        if private:
+            found[HINT].append(f"{a} -> {b} ({', '.join(private)})")
         if here == there or not {here, there} <= height.keys(): continue
         said = f"{a} -> {b} ({', '.join(sorted(names))})"
-        if private: found['private names of another room'].append(f"{a} -> {b} ({', '.join(private)})")
-        if height[there] > height[here]: found['arrows that go up'].append(said)
-        if height[there] == height[here]: found['arrows between rooms side by side'].append(said)
+        if private:
+            found['private names of another room'].append(f"{a} -> {b} ({', '.join(private)})")
+        if height[there] > height[here]:
+            found['arrows that go up'].append(said)
+        if height[there] == height[here]:
+            found['arrows between rooms side by side'].append(said)
     return found
 
 
@@ -167,7 +178,8 @@ def breaches(root):
 
 def broken_rules(root):
     "One line for each breach of a rule"
-    return [f'{kind}: {line}' for kind, lines in breaches(root).items() if kind != HINT for line in lines]
+    return [f'{kind}: {line}' for kind, lines in breaches(root).items() if kind != HINT
+            for line in lines]
 
 
 def main():
@@ -188,10 +200,12 @@ def main():
         for (a, b), n in sorted(between.items()):
             print(f'  {a:>12} -> {b:<12} {n}')
     for kind, lines in breaches(args.package).items():
-        if lines: print(f'{kind}: {len(lines)}')
+        if lines:
+            print(f'{kind}: {len(lines)}')
         for line in lines:
             print(f'  {line}')
     sys.exit(bool(broken_rules(args.package)))
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -1,12 +1,14 @@
-"""Robust accuracy and time, side by side with foolbox, torchattacks, ART and AutoAttack, in one process on the same images.
+"""Robust accuracy and time, side by side with foolbox, torchattacks, ART and AutoAttack, in one
+process on the same images.
 
     pip install foolbox torchattacks==3.5.1 adversarial-robustness-toolbox pyautoattack
     python benchmarks/models/adversarial_training.py cifar10-images.zip --out adversarial.pt
     python benchmarks/attacks/peers.py pgd cifar10-images.zip --standard weights.pt --adversarial adversarial.pt
     python benchmarks/attacks/peers.py autoattack ...    python benchmarks/attacks/peers.py growth ...    python benchmarks/attacks/peers.py memory ...
 
-Rows go to results/attacks_<part>.csv, with a manifest beside them; `weights.pt` comes from `robustnb_train` (ResNet_18, width .25).
-Medians of several repetitions, tools in turn within each, so that a busy minute of the machine hits all of them.
+Rows go to results/attacks_<part>.csv, with a manifest beside them; `weights.pt` comes from
+`robustnb_train` (ResNet_18, width .25). Medians of several repetitions, tools in turn within
+each, so that a busy minute of the machine hits all of them.
 """
 import argparse, resource, subprocess, sys, time, warnings
 from functools import partial
@@ -30,7 +32,8 @@ warnings.filterwarnings('ignore')
 
 
 def in_batches(attack, size=250):
-    return lambda model, x, y, threat: torch.cat([attack(model, a, b, threat) for a, b in zip(x.split(size), y.split(size))])
+    return lambda model, x, y, threat: torch.cat(
+        [attack(model, a, b, threat) for a, b in zip(x.split(size), y.split(size))])
 
 
 def foolbox_pgd(model, x, y, threat, steps=40, step_size=None):
@@ -38,22 +41,26 @@ def foolbox_pgd(model, x, y, threat, steps=40, step_size=None):
     kind = foolbox.attacks.LinfPGD if isinstance(threat, Linf) else foolbox.attacks.L2PGD
     step = dict(rel_stepsize=None, abs_stepsize=step_size) if step_size else {}
     torch.manual_seed(0)
-    return kind(steps=steps, **step)(foolbox.PyTorchModel(model, bounds=(0, 1), device='cpu'), x, y, epsilons=threat.eps)[1]
+    return kind(steps=steps, **step)(foolbox.PyTorchModel(model, bounds=(0, 1), device='cpu'),
+                                     x, y, epsilons=threat.eps)[1]
 
 
 def torchattacks_pgd(model, x, y, threat, steps=40, step_size=None):
     import torchattacks
     kind = torchattacks.PGD if isinstance(threat, Linf) else torchattacks.PGDL2
     torch.manual_seed(0)
-    return kind(model, eps=threat.eps, alpha=step_size, steps=steps, random_start=True)(x, y).detach()
+    return kind(model, eps=threat.eps, alpha=step_size, steps=steps,
+                random_start=True)(x, y).detach()
 
 
 def art_pgd(model, x, y, threat, steps=40, step_size=None):
     from art.attacks.evasion import ProjectedGradientDescentPyTorch
     from art.estimators.classification import PyTorchClassifier
-    classifier = PyTorchClassifier(model, torch.nn.CrossEntropyLoss(), x.shape[1:], 10, clip_values=(0, 1), device_type='cpu')
-    attack = ProjectedGradientDescentPyTorch(classifier, norm=np.inf if isinstance(threat, Linf) else 2, eps=threat.eps, eps_step=step_size, max_iter=steps,
-                                             num_random_init=1, batch_size=250, verbose=False)
+    classifier = PyTorchClassifier(model, torch.nn.CrossEntropyLoss(), x.shape[1:], 10,
+                                   clip_values=(0, 1), device_type='cpu')
+    attack = ProjectedGradientDescentPyTorch(
+        classifier, norm=np.inf if isinstance(threat, Linf) else 2, eps=threat.eps,
+        eps_step=step_size, max_iter=steps, num_random_init=1, batch_size=250, verbose=False)
     np.random.seed(0), torch.manual_seed(0)
     out = torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
     model.eval()
@@ -62,7 +69,8 @@ def art_pgd(model, x, y, threat, steps=40, step_size=None):
 
 def standard_autoattack(model, x, y, threat):
     from pyautoattack import AutoAttack
-    adversary = AutoAttack(model, norm='Linf' if isinstance(threat, Linf) else 'L2', eps=threat.eps, version='standard', seed=0, device='cpu')
+    adversary = AutoAttack(model, norm='Linf' if isinstance(threat, Linf) else 'L2',
+                           eps=threat.eps, version='standard', seed=0, device='cpu')
     adversary.verbose = False
     out = adversary.run_standard_evaluation(x, y, batch_size=250)
     return out[0] if isinstance(out, tuple) else out
@@ -70,28 +78,37 @@ def standard_autoattack(model, x, y, threat):
 
 def timed(tool, attack, model, x, y, threat):
     "One run: seconds on the clock and of the processors, robust accuracy, which images stand"
-    began, worked = time.perf_counter(), time.process_time()
+    began = time.perf_counter()
+    worked = time.process_time()
     x_adv = attack(model, x, y, threat)
-    seconds, cpu = time.perf_counter()-began, time.process_time()-worked
-    stands = (predict(model, x_adv.float()).argmax(1) == y).numpy() & (predict(model, x).argmax(1) == y).numpy()
+    seconds = time.perf_counter()-began
+    cpu = time.process_time()-worked
+    stands = ((predict(model, x_adv.float()).argmax(1) == y).numpy()
+              & (predict(model, x).argmax(1) == y).numpy())
     assert threat.allows(x, x_adv.float()).float().mean() > .99, tool
-    return dict(tool=tool, seconds=round(seconds, 3), cpu_seconds=round(cpu, 3), n=len(x), robust=float(stands.mean())), stands
+    return dict(tool=tool, seconds=round(seconds, 3), cpu_seconds=round(cpu, 3), n=len(x),
+                robust=float(stands.mean())), stands
 
 
 def compare(nets, x, y, cases, repeats, args, ours='robustnb cascade'):
-    "All tools on all networks and threats, in turn; `only_it` and `only_ours` count images that one of the two finds alone"
+    """All tools on all networks and threats, in turn; `only_it` and `only_ours` count images that
+    one of the two finds alone"""
     rows = []
     for name, model in nets.items():
         for threat, tools in cases:
             if args.threat not in (None, type(threat).__name__): continue
             for attack in tools.values():
-                if attack is not standard_autoattack: attack(model, x[:10], y[:10], threat)
+                if attack is not standard_autoattack:
+                    attack(model, x[:10], y[:10], threat)
             for rep in range(max(repeats.values())):
                 for tool, attack in tools.items():
                     if rep >= repeats.get(tool, max(repeats.values())): continue
                     row, stands = timed(tool, attack, model, x, y, threat)
-                    if tool == ours: reference = stands
-                    rows.append(dict(network=name, threat=repr(threat), repetition=rep) | row | dict(only_it=int((reference & ~stands).sum()), only_ours=int((stands & ~reference).sum())))
+                    if tool == ours:
+                        reference = stands
+                    rows.append(dict(network=name, threat=repr(threat), repetition=rep) | row
+                                | dict(only_it=int((reference & ~stands).sum()),
+                                       only_ours=int((stands & ~reference).sum())))
                     print(rows[-1], flush=True)
     return pd.DataFrame(rows)
 
@@ -100,35 +117,47 @@ def part_pgd(nets, x, y, args):
     def tools(step):
         peers = dict(foolbox=foolbox_pgd, torchattacks=torchattacks_pgd, ART=art_pgd)
         return {'robustnb cascade': cascade, 'robustnb quick look': partial(cascade, targets=0)} | {
-            f'{k} PGD-40': in_batches(partial(f, step_size=step)) if k != 'ART' else partial(f, step_size=step) for k, f in peers.items()}
-    return compare(nets, x, y, ((Linf(8/255), tools(1/255)), (L2(.5), tools(2.5*.5/40))), {'': args.repeats}, args)
+            f'{k} PGD-40': in_batches(partial(f, step_size=step)) if k != 'ART'
+            else partial(f, step_size=step) for k, f in peers.items()}
+    return compare(nets, x, y, ((Linf(8/255), tools(1/255)), (L2(.5), tools(2.5*.5/40))),
+                   {'': args.repeats}, args)
 
 
 def part_autoattack(nets, x, y, args):
     tools = {'robustnb cascade': cascade, 'AutoAttack standard': standard_autoattack}
-    return compare(nets, x, y, ((Linf(8/255), tools), (L2(.5), tools)), {'robustnb cascade': args.repeats, 'AutoAttack standard': 1}, args)
+    return compare(nets, x, y, ((Linf(8/255), tools), (L2(.5), tools)),
+                   {'robustnb cascade': args.repeats, 'AutoAttack standard': 1}, args)
 
 
 def part_growth(nets, x, y, args):
-    rows, data = [], load_data(args.data, 'test')
+    rows = []
+    data = load_data(args.data, 'test')
     for rep in range(args.repeats):
         for n in (100, 300, 1000, 3000, 5000):
             part = subset(data, n, seed=1)
-            rows.append(dict(what='images', size=n, **timed('robustnb cascade', cascade, nets['adversarial'], part.x, torch.as_tensor(part.y), Linf(8/255))[0]))
+            rows.append(dict(what='images', size=n,
+                             **timed('robustnb cascade', cascade, nets['adversarial'], part.x,
+                                     torch.as_tensor(part.y), Linf(8/255))[0]))
             print(rows[-1], flush=True)
         for width in (.125, .25, .5, 1.):
-            model, some, labels = build_model('ResNet_18', width=width), x[:125], y[:125]
+            model = build_model('ResNet_18', width=width)
+            some = x[:125]
+            labels = y[:125]
             def backward(*_):
                 image = some.clone().requires_grad_()
                 cross_entropy(model(image), labels).sum().backward()
                 model.zero_grad(set_to_none=True)
             lowered = gradients(search_copy(model, some, labels), cross_entropy)
-            for tool, step in (('robustnb search copy', lowered), ('plain backward pass', backward)):
+            for tool, step in (('robustnb search copy', lowered),
+                               ('plain backward pass', backward)):
                 step(some, labels)
                 times = []
                 for _ in range(5):
-                    began = time.perf_counter(); step(some, labels); times.append(time.perf_counter()-began)
-                rows.append(dict(what='width', size=width, tool=tool, seconds=float(np.median(times)), n=125))
+                    began = time.perf_counter()
+                    step(some, labels)
+                    times.append(time.perf_counter()-began)
+                rows.append(dict(what='width', size=width, tool=tool,
+                                 seconds=float(np.median(times)), n=125))
                 print(rows[-1], flush=True)
     return pd.DataFrame(rows)
 
@@ -137,22 +166,30 @@ def part_memory(nets, x, y, args):
     "Each tool in a process of its own: peak memory above that of the loaded network and images"
     if args.tool:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        tools = {'robustnb cascade': cascade, 'robustnb pgd': in_batches(lambda m, x, y, t: pgd(m, x, y, t, make_generator(0), steps=3, step_size=1/255))} | {
-            f'{k} PGD': in_batches(partial(f, steps=3, step_size=1/255)) for k, f in dict(foolbox=foolbox_pgd, torchattacks=torchattacks_pgd, ART=art_pgd).items()}
+        tools = {'robustnb cascade': cascade, 'robustnb pgd': in_batches(lambda m, x, y, t: pgd(
+            m, x, y, t, make_generator(0), steps=3, step_size=1/255))} | {
+                f'{k} PGD': in_batches(partial(f, steps=3, step_size=1/255)) for k, f in dict(
+                    foolbox=foolbox_pgd, torchattacks=torchattacks_pgd, ART=art_pgd).items()}
         tools[args.tool](nets['adversarial'], x, y, Linf(8/255))
         print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)/1024)
         sys.exit()
-    run = lambda tool: float(subprocess.run([sys.executable, *sys.argv, '--tool', tool], capture_output=True, text=True, check=True).stdout.split()[-1])
-    return pd.DataFrame([dict(tool=tool, megabytes=round(run(tool)), n=len(x)) for tool in ('robustnb cascade', 'robustnb pgd', 'foolbox PGD', 'torchattacks PGD', 'ART PGD')])
+    run = lambda tool: float(subprocess.run([sys.executable, *sys.argv, '--tool', tool],
+                                            capture_output=True, text=True,
+                                            check=True).stdout.split()[-1])
+    return pd.DataFrame([dict(tool=tool, megabytes=round(run(tool)), n=len(x)) for tool in (
+        'robustnb cascade', 'robustnb pgd', 'foolbox PGD', 'torchattacks PGD', 'ART PGD')])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('part', choices=('pgd', 'autoattack', 'growth', 'memory'))
     parser.add_argument('data', help='folder or zip of test images')
     parser.add_argument('--standard', required=True, help='weights of the normally trained network')
-    parser.add_argument('--adversarial', required=True, help='weights of the adversarially trained network')
-    parser.add_argument('--only', choices=('standard', 'adversarial'), help='one network; rows are added to those of the other')
+    parser.add_argument('--adversarial', required=True,
+                        help='weights of the adversarially trained network')
+    parser.add_argument('--only', choices=('standard', 'adversarial'),
+                        help='one network; rows are added to those of the other')
     parser.add_argument('--threat', choices=('Linf', 'L2'), help='one threat model; as with --only')
     parser.add_argument('--n', type=int, default=500)
     parser.add_argument('--repeats', type=int, default=3)
@@ -162,18 +199,24 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     part = subset(load_data(args.data, 'test'), args.n, seed=0)
-    x, y = part.x, torch.as_tensor(part.y)
-    nets = {k: load_model('ResNet_18', getattr(args, k), n_classes=10, width=.25) for k in ('adversarial', 'standard') if args.only in (None, k)}
+    x = part.x
+    y = torch.as_tensor(part.y)
+    nets = {k: load_model('ResNet_18', getattr(args, k), n_classes=10, width=.25)
+            for k in ('adversarial', 'standard') if args.only in (None, k)}
     began = time.time()
     rows = globals()[f'part_{args.part}'](nets, x, y, args)
     path = Path(args.out)/f'attacks_{args.part}.csv'
     if (args.only or args.threat) and path.exists():
         old = pd.read_csv(path)
-        again = old[['network', 'threat']].apply(tuple, axis=1).isin({*rows[['network', 'threat']].itertuples(index=False, name=None)})
+        again = old[['network', 'threat']].apply(
+            tuple, axis=1).isin({*rows[['network', 'threat']].itertuples(index=False, name=None)})
         rows = pd.concat([old[~again], rows])
     rows.to_csv(path, index=False)
-    save_json(manifest(rows=len(rows), seconds=round(time.time()-began), clean={k: (predict(m, x).argmax(1) == y).float().mean().item() for k, m in nets.items()}), path.with_suffix('.json'))
+    save_json(manifest(rows=len(rows), seconds=round(time.time()-began), clean={
+        k: (predict(m, x).argmax(1) == y).float().mean().item() for k, m in nets.items()}),
+              path.with_suffix('.json'))
     print(rows.to_string())
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

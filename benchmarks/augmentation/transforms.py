@@ -1,9 +1,11 @@
-"""The mission's augmentation of 50,000 images: this package's batches beside imgaug, one image at a time and otherwise.
+"""The mission's augmentation of 50,000 images: this package's batches beside imgaug, one image at a
+time and otherwise.
 
     python benchmarks/augmentation/transforms.py cifar10-images.zip
 
-Rows go to results/transforms.csv with a manifest beside them. The tools take turns within each repetition, so that a busy minute of the machine hits
-all of them. imgaug with two processes gets batches of 1,000 images through its own pool of workers.
+Rows go to results/transforms.csv with a manifest beside them. The tools take turns within each
+repetition, so that a busy minute of the machine hits all of them. imgaug with two processes gets
+batches of 1,000 images through its own pool of workers.
 """
 import argparse, time
 from pathlib import Path
@@ -22,9 +24,13 @@ from robustnb.augmentation.transforms import fast_pipeline, gaussian_noise
 
 def imgaug_classic():
     return iaa.SomeOf((2, 3), [
-        iaa.OneOf([iaa.GaussianBlur((0, 3.)), iaa.AverageBlur((2, 7)), iaa.MedianBlur((3, 11))]), iaa.AdditiveGaussianNoise(scale=(0, .05*255), per_channel=.5),
-        iaa.OneOf([iaa.Dropout((.01, .1), per_channel=.5), iaa.CoarseDropout((.03, .15), size_percent=(.02, .05), per_channel=.2)]),
-        iaa.AddElementwise((-10, -10)), iaa.Multiply((.5, 1.5), per_channel=.5), iaa.SaltAndPepper(.1)], random_order=True)
+        iaa.OneOf([iaa.GaussianBlur((0, 3.)), iaa.AverageBlur((2, 7)), iaa.MedianBlur((3, 11))]),
+        iaa.AdditiveGaussianNoise(scale=(0, .05*255), per_channel=.5),
+        iaa.OneOf([iaa.Dropout((.01, .1), per_channel=.5),
+                   iaa.CoarseDropout((.03, .15), size_percent=(.02, .05), per_channel=.2)]),
+        iaa.AddElementwise((-10, -10)), iaa.Multiply((.5, 1.5), per_channel=.5),
+        iaa.SaltAndPepper(.1)],
+                      random_order=True)
 
 
 def imgaug_noise(): return iaa.AdditiveGaussianNoise(loc=0, scale=(0, .05*255), per_channel=.5)
@@ -33,27 +39,34 @@ def imgaug_noise(): return iaa.AdditiveGaussianNoise(loc=0, scale=(0, .05*255), 
 def ours(transform):
     def run(images):
         out = np.empty_like(images)
-        for k, s in enumerate(batches(len(images), 1000)): out[s] = to_uint8(transform(to_float(images[s]), torch.ones(s.stop-s.start, 2)/2, make_generator(0, k))[0])
+        for k, s in enumerate(batches(len(images), 1000)):
+            out[s] = to_uint8(transform(to_float(images[s]), torch.ones(s.stop-s.start, 2)/2,
+                                        make_generator(0, k))[0])
         return out
     return run
 
 
-def one_by_one(augmenter): return lambda images: np.stack([augmenter.augment_image(o) for o in images])
+def one_by_one(augmenter):
+    return lambda images: np.stack([augmenter.augment_image(o) for o in images])
 
 
-def at_once(augmenter): return lambda images: np.concatenate([np.stack(augmenter.augment_images(list(images[s]))) for s in batches(len(images), 1000)])
+def at_once(augmenter):
+    return lambda images: np.concatenate([np.stack(augmenter.augment_images(list(images[s])))
+                                          for s in batches(len(images), 1000)])
 
 
 def pooled(augmenter):
     def run(images):
         with augmenter.pool(processes=2, seed=0) as pool:
-            done = pool.map_batches([UnnormalizedBatch(images=images[s]) for s in batches(len(images), 1000)])
+            done = pool.map_batches(
+                [UnnormalizedBatch(images=images[s]) for s in batches(len(images), 1000)])
         return np.concatenate([b.images_aug for b in done])
     return run
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('data', help='folder or zip of training images')
     parser.add_argument('--n', type=int, default=50_000)
     parser.add_argument('--repeats', type=int, default=3)
@@ -61,15 +74,21 @@ def main():
     parser.add_argument('--out', default='results')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    images, rows = load_data(args.data, 'train').images[:args.n], []
-    for name, fast, slow in (('two or three of seven', fast_pipeline(), imgaug_classic()), ('noise alone', gaussian_noise, imgaug_noise())):
-        tools = {'robustnb': ours(fast), 'imgaug, one by one': one_by_one(slow), 'imgaug, lists of 1,000': at_once(slow), 'imgaug, two processes': pooled(slow)}
-        for run in tools.values(): run(images[:1000])
+    images = load_data(args.data, 'train').images[:args.n]
+    rows = []
+    for name, fast, slow in (('two or three of seven', fast_pipeline(), imgaug_classic()),
+                             ('noise alone', gaussian_noise, imgaug_noise())):
+        tools = {'robustnb': ours(fast), 'imgaug, one by one': one_by_one(slow),
+                 'imgaug, lists of 1,000': at_once(slow), 'imgaug, two processes': pooled(slow)}
+        for run in tools.values():
+            run(images[:1000])
         for rep in range(args.repeats):
             for tool, run in tools.items():
                 began = time.perf_counter()
                 out = run(images)
-                rows.append(dict(pipeline=name, repetition=rep, tool=tool, n=len(images), seconds=round(time.perf_counter()-began, 3), change=float(np.abs(out.astype(np.int16)-images).mean())))
+                rows.append(dict(pipeline=name, repetition=rep, tool=tool, n=len(images),
+                                 seconds=round(time.perf_counter()-began, 3),
+                                 change=float(np.abs(out.astype(np.int16)-images).mean())))
                 print(rows[-1], flush=True)
     table = pd.DataFrame(rows)
     path = Path(args.out)/'transforms.csv'
@@ -77,7 +96,9 @@ def main():
     table.to_csv(path, index=False)
     save_json(manifest(repeats=args.repeats), path.with_suffix('.json'))
     median = table.pivot_table(index='tool', columns='pipeline', values='seconds', aggfunc='median')
-    print(median.assign(**{f'ratio, {c}': median[c]/median.loc['robustnb', c] for c in median}).round(2).to_string())
+    print(median.assign(**{f'ratio, {c}': median[c]/median.loc['robustnb', c] for c in median})
+          .round(2).to_string())
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

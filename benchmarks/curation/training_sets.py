@@ -1,12 +1,16 @@
-"""Training sets compared on stand-in hidden images: the published ladder, the teams' sets, and a search for a better one.
+"""Training sets compared on stand-in hidden images: the published ladder, the teams' sets, and a
+search for a better one.
 
     robustnb_train DATA --model VGG_16 --width .15 --out vgg ...       # surrogates of the hidden set, which no builder sees
     python benchmarks/curation/training_sets.py ladder cifar10-images.zip --hidden vgg/weights.pt,mobilenet/weights.pt
     python benchmarks/curation/training_sets.py proxy ...    python benchmarks/curation/training_sets.py teams ...    python benchmarks/curation/training_sets.py search ...    python benchmarks/curation/training_sets.py final ...
 
-Everything is scaled by one factor (1/25 by default): test images, training images, images in a set. Two regimes: `leaky`, where the pool of the builder is the clean test images, and
-`held-out`, where it is training images; the hidden images are the same. Networks are the competition's, narrow and shortly trained (`--width`, `--epochs`). Finished trainings are kept in --work and found
-again. To share the work between processes give each its --seeds or --networks, then call once more without. Rows go to results/curation_<part>.csv with a manifest beside them.
+Everything is scaled by one factor (1/25 by default): test images, training images, images in a
+set. Two regimes: `leaky`, where the pool of the builder is the clean test images, and
+`held-out`, where it is training images; the hidden images are the same. Networks are the
+competition's, narrow and shortly trained (`--width`, `--epochs`). Finished trainings are kept in
+--work and found again. To share the work between processes give each its --seeds or --networks,
+then call once more without. Rows go to results/curation_<part>.csv with a manifest beside them.
 """
 import argparse
 from functools import partial
@@ -23,7 +27,8 @@ from robustnb.augmentation.corruptions import corruption, corruption_names
 from robustnb.curation.training_sets import (
     attacked, build_training_set, load_training_set, unchanged)
 from robustnb.data import ImageSet, load_data, subset
-from robustnb.curation.hidden import hidden_set, proxy_networks, score_training_sets, rank_training_sets
+from robustnb.curation.hidden import (hidden_set, proxy_networks, score_training_sets,
+                                      rank_training_sets)
 from robustnb.augmentation.soft_labels import mixup
 from robustnb.models.loading import load_model
 from robustnb.attacks.transferable import ensemble, mi_fgsm
@@ -34,16 +39,21 @@ from robustnb.augmentation.transforms import (
     affine, chain, fast_pipeline, gamma, gaussian_noise, one_of, photometric, posterize,
     salt_and_pepper, uniform_noise)
 
-rungs = dict(all_clean=.60, test_only=.78, noise=.92, augmented=.93, fgsm_l2=.95, mission=.9743)     # published scores of stage I
-teams = ('mission', 'mission_last', 'mission_smoothed', 'mission_mixup', 'kanra', 'second', 'yoyo', 'hncszyq', 'eighth', 'tenth', 'ciki000', 'lz_ch')
+# published scores of stage I
+rungs = dict(all_clean=.60, test_only=.78, noise=.92, augmented=.93, fgsm_l2=.95, mission=.9743)
+teams = ('mission', 'mission_last', 'mission_smoothed', 'mission_mixup', 'kanra', 'second',
+         'yoyo', 'hncszyq', 'eighth', 'tenth', 'ciki000', 'lz_ch')
 
 
-def together(*sets): return ImageSet(np.concatenate([s.images for s in sets]), np.concatenate([s.labels for s in sets]), sets[0].classes)
+def together(*sets):
+    return ImageSet(np.concatenate([s.images for s in sets]),
+                    np.concatenate([s.labels for s in sets]), sets[0].classes)
 
 
 def kept(path, make):
     "A training set from its folder, made first if it is not there"
-    if not (path/'provenance.csv').exists(): make().save(path)
+    if not (path/'provenance.csv').exists():
+        make().save(path)
     return load_training_set(path)
 
 
@@ -52,10 +62,13 @@ def builders(args, pools, regime):
     networks, config = proxy_networks(2, args.width, args.builder_epochs, batch_size=args.batch)
     out = {}
     for name, build in networks.items():
-        path, net = args.work/f'builder-{regime}-{name}.pt', build(100)
-        if path.exists(): net.load_state_dict(load_state(path))
+        path = args.work/f'builder-{regime}-{name}.pt'
+        net = build(100)
+        if path.exists():
+            net.load_state_dict(load_state(path))
         else:
-            net, _ = contest_train(net, pools[regime].images, pools[regime].labels, config[name], seed=100)
+            net, _ = contest_train(net, pools[regime].images, pools[regime].labels,
+                                   config[name], seed=100)
             save_state(net.state_dict(), path)
         out[name] = net.eval()
     return out
@@ -63,13 +76,17 @@ def builders(args, pools, regime):
 
 def begin(args):
     "Pools, hidden images, and a function that scores sets"
-    test, train = (subset(load_data(args.data, s), round(n*args.scale), seed=0) for s, n in (('test', 10_000), ('train', 50_000)))
-    pools, n = {'leaky': test, 'held-out': train}, round(50_000*args.scale)
-    surrogates = {f'{Path(p).parent.name}/{Path(p).stem}': load_model(p) for p in args.hidden.split(',')}
+    test, train = (subset(load_data(args.data, s), round(n*args.scale), seed=0)
+                   for s, n in (('test', 10_000), ('train', 50_000)))
+    pools = {'leaky': test, 'held-out': train}
+    n = round(50_000*args.scale)
+    surrogates = {f'{Path(p).parent.name}/{Path(p).stem}': load_model(p)
+                  for p in args.hidden.split(',')}
     hidden = kept(args.work/'hidden', lambda: hidden_set(test, surrogates, args.n_hidden))
     networks, config = proxy_networks(2, args.width, args.epochs, batch_size=args.batch)
     networks = {k: v for k, v in networks.items() if k in args.networks}
-    def score(sets, seeds=args.seeds, config=config, networks=networks): return score_training_sets(sets, hidden, networks, config, seeds, args.work/'runs')
+    def score(sets, seeds=args.seeds, config=config, networks=networks):
+        return score_training_sets(sets, hidden, networks, config, seeds, args.work/'runs')
     return pools, n, score
 
 
@@ -77,7 +94,11 @@ def deliver(args, rows, **facts):
     path = Path(args.out)/f'curation_{args.part}.csv'
     path.parent.mkdir(parents=True, exist_ok=True)
     rows.to_csv(path, index=False)
-    save_json(manifest(scale=args.scale, width=args.width, epochs=args.epochs, batch=args.batch, n_hidden=args.n_hidden, seeds=list(args.seeds), hidden=[f'{Path(p).parent.name}/{Path(p).name}' for p in args.hidden.split(',')]) | facts, path.with_suffix('.json'))
+    save_json(manifest(
+        scale=args.scale, width=args.width, epochs=args.epochs, batch=args.batch,
+        n_hidden=args.n_hidden, seeds=list(args.seeds),
+        hidden=[f'{Path(p).parent.name}/{Path(p).name}' for p in args.hidden.split(',')]) | facts,
+              path.with_suffix('.json'))
 
 
 def ladder(args, pools, n):
@@ -85,7 +106,8 @@ def ladder(args, pools, n):
     nets = builders(args, pools, 'leaky')
     make = lambda k: build_training_set(pools['leaky'], **published_mixture(k, nets), n=n)
     sets = dict(all_clean=subset(together(*pools.values()), n, seed=1), test_only=pools['leaky'])
-    return sets | {k: kept(args.work/f'leaky-{k}', partial(make, k)) for k in rungs if k not in sets}
+    return sets | {k: kept(args.work/f'leaky-{k}', partial(make, k)) for k in rungs
+                   if k not in sets}
 
 
 def part_ladder(args):
@@ -93,17 +115,20 @@ def part_ladder(args):
     rows = score(ladder(args, pools, n))
     table = rank_training_sets(rows, ('public_a', 'public_b', 'final'))
     table['published'] = pd.Series(rungs)
-    print(table.round(3).to_string(), '\nSpearman', table.score.corr(table.published, method='spearman'))
+    print(table.round(3).to_string(), '\nSpearman',
+          table.score.corr(table.published, method='spearman'))
     deliver(args, rows)
 
 
 def part_proxy(args):
     "The sets of the ladder with shorter trainings"
     pools, n, score = begin(args)
-    sets, parts = ladder(args, pools, n), []
+    sets = ladder(args, pools, n)
+    parts = []
     for width, epochs in ((args.width, round(.4*args.epochs)), (args.width/2, args.epochs//4)):
         networks, config = proxy_networks(2, width, epochs, batch_size=args.batch)
-        parts.append(score(sets, config=config, networks={k: networks[k] for k in args.networks}).assign(width=width, epochs=epochs))
+        parts.append(score(sets, config=config, networks={
+            k: networks[k] for k in args.networks}).assign(width=width, epochs=epochs))
     deliver(args, pd.concat(parts))
 
 
@@ -112,7 +137,8 @@ def part_teams(args):
     parts = []
     for regime in args.regimes:
         nets = builders(args, pools, regime)
-        make = lambda k: build_training_set(pools[regime], **published_mixture(k, nets, effort=args.effort), n=n)
+        make = lambda k: build_training_set(
+            pools[regime], **published_mixture(k, nets, effort=args.effort), n=n)
         rows = score({k: kept(args.work/f'{regime}-{k}', partial(make, k)) for k in teams})
         parts.append(rows.assign(regime=regime))
         print(regime, rank_training_sets(rows).round(3).to_string())
@@ -121,23 +147,38 @@ def part_teams(args):
 
 def sources(nets):
     "What the search mixes"
-    on = lambda attack, *threats: [attacked(attack, net, t, k) for t in threats for k, net in nets.items()]
+    on = lambda attack, *threats: [attacked(attack, net, t, k) for t in threats
+                                   for k, net in nets.items()]
     both = ensemble([*nets.values()])
-    return dict(clean=unchanged, noise=[partial(gaussian_noise, sigma=(.02, .12), per_channel=1), partial(salt_and_pepper, share=(.02, .3)), partial(uniform_noise, width=(.04, .2))],
-        corrupted=[corruption(k, s) for s in (1, 2, 3) for k in corruption_names], light=[gamma, photometric, posterize], pipeline=fast_pipeline(),
-        linf=on(partial(pgd, steps=10), *(Linf(e/255) for e in (4, 8, 12))) + [attacked(mi_fgsm, both, Linf(e/255), 'both') for e in (8, 16)] + on(fgsm, Linf(12/255)),
-        l2=on(partial(pgd, steps=10), L2(.5), L2(1.5)) + [attacked(partial(pgd, steps=10), both, L2(2.5), 'both')],
-        corrupted_linf=[chain(one_of(*(corruption(k, 1) for k in corruption_names[:15])), t) for t in on(partial(pgd, steps=5), Linf(6/255))], moved=affine, mixed=mixup)
+    return dict(clean=unchanged, noise=[partial(gaussian_noise, sigma=(.02, .12), per_channel=1),
+                                        partial(salt_and_pepper, share=(.02, .3)),
+                                        partial(uniform_noise, width=(.04, .2))],
+                corrupted=[corruption(k, s) for s in (1, 2, 3) for k in corruption_names],
+                light=[gamma, photometric, posterize], pipeline=fast_pipeline(),
+                linf=on(partial(pgd, steps=10), *(Linf(e/255) for e in (4, 8, 12)))
+                     + [attacked(mi_fgsm, both, Linf(e/255), 'both') for e in (8, 16)]
+                     + on(fgsm, Linf(12/255)),
+                l2=on(partial(pgd, steps=10), L2(.5),
+                      L2(1.5)) + [attacked(partial(pgd, steps=10), both, L2(2.5), 'both')],
+                corrupted_linf=[chain(one_of(*(corruption(k, 1) for k in corruption_names[:15])),
+                                      t) for t in on(partial(pgd, steps=5), Linf(6/255))],
+                moved=affine, mixed=mixup)
 
 
-plans = dict(everything=dict(clean=.1, noise=.2, corrupted=.25, light=.1, linf=.2, l2=.15), corrupted=dict(clean=.2, corrupted=.8), mild=dict(clean=.3, noise=.15, corrupted=.25, light=.1, linf=.1, l2=.1),
-    strong=dict(clean=.05, noise=.2, corrupted=.25, light=.05, linf=.3, l2=.15), twice=dict(clean=.1, noise=.15, corrupted=.3, corrupted_linf=.3, l2=.15), mixed=dict(clean=.05, noise=.2, corrupted=.25, linf=.2, l2=.15, mixed=.15), light=dict(clean=.1, noise=.2, corrupted=.25, light=.25, l2=.2),
-    blend=dict(clean=.2, noise=.1, corrupted=.2, light=.15, pipeline=.25, l2=.1))
+plans = dict(everything=dict(clean=.1, noise=.2, corrupted=.25, light=.1, linf=.2, l2=.15),
+             corrupted=dict(clean=.2, corrupted=.8),
+             mild=dict(clean=.3, noise=.15, corrupted=.25, light=.1, linf=.1, l2=.1),
+             strong=dict(clean=.05, noise=.2, corrupted=.25, light=.05, linf=.3, l2=.15),
+             twice=dict(clean=.1, noise=.15, corrupted=.3, corrupted_linf=.3, l2=.15),
+             mixed=dict(clean=.05, noise=.2, corrupted=.25, linf=.2, l2=.15, mixed=.15),
+             light=dict(clean=.1, noise=.2, corrupted=.25, light=.25, l2=.2),
+             blend=dict(clean=.2, noise=.1, corrupted=.2, light=.15, pipeline=.25, l2=.1))
 
 
 def banks(args, pools, n, regime):
     nets = builders(args, pools, regime)
-    return {k: kept(args.work/f'{regime}-bank-{k}', lambda k=k, s=s: build_bank(pools[regime], {k: s}, n)[k]) for k, s in sources(nets).items()}
+    return {k: kept(args.work/f'{regime}-bank-{k}', lambda k=k, s=s: build_bank(
+        pools[regime], {k: s}, n)[k]) for k, s in sources(nets).items()}
 
 
 def part_search(args):
@@ -145,11 +186,15 @@ def part_search(args):
     pools, n, score = begin(args)
     bank = {r: banks(args, pools, n, r) for r in args.regimes}
     quick = proxy_networks(2, args.width, max(1, args.epochs//3), batch_size=args.batch)[1]
-    def level(plans, **options): return pd.concat([score({k: mix(bank[r], shares, n) for k, shares in plans.items()}, seeds=(0,), **options) for r in args.regimes])
+    def level(plans, **options):
+        return pd.concat([score({k: mix(bank[r], shares, n) for k, shares in plans.items()},
+                                seeds=(0,), **options) for r in args.regimes])
     names = [*next(iter(bank.values()))]
     tried = plans | random_shares(names, args.random, seed=1)
-    table = successive_halving(tried, lambda shares: shares, [partial(level, config=quick), level], keep=.6)
-    for k in names: table[f'share {k}'] = [tried[p].get(k, 0.) for p in table.plan]
+    table = successive_halving(tried, lambda shares: shares,
+                               [partial(level, config=quick), level], keep=.6)
+    for k in names:
+        table[f'share {k}'] = [tried[p].get(k, 0.) for p in table.plan]
     print(table.round(3).to_string())
     deliver(args, table, regimes=args.regimes)
 
@@ -159,32 +204,39 @@ def part_final(args):
     pools, n, score = begin(args)
     found = pd.read_csv(Path(args.out)/'curation_search.csv')
     best = found[found.level == found.level.max()].iloc[0]
-    shares = {k.removeprefix('share '): float(v) for k, v in best.items() if k.startswith('share ') and v > 0}
+    shares = {k.removeprefix('share '): float(v) for k, v in best.items()
+              if k.startswith('share ') and v > 0}
     parts = []
     for regime in args.regimes:
         nets, bank = builders(args, pools, regime), banks(args, pools, n, regime)
         make = lambda: build_training_set(pools[regime], **published_mixture('mission', nets), n=n)
-        rows = score(dict(mission=kept(args.work/f'{regime}-mission', make), found=mix(bank, shares, n)))
+        rows = score(dict(mission=kept(args.work/f'{regime}-mission', make),
+                          found=mix(bank, shares, n)))
         parts.append(rows.assign(regime=regime))
         print(regime, rank_training_sets(rows, ('final',)).round(3).to_string())
     deliver(args, pd.concat(parts), plan=best.plan, shares=shares)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('part', choices=('ladder', 'proxy', 'teams', 'search', 'final'))
     parser.add_argument('data', help='folder or zip with the splits train and test')
-    parser.add_argument('--hidden', required=True, help='weights of the networks that make the hidden images, separated by commas')
+    parser.add_argument(
+        '--hidden', required=True,
+        help='weights of the networks that make the hidden images, separated by commas')
     parser.add_argument('--scale', type=float, default=.04)
     parser.add_argument('--n_hidden', type=int, default=4000)
     parser.add_argument('--width', type=float, default=.25)
     parser.add_argument('--epochs', type=int, default=40)
     parser.add_argument('--builder_epochs', type=int, default=60)
     parser.add_argument('--batch', type=int, default=64, help='images in a step')
-    parser.add_argument('--effort', type=float, default=.25, help='share of the published attack steps, for the teams')
+    parser.add_argument('--effort', type=float, default=.25,
+                        help='share of the published attack steps, for the teams')
     parser.add_argument('--random', type=int, default=8, help='random mixtures in the search')
     parser.add_argument('--seeds', type=lambda s: tuple(map(int, s.split(','))), default=(0, 1, 2))
-    parser.add_argument('--networks', type=lambda s: s.split(','), default=['preactresnet18', 'wideresnet'])
+    parser.add_argument('--networks', type=lambda s: s.split(','),
+                        default=['preactresnet18', 'wideresnet'])
     parser.add_argument('--regimes', type=lambda s: s.split(','), default=['leaky', 'held-out'])
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--work', type=Path, default=Path('curation_work'))
@@ -194,4 +246,5 @@ def main():
     globals()[f'part_{args.part}'](args)
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -2,8 +2,10 @@
 
     python benchmarks/quant/export.py runs/ResNet_18/weights.pt ... --data PHOTOS
 
-Each file of `robustnb_train` is quantised with ranges from 300 training photographs, exported, and asked about test photographs. Seconds are wall clock of one thread, the median of --repeats passes
-over the same images by the engine, with the full-precision and the INT8 file in turn. Rows go to results/export_cifar10.csv with a manifest beside them.
+Each file of `robustnb_train` is quantised with ranges from 300 training photographs, exported,
+and asked about test photographs. Seconds are wall clock of one thread, the median of --repeats
+passes over the same images by the engine, with the full-precision and the INT8 file in turn.
+Rows go to results/export_cifar10.csv with a manifest beside them.
 """
 import argparse, tempfile, time
 from pathlib import Path
@@ -31,21 +33,28 @@ def seconds(models, x, repeats):
 
 def measure(path, test, args, folder):
     "One row"
-    model, name = load_model(path), Path(path).parent.name
+    model = load_model(path)
+    name = Path(path).parent.name
     q = quantize(model, args.format, args.calibration)
     facts = {k: export_onnx(m, folder/f'{name}_{k}.onnx') for k, m in (('full', model), ('int', q))}
-    found, right = check_export(q, facts['int']['path'], test.x), torch.as_tensor(test.y)
+    found = check_export(q, facts['int']['path'], test.x)
+    right = torch.as_tensor(test.y)
     engines = [OnnxModel(f['path'], threads=1) for f in facts.values()]
     correct = lambda m: (predict(m, test.x).argmax(1) == right).float().mean().item()
     full, whole = seconds(engines, test.x, args.repeats)
-    return dict(network=name, width=model.width, format=args.format, **{k: found[k] for k in ('images', 'agreement', 'max_logit_difference', 'mean_logit_difference', 'fused', 'convolutions_fused')},
-                convolutions=sum(isinstance(m, torch.nn.Conv2d) for m in q.modules()), unfused=len(found['unfused']), float_operators=sum(found['floats'].values()),
-                accuracy=correct(model), accuracy_simulated=correct(q), accuracy_engine=correct(engines[1]), megabytes_full=facts['full']['megabytes'], megabytes=facts['int']['megabytes'],
-                seconds_full=full, seconds=whole)
+    return dict(network=name, width=model.width, format=args.format,
+                **{k: found[k] for k in ('images', 'agreement', 'max_logit_difference',
+                                         'mean_logit_difference', 'fused', 'convolutions_fused')},
+                convolutions=sum(isinstance(m, torch.nn.Conv2d) for m in q.modules()),
+                unfused=len(found['unfused']), float_operators=sum(found['floats'].values()),
+                accuracy=correct(model), accuracy_simulated=correct(q),
+                accuracy_engine=correct(engines[1]), megabytes_full=facts['full']['megabytes'],
+                megabytes=facts['int']['megabytes'], seconds_full=full, seconds=whole)
 
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('weights', nargs='+')
     p.add_argument('--data', required=True)
     p.add_argument('--format', default='INT8')
@@ -54,9 +63,13 @@ if __name__ == '__main__':
     p.add_argument('--out', type=Path, default=Path('results/export_cifar10.csv'))
     args = p.parse_args()
     torch.set_num_threads(1)
-    test, args.calibration = subset(load_data(args.data, 'test'), args.n_test, seed=0), subset(load_data(args.data, 'train'), 300, seed=0).x
-    with tempfile.TemporaryDirectory() as folder: rows = [measure(path, test, args, Path(folder)) for path in args.weights]
+    test, args.calibration = subset(load_data(args.data, 'test'), args.n_test,
+                                    seed=0), subset(load_data(args.data, 'train'), 300, seed=0).x
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [measure(path, test, args, Path(folder)) for path in args.weights]
     table = pd.DataFrame(rows).round(5)
     table.to_csv(args.out, index=False)
-    save_json(manifest(data=Path(args.data).name, n_test=args.n_test, repeats=args.repeats, threads=1, calibration='300 training photographs', seed=0), args.out.with_suffix('.json'))
+    save_json(manifest(data=Path(args.data).name, n_test=args.n_test, repeats=args.repeats,
+                       threads=1, calibration='300 training photographs', seed=0),
+              args.out.with_suffix('.json'))
     print(table.T.to_string())

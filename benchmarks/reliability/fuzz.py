@@ -1,10 +1,14 @@
-"""Every file reader against damaged and hostile files: it must read them, or say in one line what is wrong with which file.
+"""Every file reader against damaged and hostile files: it must read them, or say in one line what
+is wrong with which file.
 
     python benchmarks/reliability/fuzz.py --n 800
 
-Each reader gets --n copies of a good file in which bytes are flipped, cut, doubled, moved or made up; files of tensors and JSON are also taken apart, and their values removed or replaced by others of any type.
-Allowed are an answer, and ValueError, TypeError or OSError with the name of the file or of the argument in its text. Everything else, ten seconds, or 4 GB more memory than before, is a failure; its file goes to --keep.
-Rows go to results/fuzz.csv: reader, inputs, read, refused, failed.
+Each reader gets --n copies of a good file in which bytes are flipped, cut, doubled, moved or
+made up; files of tensors and JSON are also taken apart, and their values removed or replaced by
+others of any type. Allowed are an answer, and ValueError, TypeError or OSError with the name of
+the file or of the argument in its text. Everything else, ten seconds, or 4 GB more memory than
+before, is a failure; its file goes to --keep. Rows go to results/fuzz.csv: reader, inputs, read,
+refused, failed.
 """
 import argparse, io, json, random, resource, shutil, signal, tempfile, time, warnings, zipfile
 from collections import Counter
@@ -42,7 +46,8 @@ odd = (None, True, -1, 0, 7, 1e9, 2**40, float('nan'), '', 'x'*50, [], {}, [1, '
 def image(seed, size=32):
     "Bytes of a PNG"
     out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(out, 'PNG')
+    Image.fromarray(np.random.default_rng(seed).integers(
+        0, 256, (size, size, 3), dtype=np.uint8)).save(out, 'PNG')
     return out.getvalue()
 
 
@@ -54,7 +59,8 @@ def folder_of_images(path, names):
 
 def zipped(path, names):
     with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as z:
-        for i, name in enumerate(names): z.writestr(name, image(i))
+        for i, name in enumerate(names):
+            z.writestr(name, image(i))
 
 
 def arrays(path):
@@ -66,7 +72,8 @@ def arrays(path):
 def training_set(path):
     arrays(path)
     (path/'classes.json').write_text(json.dumps([str(k) for k in range(10)]))
-    pd.DataFrame(dict(image=range(20), source='clean', success=True)).to_csv(path/'provenance.csv', index=False)
+    pd.DataFrame(dict(image=range(20), source='clean', success=True)).to_csv(
+        path/'provenance.csv', index=False)
 
 
 def submission(path):
@@ -76,7 +83,10 @@ def submission(path):
 
 def measured(path):
     path.mkdir()
-    pd.DataFrame(dict(format=['INT8', 'INT4'], n_classes=10, js=[.1, .2], flips=[.1, .2], noise=[.1, .2], activation_noise=[.1, .2], robust_flips=[.1, .2], measured_loss=[.1, .2], measured_robust_loss=[.1, .2])).to_csv(path/'report_table.csv', index=False)
+    pd.DataFrame(dict(
+        format=['INT8', 'INT4'], n_classes=10, js=[.1, .2], flips=[.1, .2], noise=[.1, .2],
+        activation_noise=[.1, .2], robust_flips=[.1, .2], measured_loss=[.1, .2],
+        measured_robust_loss=[.1, .2])).to_csv(path/'report_table.csv', index=False)
 
 
 class_files = ('test/cat/1.png', 'test/cat/2.png', 'test/dog/1.png', 'test/dog/2.png')
@@ -85,22 +95,37 @@ net = build_model('AlexNet_BN', 10, .0625, seed=0)
 readers = dict(
     load_state=(lambda p: save_state(dict(a=torch.ones(3), b=[1, 'x']), p), '', load_state),
     load_model=(lambda p: save_model(net, p), '', load_model),
-    load_quantized=(lambda p: save_quantized(quantize(net, 'INT4', torch.rand(4, 3, 32, 32)), p), '', load_quantized),
-    load_generator=(lambda p: save_generator(train_generator(net, steps=1, batch_size=4, width=8, device='cpu')[0], p), '', load_generator),
-    load_descriptor=(lambda p: save_descriptor(descriptor_model('Caffe34', width=.0625, size=32), p), '', load_descriptor),
-    load_predictor=(lambda p: shutil.copyfile(Path(robustnb.__file__).with_name('predictors.json'), p), '', lambda p: load_predictor('loss', p)),
+    load_quantized=(lambda p: save_quantized(quantize(net, 'INT4', torch.rand(4, 3, 32, 32)), p),
+                    '', load_quantized),
+    load_generator=(lambda p: save_generator(
+        train_generator(net, steps=1, batch_size=4, width=8, device='cpu')[0], p),
+                    '', load_generator),
+    load_descriptor=(
+        lambda p: save_descriptor(descriptor_model('Caffe34', width=.0625, size=32), p), '',
+        load_descriptor),
+    load_predictor=(
+        lambda p: shutil.copyfile(Path(robustnb.__file__).with_name('predictors.json'), p), '',
+        lambda p: load_predictor('loss', p)),
     load_zip=(lambda p: zipped(p, class_files), '', lambda p: load_data(p, 'test')),
-    load_folder=(lambda p: folder_of_images(p, class_files), 'test/cat/1.png', lambda p: load_data(p, 'test')),
+    load_folder=(lambda p: folder_of_images(p, class_files), 'test/cat/1.png',
+                 lambda p: load_data(p, 'test')),
     load_npy=(arrays, 'data.npy label.npy', load_data),
-    load_training_set=(training_set, 'data.npy label.npy classes.json provenance.csv', load_training_set),
+    load_training_set=(training_set, 'data.npy label.npy classes.json provenance.csv',
+                       load_training_set),
     load_set=(submission, 'data.npy label.npy', load_set),
     validate_set=(submission, 'data.npy label.npy config.py', validate_set),
     read_config=(lambda p: write_config(default_config(2), p), '', read_config),
-    load_faces=(lambda p: zipped(p, ('s1/1.png', 's1/2.png', 's2/1.png', 's2/2.png')), '', lambda p: load_faces(p, 32, 32)),
-    read_pairs=(lambda p: p.write_text('source_imgs,target_imgs\na.png|b.png,c.png|d.png\ne.png|f.png,a.png|b.png\n'), '', read_pairs),
+    load_faces=(lambda p: zipped(p, ('s1/1.png', 's1/2.png', 's2/1.png', 's2/2.png')), '',
+                lambda p: load_faces(p, 32, 32)),
+    read_pairs=(lambda p: p.write_text(
+        'source_imgs,target_imgs\na.png|b.png,c.png|d.png\ne.png|f.png,a.png|b.png\n'),
+                '', read_pairs),
     report_table=(measured, 'report_table.csv', _measured),
-    question=(lambda p: _continue(p, dict(network='a', seed=0)), 'question.json', lambda p: _continue(p, dict(network='a', seed=0))),
-    finished_format=(lambda p: save_json(dict(row=dict(format='INT8', js=.1), layers=[], left_float=[], opaque=[]), p), '', lambda p: _once(p, dict)))
+    question=(lambda p: _continue(p, dict(network='a', seed=0)), 'question.json',
+              lambda p: _continue(p, dict(network='a', seed=0))),
+    finished_format=(lambda p: save_json(
+        dict(row=dict(format='INT8', js=.1), layers=[], left_float=[], opaque=[]), p),
+                     '', lambda p: _once(p, dict)))
 of_tensors = ('load_state', 'load_model', 'load_quantized', 'load_generator', 'load_descriptor')
 
 
@@ -110,13 +135,21 @@ def damaged(raw, rng):
     for _ in range(rng.choice((1, 1, 1, 2, 5, 20))):
         i, j = sorted(rng.randrange(len(raw)+1) for _ in range(2))
         kind = rng.choice(('flip', 'flip', 'cut', 'end', 'double', 'noise', 'zero', 'text'))
-        if kind == 'flip' and raw: raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
-        if kind == 'cut': del raw[i:min(j, i+rng.choice((1, 8, 10**6)))]
-        if kind == 'end': del raw[i:]
-        if kind == 'double': raw[i:i] = raw[i:j][:10**5]
-        if kind == 'noise': raw[i:i+rng.choice((1, 4, 64))] = rng.randbytes(rng.choice((1, 4, 64)))
-        if kind == 'zero': raw[i:i+rng.choice((1, 4, 64))] = bytes(rng.choice((1, 4, 64)))
-        if kind == 'text': raw[i:i] = rng.choice((b'NaN', b'-1', b'1e999', b'"', b',', b'\n', b'../', b'\xff\xfe', b'\x00', b'{', b'[' * 50, b'9'*30))
+        if kind == 'flip' and raw:
+            raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        if kind == 'cut':
+            del raw[i:min(j, i+rng.choice((1, 8, 10**6)))]
+        if kind == 'end':
+            del raw[i:]
+        if kind == 'double':
+            raw[i:i] = raw[i:j][:10**5]
+        if kind == 'noise':
+            raw[i:i+rng.choice((1, 4, 64))] = rng.randbytes(rng.choice((1, 4, 64)))
+        if kind == 'zero':
+            raw[i:i+rng.choice((1, 4, 64))] = bytes(rng.choice((1, 4, 64)))
+        if kind == 'text':
+            raw[i:i] = rng.choice((b'NaN', b'-1', b'1e999', b'"', b',', b'\n', b'../',
+                                   b'\xff\xfe', b'\x00', b'{', b'[' * 50, b'9'*30))
     return bytes(raw)
 
 
@@ -130,8 +163,10 @@ def swapped(held, rng):
     look(held)
     if not places: return rng.choice(odd)
     o, k = rng.choice(places)
-    if rng.random() < .3: del o[k]
-    else: o[k] = rng.choice((*odd, torch.full((2, 2), torch.nan)))
+    if rng.random() < .3:
+        del o[k]
+    else:
+        o[k] = rng.choice((*odd, torch.full((2, 2), torch.nan)))
     return held
 
 
@@ -145,39 +180,54 @@ def attempt(read, path):
             warnings.simplefilter('ignore')
             read(path)
         return 'read', ''
-    except TimeoutError: return 'failed', f'{patience} s'
-    except allowed as e: return ('refused', str(e)) if str(e).strip() and ('`' in str(e) or path.name in str(e)) else ('failed', f'says too little: {type(e).__name__}: {e}')
-    except BaseException as e: return 'failed', f'{type(e).__name__}: {e}'
-    finally: signal.alarm(0)
+    except TimeoutError:
+        return 'failed', f'{patience} s'
+    except allowed as e:
+        return (('refused', str(e)) if str(e).strip() and ('`' in str(e) or path.name in str(e))
+                else ('failed', f'says too little: {type(e).__name__}: {e}'))
+    except BaseException as e:
+        return 'failed', f'{type(e).__name__}: {e}'
+    finally:
+        signal.alarm(0)
 
 
 def fuzz(name, n, seed=0, keep=None):
     "Rows reader, inputs, read, refused, failed; and what failed"
     make, files, read = readers[name]
-    rng, counts, failures = random.Random(f'{name} {seed}'), Counter(), []
+    rng = random.Random(f'{name} {seed}')
+    counts = Counter()
+    failures = []
     with tempfile.TemporaryDirectory() as folder:
         good = Path(folder)/'good'
         make(good)
-        if attempt(read, good)[0] != 'read': raise AssertionError(f'{name} cannot read a good file: {attempt(read, good)[1]}')
+        if attempt(read, good)[0] != 'read':
+            raise AssertionError(f'{name} cannot read a good file: {attempt(read, good)[1]}')
         for i in range(n):
             bad = Path(folder)/f'bad{i}'
             (shutil.copytree if good.is_dir() else shutil.copyfile)(good, bad)
             victim = bad/rng.choice(files.split()) if files else bad
             raw = victim.read_bytes()
-            if rng.random() < .5 and name in of_tensors: save_state(swapped(load_state(victim), rng), victim)
-            elif rng.random() < .5 and raw[:1] in b'{[': victim.write_text(json.dumps(swapped(json.loads(raw), rng), default=str))
-            else: victim.write_bytes(damaged(raw, rng))
+            if rng.random() < .5 and name in of_tensors:
+                save_state(swapped(load_state(victim), rng), victim)
+            elif rng.random() < .5 and raw[:1] in b'{[':
+                victim.write_text(json.dumps(swapped(json.loads(raw), rng), default=str))
+            else:
+                victim.write_bytes(damaged(raw, rng))
             verdict, said = attempt(read, bad)
             counts[verdict] += 1
             if verdict == 'failed':
                 failures.append(dict(reader=name, number=i, said=said[:200]))
-                if keep: Path(keep).mkdir(parents=True, exist_ok=True); shutil.copy(victim, Path(keep)/f'{name}_{i}')
+                if keep:
+                    Path(keep).mkdir(parents=True, exist_ok=True)
+                    shutil.copy(victim, Path(keep)/f'{name}_{i}')
             (shutil.rmtree if bad.is_dir() else Path.unlink)(bad)
-    return dict(reader=name, inputs=n, read=counts['read'], refused=counts['refused'], failed=counts['failed']), failures
+    return dict(reader=name, inputs=n, read=counts['read'], refused=counts['refused'],
+                failed=counts['failed']), failures
 
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--n', type=int, default=800, help='inputs for each reader')
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--readers', default=','.join(readers))
@@ -187,10 +237,15 @@ if __name__ == '__main__':
     torch.set_num_threads(1)
     used = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 4*2**30,)*2)
-    began, found = time.time(), [fuzz(name, args.n, args.seed, args.keep) for name in args.readers.split(',')]
+    began = time.time()
+    found = [fuzz(name, args.n, args.seed, args.keep) for name in args.readers.split(',')]
     rows = pd.DataFrame([row for row, _ in found])
     rows.to_csv(args.out, index=False)
-    save_json(manifest(inputs=int(rows.inputs.sum()), seed=args.seed, seconds=round(time.time()-began)), args.out.with_suffix('.json'))
+    save_json(manifest(inputs=int(rows.inputs.sum()), seed=args.seed,
+                       seconds=round(time.time()-began)),
+              args.out.with_suffix('.json'))
     print(rows.to_string(index=False))
     failures = pd.DataFrame([f for _, fs in found for f in fs])
-    if len(failures): print(failures.groupby(['reader', 'said']).agg(n=('number', 'size'), first=('number', 'first')).to_string())
+    if len(failures):
+        print(failures.groupby(['reader', 'said']).agg(
+            n=('number', 'size'), first=('number', 'first')).to_string())

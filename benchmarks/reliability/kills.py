@@ -2,9 +2,12 @@
 
     python benchmarks/reliability/kills.py --kills 20
 
-Each job runs once undisturbed. Then it is started again and again in one other folder, and killed after a random share of the time it takes, until it has been killed --kills times; a run that ends before its kill is compared, and the next
-begins in a new folder. At last it may finish. Every finished folder must hold the same results, seconds aside. Jobs are forked from a process that has imported everything, so a kill costs no start.
-Rows go to results/kills.csv: job, kills, finished, same, seconds (of the undisturbed run).
+Each job runs once undisturbed. Then it is started again and again in one other folder, and
+killed after a random share of the time it takes, until it has been killed --kills times; a run
+that ends before its kill is compared, and the next begins in a new folder. At last it may
+finish. Every finished folder must hold the same results, seconds aside. Jobs are forked from a
+process that has imported everything, so a kill costs no start. Rows go to results/kills.csv:
+job, kills, finished, same, seconds (of the undisturbed run).
 """
 import argparse, hashlib, os, signal, sys, tempfile, time, traceback
 from functools import partial
@@ -35,7 +38,9 @@ net = build_model('AlexNet_BN', 10, .0625, seed=0)
 data = subset(digits('train'), 60, seed=0)
 
 
-def train(out): cli.train_command.__wrapped__(data='digits', model='AlexNet_BN', width=.0625, epochs=4, lr=.05, no_mirror=True, out=str(out))
+def train(out):
+    cli.train_command.__wrapped__(data='digits', model='AlexNet_BN', width=.0625, epochs=4,
+                                  lr=.05, no_mirror=True, out=str(out))
 
 
 def with_weights(command, out, **given):
@@ -45,7 +50,8 @@ def with_weights(command, out, **given):
 def generate(out): with_weights(transfer_cli.generate_command, out, n=20, steps=30, width=8)
 
 
-def quantise(out): with_weights(transfer_cli.quantize_command, out, formats='INT8,POT4', images='digits', n=20)
+def quantise(out):
+    with_weights(transfer_cli.quantize_command, out, formats='INT8,POT4', images='digits', n=20)
 
 
 def assess(out):
@@ -53,40 +59,55 @@ def assess(out):
     with_weights(cli.assess_command, out, formats='INT8,POT4')
 
 
-def evaluated(out): evaluate(net, data.x, torch.as_tensor(data.y), dict(pgd=partial(pgd, steps=5)), Linf(8/255), batch_size=5, save=out/'rows').to_csv(out/'all.csv', index=False)
+def evaluated(out):
+    evaluate(net, data.x, torch.as_tensor(data.y), dict(pgd=partial(pgd, steps=5)),
+             Linf(8/255), batch_size=5, save=out/'rows').to_csv(out/'all.csv', index=False)
 
 
 def curate(out):
     pool = subset(digits('train'), 40, seed=1)
-    made = build_training_set(pool, **published_mixture('augmented', dict(net=net), teacher=net), n=40, seed=0)
+    made = build_training_set(pool, **published_mixture('augmented', dict(net=net), teacher=net),
+                              n=40, seed=0)
     made.save(out/'set')
     networks, config = proxy_networks(2, .0625, 1)
     hidden = hidden_set(subset(digits('test'), 20, seed=0), dict(net=net), 20)
-    score_training_sets(dict(a=made), hidden, networks, config, seeds=(0, 1), folder=out/'runs').to_csv(out/'answers.csv', index=False)
+    score_training_sets(dict(a=made), hidden, networks, config, seeds=(0, 1),
+                        folder=out/'runs').to_csv(out/'answers.csv', index=False)
 
 
 def attack(out):
     out.mkdir(parents=True, exist_ok=True)
-    box, student = (descriptor_model('Caffe34', width=.0625, size=32, seed=k) for k in (0, 1))
-    x, oracle = data.x[:4].mul(255).round().div(255), BlackBox(box, limit=1000, cache=out/'asked.db')
+    box = descriptor_model('Caffe34', width=.0625, size=32, seed=0)
+    student = descriptor_model('Caffe34', width=.0625, size=32, seed=1)
+    x = data.x[:4].mul(255).round().div(255)
+    oracle = BlackBox(box, limit=1000, cache=out/'asked.db')
     targets = oracle(data.x[4:8])[:, None]
-    x_adv = attack_descriptor(oracle, x, targets, SSIM(.95), students=[student], plan=Plan(queries=12))
+    x_adv = attack_descriptor(oracle, x, targets, SSIM(.95), students=[student],
+                              plan=Plan(queries=12))
     np.save(out/'attacked.npy', x_adv.numpy())
 
 
 short_generator = cli.train_generator
-jobs = dict(training=train, generation=generate, quantisation=quantise, assessment=assess, evaluation=evaluated, curation=curate, attack=attack)
+jobs = dict(training=train, generation=generate, quantisation=quantise, assessment=assess,
+            evaluation=evaluated, curation=curate, attack=attack)
 
 
 def contents(folder):
-    "Name -> what the results say, of all files that a reader would open; the rows of a sweep are in its table"
+    """Name -> what the results say, of all files that a reader would open; the rows of a sweep are
+    in its table"""
     found = {}
     for f in sorted(folder.rglob('*')):
         name = f.relative_to(folder).as_posix()
-        if not f.is_file() or f.name.startswith('.') or f.suffix in ('.html', '.png') or f.name == 'manifest.json': continue
-        if f.suffix == '.csv': found[name] = pd.read_csv(f).drop(columns='seconds', errors='ignore').to_csv()
-        elif f.suffix == '.pt' and f.name != 'checkpoint.pt': found[name] = repr(flat(load_state(f)))
-        elif f.suffix in ('.npy', '.json', '.py') and not (f.suffix == '.json' and f.parent.name == 'rows'): found[name] = hashlib.sha256(f.read_bytes()).hexdigest()
+        if (not f.is_file() or f.name.startswith('.') or f.suffix in ('.html', '.png')
+            or f.name == 'manifest.json'):
+            continue
+        if f.suffix == '.csv':
+            found[name] = pd.read_csv(f).drop(columns='seconds', errors='ignore').to_csv()
+        elif f.suffix == '.pt' and f.name != 'checkpoint.pt':
+            found[name] = repr(flat(load_state(f)))
+        elif f.suffix in ('.npy', '.json',
+                          '.py') and not (f.suffix == '.json' and f.parent.name == 'rows'):
+            found[name] = hashlib.sha256(f.read_bytes()).hexdigest()
     return found
 
 
@@ -94,7 +115,8 @@ def flat(held):
     "A structure with digests in place of tensors, and without seconds"
     if isinstance(held, dict): return {k: flat(v) for k, v in held.items() if k != 'seconds'}
     if isinstance(held, (list, tuple)): return [flat(v) for v in held]
-    return hashlib.sha256(held.contiguous().numpy().tobytes()).hexdigest() if isinstance(held, torch.Tensor) else held
+    return hashlib.sha256(held.contiguous().numpy().tobytes()).hexdigest() if isinstance(
+        held, torch.Tensor) else held
 
 
 def forked(job, out, log):
@@ -103,19 +125,25 @@ def forked(job, out, log):
     if pid: return pid
     code = 1
     try:
-        with open(log, 'a') as f: os.dup2(f.fileno(), 2)
-        with open(os.devnull, 'w') as f: os.dup2(f.fileno(), 1)
+        with open(log, 'a') as f:
+            os.dup2(f.fileno(), 2)
+        with open(os.devnull, 'w') as f:
+            os.dup2(f.fileno(), 1)
         job(out)
         code = 0
-    except SystemExit as e: print(e, file=sys.stderr, flush=True)
-    except BaseException: traceback.print_exc()
-    finally: os._exit(code)
+    except SystemExit as e:
+        print(e, file=sys.stderr, flush=True)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 def ended(pid, seconds):
     "Exit status of a process; None if it ran longer and was killed"
     limit = time.monotonic() + seconds
-    while not (over := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < limit: time.sleep(.002)
+    while not (over := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < limit:
+        time.sleep(.002)
     if over[0]: return over[1]
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -126,8 +154,12 @@ def disturbed(job, folder, seconds, kills, rng):
     finished, done = [], 0
     while done < kills or not finished:
         out = folder/f'disturbed{len(finished)}'
-        while (status := ended(forked(job, out, folder/'log'), rng.uniform(0, seconds) if done < kills else float('inf'))) is None: done += 1
-        if status: raise AssertionError(f'the job failed after {done} kills: {(folder/"log").read_text()[-500:]}')
+        while (status := ended(forked(job, out, folder/'log'),
+                               rng.uniform(0, seconds) if done < kills else float('inf'))) is None:
+            done += 1
+        if status:
+            raise AssertionError(
+                f'the job failed after {done} kills: {(folder/"log").read_text()[-500:]}')
         finished.append(out)
     return finished, done
 
@@ -135,19 +167,25 @@ def disturbed(job, folder, seconds, kills, rng):
 def trial(name, kills, seed=0):
     "A row of the table"
     with tempfile.TemporaryDirectory() as folder:
-        folder, rng = Path(folder), np.random.default_rng(seed)
+        folder = Path(folder)
+        rng = np.random.default_rng(seed)
         save_model(net, folder/'weights.pt')
-        start, pid = time.monotonic(), forked(jobs[name], folder/'whole', folder/'log')
-        if os.waitpid(pid, 0)[1]: raise AssertionError(f'{name} fails undisturbed: {(folder/"log").read_text()[-500:]}')
+        start = time.monotonic()
+        pid = forked(jobs[name], folder/'whole', folder/'log')
+        if os.waitpid(pid, 0)[1]:
+            raise AssertionError(f'{name} fails undisturbed: {(folder/"log").read_text()[-500:]}')
         seconds = time.monotonic()-start
         finished, done = disturbed(jobs[name], folder, seconds, kills, rng)
         whole = contents(folder/'whole')
-        differ = [f'{o.name}/{k}' for o in finished for k in whole.keys() | contents(o).keys() if whole.get(k) != contents(o).get(k)]
-        return dict(job=name, kills=done, finished=len(finished), files=len(whole), same=not differ, differ=' '.join(differ[:5]), seconds=round(seconds, 2))
+        differ = [f'{o.name}/{k}' for o in finished for k in whole.keys() | contents(o).keys()
+                  if whole.get(k) != contents(o).get(k)]
+        return dict(job=name, kills=done, finished=len(finished), files=len(whole),
+                    same=not differ, differ=' '.join(differ[:5]), seconds=round(seconds, 2))
 
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--kills', type=int, default=20)
     p.add_argument('--jobs', default=','.join(jobs))
     p.add_argument('--seed', type=int, default=0)
@@ -158,4 +196,5 @@ if __name__ == '__main__':
     rows.to_csv(args.out, index=False)
     save_json(manifest(kills=int(rows.kills.sum()), seed=args.seed), args.out.with_suffix('.json'))
     print(rows.to_string(index=False))
-    if not rows.same.all(): sys.exit(1)
+    if not rows.same.all():
+        sys.exit(1)

@@ -1,10 +1,13 @@
-"""Old and new versions of what the package stands on: does it install, run its demonstration and pass its unit tests?
+"""Old and new versions of what the package stands on: does it install, run its demonstration and
+pass its unit tests?
 
     python benchmarks/reliability/versions.py                                             # python3.10 to python3.13 must be on the path; about 40 minutes and 6 GB at a time
     python benchmarks/reliability/versions.py "python3.12 torch==2.9.1 numpy<2" --tests tests/test_core.py
 
-Each argument is an interpreter and what pip is to hold. Every one gets a clone and a virtual environment of its own, which are deleted afterwards.
-Left out are the tests of the project itself: they need the tools of its developers, who keep to one version of each. Rows go to results/versions.csv with a manifest beside them.
+Each argument is an interpreter and what pip is to hold. Every one gets a clone and a virtual
+environment of its own, which are deleted afterwards. Left out are the tests of the project
+itself: they need the tools of its developers, who keep to one version of each. Rows go to
+results/versions.csv with a manifest beside them.
 """
 import argparse, os, re, subprocess, tempfile, time
 from pathlib import Path
@@ -14,8 +17,11 @@ import pandas as pd
 from robustnb.files import manifest, save_json
 
 root = Path(__file__).resolve().parents[2]
-sets = ('python3.10 torch==2.6.0 numpy==1.26.4 fastcore<1.13', 'python3.11 torch==2.9.1 numpy<2.4 fastcore<2', 'python3.12 torch numpy>=2 fastcore>=2', 'python3.13 torch numpy>=2 fastcore<2', 'python3.13 torch==2.6.0 numpy>=2 fastcore>=2')
-beside = 'pytest pytest-xdist hypothesis scikit-image timm onnx onnxscript onnxruntime submitit accelerate setuptools wheel'.split()
+sets = ('python3.10 torch==2.6.0 numpy==1.26.4 fastcore<1.13',
+        'python3.11 torch==2.9.1 numpy<2.4 fastcore<2', 'python3.12 torch numpy>=2 fastcore>=2',
+        'python3.13 torch numpy>=2 fastcore<2', 'python3.13 torch==2.6.0 numpy>=2 fastcore>=2')
+beside = ('pytest pytest-xdist hypothesis scikit-image timm onnx onnxscript onnxruntime '
+          'submitit accelerate setuptools wheel'.split())
 of_the_project = ('browser', 'house', 'notebooks', 'release', 'repo')
 named = ('torch', 'torchvision', 'numpy', 'fastcore', 'pandas', 'timm', 'onnxruntime')
 
@@ -23,31 +29,49 @@ named = ('torch', 'torchvision', 'numpy', 'fastcore', 'pandas', 'timm', 'onnxrun
 def measure(wanted, tests, folder):
     "A row: what was installed, and how it did"
     python, *held = wanted.split()
-    clone, env = folder/'clone', folder/'env'
-    said = lambda *command: subprocess.run([str(o) for o in command], cwd=clone, capture_output=True, text=True, env={k: v for k, v in os.environ.items() if not k.startswith('PYTHON')} | dict(OMP_NUM_THREADS='1'))
+    clone = folder/'clone'
+    env = folder/'env'
+    said = lambda *command: subprocess.run(
+        [str(o) for o in command], cwd=clone, capture_output=True, text=True,
+        env={k: v for k, v in os.environ.items() if not k.startswith('PYTHON')}
+            | dict(OMP_NUM_THREADS='1'))
     subprocess.run(['git', 'clone', '-q', str(root), str(clone)], check=True)
-    for command in ((python, '-m', 'venv', env), (env/'bin/python', '-m', 'pip', 'install', '-q', '.', *beside, *held)):
-        if (made := said(*command)).returncode: return dict(wanted=wanted, installed=False, said=made.stderr.strip()[-300:])
-    version = lambda name: said(env/'bin/python', '-c', f"from importlib.metadata import version; print(version('{name}'), end='')").stdout
+    for command in ((python, '-m', 'venv', env),
+                    (env/'bin/python', '-m', 'pip', 'install', '-q', '.', *beside, *held)):
+        if (made := said(*command)).returncode:
+            return dict(wanted=wanted, installed=False, said=made.stderr.strip()[-300:])
+    version = lambda name: said(
+        env/'bin/python', '-c',
+        f"from importlib.metadata import version; print(version('{name}'), end='')").stdout
     start = time.monotonic()
     demo = said(env/'bin/robustnb_demo').returncode == 0
-    demo_seconds, start = time.monotonic()-start, time.monotonic()
-    run = said(env/'bin/python', '-m', 'pytest', '-rfE', '-p', 'no:cacheprovider', '-n', '2', '--dist', 'loadfile', *(tests or [f'--ignore=tests/test_{o}.py' for o in of_the_project]))
-    passed, failures = map(int, re.findall(r'unit tests: (\d+) passed, (\d+) failed', run.stdout)[-1])
+    demo_seconds = time.monotonic()-start
+    start = time.monotonic()
+    run = said(env/'bin/python', '-m', 'pytest', '-rfE', '-p', 'no:cacheprovider', '-n', '2',
+               '--dist', 'loadfile',
+               *(tests or [f'--ignore=tests/test_{o}.py' for o in of_the_project]))
+    passed, failures = map(int,
+                           re.findall(r'unit tests: (\d+) passed, (\d+) failed', run.stdout)[-1])
     failed = re.findall(r'^(?:FAILED|ERROR) (\S+)', run.stdout, re.M)
     print(run.stdout[-6000:], flush=True)
-    return dict(wanted=wanted, installed=True, python=said(env/'bin/python', '-V').stdout.split()[-1], **{k: version(k) for k in named}, demo=demo, demo_seconds=round(demo_seconds), passed=passed, failed=failures, seconds=round(time.monotonic()-start), said=' '.join(failed)[:500])
+    return dict(wanted=wanted, installed=True,
+                python=said(env/'bin/python', '-V').stdout.split()[-1],
+                **{k: version(k) for k in named}, demo=demo, demo_seconds=round(demo_seconds),
+                passed=passed, failed=failures, seconds=round(time.monotonic()-start),
+                said=' '.join(failed)[:500])
 
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('sets', nargs='*', default=sets)
     p.add_argument('--tests', nargs='*', help='what pytest is given; all but those of the project')
     p.add_argument('--out', type=Path, default=root/'results/versions.csv')
     args = p.parse_args()
     rows = []
     for wanted in args.sets:
-        with tempfile.TemporaryDirectory() as folder: rows.append(measure(wanted, args.tests, Path(folder)))
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(measure(wanted, args.tests, Path(folder)))
         pd.DataFrame(rows).to_csv(args.out, index=False)
     save_json(manifest(), args.out.with_suffix('.json'))
     print(pd.DataFrame(rows).T.to_string())

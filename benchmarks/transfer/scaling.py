@@ -3,9 +3,12 @@
     python benchmarks/transfer/scaling.py                                                        # the measurement: an idle machine, about ten minutes
     python benchmarks/transfer/scaling.py --width .125 --n 4 --images 4,8 --formats 1,2 --widths .0625,.125 --repeats 1   # a look, less than a minute
 
-Random weights and random images: what an answer is worth does not change what it costs. Every image is attacked for all steps (an evaluation stops at images that have fallen, so these are upper bounds). Seconds are processor time
-of one thread, the least of --repeats; the generator without its
-final match of energy, some seconds per network. Rows go to results/scaling.csv with a manifest beside them; nbs/results/scaling.ipynb draws them and adds up the mission under stated assumptions.
+Random weights and random images: what an answer is worth does not change what it costs. Every
+image is attacked for all steps (an evaluation stops at images that have fallen, so these are
+upper bounds). Seconds are processor time of one thread, the least of --repeats; the generator
+without its final match of energy, some seconds per network. Rows go to results/scaling.csv with
+a manifest beside them; nbs/results/scaling.ipynb draws them and adds up the mission under stated
+assumptions.
 """
 import argparse, time
 from functools import partial
@@ -49,13 +52,16 @@ def training_step(net, x, targets):
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, .9, nesterov=True)
     def step():
         loss = F.cross_entropy(model(x.contiguous(memory_format=layout)), targets)
-        optimizer.zero_grad(set_to_none=True); loss.backward(); optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
     return step
 
 
 def parts(name, width, n, repeats):
     "Seconds of each part of the mission on one network; per image where it grows with images"
-    net, x = build_model(name, 10, width, seed=0), images(n)
+    net = build_model(name, 10, width, seed=0)
+    x = images(n)
     ranges = calibrate(net, x)
     q = quantize(net, 'INT8', ranges)
     timed = partial(seconds, repeats=repeats)
@@ -65,8 +71,11 @@ def parts(name, width, n, repeats):
     yield 'attack, copy', timed(lambda: attacked(q, x))/n
     yield 'calibrate', timed(lambda: calibrate(net, x))/n
     yield 'quantise', timed(lambda: quantize(net, 'INT8', ranges))
-    with patch('robustnb.transfer.generator.match_energy', lambda *args, **kw: None): yield 'generator', timed(lambda: train_generator(net, steps=2, batch_size=n, device='cpu'))/2/n
-    yield 'train', timed(training_step(build_model(name, 10, width, seed=0), x, torch.full((n, 10), .1)))/n
+    with patch('robustnb.transfer.generator.match_energy', lambda *args, **kw: None):
+        (yield 'generator',
+         timed(lambda: train_generator(net, steps=2, batch_size=n, device='cpu'))/2/n)
+    (yield 'train',
+     timed(training_step(build_model(name, 10, width, seed=0), x, torch.full((n, 10), .1)))/n)
 
 
 def rows(args):
@@ -76,30 +85,40 @@ def rows(args):
         net, x = build_model(args.network, 10, width, seed=0), images(args.images[0])
         q = quantize(net, 'INT8', x)
         for part, model in (('original', net), ('copy', q)):
-            yield base | dict(what='width', width=width, images=len(x), part=f'attack, {part}', seconds=seconds(lambda: attacked(model, x), args.repeats), macs=macs(args.network, width))
+            yield base | dict(what='width', width=width, images=len(x), part=f'attack, {part}',
+                              seconds=seconds(lambda: attacked(model, x), args.repeats),
+                              macs=macs(args.network, width))
     for n in args.images:
         x = images(n)
         for part, model in (('original', net), ('copy', q)):
-            yield base | dict(what='images', images=n, part=f'attack, {part}', seconds=seconds(lambda: attacked(model, x), args.repeats), macs=macs(args.network, width))
+            yield base | dict(what='images', images=n, part=f'attack, {part}',
+                              seconds=seconds(lambda: attacked(model, x), args.repeats),
+                              macs=macs(args.network, width))
     x, names = images(args.images[0]), all_formats()[:43]
     ranges = calibrate(net, x)
     for k in args.formats:
         some = [names[i*len(names)//k] for i in range(k)]
         def all_of_them():
-            for f in some: attacked(quantize(net, f, ranges), x)
-        yield base | dict(what='formats', images=len(x), formats=k, part='quantise and attack', seconds=seconds(all_of_them, args.repeats), macs=macs(args.network, width))
+            for f in some:
+                attacked(quantize(net, f, ranges), x)
+        yield base | dict(what='formats', images=len(x), formats=k, part='quantise and attack',
+                          seconds=seconds(all_of_them, args.repeats),
+                          macs=macs(args.network, width))
     for name in args.networks:
         for part, s in parts(name, args.width, args.n, args.repeats):
-            yield dict(what='network', network=name, width=args.width, images=args.n, formats=1, part=part, seconds=s, macs=macs(name, args.width), macs_full=macs(name, 1.))
+            yield dict(what='network', network=name, width=args.width, images=args.n, formats=1,
+                       part=part, seconds=s, macs=macs(name, args.width), macs_full=macs(name, 1.))
         print(name, flush=True)
 
 
 if __name__ == '__main__':
     listed = lambda kind: lambda s: [kind(o) for o in s.split(',')]
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--networks', type=listed(str), default=list(model_names))
     p.add_argument('--width', type=float, default=1., help='of the nine networks')
-    p.add_argument('--n', type=int, default=16, help='images that the nine networks are measured on')
+    p.add_argument('--n', type=int, default=16,
+                   help='images that the nine networks are measured on')
     p.add_argument('--network', default='ResNet_18', help='that the growth is measured on')
     p.add_argument('--widths', type=listed(float), default=[.0625, .125, .25, .5])
     p.add_argument('--images', type=listed(int), default=[16, 32, 64, 128])
@@ -113,5 +132,10 @@ if __name__ == '__main__':
     path = Path(args.out)/'scaling.csv'
     table.round(7).to_csv(path, index=False)
     print(table[table.what != 'network'].drop(columns=['macs_full']).to_string(index=False))
-    save_json(manifest(networks=args.networks, width=args.width, n=args.n, growth=args.network, widths=args.widths, images=args.images, formats=args.formats, repeats=args.repeats, attack='PGD, 10 steps, Linf 1/255',
-                       weights='random, seed 0', seconds='processor time of one thread, least of the repeats', gpu='not measured: no GPU was there', cpu_seconds=round(time.process_time()-start)), path.with_suffix('.json'))
+    save_json(manifest(
+        networks=args.networks, width=args.width, n=args.n, growth=args.network,
+        widths=args.widths, images=args.images, formats=args.formats, repeats=args.repeats,
+        attack='PGD, 10 steps, Linf 1/255', weights='random, seed 0',
+        seconds='processor time of one thread, least of the repeats',
+        gpu='not measured: no GPU was there', cpu_seconds=round(time.process_time()-start)),
+              path.with_suffix('.json'))

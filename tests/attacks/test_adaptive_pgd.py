@@ -1,4 +1,5 @@
-"Auto-PGD, iterate by iterate against the paper's algorithm for one image; who leaves, who judges, and misuse."
+"""Auto-PGD, iterate by iterate against the paper's algorithm for one image; who leaves, who judges,
+and misuse."""
 from functools import partial
 
 import pytest
@@ -25,7 +26,8 @@ def slow_apgd(model, x, y, eps, norm, loss, steps):
         d = d.clamp(-eps, eps) if norm == 'Linf' else d*min(1., eps/max(d.norm().item(), 1e-30))
         return (x+d).clamp(0, 1)
     unit = (lambda g: g.sign()) if norm == 'Linf' else (lambda g: g/g.norm())
-    visited, step = [x], 2*eps
+    visited = [x]
+    step = 2*eps
     value, grad = value_and_grad(x)
     best, best_grad, best_value = x, grad, value
     now, old, last_value = x, x, value
@@ -36,11 +38,15 @@ def slow_apgd(model, x, y, eps, norm, loss, steps):
         old, now = now, new
         visited.append(now)
         value, grad = value_and_grad(now)
-        rises, last_value, done = rises + (value > last_value), value, done+1
-        if value > best_value: best, best_grad, best_value = now, grad, value
+        rises = rises + (value > last_value)
+        last_value = value
+        done = done+1
+        if value > best_value:
+            best, best_grad, best_value = now, grad, value
         if done == window:
             halve = rises <= .75*window or (not halved and checked >= best_value)
-            if halve: step, now, grad = step/2, best, best_grad
+            if halve:
+                step, now, grad = step/2, best, best_grad
             halved, checked, rises, done = halve, best_value, 0, 0
             window = max(window - max(int(.03*steps), 1), int(.06*steps), 1)
     return torch.stack(visited)
@@ -48,16 +54,19 @@ def slow_apgd(model, x, y, eps, norm, loss, steps):
 
 def recorded(model, loss, x, y, threat, steps):
     "The points that `climb` visits, for images that it is told never fall"
-    visited, ask = [], gradients(model, loss, 5)
+    visited = []
+    ask = gradients(model, loss, 5)
     def listen(z, labels, wanted=True):
         visited.append(z.clone())
         return ask(z, labels, wanted)
-    climb(listen, x, y, threat, x, steps, judge=lambda images, labels: torch.zeros(len(images), dtype=torch.bool))
+    climb(listen, x, y, threat, x, steps,
+          judge=lambda images, labels: torch.zeros(len(images), dtype=torch.bool))
     return torch.stack(visited, 1)
 
 
 @pytest.mark.parametrize('steps', (7, 40))
-@pytest.mark.parametrize('loss', (cross_entropy, dlr, margin, dlr_to, margin_to), ids=lambda f: f.__name__)
+@pytest.mark.parametrize('loss', (cross_entropy, dlr, margin, dlr_to, margin_to),
+                         ids=lambda f: f.__name__)
 @pytest.mark.parametrize('threat', (Linf(4/255), L2(.3)), ids=repr)
 def test_climb_visits_the_points_of_the_paper(threat, loss, steps):
     model = make_net()
@@ -66,7 +75,8 @@ def test_climb_visits_the_points_of_the_paper(threat, loss, steps):
     ours = recorded(model, loss, x, labels, threat, steps)
     for i in range(len(x)):
         theirs = slow_apgd(model, x[i], labels[i], threat.eps, type(threat).__name__, loss, steps)
-        assert ours[i].shape == theirs.shape and (ours[i]-theirs).abs().max() < 1e-9, f'image {i}'
+        assert ours[i].shape == theirs.shape, f'image {i}'
+        assert (ours[i]-theirs).abs().max() < 1e-9, f'image {i}'
     moved = (ours[:, 1:]-ours[:, :-1]).flatten(2).norm(dim=2)
     assert (moved[:, -1] < .6*moved[:, 0]).any(), 'steps were halved'
 
@@ -74,29 +84,41 @@ def test_climb_visits_the_points_of_the_paper(threat, loss, steps):
 @pytest.mark.parametrize('loss, name', ((cross_entropy, 'ce'), (dlr, 'dlr')))
 @pytest.mark.parametrize('threat', (Linf(2/255), L2(.1)), ids=repr)
 def test_apgd_is_that_of_the_authors(threat, loss, name):
-    base = pytest.importorskip('pyautoattack.autopgd_base', reason='pyautoattack, the authors\' code as a package, is not installed')
+    base = pytest.importorskip(
+        'pyautoattack.autopgd_base',
+        reason='pyautoattack, the authors\' code as a package, is not installed')
     model = make_net()
     x, y = make_batch(n=30, model=model)
-    theirs = base.APGDAttack(model, n_iter=50, norm=type(threat).__name__, eps=threat.eps, loss=name, seed=0, device='cpu', verbose=False)
+    theirs = base.APGDAttack(model, n_iter=50, norm=type(threat).__name__, eps=threat.eps,
+                             loss=name, seed=0, device='cpu', verbose=False)
     theirs.init_hyperparam(x)
     _, right, best, _ = theirs.attack_single_run(x, y, x_init=x)
     fallen = climb(gradients(model, loss), x, y, threat, x, 50)[2]
-    assert torch.equal(fallen, ~right.bool()) and 0 < fallen.sum() < 30
+    assert torch.equal(fallen, ~right.bool())
+    assert 0 < fallen.sum() < 30
     left = ~fallen
-    values = torch.stack([loss(model(z), y[left]) for z in recorded(model, loss, x[left], y[left], threat, 50).transpose(0, 1)])
+    values = torch.stack([loss(model(z), y[left]) for z in recorded(
+        model, loss, x[left], y[left], threat, 50).transpose(0, 1)])
     assert (values.amax(0) - best[left]).abs().max() < 1e-9
 
 
 def test_images_leave_when_they_fall_and_batches_are_refilled():
-    model, sizes, threat = make_net(), [], Linf(3/255)
+    model = make_net()
+    sizes = []
+    threat = Linf(3/255)
     x, y = make_batch(n=40, model=model)
     ask = gradients(model, margin, 8)
     def listen(z, labels, wanted=True):
         sizes.append(len(z))
         return ask(z, labels, wanted)
     out, height, fallen = climb(listen, x, y, threat, x, 20)
-    assert sizes[0] == 40 and sizes == sorted(sizes, reverse=True) and sizes[-1] == 40-int(fallen.sum()) > 0 and fallen.sum() > 5
-    with torch.no_grad(): assert torch.equal(margin(model(out), y) > 0, fallen) and torch.allclose(margin(model(out), y), height)
+    assert sizes[0] == 40
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == 40-int(fallen.sum()) > 0
+    assert fallen.sum() > 5
+    with torch.no_grad():
+        assert torch.equal(margin(model(out), y) > 0, fallen)
+        assert torch.allclose(margin(model(out), y), height)
     seen = []
     model.register_forward_pre_hook(lambda m, args: seen.append(len(args[0])))
     ask(x, y)
@@ -104,7 +126,8 @@ def test_images_leave_when_they_fall_and_batches_are_refilled():
 
 
 def test_the_judge_has_the_last_word():
-    model, threat = make_net(), Linf(6/255)
+    model = make_net()
+    threat = Linf(6/255)
     x, y = make_batch(n=20, model=model)
     asked = []
     def judge(images, labels):
@@ -112,39 +135,55 @@ def test_the_judge_has_the_last_word():
         return margin(model(images), labels).detach() > .5
     out, _, fallen = climb(gradients(model, cross_entropy), x, y, threat, x, 30, judge)
     easy = climb(gradients(model, cross_entropy), x, y, threat, x, 30)[2]
-    with torch.no_grad(): assert (margin(model(out), y)[fallen] > .5).all()
-    assert len(asked) > 1 and fallen.sum() <= easy.sum() and fallen.any()
-    assert not climb(gradients(model, cross_entropy), x, y, threat, x, 5, lambda images, labels: torch.zeros(len(images), dtype=torch.bool))[2].any()
+    with torch.no_grad():
+        assert (margin(model(out), y)[fallen] > .5).all()
+    assert len(asked) > 1
+    assert fallen.sum() <= easy.sum()
+    assert fallen.any()
+    assert not climb(gradients(model, cross_entropy), x, y, threat, x, 5,
+                     lambda images, labels: torch.zeros(len(images), dtype=torch.bool))[2].any()
 
 
-attacks = dict(apgd=apgd, apgd_dlr=partial(apgd, loss=dlr, steps=20), apgd_targeted=partial(apgd_targeted, steps=15), targeted_margin=partial(apgd_targeted, steps=10, targets=2, loss=margin_to))
+attacks = dict(apgd=apgd, apgd_dlr=partial(apgd, loss=dlr, steps=20),
+               apgd_targeted=partial(apgd_targeted, steps=15),
+               targeted_margin=partial(apgd_targeted, steps=10, targets=2, loss=margin_to))
 
 
 @pytest.mark.parametrize('seed', (None, 3))
 @pytest.mark.parametrize('name', attacks)
 @pytest.mark.parametrize('threat', (Linf(4/255), L2(.2), L1(3.), SSIM(.98)), ids=repr)
 def test_batches_order_and_seeds(threat, name, seed):
-    model, attack = make_net(), partial(attacks[name], steps=12)
+    model = make_net()
+    attack = partial(attacks[name], steps=12)
     x, y = make_batch(n=12, model=model)
-    run = lambda x, y: attack(model, x, y, threat, generator=None if seed is None else make_generator(seed))
-    whole, order = run(x, y), torch.randperm(12, generator=make_generator(0))
-    assert threat.allows(x, whole).all() and whole.dtype == x.dtype and torch.equal(run(x, y), whole)
-    assert (torch.cat([run(x[i:i+5], y[i:i+5]) for i in range(0, 12, 5)]) - whole).abs().max() < 1e-7
+    run = lambda x, y: attack(model, x, y, threat,
+                              generator=None if seed is None else make_generator(seed))
+    whole = run(x, y)
+    order = torch.randperm(12, generator=make_generator(0))
+    assert threat.allows(x, whole).all()
+    assert whole.dtype == x.dtype
+    assert torch.equal(run(x, y), whole)
+    assert (
+        (torch.cat([run(x[i:i+5], y[i:i+5]) for i in range(0, 12, 5)]) - whole).abs().max() < 1e-7)
     assert (run(x[order], y[order]) - whole[order]).abs().max() < 1e-7
-    with torch.no_grad(): assert (margin(model(whole), y) >= margin(model(x), y) - 1e-9).float().mean() > .9
+    with torch.no_grad():
+        assert (margin(model(whole), y) >= margin(model(x), y) - 1e-9).float().mean() > .9
 
 
 def test_targets_are_tried_in_order_and_only_by_survivors():
-    model, asked = make_net(), []
+    model = make_net()
+    asked = []
     x, y = make_batch(n=20, model=model)
     def spy(logits, labels):
         asked.append(labels.clone())
         return margin_to(logits, labels)
     apgd_targeted(model, x, y, Linf(1/255), steps=1, targets=3, loss=spy)
-    with torch.no_grad(): order = model(x).scatter(1, y[:, None], -torch.inf).sort(dim=1, descending=True).indices
+    with torch.no_grad():
+        order = model(x).scatter(1, y[:, None], -torch.inf).sort(dim=1, descending=True).indices
     assert torch.equal(asked[0], torch.stack([y, order[:, 0]], 1))
     sizes = [len(a) for a in asked]
-    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 20
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < 20
     rows = {tuple(r) for r in asked[-1].tolist()}
     assert rows <= {(a, b) for a, b in torch.stack([y, order[:, 2]], 1).tolist()}
     everything = apgd_targeted(model, x, y, Linf(1/255), steps=1, targets=99)
@@ -158,19 +197,25 @@ def test_what_is_already_wrong_is_left_alone_and_a_constant_cannot_fall():
     for attack in attacks.values():
         assert torch.equal(attack(model, x, wrong, Linf(.1)), x)
         flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).double().eval()
-        with torch.no_grad(): flat[1].weight.zero_(); flat[1].bias.copy_(torch.arange(5.))
+        with torch.no_grad():
+            flat[1].weight.zero_()
+            flat[1].bias.copy_(torch.arange(5.))
         assert torch.equal(flat(attack(flat, x, torch.full_like(y, 4), Linf(.1))), flat(x))
 
 
-@pytest.mark.parametrize('call, words', ((partial(apgd, steps=-1), '`steps` must not be negative; got -1'), (partial(apgd_targeted, targets=0), '`targets` at least 1; got'),
-                                         (partial(apgd, loss=lambda z, y: z.detach().sum(1)), 'Use `square`')))
+@pytest.mark.parametrize('call, words',
+                         ((partial(apgd, steps=-1), '`steps` must not be negative; got -1'),
+                          (partial(apgd_targeted, targets=0), '`targets` at least 1; got'),
+                          (partial(apgd, loss=lambda z, y: z.detach().sum(1)), 'Use `square`')))
 def test_wrong_uses(call, words):
     model = make_net()
-    with pytest.raises(ValueError, match=words): call(model, *make_batch(model=model), Linf(.1))
+    with pytest.raises(ValueError, match=words):
+        call(model, *make_batch(model=model), Linf(.1))
 
 
 def test_ratios_need_enough_classes():
     model = make_net(classes=3)
     x, y = make_batch(model=model)
-    with pytest.raises(ValueError, match='at least 4 classes; this one has 3. Use `margin`'): apgd_targeted(model, x, y, Linf(.1))
+    with pytest.raises(ValueError, match='at least 4 classes; this one has 3. Use `margin`'):
+        apgd_targeted(model, x, y, Linf(.1))
     assert Linf(.1).allows(x, apgd(model, x, y, Linf(.1), loss=dlr, steps=3)).all()

@@ -1,4 +1,5 @@
-"Attacks that only ask: closed forms, an independent Square and an evolution by scipy, honest counts of questions, and what must not succeed."
+"""Attacks that only ask: closed forms, an independent Square and an evolution by scipy, honest
+counts of questions, and what must not succeed."""
 import random
 from functools import partial
 
@@ -21,7 +22,10 @@ class Counter(nn.Module):
     "How often each image was asked about; images are told apart by the one nearest to the question"
     def __init__(self, net, x):
         super().__init__()
-        self.net, self.x, self.asked, self.seen = net, x, torch.zeros(len(x), dtype=torch.int64), []
+        self.net = net
+        self.x = x
+        self.asked = torch.zeros(len(x), dtype=torch.int64)
+        self.seen = []
 
     def forward(self, x):
         who = torch.cdist(x.flatten(1), self.x.flatten(1)).argmin(1)
@@ -34,49 +38,71 @@ def linear(bias=1000., shape=(3, 6, 6), seed=0):
     "Two classes, far from the border with the default bias; the weights of the margin"
     model = nn.Sequential(nn.Flatten(), nn.Linear(np.prod(shape), 2)).double().eval()
     with torch.no_grad():
-        model[1].weight.copy_(torch.randn(2, np.prod(shape), generator=make_generator(seed, 'weights')))
+        model[1].weight.copy_(torch.randn(2, np.prod(shape),
+                                          generator=make_generator(seed, 'weights')))
         model[1].bias.copy_(torch.tensor([bias, 0.]))
     return model, (model[1].weight[1]-model[1].weight[0]).detach().view(shape)
 
 
 def grey(n=10, shape=(3, 6, 6)):
-    return .3 + .4*torch.rand(n, *shape, generator=make_generator(0, 'grey'), dtype=torch.float64), torch.zeros(n, dtype=torch.int64)
+    return .3 + .4*torch.rand(n, *shape, generator=make_generator(0, 'grey'),
+                              dtype=torch.float64), torch.zeros(n, dtype=torch.int64)
 
 
-attacks = dict(random_search=random_search, square=partial(square, queries=60), square_ce=partial(square, queries=60, loss=cross_entropy),
+attacks = dict(random_search=random_search, square=partial(square, queries=60),
+               square_ce=partial(square, queries=60, loss=cross_entropy),
                one_pixel=partial(one_pixel, population=20, generations=3))
-cases = [(name, threat) for name in attacks for threat in (Linf(0), Linf(4/255), Linf(1), L2(0), L2(.3), L1(3.), SSIM(.95), L0(0), L0(1), L0(4), L0(1000))
-         if name == 'random_search' or isinstance(threat, L0) == (name == 'one_pixel') and not isinstance(threat, SSIM)]
-named = pytest.mark.parametrize('name, threat', cases, ids=lambda o: o if isinstance(o, str) else repr(o))
+cases = [(name, threat) for name in attacks
+         for threat in (Linf(0), Linf(4/255), Linf(1), L2(0), L2(.3), L1(3.), SSIM(.95), L0(0),
+                        L0(1), L0(4), L0(1000))
+         if name == 'random_search'
+            or isinstance(threat, L0) == (name == 'one_pixel') and not isinstance(threat, SSIM)]
+named = pytest.mark.parametrize('name, threat', cases,
+                                ids=lambda o: o if isinstance(o, str) else repr(o))
 
 
 @named
 def test_promises(name, threat):
-    attack, model = attacks[name], make_net()
+    attack = attacks[name]
+    model = make_net()
     x, y = make_batch(model=model)
     y = torch.where(torch.arange(12) == 3, (y+1) % 5, y)
-    before, image = snapshot(model), x.clone()
+    before = snapshot(model)
+    image = x.clone()
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     out = attack(model, x, y, threat, make_generator(3))
-    assert same(snapshot(model), before) and torch.equal(x, image)
-    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1] and (np.random.get_state()[1] == states[2]).all()
-    assert out.shape == x.shape and out.dtype == x.dtype and not out.requires_grad and out.data_ptr() != x.data_ptr()
-    assert threat.allows(x, out).all() and torch.equal(out[3], x[3]), 'an image that is wrong already is left alone'
+    assert same(snapshot(model), before)
+    assert torch.equal(x, image)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert (np.random.get_state()[1] == states[2]).all()
+    assert out.shape == x.shape
+    assert out.dtype == x.dtype
+    assert not out.requires_grad
+    assert out.data_ptr() != x.data_ptr()
+    assert threat.allows(x, out).all(), 'an image that is wrong already is left alone'
+    assert torch.equal(out[3], x[3]), 'an image that is wrong already is left alone'
     gain = margin(model(out), y) - margin(model(x), y)
-    assert (gain >= 0).all() and (gain.max() > 0) == (threat.eps > 0)
+    assert (gain >= 0).all()
+    assert (gain.max() > 0) == (threat.eps > 0)
     assert torch.equal(attack(model, x, y, threat, make_generator(3)), out)
-    assert torch.equal(attack(model, x, y, threat), attack(model, x, y, threat, make_generator(0))), 'no generator stands for seed 0'
-    if threat.eps > 0: assert not torch.equal(attack(model, x, y, threat, make_generator(4)), out)
+    assert torch.equal(attack(model, x, y, threat), attack(
+        model, x, y, threat, make_generator(0))), 'no generator stands for seed 0'
+    if threat.eps > 0:
+        assert not torch.equal(attack(model, x, y, threat, make_generator(4)), out)
     order = torch.randperm(12, generator=make_generator(0))
-    assert (attack(model, x[order], y[order], threat, make_generator(3)) - out[order]).abs().max() < 1e-9
-    alone = torch.cat([attack(model, x[i:i+1], y[i:i+1], threat, make_generator(3)) for i in range(12)])
+    assert (attack(model, x[order], y[order], threat,
+                   make_generator(3)) - out[order]).abs().max() < 1e-9
+    alone = torch.cat(
+        [attack(model, x[i:i+1], y[i:i+1], threat, make_generator(3)) for i in range(12)])
     assert (alone-out).abs().max() < 1e-9, 'an image does not know its batch'
 
 
 @named
 def test_a_constant_answer_cannot_be_changed(name, threat):
     x = make_batch()[0]
-    for y in (torch.full((12,), 9), torch.zeros(12, dtype=torch.int64)): assert torch.equal(attacks[name](Ten().eval(), x, y, threat), x)
+    for y in (torch.full((12,), 9), torch.zeros(12, dtype=torch.int64)):
+        assert torch.equal(attacks[name](Ten().eval(), x, y, threat), x)
 
 
 @named
@@ -84,11 +110,13 @@ def test_float32_and_images_of_odd_shapes(name, threat):
     for shape in ((1, 1, 1), (3, 2, 2), (1, 3, 17), (2, 5, 4)):
         x = torch.rand(3, *shape, generator=make_generator(0))
         model = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 3)).eval().requires_grad_(False)
-        with torch.no_grad(): model[1].weight.copy_(torch.randn(3, x[0].numel(), generator=make_generator(1)))
+        with torch.no_grad():
+            model[1].weight.copy_(torch.randn(3, x[0].numel(), generator=make_generator(1)))
         y = model(x).argmax(1)
         if isinstance(threat, SSIM) and min(shape[1:]) < 7: continue
         out = attacks[name](model, x, y, threat)
-        assert out.dtype == x.dtype and threat.allows(x, out).all()
+        assert out.dtype == x.dtype
+        assert threat.allows(x, out).all()
 
 
 @pytest.mark.parametrize('threat', (Linf(.03), L2(.4), L1(3.)), ids=repr)
@@ -97,13 +125,20 @@ def test_no_image_is_asked_about_more_often_than_granted(threat, queries):
     x, y = grey()
     model = Counter(linear()[0], x).eval()
     out = square(model, x, y, threat, queries=queries)
-    assert (model.asked[1:] == queries-1).all() and model.asked[0] == queries, 'the first image is looked at once more, at the door'
-    if queries == 2: assert torch.equal(out, x)
-    elif queries > 40: assert (out != x).flatten(1).any(1).all()
+    assert (model.asked[1:] == queries-1).all(), (
+        'the first image is looked at once more, at the door')
+    assert model.asked[0] == queries, 'the first image is looked at once more, at the door'
+    if queries == 2:
+        assert torch.equal(out, x)
+    elif queries > 40:
+        assert (out != x).flatten(1).any(1).all()
 
 
-@pytest.mark.parametrize('attack, threat', ((partial(random_search, tries=150), L2(.8)), (partial(square, queries=150), Linf(.03)), (partial(square, queries=150), L2(.4)), (partial(square, queries=150), L1(3.)),
-                                            (partial(one_pixel, population=10, generations=10), L0(2))), ids=('random', 'Linf', 'L2', 'L1', 'Pixels'))
+@pytest.mark.parametrize('attack, threat', (
+    (partial(random_search, tries=150), L2(.8)), (partial(square, queries=150), Linf(.03)),
+    (partial(square, queries=150), L2(.4)), (partial(square, queries=150), L1(3.)),
+    (partial(one_pixel, population=10, generations=10), L0(2))),
+                         ids=('random', 'Linf', 'L2', 'L1', 'Pixels'))
 def test_an_image_that_fell_is_left_alone(attack, threat):
     x, y = grey(20)
     w = linear()[1]
@@ -112,17 +147,24 @@ def test_an_image_that_fell_is_left_alone(attack, threat):
         model = Counter(linear(bias)[0], x).eval()
         out = attack(model, x, y, threat)
         fallen, step = model.net(out).argmax(1) == 1, 1
-        if 'generations' in attack.keywords: step = 10
+        if 'generations' in attack.keywords:
+            step = 10
         for i in range(1, 20):
             asked = torch.cat([o[who == i] for who, o in model.seen])
-            wrong = [bool(o.any()) for o in (margin(model.net(asked[1:]), y[:1].expand(len(asked)-1)) > 0).split(step)]
-            if margin(model.net(x[i:i+1]), y[:1]) > 0: assert len(asked) == 1
-            else: assert not any(wrong[:-1]) and wrong[-1] == fallen[i] and (fallen[i] or len(asked) >= 100)
+            wrong = [bool(o.any()) for o in (
+                margin(model.net(asked[1:]), y[:1].expand(len(asked)-1)) > 0).split(step)]
+            if margin(model.net(x[i:i+1]), y[:1]) > 0:
+                assert len(asked) == 1
+            else:
+                assert not any(wrong[:-1])
+                assert wrong[-1] == fallen[i]
+                assert fallen[i] or len(asked) >= 100
 
 
 def test_one_pixel_and_random_search_count_as_documented():
     x, y = grey()
-    for attack, threat, granted in ((partial(random_search, tries=17), Linf(.01), 17), (partial(one_pixel, population=9, generations=4), L0(2), 9*5)):
+    for attack, threat, granted in ((partial(random_search, tries=17), Linf(.01), 17),
+                                    (partial(one_pixel, population=9, generations=4), L0(2), 9*5)):
         model = Counter(linear()[0], x).eval()
         attack(model, x, y, threat)
         assert (model.asked[1:] == granted+1).all()
@@ -131,12 +173,18 @@ def test_one_pixel_and_random_search_count_as_documented():
         assert (model.asked[1:] == 1).all(), 'images that are wrong need no more than a look'
 
 
-@pytest.mark.parametrize('threat, exact, share', ((Linf(.03), lambda w: .03*w.abs().sum(), .98), (L2(.4), lambda w: .4*w.norm(), .55), (L1(2.), lambda w: 2*w.abs().max(), .5)), ids=('Linf', 'L2', 'L1'))
+@pytest.mark.parametrize('threat, exact, share', (
+    (Linf(.03), lambda w: .03*w.abs().sum(), .98), (L2(.4), lambda w: .4*w.norm(), .55),
+    (L1(2.), lambda w: 2*w.abs().max(), .5)),
+                         ids=('Linf', 'L2', 'L1'))
 def test_square_comes_near_the_closed_form(threat, exact, share):
     model, w = linear()
     x, y = grey()
-    reached = [(margin(model(square(model, x, y, threat, queries=q)), y) - margin(model(x), y)).detach()/exact(w) for q in (3, 60, 1500)]
-    assert (reached[2] <= 1+1e-6).all() and (reached[0] <= reached[1]).all() and reached[1].mean() < .9*reached[2].mean()
+    reached = [(margin(model(square(model, x, y, threat, queries=q)), y) - margin(model(x), y))
+               .detach()/exact(w) for q in (3, 60, 1500)]
+    assert (reached[2] <= 1+1e-6).all()
+    assert (reached[0] <= reached[1]).all()
+    assert reached[1].mean() < .9*reached[2].mean()
     assert reached[2].mean() > share
     assert (margin(model(square(model, x, 1-y, threat)), y) == margin(model(x), y)).all()
 
@@ -147,69 +195,100 @@ def test_the_first_image_has_stripes_and_the_second_differs_by_a_square():
     square(model, x, y, Linf(.1), queries=12)
     asked = torch.stack([o[1] for o in model.seen[2:]])
     d = asked-x
-    assert torch.allclose(d.abs(), torch.full_like(d, .1)), 'every pixel is at one end of its range, here none is clamped'
-    assert torch.equal(d[0].sign(), d[0, :, :, :1].sign().expand_as(d[0])) and len(d[0].sign().flatten(1).unique(dim=0)) == 4
-    model, threat, seen = linear()[0], Linf(.1), []
-    best, height = asked[0], margin(model(asked[0]), y)
+    assert torch.allclose(d.abs(), torch.full_like(
+        d, .1)), 'every pixel is at one end of its range, here none is clamped'
+    assert torch.equal(d[0].sign(), d[0, :, :, :1].sign().expand_as(d[0]))
+    assert len(d[0].sign().flatten(1).unique(dim=0)) == 4
+    model = linear()[0]
+    threat = Linf(.1)
+    seen = []
+    best = asked[0]
+    height = margin(model(asked[0]), y)
     for o in asked[1:]:
         changed = ((o-best).abs() > 1e-9).any(1)
         for i in range(4):
-            rows, cols = changed[i].any(1).nonzero().flatten(), changed[i].any(0).nonzero().flatten()
-            if len(rows): assert len(rows) <= 5 and len(cols) <= 5 and rows[-1]-rows[0] < 5 and cols[-1]-cols[0] < 5
-            for c in range(3): assert len((o[i, c][changed[i]]-x[i, c][changed[i]]).sign().unique()) <= 1, 'one colour for the whole square'
+            rows = changed[i].any(1).nonzero().flatten()
+            cols = changed[i].any(0).nonzero().flatten()
+            if len(rows):
+                assert len(rows) <= 5
+                assert len(cols) <= 5
+                assert rows[-1]-rows[0] < 5
+                assert cols[-1]-cols[0] < 5
+            for c in range(3):
+                assert len((o[i, c][changed[i]]-x[i, c][changed[i]]).sign().unique()) <= 1, (
+                    'one colour for the whole square')
         value = margin(model(o), y)
         better = value > height
         seen.append(better)
-        best, height = torch.where(better.view(-1, 1, 1, 1), o, best), torch.where(better, value, height)
+        best = torch.where(better.view(-1, 1, 1, 1), o, best)
+        height = torch.where(better, value, height)
     assert 0 < torch.stack(seen).float().mean() < 1
     kept = torch.where((height > margin(model(x), y)).view(-1, 1, 1, 1), best, x)
-    assert torch.equal(square(model, x, y, Linf(.1), queries=12), kept) and not torch.equal(kept, x), 'only what improves is kept'
+    assert torch.equal(square(model, x, y, Linf(.1), queries=12),
+                       kept), 'only what improves is kept'
+    assert not torch.equal(kept, x), 'only what improves is kept'
 
 
 def test_squares_reach_every_corner():
     x, y = grey(2)
     model = Counter(linear()[0], x).eval()
     square(model, x, y, Linf(.1), queries=900)
-    moved = (model.seen[-1][1] - torch.stack([o[1] for o in model.seen[500:]])).abs().amax((0, 1, 2))
+    moved = (model.seen[-1][1] - torch.stack([o[1] for o in model.seen[500:]])).abs().amax((
+        0, 1, 2))
     assert (moved[[0, 0, -1, -1], [0, -1, 0, -1]] > 0).all()
 
 
 def test_squares_shrink_on_the_paper_schedule():
     x = torch.zeros(1, 3, 32, 32)
-    sides = [blackbox._side(at, 10_000, .8, x) for at in (1, 10, 11, 50, 51, 201, 501, 1001, 2001, 4001, 6001, 8001, 9999)]
+    sides = [blackbox._side(at, 10_000, .8, x)
+             for at in (1, 10, 11, 50, 51, 201, 501, 1001, 2001, 4001, 6001, 8001, 9999)]
     assert sides == [round((.8/2**k*1024)**.5) for k in (0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9)]
-    assert [blackbox._side(at, 500, .8, x) for at in (0, 3, 11, 26)] == [blackbox._side(20*at, 10_000, .8, x) for at in (0, 3, 11, 26)]
+    assert [blackbox._side(at, 500, .8, x) for at in (0, 3, 11, 26)] == [
+        blackbox._side(20*at, 10_000, .8, x) for at in (0, 3, 11, 26)]
     assert blackbox._side(1, 100, 1., torch.zeros(1, 1, 4, 40)) == 4
 
 
-@pytest.mark.parametrize('threat, norm', ((Linf(.03), 'Linf'), (L2(.4), 'L2'), (L1(4.), 'L1')), ids=('Linf', 'L2', 'L1'))
+@pytest.mark.parametrize('threat, norm', ((Linf(.03), 'Linf'), (L2(.4), 'L2'), (L1(4.), 'L1')),
+                         ids=('Linf', 'L2', 'L1'))
 def test_square_succeeds_as_often_as_an_independent_one(threat, norm):
-    theirs = pytest.importorskip('pyautoattack.square', reason='pyautoattack is not installed').SquareAttack
+    theirs = pytest.importorskip('pyautoattack.square',
+                                 reason='pyautoattack is not installed').SquareAttack
     g = make_generator(0, 'net')
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(512, 5)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2),
+                          nn.Conv2d(8, 8, 3, padding=1), nn.Tanh(), nn.Flatten(),
+                          nn.Linear(512, 5)).eval()
     with torch.no_grad():
-        for p in model.parameters(): p.copy_(torch.randn(p.shape, generator=g)/p[0].numel()**.5 if p.ndim > 1 else 0*p)
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=g)/p[0].numel()**.5 if p.ndim > 1 else 0*p)
         model[-1].weight.mul_(5)
     x = torch.rand(100, 3, 16, 16, generator=make_generator(0))
     y = model(x).argmax(1)
     share = lambda x_adv: (model(x_adv).argmax(1) != y).float().mean().item()
     ours = share(square(model, x, y, threat, queries=202))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        other = share(theirs(model, norm=norm, eps=threat.eps, n_queries=200, p_init=.8, seed=0, resc_schedule=True, device='cpu').perturb(x, y))
+        other = share(theirs(model, norm=norm, eps=threat.eps, n_queries=200, p_init=.8,
+                             seed=0, resc_schedule=True, device='cpu').perturb(x, y))
     floor = share(random_search(model, x, y, threat, tries=50))
-    assert .1 < other < .95 and abs(ours-other) < .08 and floor < other-.1
+    assert .1 < other < .95
+    assert abs(ours-other) < .08
+    assert floor < other-.1
 
 
 class Steps(nn.Module):
     "Answers without autograd, in coarse steps"
-    def __init__(self, net): super().__init__(); self.net = net
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
     def forward(self, x):
-        with torch.no_grad(): return (20*self.net(x)).round()/20
+        with torch.no_grad():
+            return (20*self.net(x)).round()/20
 
 
 class Loud(nn.Module):
     "Logits so large that the softmax of float32 saturates"
-    def __init__(self, net): super().__init__(); self.net = net
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
     def forward(self, x): return 1000*self.net(x)
 
 
@@ -217,23 +296,29 @@ class Loud(nn.Module):
 def test_square_sees_through_a_masked_gradient(wrap):
     net = make_net(torch.float32)
     x, y = make_batch(torch.float32, n=30, model=net)
-    with torch.no_grad(): keep = margin(net(x), y) < -.3
+    with torch.no_grad():
+        keep = margin(net(x), y) < -.3
     x, y, model, threat = x[keep], y[keep], wrap(net).eval(), Linf(8/255)
     wrong = lambda m, x_adv: (m(x_adv).argmax(1) != y).sum().item()
     found = wrong(model, square(model, x, y, threat, queries=300))
     assert found >= .8*wrong(net, pgd(net, x, y, threat, loss=margin)) > 3
     if wrap is Steps:
-        with pytest.raises(ValueError, match='Use `square`'): pgd(model, x, y, threat)
-    else: assert found > 1.5*wrong(model, pgd(model, x, y, threat))
+        with pytest.raises(ValueError, match='Use `square`'):
+            pgd(model, x, y, threat)
+    else:
+        assert found > 1.5*wrong(model, pgd(model, x, y, threat))
 
 
 def test_random_search_finds_what_its_samples_hold():
-    model, threat = make_net(), Linf(4/255)
+    model = make_net()
+    threat = Linf(4/255)
     x, y = make_batch(model=model)
     generator = make_generator(5)
-    samples = [x] + [threat.sample(x, make_generator(s)) for s in torch.randint(2**62, (6,), generator=generator).tolist()]
+    samples = [x] + [threat.sample(x, make_generator(s))
+                     for s in torch.randint(2**62, (6,), generator=generator).tolist()]
     heights = torch.stack([margin(model(o), y).detach() for o in samples])
-    assert (heights <= 0).all() and len(heights.argmax(0).unique()) > 2, 'the case is worth looking at'
+    assert (heights <= 0).all(), 'the case is worth looking at'
+    assert len(heights.argmax(0).unique()) > 2, 'the case is worth looking at'
     out = random_search(model, x, y, threat, make_generator(5), tries=6)
     assert (out - torch.stack(samples)[heights.argmax(0), torch.arange(12)]).abs().max() < 1e-12
 
@@ -241,40 +326,59 @@ def test_random_search_finds_what_its_samples_hold():
 @pytest.mark.parametrize('n', (0, 1, 3, 36, 50))
 def test_projection_to_few_pixels_is_the_nearest(n):
     x, _ = grey()
-    far, threat = x + .6*torch.randn(x.shape, generator=make_generator(1), dtype=x.dtype), L0(n)
+    far = x + .6*torch.randn(x.shape, generator=make_generator(1), dtype=x.dtype)
+    threat = L0(n)
     near = threat.project(x, far)
     changed = ((near-x).abs() > 0).any(1).flatten(1)
-    assert (threat.distance(x, near) == changed.sum(1)).all() and (changed.sum(1) == min(n, 36)).all() and threat.allows(x, near).all()
+    assert (threat.distance(x, near) == changed.sum(1)).all()
+    assert (changed.sum(1) == min(n, 36)).all()
+    assert threat.allows(x, near).all()
     size = (far.clamp(0, 1)-x).square().sum(1).flatten(1)
-    for i in range(len(x)): assert set(changed[i].nonzero().flatten().tolist()) == set(sorted(range(36), key=lambda k: -size[i, k].item())[:n])
-    assert torch.equal(near, torch.where(changed.view(-1, 1, 6, 6), far.clamp(0, 1), x)) and torch.equal(threat.project(x, near), near)
+    for i in range(len(x)):
+        assert set(changed[i].nonzero().flatten().tolist()) == set(sorted(
+            range(36), key=lambda k: -size[i, k].item())[:n])
+    assert torch.equal(near, torch.where(changed.view(-1, 1, 6, 6), far.clamp(0, 1), x))
+    assert torch.equal(threat.project(x, near), near)
     assert threat.allows(x, x + 2e-8).all(), 'rounding is no change'
-    if n < 36: assert not threat.allows(x, far.clamp(0, 1)).any() and not L0(n).allows(x, L0(n+1).project(x, far)).any()
-    for bad in (1.2, -.1, torch.nan): assert not threat.allows(x, near.index_fill(1, torch.tensor(0), bad)).any()
+    if n < 36:
+        assert not threat.allows(x, far.clamp(0, 1)).any()
+        assert not L0(n).allows(x, L0(n+1).project(x, far)).any()
+    for bad in (1.2, -.1, torch.nan):
+        assert not threat.allows(x, near.index_fill(1, torch.tensor(0), bad)).any()
 
 
 def test_random_pixels_are_uniform():
-    x, threat = torch.full((4000, 1, 3, 3), .5) + 1e-5*torch.rand(4000, 1, 3, 3, generator=make_generator(9)), L0(2)
+    x = torch.full((4000, 1, 3, 3),
+                   .5) + 1e-5*torch.rand(4000, 1, 3, 3, generator=make_generator(9))
+    threat = L0(2)
     changed = ((threat.sample(x, make_generator(0))-x).abs() > 1e-4).flatten(1)
-    assert (changed.sum(1) <= 2).all() and (changed.double().mean(0)-2/9).abs().max() < .03
+    assert (changed.sum(1) <= 2).all()
+    assert (changed.double().mean(0)-2/9).abs().max() < .03
     colours = threat.sample(x, make_generator(0)).flatten(1)[changed]
-    for q in (.1, .5, .9): assert abs(colours.double().quantile(q)-q) < .02
+    for q in (.1, .5, .9):
+        assert abs(colours.double().quantile(q)-q) < .02
 
 
 @pytest.mark.parametrize('n', (1, 2, 5))
 def test_one_step_is_exact_where_few_pixels_may_change(n):
     model, w = linear()
     x, y = grey()
-    best = torch.where(w > 0, 1-x, x).mul(w.abs()).sum(1).flatten(1).sort(1, descending=True).values[:, :n].sum(1)
+    best = torch.where(w > 0, 1-x, x).mul(w.abs()).sum(1).flatten(1).sort(
+        1, descending=True).values[:, :n].sum(1)
     gain = lambda x_adv: (margin(model(x_adv), y)-margin(model(x), y)).detach()
     assert torch.allclose(gain(fgsm(model, x, y, L0(n), loss=margin)), best)
-    assert (gain(pgd(model, x, y, L0(n), loss=margin)) > .7*best).all() and (gain(one_pixel(model, x, y, L0(n), population=10, generations=2)) < best).all()
-    assert torch.equal(L0(n).steepest(w.expand(4, 3, 6, 6)), w.sign()*L0(n)._top(w.abs().sum(0)[None]).expand(4, -1, -1, -1))
+    assert (gain(pgd(model, x, y, L0(n), loss=margin)) > .7*best).all()
+    assert (gain(one_pixel(model, x, y, L0(n), population=10, generations=2)) < best).all()
+    assert torch.equal(L0(n).steepest(w.expand(4, 3, 6, 6)),
+                       w.sign()*L0(n)._top(w.abs().sum(0)[None]).expand(4, -1, -1, -1))
 
 
 class Curved(nn.Module):
-    "Far from the border; what a pixel adds to the margin is known, and greatest at black, at white or between"
-    def __init__(self, w): super().__init__(); self.w = w
+    """Far from the border; what a pixel adds to the margin is known, and greatest at black, at
+    white or between"""
+    def __init__(self, w):
+        super().__init__()
+        self.w = w
     def forward(self, x):
         gain = (self.w*(4*x).sin()).flatten(1).sum(1)
         return torch.stack([1000 + 0*gain, gain], 1)
@@ -295,42 +399,64 @@ def test_one_pixel_finds_the_best_single_pixel():
         where = ((out-x).abs() > 0).any(1).flatten(1)
         assert (where.sum(1) == 1).all()
         gain = margin(model(out), y)-margin(model(x), y)
-        assert (gain <= best.amax(1)+1e-6).all() and (gain/best.amax(1)).mean() > share and (where.int().argmax(1) == best.argmax(1)).sum() >= found
+        assert (gain <= best.amax(1)+1e-6).all()
+        assert (gain/best.amax(1)).mean() > share
+        assert (where.int().argmax(1) == best.argmax(1)).sum() >= found
 
 
 def test_one_pixel_gains_as_much_as_the_evolution_of_scipy():
     optimize = pytest.importorskip('scipy.optimize')
-    (x, y), model, members, generations = grey(10), Curved(linear()[1]).eval(), 30, 15
+    x, y = grey(10)
+    model = Curved(linear()[1]).eval()
+    members = 30
+    generations = 15
     ours = margin(model(one_pixel(model, x, y, L0(1), make_generator(0), members, generations)), y)
     def theirs(i):
         def cost(genes):
             image = x[i:i+1].clone()
-            image[0, :, min(int(genes[0]*6), 5), min(int(genes[1]*6), 5)] = torch.as_tensor(genes[2:])
+            image[0, :, min(int(genes[0]*6), 5), min(int(genes[1]*6), 5)] = torch.as_tensor(
+                genes[2:])
             return -margin(model(image), y[i:i+1]).item()
-        return -optimize.differential_evolution(cost, [(0, 1)]*5, strategy='rand1bin', mutation=.5, recombination=1., maxiter=generations, popsize=members//5, polish=False, updating='deferred', rng=i, tol=0).fun
-    other, clean = torch.tensor([theirs(i) for i in range(10)]), margin(model(x), y)
-    assert .95 < (ours-clean).mean()/(other-clean).mean() < 1.5 and (ours > clean).all()
+        return -optimize.differential_evolution(
+            cost, [(0, 1)]*5, strategy='rand1bin', mutation=.5, recombination=1.,
+            maxiter=generations, popsize=members//5, polish=False, updating='deferred', rng=i,
+            tol=0).fun
+    other = torch.tensor([theirs(i) for i in range(10)])
+    clean = margin(model(x), y)
+    assert .95 < (ours-clean).mean()/(other-clean).mean() < 1.5
+    assert (ours > clean).all()
 
 
 def test_one_pixel_follows_a_slow_loop():
-    (x, y), model, members, generations, left = grey(8), Curved(linear()[1]).eval(), 7, 6, []
+    x, y = grey(8)
+    model = Curved(linear()[1]).eval()
+    members = 7
+    generations = 6
+    left = []
     out = one_pixel(model, x, y, L0(2), make_generator(0), members, generations)
     for i, g in enumerate(image_generators(make_generator(0), x)):
-        genes = torch.cat([draw(torch.rand, [g], members, 2, 2, like=x), (.5 + .5*draw(torch.randn, [g], members, 2, 3, like=x)).clamp(0, 1)], 3)[0]
+        genes = torch.cat([draw(torch.rand, [g], members, 2, 2, like=x),
+                           (.5 + .5*draw(torch.randn, [g], members, 2, 3, like=x)).clamp(0, 1)],
+                          3)[0]
         shuffle = draw(torch.rand, [g], generations, members, like=x)[0]
         def show(gene):
             image = x[i:i+1].clone()
-            for row, col, *colour in gene.tolist(): image[0, :, min(int(row*6), 5), min(int(col*6), 5)] = torch.tensor(colour, dtype=x.dtype)
+            for row, col, *colour in gene.tolist():
+                image[0, :, min(int(row*6), 5), min(int(col*6), 5)] = torch.tensor(
+                    colour, dtype=x.dtype)
             return image
         ask = lambda gene: margin(model(show(gene)), y[i:i+1]).item()
         heights = [ask(o) for o in genes]
         for k in range(generations):
-            order, old = shuffle[k].argsort().tolist(), genes.clone()
+            order = shuffle[k].argsort().tolist()
+            old = genes.clone()
             for j in range(members):
                 child = (old[order[j]] + .5*(old[order[j-1]]-old[order[j-2]])).clamp(0, 1)
-                if ask(child) > heights[j]: genes[j], heights[j] = child, ask(child)
+                if ask(child) > heights[j]:
+                    genes[j], heights[j] = child, ask(child)
         left.append(max(heights) > margin(model(x[i:i+1]), y[i:i+1]))
-        assert torch.equal(out[i:i+1], show(genes[int(np.argmax(heights))]) if left[-1] else x[i:i+1])
+        assert torch.equal(out[i:i+1],
+                           show(genes[int(np.argmax(heights))]) if left[-1] else x[i:i+1])
     assert any(left)
 
 
@@ -339,15 +465,24 @@ def test_one_pixel_follows_a_slow_loop():
 def test_wrong_use_is_refused(name, use):
     change, error, words = wrong_uses[use]
     model = make_net()
-    with pytest.raises(error, match=words): attacks[name](*change(model, *make_batch(model=model)), L0(1) if name == 'one_pixel' else Linf(8/255))
+    with pytest.raises(error, match=words):
+        attacks[name](*change(model, *make_batch(model=model)),
+                      L0(1) if name == 'one_pixel' else Linf(8/255))
 
 
 @pytest.mark.parametrize('call, words', (
-    (lambda *a: square(*a, SSIM(.9)), 'must be Linf, L2 or L1 .* Use `random_search`'), (lambda *a: square(*a, L0(1)), 'got Pixels'),
-    (lambda *a: one_pixel(*a, Linf(.1)), r'e.g. `Pixels\(1\)`; got Linf'), (lambda *a: square(*a, Linf(.1), queries=1), '`queries` must be at least 2'),
-    (lambda *a: square(*a, Linf(.1), p=0.), 'got 5000 and 0'), (lambda *a: square(*a, Linf(.1), p=float('nan')), 'got 5000 and nan'), (lambda *a: square(*a, Linf(.1), p=1.1), r'`p` in \(0, 1\]'),
-    (lambda *a: random_search(*a, Linf(.1), tries=0), '`tries` must be at least 1; got 0'), (lambda *a: one_pixel(*a, L0(1), population=2), '`population` must be at least 3'),
-    (lambda *a: one_pixel(*a, L0(1), generations=-1), '`generations` not negative; got 100 and -1'), (lambda *a: L0(-1), 'at least 0; got -1'), (lambda *a: L0(1.), 'got 1.0')))
+    (lambda *a: square(*a, SSIM(.9)), 'must be Linf, L2 or L1 .* Use `random_search`'),
+    (lambda *a: square(*a, L0(1)), 'got Pixels'),
+    (lambda *a: one_pixel(*a, Linf(.1)), r'e.g. `Pixels\(1\)`; got Linf'),
+    (lambda *a: square(*a, Linf(.1), queries=1), '`queries` must be at least 2'),
+    (lambda *a: square(*a, Linf(.1), p=0.), 'got 5000 and 0'),
+    (lambda *a: square(*a, Linf(.1), p=float('nan')), 'got 5000 and nan'),
+    (lambda *a: square(*a, Linf(.1), p=1.1), r'`p` in \(0, 1\]'),
+    (lambda *a: random_search(*a, Linf(.1), tries=0), '`tries` must be at least 1; got 0'),
+    (lambda *a: one_pixel(*a, L0(1), population=2), '`population` must be at least 3'),
+    (lambda *a: one_pixel(*a, L0(1), generations=-1), '`generations` not negative; got 100 and -1'),
+    (lambda *a: L0(-1), 'at least 0; got -1'), (lambda *a: L0(1.), 'got 1.0')))
 def test_wrong_settings_are_refused(call, words):
     model = make_net()
-    with pytest.raises((TypeError, ValueError), match=words): call(model, *make_batch(model=model))
+    with pytest.raises((TypeError, ValueError), match=words):
+        call(model, *make_batch(model=model))

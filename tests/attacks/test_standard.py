@@ -16,14 +16,16 @@ from robustnb.attacks.threat_models import L1, L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
 from robustnb.models.training import Recipe, train
 
-module = importlib.import_module('robustnb.attacks.standard')      # the package has a function of the same name
+# the package has a function of the same name
+module = importlib.import_module('robustnb.attacks.standard')
 
 
 @pytest.fixture(scope='module')
 def trained():
     "A small network that knows its digits, and test images"
     recipe = Recipe(flip=False, batch_size=20, lr=.05).shortened(6)
-    net, _ = train(recipe, build_model('ResNet_18', width=.125), subset(digits('train'), 300, seed=0), device='cpu')
+    net, _ = train(recipe, build_model('ResNet_18', width=.125),
+                   subset(digits('train'), 300, seed=0), device='cpu')
     test = subset(digits('test'), 30, seed=0)
     return net, test.x, torch.as_tensor(test.y)
 
@@ -31,7 +33,8 @@ def trained():
 @pytest.fixture
 def short(monkeypatch):
     "The standard evaluation with a tenth of its iterations"
-    for name, kw in dict(apgd=dict(steps=10), apgd_targeted=dict(steps=10), fab=dict(steps=10), square=dict(queries=300)).items():
+    for name, kw in dict(apgd=dict(steps=10), apgd_targeted=dict(steps=10), fab=dict(steps=10),
+                         square=dict(queries=300)).items():
         monkeypatch.setattr(module, name, partial(getattr(module, name), **kw))
 
 
@@ -44,46 +47,64 @@ threats = (Linf(4/255), Linf(16/255), L2(.8), L1(8.), SSIM(.9))
 @pytest.mark.parametrize('threat', threats, ids=repr)
 def test_the_cascade_reaches_the_answer_of_the_long_way(trained, threat):
     net, x, y = trained
-    long_way = multi_attack(partial(apgd, steps=50), partial(apgd_targeted, steps=30))(net, x, y, threat)
+    long_way = multi_attack(partial(apgd, steps=50),
+                            partial(apgd_targeted, steps=30))(net, x, y, threat)
     found = cascade(net, x, y, threat)
     assert threat.allows(x, found).all()
-    a, b, clean = stands(net, found, y), stands(net, long_way, y), stands(net, x, y)
+    a = stands(net, found, y)
+    b = stands(net, long_way, y)
+    clean = stands(net, x, y)
     assert (a & ~b).sum() <= 1, 'images that only the long way finds'
-    assert not (a & ~clean).any() and b.sum() < clean.sum()
+    assert not (a & ~clean).any()
+    assert b.sum() < clean.sum()
 
 
 def test_sparse_steps_get_enough_iterations():
     "A network on which a third of the iterations misses several images that the long way finds under L1"
     recipe = Recipe(flip=False, batch_size=20, lr=.05).shortened(6)
-    net, _ = train(recipe, build_model('ResNet_18', width=.125), subset(digits('train'), 300, seed=7), device='cpu')
+    net, _ = train(recipe, build_model('ResNet_18', width=.125),
+                   subset(digits('train'), 300, seed=7), device='cpu')
     test = subset(digits('test'), 40, seed=7)
-    x, y = test.x, torch.as_tensor(test.y)
-    long_way = multi_attack(partial(apgd, steps=50), partial(apgd_targeted, steps=20, targets=4))(net, x, y, L1(8.))
+    x = test.x
+    y = torch.as_tensor(test.y)
+    long_way = multi_attack(partial(apgd, steps=50),
+                            partial(apgd_targeted, steps=20, targets=4))(net, x, y, L1(8.))
     left = stands(net, long_way, y).sum()
     assert stands(net, cascade(net, x, y, L1(8.)), y).sum() <= left + 1 < stands(net, x, y).sum()
 
 
 def test_the_cascade_asks_for_a_small_share_of_the_gradients(trained):
-    net, x, y = trained[0], trained[1][:10], trained[2][:10]
+    net = trained[0]
+    x = trained[1][:10]
+    y = trained[2][:10]
     def gradients_of(attack):
         seen = []
         counted = copy.deepcopy(net)
-        counted.register_forward_pre_hook(lambda m, args: seen.append(len(args[0])) if args[0].requires_grad else None)
-        original, module.search_copy = module.search_copy, lambda model, x, y: model
-        try: attack(counted, x, y, Linf(4/255))
-        finally: module.search_copy = original
+        counted.register_forward_pre_hook(lambda m, args: seen.append(len(args[0]))
+                                                          if args[0].requires_grad else None)
+        original = module.search_copy
+        module.search_copy = lambda model, x, y: model
+        try:
+            attack(counted, x, y, Linf(4/255))
+        finally:
+            module.search_copy = original
         return sum(seen)
     assert gradients_of(cascade)*15 < gradients_of(multi_attack(apgd, apgd_targeted))
 
 
 @pytest.mark.parametrize('threat', (Linf(8/255), L2(.5)), ids=repr)
 def test_batches_order_and_seeds(trained, threat):
-    net, x, y = copy.deepcopy(trained[0]).double(), trained[1][:20].double(), trained[2][:20]
+    net = copy.deepcopy(trained[0]).double()
+    x = trained[1][:20].double()
+    y = trained[2][:20]
     whole = cascade(net, x, y, threat)
     assert torch.equal(cascade(net, x, y, threat), whole)
-    pieces = torch.cat([cascade(net, x[i:i+7], y[i:i+7], threat, batch_size=3) for i in range(0, 20, 7)])
+    pieces = torch.cat(
+        [cascade(net, x[i:i+7], y[i:i+7], threat, batch_size=3) for i in range(0, 20, 7)])
     order = torch.randperm(20, generator=make_generator(0))
-    assert torch.equal(stands(net, pieces, y), stands(net, whole, y)) and torch.equal(stands(net, cascade(net, x[order], y[order], threat), y[order]), stands(net, whole, y)[order])
+    assert torch.equal(stands(net, pieces, y), stands(net, whole, y))
+    assert torch.equal(stands(net, cascade(net, x[order], y[order], threat), y[order]),
+                       stands(net, whole, y)[order])
 
 
 class Wrapped(nn.Module):
@@ -96,10 +117,12 @@ class Wrapped(nn.Module):
 
 def test_scaling_the_logits_changes_nothing(trained, short):
     net, x, y = trained
-    threat, honest = Linf(16/255), stands(net, cascade(net, x, y, Linf(16/255)), y).sum()
+    threat = Linf(16/255)
+    honest = stands(net, cascade(net, x, y, Linf(16/255)), y).sum()
     for scale in (100, 1000):
         loud = Wrapped(net, after=lambda z: scale*z).eval()
-        assert stands(loud, cascade(loud, x, y, threat), y).sum() == honest < stands(loud, pgd(loud, x, y, threat), y).sum() - 5
+        assert stands(loud, cascade(loud, x, y, threat),
+                      y).sum() == honest < stands(loud, pgd(loud, x, y, threat), y).sum() - 5
 
 
 hidden = dict(logits_in_bf16=dict(after=lambda z: (50*z).bfloat16().float()),
@@ -110,34 +133,46 @@ hidden = dict(logits_in_bf16=dict(after=lambda z: (50*z).bfloat16().float()),
 @pytest.mark.parametrize('name', hidden)
 def test_models_that_hide_their_gradient_are_taken_the_long_way(trained, short, name):
     net, x, y = trained
-    model, threat = Wrapped(net, **hidden[name]).eval(), Linf(24/255)
+    model = Wrapped(net, **hidden[name]).eval()
+    threat = Linf(24/255)
     found = cascade(model, x, y, threat)
     assert threat.allows(x, found).all()
-    left, by_gradient, clean = (int(stands(model, o, y).sum()) for o in (found, pgd(model, x, y, threat), x))
-    assert left <= by_gradient and left < .7*clean
-    if 'rounded' in name: assert left < by_gradient - 3, 'the gradient alone would have called it robust'
+    left, by_gradient, clean = (int(stands(model, o, y).sum())
+                                for o in (found, pgd(model, x, y, threat), x))
+    assert left <= by_gradient
+    assert left < .7*clean
+    if 'rounded' in name:
+        assert left < by_gradient - 3, 'the gradient alone would have called it robust'
 
 
 def test_the_long_way_is_not_taken_without_need(trained, short, monkeypatch):
     net, x, y = trained
     def never(*args): raise AssertionError('the long way')
     monkeypatch.setattr(module, 'autoattack', never)
-    for threat in (Linf(2/255), L2(.3), Linf(0)): cascade(net, x, y, threat)
-    with pytest.raises(AssertionError, match='the long way'): cascade(Wrapped(net, before=lambda x: (15*x).round()/15 + 0*x).eval(), x, y, Linf(24/255))
+    for threat in (Linf(2/255), L2(.3), Linf(0)):
+        cascade(net, x, y, threat)
+    with pytest.raises(AssertionError, match='the long way'):
+        cascade(Wrapped(net, before=lambda x: (15*x).round()/15 + 0*x).eval(), x, y, Linf(24/255))
 
 
 class Liar(nn.Module):
     "Calls every image misclassified"
-    def __init__(self, y): super().__init__(); self.y = y
-    def forward(self, x): return 10*torch.eye(10)[torch.zeros(len(x), dtype=torch.int64)] + 0*x.flatten(1).sum(1, keepdim=True)
+    def __init__(self, y):
+        super().__init__()
+        self.y = y
+    def forward(self, x):
+        return (10*torch.eye(10)[torch.zeros(len(x), dtype=torch.int64)]
+                + 0*x.flatten(1).sum(1, keepdim=True))
 
 
 def test_the_copy_never_judges(trained, monkeypatch):
     net, x, y = trained
     keep = y != 0
-    x, y = x[keep], y[keep]
+    x = x[keep]
+    y = y[keep]
     monkeypatch.setattr(module, 'search_copy', lambda model, x, y: Liar(y).eval())
-    monkeypatch.setattr(module, '_confirm', lambda model, x, y, threat, generator, out, height, clean: out)
+    monkeypatch.setattr(module, '_confirm',
+                        lambda model, x, y, threat, generator, out, height, clean: out)
     found = cascade(net, x, y, Linf(1/255))
     assert stands(net, found, y).sum() >= stands(net, x, y).sum() - 6, 'the liar claims all of them'
 
@@ -145,8 +180,11 @@ def test_the_copy_never_judges(trained, monkeypatch):
 def test_the_copy_is_faithful_or_not_used(trained):
     net, x, y = trained
     lowered = search_copy(net, x, y)
-    assert lowered is not net and all(p.requires_grad for p in net.parameters())
-    with torch.no_grad(): exact, low = margin(net(x), y), margin(lowered(x), y)
+    assert lowered is not net
+    assert all(p.requires_grad for p in net.parameters())
+    with torch.no_grad():
+        exact = margin(net(x), y)
+        low = margin(lowered(x), y)
     assert 0 < (exact-low).abs().max() < .05*exact.abs().max()
     chaotic = Wrapped(net, after=lambda z: z + 10*torch.sin(3e3*z)).eval()
     assert search_copy(chaotic, x, y) is chaotic
@@ -155,23 +193,33 @@ def test_the_copy_is_faithful_or_not_used(trained):
 def test_a_model_that_cannot_be_traced_is_attacked_all_the_same(trained):
     net, x, y = trained
     branch = Wrapped(net, before=lambda x: x if x.sum() > 0 else 1-x).eval()
-    assert torch.equal(stands(branch, cascade(branch, x, y, Linf(8/255)), y), stands(net, cascade(net, x, y, Linf(8/255)), y))
+    assert torch.equal(stands(branch, cascade(branch, x, y, Linf(8/255)), y),
+                       stands(net, cascade(net, x, y, Linf(8/255)), y))
 
 
 def test_the_standard_evaluation_is_the_worst_of_its_four(trained, short):
     net, x, y = trained
-    x, y, threat = x[:8], y[:8], Linf(4/255)
+    x = x[:8]
+    y = y[:8]
+    threat = Linf(4/255)
     found = autoattack(net, x, y, threat)
     one = stands(net, module.apgd(net, x, y, threat, make_generator(0)), y)
-    assert threat.allows(x, found).all() and not (stands(net, found, y) & ~one).any()
+    assert threat.allows(x, found).all()
+    assert not (stands(net, found, y) & ~one).any()
     assert torch.equal(autoattack(net, x, y, threat), found)
 
 
 def test_wrong_uses(trained, short):
     net, x, y = trained
-    with pytest.raises(TypeError, match='must be Linf, L2 or L1 for the standard evaluation; got SSIM'): autoattack(net, x, y, SSIM(.95))
-    with pytest.raises(ValueError, match='at least 4 classes'): autoattack(nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 3)).eval(), x, y % 3, Linf(.1))
+    with pytest.raises(TypeError,
+                       match='must be Linf, L2 or L1 for the standard evaluation; got SSIM'):
+        autoattack(net, x, y, SSIM(.95))
+    with pytest.raises(ValueError, match='at least 4 classes'):
+        autoattack(nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 3)).eval(), x, y % 3,
+                   Linf(.1))
     two = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 2)).eval()
     assert Linf(.1).allows(x, cascade(two, x, y % 2, Linf(.1))).all()
-    with pytest.raises(ValueError, match='Use `square`'): cascade(Wrapped(net, after=torch.Tensor.detach).eval(), x, y, Linf(.1))
-    with pytest.raises(ValueError, match='Call `model.eval'): cascade(copy.deepcopy(net).train(), x, y, Linf(.1))
+    with pytest.raises(ValueError, match='Use `square`'):
+        cascade(Wrapped(net, after=torch.Tensor.detach).eval(), x, y, Linf(.1))
+    with pytest.raises(ValueError, match='Call `model.eval'):
+        cascade(copy.deepcopy(net).train(), x, y, Linf(.1))

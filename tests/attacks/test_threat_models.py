@@ -1,4 +1,5 @@
-"Threat models: projections against the definition of nearest, closed forms on linear models, random starts, SSIM against scikit-image."
+"""Threat models: projections against the definition of nearest, closed forms on linear models,
+random starts, SSIM against scikit-image."""
 import numpy as np
 import pytest
 import torch
@@ -21,26 +22,39 @@ from robustnb.attacks.threat_models import L1, L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
 
 checked = settings(deadline=None, derandomize=True, max_examples=50)
-balls, nan = (Linf, L2, L1), float('nan')
-lengths = {Linf: lambda d: abs(d).reshape(len(d), -1).max(1), L2: lambda d: (d.reshape(len(d), -1)**2).sum(1)**.5, L1: lambda d: abs(d).reshape(len(d), -1).sum(1)}
-duals = {Linf: lambda g: g.abs().flatten(1).sum(1), L2: lambda g: g.flatten(1).norm(dim=1), L1: lambda g: g.abs().flatten(1).amax(1)}
+balls = (Linf, L2, L1)
+nan = float('nan')
+lengths = {Linf: lambda d: abs(d).reshape(len(d), -1).max(1),
+           L2: lambda d: (d.reshape(len(d), -1)**2).sum(1)**.5,
+           L1: lambda d: abs(d).reshape(len(d), -1).sum(1)}
+duals = {Linf: lambda g: g.abs().flatten(1).sum(1), L2: lambda g: g.flatten(1).norm(dim=1),
+         L1: lambda g: g.abs().flatten(1).amax(1)}
 
 
-def rand(*shape, seed=0, dtype=torch.float64): return torch.rand(*shape, generator=make_generator(seed, 'rand'), dtype=dtype)
-def randn(*shape, seed=0, dtype=torch.float64): return torch.randn(*shape, generator=make_generator(seed, 'randn'), dtype=dtype)
+def rand(*shape, seed=0, dtype=torch.float64):
+    return torch.rand(*shape, generator=make_generator(seed, 'rand'), dtype=dtype)
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=make_generator(seed, 'randn'), dtype=dtype)
 def dot(a, b): return (a*b).flatten(1).sum(1)
 
 
 @st.composite
-def problems(draw, kinds=(Linf, L2, L1, SSIM), scales=(1e-7, 1e-3, .1, 1, 30, 1e6, 1e30), dtypes=(np.float32, np.float64)):
+def problems(draw, kinds=(Linf, L2, L1, SSIM), scales=(1e-7, 1e-3, .1, 1, 30, 1e6, 1e30),
+             dtypes=(np.float32, np.float64)):
     "A threat, images with many pixels on the border of the range, and points near and far"
-    kind, dtype, scale = draw(st.sampled_from(kinds)), draw(st.sampled_from(dtypes)), draw(st.sampled_from(scales))
-    threat = kind(draw(st.sampled_from((.5, .9, .99, 1) if kind is SSIM else (0, 1e-6, .01, .3, 1) if kind is Linf else (0, 1e-6, .01, .3, 2, 50))))
+    kind = draw(st.sampled_from(kinds))
+    dtype = draw(st.sampled_from(dtypes))
+    scale = draw(st.sampled_from(scales))
+    threat = kind(draw(st.sampled_from((.5, .9, .99, 1) if kind is SSIM else (
+        0, 1e-6, .01, .3, 1) if kind is Linf else (0, 1e-6, .01, .3, 2, 50))))
     low = 7 if kind is SSIM else 1
-    shape = draw(st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(low, low+2), st.integers(low, low+2)))
+    shape = draw(st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(low, low+2),
+                           st.integers(low, low+2)))
     bits = 8*np.dtype(dtype).itemsize
-    values = lambda lo, hi: st.one_of(st.sampled_from((float(lo), float(hi), .5)), st.floats(lo, hi, width=bits))
-    x, move = draw(arrays(dtype, shape, elements=values(0, 1))), draw(arrays(dtype, shape, elements=values(-1, 1)))
+    values = lambda lo, hi: st.one_of(st.sampled_from((float(lo), float(hi), .5)),
+                                      st.floats(lo, hi, width=bits))
+    x = draw(arrays(dtype, shape, elements=values(0, 1)))
+    move = draw(arrays(dtype, shape, elements=values(-1, 1)))
     return threat, torch.from_numpy(x), torch.from_numpy(x + dtype(scale)*move)
 
 
@@ -48,13 +62,24 @@ def problems(draw, kinds=(Linf, L2, L1, SSIM), scales=(1e-7, 1e-3, .1, 1, 30, 1e
 @given(problems())
 def test_projected_images_are_allowed_and_stay(problem):
     threat, x, far = problem
-    before, rounding = (x.clone(), far.clone()), (2e-7 if x.dtype == torch.float32 else 1e-15)
+    before = (x.clone(), far.clone())
+    rounding = 2e-7 if x.dtype == torch.float32 else 1e-15
     near = threat.project(x, far)
-    assert torch.equal(before[0], x) and torch.equal(before[1], far) and near.dtype == x.dtype and near.shape == x.shape
-    assert near.isfinite().all() and threat.allows(x, near).all() and near.min() >= 0 and near.max() <= 1
-    if isinstance(threat, SSIM): assert (ssim(x.double(), near.double()) >= threat.level - 5e-7).all()
-    else: assert (lengths[type(threat)]((near-x).double().numpy()) <= threat.eps*(1 + 2*rounding) + x[0].numel()*rounding).all()
-    assert (threat.project(x, near)-near).abs().max() <= (1e-4 if isinstance(threat, SSIM) else 8*rounding)
+    assert torch.equal(before[0], x)
+    assert torch.equal(before[1], far)
+    assert near.dtype == x.dtype
+    assert near.shape == x.shape
+    assert near.isfinite().all()
+    assert threat.allows(x, near).all()
+    assert near.min() >= 0
+    assert near.max() <= 1
+    if isinstance(threat, SSIM):
+        assert (ssim(x.double(), near.double()) >= threat.level - 5e-7).all()
+    else:
+        assert (lengths[type(threat)]((near-x).double().numpy()) <= threat.eps*(1 + 2*rounding)
+                                                                    + x[0].numel()*rounding).all()
+    assert (threat.project(x, near)-near).abs().max() <= (
+        1e-4 if isinstance(threat, SSIM) else 8*rounding)
 
 
 @checked
@@ -62,7 +87,8 @@ def test_projected_images_are_allowed_and_stay(problem):
 def test_images_already_inside_come_back_unchanged(problem):
     threat, x, far = problem
     goal = far.clamp(0, 1)
-    inside = 1-ssim(x, goal) <= threat.eps if isinstance(threat, SSIM) else torch.from_numpy(lengths[type(threat)]((goal-x).double().numpy()) <= threat.eps)
+    inside = 1-ssim(x, goal) <= threat.eps if isinstance(threat, SSIM) else torch.from_numpy(
+        lengths[type(threat)]((goal-x).double().numpy()) <= threat.eps)
     moved = (threat.project(x, goal)-goal)[inside].abs()
     assert (moved <= (0 if isinstance(threat, (L1, SSIM)) else torch.finfo(x.dtype).eps)).all()
     assert torch.equal(threat.project(x, x), x)
@@ -73,12 +99,16 @@ def test_images_already_inside_come_back_unchanged(problem):
 def test_nearest_of_all_allowed_images(problem, seed):
     "No allowed image lies beyond the plane through the projection that faces the far point"
     threat, x, far = problem
-    if isinstance(threat, L2): x, far, threat = .3 + .4*x, .3 + .4*x + (far-x), L2(min(threat.eps, .29))    # L2 is clamped afterwards: keep the range out of it
+    if isinstance(threat, L2):
+        # L2 is clamped afterwards: keep the range out of it
+        x, far, threat = .3 + .4*x, .3 + .4*x + (far-x), L2(min(threat.eps, .29))
     near = threat.project(x, far)
     beyond = lambda o: (dot(far-near, o-near)/(1 + (far-near).flatten(1).norm(dim=1))).max()
     for k in range(6):
-        points = rand(*x.shape, seed=seed+k), x + randn(*x.shape, seed=seed+k), near + .1*randn(*x.shape, seed=seed+k), near + .5*(far-x)*rand(*x.shape, seed=seed+k)
-        for o in points: assert beyond(threat.project(x, o)) < 1e-9
+        points = rand(*x.shape, seed=seed+k), x + randn(*x.shape, seed=seed+k), near + .1*randn(
+            *x.shape, seed=seed+k), near + .5*(far-x)*rand(*x.shape, seed=seed+k)
+        for o in points:
+            assert beyond(threat.project(x, o)) < 1e-9
         assert beyond(threat.sample(x, make_generator(seed+k))) < 1e-9
     corners = x + threat.eps*threat.steepest(far-near)
     assert beyond(threat.project(x, corners)) < 1e-9
@@ -88,16 +118,21 @@ def test_nearest_of_all_allowed_images(problem, seed):
 @given(problems(kinds=(L1,), scales=(1e-3, .1, 1, 30, 1e4)))
 def test_l1_projection_is_the_slow_one(problem):
     threat, x, far = problem
-    for a, b, near in zip(x.double().numpy(), far.double().numpy(), threat.project(x, far).double().numpy()):
+    for a, b, near in zip(x.double().numpy(), far.double().numpy(),
+                          threat.project(x, far).double().numpy()):
         size, cap = abs(b-a), abs(b.clip(0, 1)-a)
         kept = lambda t: np.minimum(np.maximum(size-t, 0), cap)
-        t = 0. if cap.sum() <= threat.eps else size.max() if threat.eps == 0 else brentq(lambda t: kept(t).sum()-threat.eps, 0, size.max(), xtol=1e-15, rtol=1e-15)
-        assert abs(near - a - kept(t)*np.sign(b-a)).max() < (3e-7 if x.dtype == torch.float32 else 1e-8*max(1, size.max()/30))
+        t = 0. if cap.sum() <= threat.eps else size.max() if threat.eps == 0 else brentq(
+            lambda t: kept(t).sum()-threat.eps, 0, size.max(), xtol=1e-15, rtol=1e-15)
+        assert abs(near - a - kept(t)*np.sign(b-a)).max() < (
+            3e-7 if x.dtype == torch.float32 else 1e-8*max(1, size.max()/30))
 
 
 def test_l1_projection_of_known_points():
-    x, far = torch.tensor([0., .5, .95, .2]).view(1, 1, 1, 4), torch.tensor([.5, .9, 3., .25]).view(1, 1, 1, 4)
-    for eps, change in ((.55, (.3, .2, .05, 0)), (.75, (.4, .3, .05, 0)), (.05, (0, 0, .05, 0)), (1., (.5, .4, .05, .05)), (0, (0, 0, 0, 0))):
+    x = torch.tensor([0., .5, .95, .2]).view(1, 1, 1, 4)
+    far = torch.tensor([.5, .9, 3., .25]).view(1, 1, 1, 4)
+    for eps, change in ((.55, (.3, .2, .05, 0)), (.75, (.4, .3, .05, 0)),
+                        (.05, (0, 0, .05, 0)), (1., (.5, .4, .05, .05)), (0, (0, 0, 0, 0))):
         assert torch.allclose(L1(eps).project(x, far), x + torch.tensor(change), atol=1e-7), eps
 
 
@@ -109,13 +144,18 @@ def test_points_out_of_reach(threat, value):
 
 
 def test_the_memory_layout_does_not_matter():
-    x, far, g = rand(3, 3, 9, 8), randn(3, 3, 9, 8), randn(3, 3, 9, 8, seed=1)
+    x = rand(3, 3, 9, 8)
+    far = randn(3, 3, 9, 8)
+    g = randn(3, 3, 9, 8, seed=1)
     other = lambda o: o.to(memory_format=torch.channels_last)
     for threat in (Linf(.1), L2(1.), L1(5.), SSIM(.9)):
         near = threat.project(x, far)
-        assert torch.allclose(threat.project(other(x), other(far)), near) and torch.allclose(threat.project(other(x), far), near)
-        assert torch.allclose(threat.steepest(other(g), other(x), other(near)), threat.steepest(g, x, near))
-        assert torch.equal(threat.sample(other(x), make_generator(0)), threat.sample(x, make_generator(0)))
+        assert torch.allclose(threat.project(other(x), other(far)), near)
+        assert torch.allclose(threat.project(other(x), far), near)
+        assert torch.allclose(threat.steepest(other(g), other(x), other(near)),
+                              threat.steepest(g, x, near))
+        assert torch.equal(threat.sample(other(x), make_generator(0)),
+                           threat.sample(x, make_generator(0)))
 
 
 @pytest.mark.parametrize('threat', (Linf(.15), L2(.3), L1(.5)), ids=repr)
@@ -127,67 +167,104 @@ def test_projection_is_the_nearest_image_of_the_ball(threat):
     length = lambda a: (a-far).flatten(-3).norm(dim=-1)
     assert (length(near) <= length(others).amin(0) + 1e-12).all()
     inside = threat.distance(x, far) <= threat.eps
-    assert 0 < inside.sum() < 30 and (near-far)[inside].abs().max() < 1e-12
-    assert (threat.distance(x, near) <= threat.eps + 1e-12).all() and (length(near)[~inside] > 1e-6).all()
+    assert 0 < inside.sum() < 30
+    assert (near-far)[inside].abs().max() < 1e-12
+    assert (threat.distance(x, near) <= threat.eps + 1e-12).all()
+    assert (length(near)[~inside] > 1e-6).all()
 
 
 @pytest.mark.parametrize('size', (32, 224))
-@pytest.mark.parametrize('threat', (L2(.1), L2(.5), L2(3.), L2(20.), L2(50.), L1(12), L1(900.), Linf(8/255)), ids=repr)
+@pytest.mark.parametrize(
+    'threat', (L2(.1), L2(.5), L2(3.), L2(20.), L2(50.), L1(12), L1(900.), Linf(8/255)), ids=repr)
 def test_projected_images_are_allowed_at_every_size(size, threat):
     x = rand(2, 3, size, size, dtype=torch.float32)
-    x[0] = .5                                                                                  # the same rounding error in each pixel
+    # the same rounding error in each pixel
+    x[0] = .5
     far = 1-x.round()
-    near, start = threat.project(x, far), threat.sample(x, make_generator(0))
-    assert threat.allows(x, near).all() and threat.allows(x, start).all()
+    near = threat.project(x, far)
+    start = threat.sample(x, make_generator(0))
+    assert threat.allows(x, near).all()
+    assert threat.allows(x, start).all()
     free = threat.distance(x, far) > threat.eps
     over = x + (near-x)*1.01
-    assert (threat.distance(x, near) > .999*threat.eps)[free].all() and not threat.allows(x, over)[free].any()
+    assert (threat.distance(x, near) > .999*threat.eps)[free].all()
+    assert not threat.allows(x, over)[free].any()
 
 
 @pytest.mark.parametrize('threat', (Linf(.1), L2(2.), L1(3.), SSIM(.97)), ids=repr)
 def test_what_is_not_allowed(threat):
     x = good = rand(4, 3, 8, 8, dtype=torch.float32).clamp(.01, .99)
-    assert threat.allows(x, x).all() and threat.distance(x, x).max() == 0
-    one = lambda value: good.index_put((torch.tensor([2]), torch.tensor([1]), torch.tensor([3]), torch.tensor([3])), torch.tensor(value))
+    assert threat.allows(x, x).all()
+    assert threat.distance(x, x).max() == 0
+    one = lambda value: good.index_put(
+        (torch.tensor([2]), torch.tensor([1]), torch.tensor([3]), torch.tensor([3])),
+        torch.tensor(value))
     x[2, 1, 3, 3] = .995
-    assert threat.allows(x, one(1.)).all() and threat.allows(x, one(1.01)).tolist() == [True, True, False, True], 'above white, though near'
+    assert threat.allows(x, one(1.)).all(), 'above white, though near'
+    assert threat.allows(x, one(1.01)).tolist() == [
+        True, True, False, True], 'above white, though near'
     x[2, 1, 3, 3] = .005
-    assert threat.allows(x, one(0.)).all() and threat.allows(x, one(-.01)).tolist() == [True, True, False, True], 'below black'
+    assert threat.allows(x, one(0.)).all(), 'below black'
+    assert threat.allows(x, one(-.01)).tolist() == [True, True, False, True], 'below black'
     assert threat.allows(x, one(nan)).tolist() == [True, True, False, True]
-    assert not threat.allows(x, x + 2*threat.eps).any() and not threat.allows(x, 1-x).any()
+    assert not threat.allows(x, x + 2*threat.eps).any()
+    assert not threat.allows(x, 1-x).any()
 
 
 def test_tolerance_is_that_of_rounding():
     x = .5*rand(3, 3, 32, 32, dtype=torch.float32)
     one = lambda value: x + nn.functional.pad(torch.full((1, 1, 1, 1), value), (5, 26, 7, 24))
-    for threat in (Linf(0), L2(0), L1(0)): assert threat.allows(x, one(1e-7)).all() and not threat.allows(x, one(5e-6)).any()
-    assert not L1(.4).allows(x, one(.14)).any() and L1(.43).allows(x, one(.14)).all()
+    for threat in (Linf(0), L2(0), L1(0)):
+        assert threat.allows(x, one(1e-7)).all()
+        assert not threat.allows(x, one(5e-6)).any()
+    assert not L1(.4).allows(x, one(.14)).any()
+    assert L1(.43).allows(x, one(.14)).all()
     grey = torch.arange(256.).view(1, 1, 16, 16)
-    for a, b in ((grey/255, (grey+8).clamp_max(255)/255), (grey/255, (grey-8).clamp_min(0)/255)): assert Linf(8/255).allows(a, b) and not Linf(7.99/255).allows(a, b)
+    for a, b in ((grey/255, (grey+8).clamp_max(255)/255), (grey/255, (grey-8).clamp_min(0)/255)):
+        assert Linf(8/255).allows(a, b)
+        assert not Linf(7.99/255).allows(a, b)
 
 
-refused = {'grey levels': (Linf, 8, '8/255'), 'negative Linf': (Linf, -.1, r'`eps` must be in \[0, 1\].*got -0.1.*8/255'), 'NaN Linf': (Linf, nan, 'got nan.*8/255'),
-           'negative L2': (L2, -1, 'got -1.*8/255'), 'NaN L2': (L2, nan, '8/255'), 'negative L1': (L1, -1e-9, '`eps` must be finite and not negative'), 'NaN L1': (L1, nan, 'got nan'), 'words': (Linf, '8/255', "must be a number.*got '8/255'"),
-           'endless L2': (L2, float('inf'), 'finite'), 'endless L1': (L1, float('inf'), 'finite'), 'no level': (SSIM, 0, r'`level` must be in \(0, 1\].*got 0'),
-           'percent': (SSIM, 95, 'got 95.*usual limit is .95'), 'level below zero': (SSIM, -.5, 'got -0.5'), 'NaN level': (SSIM, nan, 'got nan')}
+refused = {
+    'grey levels': (Linf, 8, '8/255'),
+    'negative Linf': (Linf, -.1, r'`eps` must be in \[0, 1\].*got -0.1.*8/255'),
+    'NaN Linf': (Linf, nan, 'got nan.*8/255'), 'negative L2': (L2, -1, 'got -1.*8/255'),
+    'NaN L2': (L2, nan, '8/255'),
+    'negative L1': (L1, -1e-9, '`eps` must be finite and not negative'),
+    'NaN L1': (L1, nan, 'got nan'), 'words': (Linf, '8/255', "must be a number.*got '8/255'"),
+    'endless L2': (L2, float('inf'), 'finite'), 'endless L1': (L1, float('inf'), 'finite'),
+    'no level': (SSIM, 0, r'`level` must be in \(0, 1\].*got 0'),
+    'percent': (SSIM, 95, 'got 95.*usual limit is .95'),
+    'level below zero': (SSIM, -.5, 'got -0.5'), 'NaN level': (SSIM, nan, 'got nan')}
 
 
 @pytest.mark.parametrize('case', refused)
 def test_budgets_in_other_units_are_refused(case):
     kind, value, words = refused[case]
-    with pytest.raises((ValueError, TypeError), match=words): kind(value)
+    with pytest.raises((ValueError, TypeError), match=words):
+        kind(value)
 
 
-@pytest.mark.parametrize('attack', (fgsm, pgd, apgd, apgd_targeted, mi_fgsm, ni_fgsm, di_fgsm, ti_fgsm, si_fgsm, vmi_fgsm, deepfool, fab, carlini_wagner, random_search, square, one_pixel, autoattack, cascade, advdrop, wasserstein, recolor))
+@pytest.mark.parametrize('attack',
+                         (fgsm, pgd, apgd, apgd_targeted, mi_fgsm, ni_fgsm, di_fgsm, ti_fgsm,
+                          si_fgsm, vmi_fgsm, deepfool, fab, carlini_wagner, random_search,
+                          square, one_pixel, autoattack, cascade, advdrop, wasserstein, recolor))
 def test_a_bare_number_is_no_threat(attack):
-    with pytest.raises(TypeError, match='`threat` must be .*0.03'): attack(Linear(torch.ones(12)).eval(), rand(2, 3, 2, 2, dtype=torch.float32), torch.zeros(2, dtype=torch.int64), .03)
+    with pytest.raises(TypeError, match='`threat` must be .*0.03'):
+        attack(Linear(torch.ones(12)).eval(), rand(2, 3, 2, 2, dtype=torch.float32),
+               torch.zeros(2, dtype=torch.int64), .03)
 
 
 def test_budgets_at_the_ends_of_the_range_are_fine():
     x = rand(2, 1, 8, 8)
-    assert SSIM(1).eps == 0 and SSIM(.95).eps == pytest.approx(.05) and L1(1e6).eps == 1e6
-    for threat in (Linf(0), L2(0), L1(0), SSIM(1)): assert torch.equal(threat.project(x, 1-x), x) and torch.equal(threat.sample(x, make_generator(0)), x)
-    for threat in (Linf(1), L2(100.), L1(1e6)): assert (threat.project(x, 1-x) - (1-x)).abs().max() < 1e-15
+    assert SSIM(1).eps == 0
+    assert SSIM(.95).eps == pytest.approx(.05)
+    assert L1(1e6).eps == 1e6
+    for threat in (Linf(0), L2(0), L1(0), SSIM(1)):
+        assert torch.equal(threat.project(x, 1-x), x)
+        assert torch.equal(threat.sample(x, make_generator(0)), x)
+    for threat in (Linf(1), L2(100.), L1(1e6)):
+        assert (threat.project(x, 1-x) - (1-x)).abs().max() < 1e-15
 
 
 class Linear(nn.Module):
@@ -202,7 +279,8 @@ class Linear(nn.Module):
 
 def gain(attack, x, w, threat, **options):
     "How far `attack` lifts the margin"
-    model, y = Linear(w).eval(), torch.ones(len(x), dtype=torch.int64)
+    model = Linear(w).eval()
+    y = torch.ones(len(x), dtype=torch.int64)
     found = attack(model, x, y, threat, loss=margin, **options)
     assert threat.allows(x, found).all()
     return (margin(model(found), y) - margin(model(x), y)).detach()
@@ -211,16 +289,21 @@ def gain(attack, x, w, threat, **options):
 @pytest.mark.parametrize('threat', (Linf(8/255), L2(.2), L1(.25)), ids=repr)
 def test_closed_form_on_a_linear_model(threat):
     "The best gain is `eps` times the dual norm of the weights where no pixel meets the end of the range"
-    x, w = .3 + .4*rand(8, 3, 6, 6), randn(1, 3, 6, 6)
+    x = .3 + .4*rand(8, 3, 6, 6)
+    w = randn(1, 3, 6, 6)
     best = threat.eps*duals[type(threat)](w)
     found = gain(pgd, x, w, threat, steps=40, step_size=threat.eps/4)
-    assert (found <= best + 1e-9).all() and (found > .999*best).all()
-    assert (gain(pgd, x, w, threat, steps=1, step_size=.1*threat.eps) < .11*best).all(), 'a step too short must not get there'
-    if not isinstance(threat, L1): assert ((gain(fgsm, x, w, threat) - best).abs() < 1e-9).all()
+    assert (found <= best + 1e-9).all()
+    assert (found > .999*best).all()
+    assert (gain(pgd, x, w, threat, steps=1, step_size=.1*threat.eps) < .11*best).all(), (
+        'a step too short must not get there')
+    if not isinstance(threat, L1):
+        assert ((gain(fgsm, x, w, threat) - best).abs() < 1e-9).all()
 
 
 def knapsack(x, w, eps):
-    "The exact optimum of a linear loss over the L1 ball and the range of the pixels: the largest weights first, each to the end of the range"
+    """The exact optimum of a linear loss over the L1 ball and the range of the pixels: the largest
+    weights first, each to the end of the range"""
     room = torch.where(w > 0, 1-x, x).flatten(1)
     order = w.abs().flatten(1).expand_as(room).argsort(1, descending=True)
     room, size = room.gather(1, order), w.abs().flatten(1).expand_as(room).gather(1, order)
@@ -230,46 +313,62 @@ def knapsack(x, w, eps):
 
 @pytest.mark.parametrize('eps', (.3, 4., 12., 40., 1000.))
 def test_l1_where_the_range_of_the_pixels_binds(eps):
-    x, w, threat = rand(8, 3, 8, 8), randn(1, 3, 8, 8), L1(eps)
+    x = rand(8, 3, 8, 8)
+    w = randn(1, 3, 8, 8)
+    threat = L1(eps)
     best = knapsack(x, w, eps)
     assert eps < 1 or (best < .95*eps*w.abs().max()).all(), 'the range binds'
     far = threat.project(x, x + 3e4*w)
-    assert torch.allclose(dot(far-x, w.expand_as(x)), best, rtol=1e-6), 'the projection of a point very far along the weights is the optimum'
+    assert torch.allclose(dot(far-x, w.expand_as(x)), best, rtol=1e-6), (
+        'the projection of a point very far along the weights is the optimum')
     found = gain(pgd, x, w, threat, steps=150, step_size=eps/20)
-    assert (found <= best + 1e-9).all() and (found > .985*best).all()
+    assert (found <= best + 1e-9).all()
+    assert (found > .985*best).all()
 
 
 @checked
-@given(st.sampled_from(balls), st.integers(0, 10_000), st.sampled_from((1e-25, 1e-3, 1., 1e6)), st.booleans())
+@given(st.sampled_from(balls), st.integers(0, 10_000), st.sampled_from((1e-25, 1e-3, 1., 1e6)),
+       st.booleans())
 def test_steepest_is_dual_to_the_length(kind, seed, scale, ties):
     g = scale*randn(4, 2, 3, 3, seed=seed)
-    if ties: g = scale*(g/scale).round()
+    if ties:
+        g = scale*(g/scale).round()
     g[1], g[2] = 0, scale
     step = kind(.5).steepest(g)
     length = torch.from_numpy(lengths[kind](step.numpy()))
-    assert torch.allclose(length, (g.abs().flatten(1).amax(1) > 0).double(), atol=1e-6), 'of length one, or none where the gradient is zero'
+    assert torch.allclose(length, (g.abs().flatten(1).amax(1) > 0).double(),
+                          atol=1e-6), 'of length one, or none where the gradient is zero'
     assert torch.allclose(dot(g, step), duals[kind](g), rtol=1e-9, atol=0)
     for k in range(5):
         other = randn(4, 2, 3, 3, seed=seed+k)
-        assert (dot(g, other)/torch.from_numpy(lengths[kind](other.numpy())) <= dot(g, step)*(1+1e-9)).all()
-    if kind is not L1: assert torch.equal(step, kind(.5).steepest(g, rand(4, 2, 3, 3), rand(4, 2, 3, 3, seed=1)))
+        assert (dot(g, other)/torch.from_numpy(lengths[kind](other.numpy())) <= dot(
+            g, step)*(1+1e-9)).all()
+    if kind is not L1:
+        assert torch.equal(step, kind(.5).steepest(g, rand(4, 2, 3, 3), rand(4, 2, 3, 3, seed=1)))
 
 
 def test_the_steepest_direction_has_length_one_even_where_the_gradient_is_tiny():
-    grad = randn(4, 3, 8, 8, dtype=torch.float32)*torch.tensor([1., 1e-10, 1e-25, 0.]).view(4, 1, 1, 1)
-    for step in (L2(1.).steepest(grad), SSIM(.9).steepest(grad)): assert torch.allclose(step.flatten(1).norm(dim=1), torch.tensor([1., 1., 1., 0.]), atol=1e-5)
-    assert torch.equal(Linf(1.).steepest(grad)[:3].abs(), torch.ones(3, 3, 8, 8)) and not Linf(1.).steepest(grad)[3].any()
+    grad = randn(4, 3, 8, 8,
+                 dtype=torch.float32)*torch.tensor([1., 1e-10, 1e-25, 0.]).view(4, 1, 1, 1)
+    for step in (L2(1.).steepest(grad), SSIM(.9).steepest(grad)):
+        assert torch.allclose(step.flatten(1).norm(dim=1), torch.tensor([1., 1., 1., 0.]),
+                              atol=1e-5)
+    assert torch.equal(Linf(1.).steepest(grad)[:3].abs(), torch.ones(3, 3, 8, 8))
+    assert not Linf(1.).steepest(grad)[3].any()
     assert L1(1.).steepest(grad).flatten(1).abs().sum(1).tolist() == [1, 1, 1, 0]
     x = rand(1, 3, 8, 8, dtype=torch.float32).expand(4, -1, -1, -1)
     g = grad[:1]*torch.tensor([1., 1e-10, 1e-25, 0.]).view(4, 1, 1, 1)
     preconditioned = SSIM(.9).steepest(g, x, x)
-    assert torch.allclose(preconditioned[:3], preconditioned[:1].expand(3, -1, -1, -1), rtol=1e-4) and not preconditioned[3].any() and preconditioned[0].norm() > .1
+    assert torch.allclose(preconditioned[:3], preconditioned[:1].expand(3, -1, -1, -1), rtol=1e-4)
+    assert not preconditioned[3].any()
+    assert preconditioned[0].norm() > .1
 
 
 def slow_sparse_step(g, x, now):
     "One image, one coordinate after the other"
     g, x, now = (o.flatten().tolist() for o in (g, x, now))
-    changed, n = sum(abs(a-b) > 1e-9 for a, b in zip(now, x)), len(g)
+    changed = sum(abs(a-b) > 1e-9 for a, b in zip(now, x))
+    n = len(g)
     k = int(max(1, min(changed/1.5 if changed else .2*n, .2*n)))
     able = [i for i in range(n) if g[i] > 0 and now[i] < 1 or g[i] < 0 and now[i] > 0]
     best = sorted(able, key=lambda i: (-abs(g[i]), i))[:k]
@@ -278,16 +377,27 @@ def slow_sparse_step(g, x, now):
 
 def test_the_sparse_step_of_l1():
     x, n = rand(7, 2, 5, 5), 50
-    g, now = randn(7, 2, 5, 5), x.clone()
-    now.flatten(1)[1, :1] = .5; now.flatten(1)[2, :4] = .5; now.flatten(1)[3, :12] = .5; now[4] = .5
-    now[5] = (g[5] > 0).double()                                                                # nothing has room left
-    now[6] = (g[6] > 0).double(); now.flatten(1)[6, 7] = .5                                     # one pixel has
+    g = randn(7, 2, 5, 5)
+    now = x.clone()
+    now.flatten(1)[1, :1] = .5
+    now.flatten(1)[2, :4] = .5
+    now.flatten(1)[3, :12] = .5
+    now[4] = .5
+    # nothing has room left
+    now[5] = (g[5] > 0).double()
+    # one pixel has
+    now[6] = (g[6] > 0).double()
+    now.flatten(1)[6, 7] = .5
     step = L1(3.).steepest(g, x, now)
-    for i in range(7): assert np.allclose(step[i].flatten(), slow_sparse_step(g[i], x[i], now[i])), i
+    for i in range(7):
+        assert np.allclose(step[i].flatten(), slow_sparse_step(g[i], x[i], now[i])), i
     assert (step != 0).flatten(1).sum(1).tolist() == [10, 1, 2, 8, 10, 0, 1]
-    assert torch.allclose(step.abs().flatten(1).sum(1), torch.tensor([1., 1, 1, 1, 1, 0, 1]).double())
+    assert torch.allclose(step.abs().flatten(1).sum(1),
+                          torch.tensor([1., 1, 1, 1, 1, 0, 1]).double())
     same = torch.ones_like(g)
-    assert torch.allclose(L1(3.).steepest(same, x, x).abs().flatten(1).sum(1), torch.ones(7).double()) and (L1(3.).steepest(same, x, x) != 0).sum() == 70, 'equal gradients'
+    assert torch.allclose(L1(3.).steepest(same, x, x).abs().flatten(1).sum(1),
+                          torch.ones(7).double()), 'equal gradients'
+    assert (L1(3.).steepest(same, x, x) != 0).sum() == 70, 'equal gradients'
     assert torch.equal(L1(3.).steepest(g, x), L1(3.).steepest(g))
 
 
@@ -299,18 +409,25 @@ starts = (Linf(.1), L2(2.), L1(3.), SSIM(.9))
 def test_a_random_start_depends_on_the_seed_and_the_image_alone(threat, dtype):
     x = rand(6, 3, 9, 8, dtype=dtype)
     start = lambda x, seed=5: threat.sample(x, make_generator(seed))
-    state, all_of_them = torch.get_rng_state(), start(x)
-    assert torch.equal(torch.get_rng_state(), state) and all_of_them.dtype == dtype and threat.allows(x, all_of_them).all()
-    assert torch.equal(start(x), all_of_them) and torch.equal(start(x.flip(0)).flip(0), all_of_them)
+    state = torch.get_rng_state()
+    all_of_them = start(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all_of_them.dtype == dtype
+    assert threat.allows(x, all_of_them).all()
+    assert torch.equal(start(x), all_of_them)
+    assert torch.equal(start(x.flip(0)).flip(0), all_of_them)
     alone = torch.cat([start(x[i:i+1]) for i in range(6)])
     assert (alone-all_of_them).abs().max() < 1e-6
     moved = (all_of_them-x).flatten(1)
-    assert (moved.abs().amax(1) > 1e-3).all() and (moved[0]-moved[1]).abs().max() > 1e-3, 'each image has its own'
+    assert (moved.abs().amax(1) > 1e-3).all(), 'each image has its own'
+    assert (moved[0]-moved[1]).abs().max() > 1e-3, 'each image has its own'
     assert (start(x, 6)-all_of_them).abs().flatten(1).amax(1).min() > 1e-3
     assert torch.equal(threat.sample(x, None), threat.sample(x, make_generator(0)))
-    assert (threat.sample(x.float(), make_generator(5)).double()-threat.sample(x.float().double(), make_generator(5))).abs().max() < 1e-5
+    assert (threat.sample(x.float(), make_generator(5)).double()-threat.sample(
+        x.float().double(), make_generator(5))).abs().max() < 1e-5
     generator = make_generator(5)
-    assert not torch.equal(threat.sample(x, generator), threat.sample(x, generator)), 'the next start of the same generator is another one'
+    assert not torch.equal(threat.sample(x, generator), threat.sample(
+        x, generator)), 'the next start of the same generator is another one'
 
 
 @pytest.mark.parametrize('threat', (Linf(.1), L2(.1), L1(.1)), ids=repr)
@@ -318,12 +435,17 @@ def test_samples_are_uniform_in_the_ball(threat):
     x = .45 + .1*rand(10_000, 1, 1, 3)
     step = threat.sample(x, make_generator(0)) - x
     length = torch.from_numpy(lengths[type(threat)](step.numpy()))/threat.eps
-    for share in (.3, .6, .9): assert abs((length <= share).double().mean() - share**3) < .015
-    assert step.mean((0, 1, 2)).abs().max() < .002 and length.max() <= 1 + 1e-12
+    for share in (.3, .6, .9):
+        assert abs((length <= share).double().mean() - share**3) < .015
+    assert step.mean((0, 1, 2)).abs().max() < .002
+    assert length.max() <= 1 + 1e-12
     part = (step/threat.eps)[:, 0, 0].abs()
     cdf = {Linf: lambda s: s, L2: lambda s: 1.5*s - .5*s**3, L1: lambda s: 1-(1-s)**3}[type(threat)]
-    for s in (.1, .3, .6): assert ((part <= s).double().mean(0) - cdf(s)).abs().max() < .015, 'share of the ball with a coordinate so small'
-    assert ((step[:, 0, 0, 0]*step[:, 0, 0, 1] > 0).double().mean() - .5).abs() < .015, 'signs are independent'
+    for s in (.1, .3, .6):
+        assert ((part <= s).double().mean(0) - cdf(s)).abs().max() < .015, (
+            'share of the ball with a coordinate so small')
+    assert ((step[:, 0, 0, 0]*step[:, 0, 0, 1] > 0).double().mean() - .5).abs() < .015, (
+        'signs are independent')
 
 
 def eight_bit(size, kind, seed):
@@ -331,44 +453,63 @@ def eight_bit(size, kind, seed):
     rng = np.random.default_rng(seed)
     if kind == 'random': return rng.integers(0, 256, (2, size, size, 3), dtype=np.uint8)
     rows, cols = np.mgrid[:size, :size]/size
-    a = np.stack([127 + 120*np.sin(3*rows + k)*np.cos(2*cols) for k in range(3)], 2) if kind == 'smooth' else np.full((size, size, 3), seed*100.)
-    return np.stack([a, a + rng.normal(0, (1, 8, 40)[seed], a.shape)]).clip(0, 255).round().astype(np.uint8)
+    a = np.stack([127 + 120*np.sin(3*rows + k)*np.cos(2*cols) for k in range(3)],
+                 2) if kind == 'smooth' else np.full((size, size, 3), seed*100.)
+    return np.stack([a, a + rng.normal(0, (1, 8, 40)[seed], a.shape)]).clip(
+        0, 255).round().astype(np.uint8)
 
 
 @pytest.mark.parametrize('size', (7, 8, 32, 224))
 def test_ssim_is_that_of_scikit_image(size):
-    reference = pytest.importorskip('skimage.metrics', reason='scikit-image is not installed').structural_similarity
-    pairs = [eight_bit(size, kind, seed) for kind in ('random', 'smooth', 'flat') for seed in range(3)]
-    a, b = (torch.from_numpy(np.stack([p[i] for p in pairs])).permute(0, 3, 1, 2).float()/255 for i in (0, 1))
+    reference = pytest.importorskip('skimage.metrics',
+                                    reason='scikit-image is not installed').structural_similarity
+    pairs = [eight_bit(size, kind, seed) for kind in ('random', 'smooth', 'flat')
+             for seed in range(3)]
+    a = torch.from_numpy(np.stack([p[0] for p in pairs])).permute(0, 3, 1, 2).float()/255
+    b = torch.from_numpy(np.stack([p[1] for p in pairs])).permute(0, 3, 1, 2).float()/255
     theirs = torch.tensor([reference(p, q, channel_axis=2, data_range=255) for p, q in pairs])
-    assert (ssim(a, b)-theirs).abs().max() < 1e-6 and theirs.min() < .2 and theirs.max() > .9
-    assert (ssim(b, a)-theirs).abs().max() < 1e-6 and ssim(a, a).eq(1).all()
+    assert (ssim(a, b)-theirs).abs().max() < 1e-6
+    assert theirs.min() < .2
+    assert theirs.max() > .9
+    assert (ssim(b, a)-theirs).abs().max() < 1e-6
+    assert ssim(a, a).eq(1).all()
     exact = torch.tensor([reference(p/255, q/255, channel_axis=2, data_range=1.) for p, q in pairs])
-    assert (ssim(*(torch.from_numpy(np.stack([p[i]/255 for p in pairs])).permute(0, 3, 1, 2) for i in (0, 1)))-exact).abs().max() < 1e-12
+    assert (ssim(*(torch.from_numpy(np.stack([p[i]/255 for p in pairs])).permute(0, 3, 1, 2)
+                   for i in (0, 1)))-exact).abs().max() < 1e-12
 
 
 def test_ssim_keeps_its_digits_where_images_are_nearly_equal():
-    x, d = rand(3, 1, 9, 9), randn(3, 1, 9, 9)
+    x = rand(3, 1, 9, 9)
+    d = randn(3, 1, 9, 9)
     loss = torch.stack([1-ssim(x, x + t*d) for t in (1e-3, 1e-4, 1e-5)])
     assert torch.allclose(loss[:-1]/loss[1:], torch.tensor(100.).double(), rtol=1e-2)
-    assert torch.allclose(ssim_along(x, d)(torch.tensor([.1, .2, 0.]).view(3, 1, 1, 1)), ssim(x, x + torch.tensor([.1, .2, 0.]).view(3, 1, 1, 1)*d))
-    assert ssim(x.float(), x.float()).dtype == torch.float32 and ssim(x[:1], x[:1]).shape == (1,)
+    assert torch.allclose(ssim_along(x, d)(torch.tensor([.1, .2, 0.]).view(3, 1, 1, 1)),
+                          ssim(x, x + torch.tensor([.1, .2, 0.]).view(3, 1, 1, 1)*d))
+    assert ssim(x.float(), x.float()).dtype == torch.float32
+    assert ssim(x[:1], x[:1]).shape == (1,)
 
 
 @pytest.mark.parametrize('shape', ((2, 2, 7, 7), (1, 1, 9, 8)))
 def test_gradient_of_ssim(shape):
-    a, b = rand(*shape).requires_grad_(), rand(*shape, seed=1).requires_grad_()
+    a = rand(*shape).requires_grad_()
+    b = rand(*shape, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(ssim, (a, b))
 
 
-@pytest.mark.parametrize('a, b, words', (((1, 3, 6, 9), (1, 3, 6, 9), 'at least 7 pixels high and wide'), ((1, 3, 9, 6), (1, 3, 9, 6), r'got \(1, 3, 9, 6\)'),
-                                         ((1, 3, 8, 8), (2, 3, 8, 8), 'same shape'), ((1, 3, 8, 8), (1, 1, 8, 8), 'same shape'), ((3, 8, 8), (3, 8, 8), r'\(N,C,H,W\)')))
+@pytest.mark.parametrize('a, b, words', (
+    ((1, 3, 6, 9), (1, 3, 6, 9), 'at least 7 pixels high and wide'),
+    ((1, 3, 9, 6), (1, 3, 9, 6), r'got \(1, 3, 9, 6\)'), ((1, 3, 8, 8), (2, 3, 8, 8), 'same shape'),
+    ((1, 3, 8, 8), (1, 1, 8, 8), 'same shape'), ((3, 8, 8), (3, 8, 8), r'\(N,C,H,W\)')))
 def test_images_that_have_no_ssim(a, b, words):
-    with pytest.raises(ValueError, match=words): ssim(torch.zeros(a), torch.zeros(b))
+    with pytest.raises(ValueError, match=words):
+        ssim(torch.zeros(a), torch.zeros(b))
     if a == b and len(a) == 4:
-        x, y = torch.zeros(a), torch.zeros(1, dtype=torch.int64)
-        with pytest.raises(ValueError, match=words): pgd(Linear(torch.ones(a)).eval(), x, y, SSIM(.9))
-        with pytest.raises(ValueError, match=words): pgd(Linear(torch.ones(a)).eval(), x, y, SSIM(.9), generator=make_generator(0))
+        x = torch.zeros(a)
+        y = torch.zeros(1, dtype=torch.int64)
+        with pytest.raises(ValueError, match=words):
+            pgd(Linear(torch.ones(a)).eval(), x, y, SSIM(.9))
+        with pytest.raises(ValueError, match=words):
+            pgd(Linear(torch.ones(a)).eval(), x, y, SSIM(.9), generator=make_generator(0))
 
 
 @pytest.fixture(scope='module')
@@ -377,35 +518,50 @@ def photos(): return subset(digits('test'), 20, seed=0).x
 
 @pytest.mark.parametrize('level', (.5, .9, .99))
 def test_ssim_projection_ends_on_the_line_just_inside(photos, level):
-    threat, noise = SSIM(level), .8*randn(*photos.shape, dtype=torch.float32)
+    threat = SSIM(level)
+    noise = .8*randn(*photos.shape, dtype=torch.float32)
     goal = (photos + noise).clamp(0, 1)
     near = threat.project(photos, photos + noise)
-    kept, out = ssim(photos, near), ssim(photos, goal) < level
-    assert out.all() and (kept >= level - 1e-6).all() and (kept < level + 1e-3).all()
-    along, across = near-photos, goal-photos
+    kept = ssim(photos, near)
+    out = ssim(photos, goal) < level
+    assert out.all()
+    assert (kept >= level - 1e-6).all()
+    assert (kept < level + 1e-3).all()
+    along = near-photos
+    across = goal-photos
     share = dot(along, across)/dot(across, across)
-    assert (along - share.view(-1, 1, 1, 1)*across).abs().max() < 1e-6 and (share > 0).all() and (share < 1).all()
+    assert (along - share.view(-1, 1, 1, 1)*across).abs().max() < 1e-6
+    assert (share > 0).all()
+    assert (share < 1).all()
     mixed = torch.cat([photos[:3] + 1e-4, goal[3:]])
-    assert torch.equal(threat.project(photos, mixed)[:3], mixed[:3].clamp(0, 1)) and torch.equal(threat.project(photos, mixed)[3:], near[3:])
+    assert torch.equal(threat.project(photos, mixed)[:3], mixed[:3].clamp(0, 1))
+    assert torch.equal(threat.project(photos, mixed)[3:], near[3:])
 
 
 def test_the_cost_of_a_pixel_is_that_of_changing_it_alone():
-    "In `steepest` each pixel counts in inverse proportion to the similarity that it costs, here measured pixel by pixel"
+    """In `steepest` each pixel counts in inverse proportion to the similarity that it costs, here
+    measured pixel by pixel"""
     x = .5 + .2*randn(1, 1, 11, 12) * torch.linspace(.2, 1.2, 12)
     g, h = randn(1, 1, 11, 12), 1e-4
     lost = 1 - ssim(x.expand(132, -1, -1, -1), x + h*torch.eye(132).double().view(132, 1, 11, 12))
     ratio = (SSIM(.9).steepest(g, x, x).flatten()*lost/g.flatten())
-    assert (ratio/ratio.median() - 1).abs().max() < .01 and lost.max() > 30*lost.min() and (ratio > 0).all()
+    assert (ratio/ratio.median() - 1).abs().max() < .01
+    assert lost.max() > 30*lost.min()
+    assert (ratio > 0).all()
 
 
 @pytest.mark.parametrize('level, low, high', ((.999, .9, 1.1), (.95, .6, 1.2), (.8, .5, 1.2)))
 def test_a_step_of_eps_loses_about_eps(photos, level, low, high):
     threat = SSIM(level)
     for seed, size in ((0, 1), (1, 3), (2, 7)):
-        g = nn.functional.avg_pool2d(randn(*photos.shape, seed=seed, dtype=torch.float32), size, 1, size//2)
-        lost = threat.distance(photos, photos + threat.eps*threat.steepest(g, photos, photos))/threat.eps
-        assert low < lost.min() and lost.max() < high
-        half = threat.distance(photos, photos + .1*threat.eps*threat.steepest(g, photos, photos))/threat.eps
+        g = nn.functional.avg_pool2d(randn(*photos.shape, seed=seed, dtype=torch.float32),
+                                     size, 1, size//2)
+        lost = threat.distance(photos,
+                               photos + threat.eps*threat.steepest(g, photos, photos))/threat.eps
+        assert low < lost.min()
+        assert lost.max() < high
+        half = threat.distance(
+            photos, photos + .1*threat.eps*threat.steepest(g, photos, photos))/threat.eps
         assert ((half > .0085) & (half < .0115)).all(), 'the loss grows with the square'
 
 
@@ -420,8 +576,12 @@ class Plain(SSIM):
 def test_generic_pgd_spends_the_similarity_where_it_is_cheap(photos, level):
     w = nn.functional.avg_pool2d(randn(1, 3, 32, 32, dtype=torch.float32), 3, 1, 1)
     threat = SSIM(level)
-    ours, plain = gain(pgd, photos, w, threat), gain(pgd, photos, w, Plain(level))
-    assert ours.mean() > 1.6*plain.mean() and (ours > plain).double().mean() > .9
-    found = pgd(Linear(w).eval(), photos, torch.ones(len(photos), dtype=torch.int64), threat, loss=margin)
+    ours = gain(pgd, photos, w, threat)
+    plain = gain(pgd, photos, w, Plain(level))
+    assert ours.mean() > 1.6*plain.mean()
+    assert (ours > plain).double().mean() > .9
+    found = pgd(Linear(w).eval(), photos, torch.ones(len(photos), dtype=torch.int64), threat,
+                loss=margin)
     assert (threat.distance(photos, found) > .9*threat.eps).all(), 'the budget is used'
-    assert (gain(pgd, photos, w, threat, steps=2, step_size=.02*threat.eps) < .1*ours).all(), 'steps too short must not get there'
+    assert (gain(pgd, photos, w, threat, steps=2, step_size=.02*threat.eps) < .1*ours).all(), (
+        'steps too short must not get there')

@@ -14,63 +14,101 @@ from robustnb.augmentation.soft_labels import cutmix, label_smoothing, mixup, te
 seeded = lambda *a: make_generator(0, *a)
 x = torch.rand(40, 3, 16, 20, generator=seeded('x'))
 y = torch.eye(10)[torch.arange(40) % 10]
-random_ones = (T.gaussian_noise, T.uniform_noise, T.salt_and_pepper, T.dropout, T.coarse_dropout, T.gaussian_blur, T.average_blur, T.median_blur, T.multiply, T.add, T.gamma, T.photometric,
-               T.posterize, T.affine, mixup, cutmix)
-all_ones = random_ones + (T.fast_pipeline(), T.imgaug_pipeline(), T.one_of(T.add, T.gamma), T.sometimes(.5, T.add), T.from_torchvision(lambda o: 255-o))
+random_ones = (T.gaussian_noise, T.uniform_noise, T.salt_and_pepper, T.dropout,
+               T.coarse_dropout, T.gaussian_blur, T.average_blur, T.median_blur, T.multiply,
+               T.add, T.gamma, T.photometric, T.posterize, T.affine, mixup, cutmix)
+all_ones = random_ones + (T.fast_pipeline(), T.imgaug_pipeline(), T.one_of(T.add, T.gamma),
+                          T.sometimes(.5, T.add), T.from_torchvision(lambda o: 255-o))
 by_transform = pytest.mark.parametrize('transform', all_ones, ids=T.describe)
 
 
 @by_transform
 def test_promises(transform):
-    before, state, np_state, ia_state = x.clone(), torch.random.get_rng_state(), np.random.get_state()[1].copy(), ia.random.get_global_rng().generator.bit_generator.state['state']
+    before = x.clone()
+    state = torch.random.get_rng_state()
+    np_state = np.random.get_state()[1].copy()
+    ia_state = ia.random.get_global_rng().generator.bit_generator.state['state']
     a, b = transform(x, y, seeded())
-    assert a.shape == x.shape and a.dtype == x.dtype and a.min() >= 0 and a.max() <= 1 and not torch.equal(a, x)
-    assert b.shape == y.shape and b.dtype == y.dtype and b.min() >= 0 and torch.allclose(b.sum(1), torch.ones(40))
-    assert torch.equal(x, before) and torch.equal(torch.random.get_rng_state(), state) and (np.random.get_state()[1] == np_state).all()
+    assert a.shape == x.shape
+    assert a.dtype == x.dtype
+    assert a.min() >= 0
+    assert a.max() <= 1
+    assert not torch.equal(a, x)
+    assert b.shape == y.shape
+    assert b.dtype == y.dtype
+    assert b.min() >= 0
+    assert torch.allclose(b.sum(1), torch.ones(40))
+    assert torch.equal(x, before)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert (np.random.get_state()[1] == np_state).all()
     assert str(ia.random.get_global_rng().generator.bit_generator.state['state']) == str(ia_state)
-    again, other = transform(x, y, seeded())[0], transform(x, y, make_generator(1))[0]
-    assert torch.equal(a, again) and (transform is all_ones[-1] or not torch.equal(a, other))
+    again = transform(x, y, seeded())[0]
+    other = transform(x, y, make_generator(1))[0]
+    assert torch.equal(a, again)
+    assert transform is all_ones[-1] or not torch.equal(a, other)
 
 
 @pytest.mark.parametrize('transform', random_ones[:14], ids=T.describe)
 def test_labels_pass_and_grey_images_of_any_size(transform):
     assert transform(x, y, seeded())[1] is y
-    if transform is not T.photometric: assert transform(x[:, :1, :9], y, seeded())[0].shape == (40, 1, 9, 20)
+    if transform is not T.photometric:
+        assert transform(x[:, :1, :9], y, seeded())[0].shape == (40, 1, 9, 20)
 
 
 def test_each_image_has_a_strength_of_its_own_between_the_ends():
     flat = torch.full((4000, 1, 2, 2), .5)
     added = T.add(flat, y, seeded(), value=(-.2, .4))[0][:, 0, 0, 0]-.5
-    assert -.2 <= added.min() < -.19 and .39 < added.max() <= .4 and abs(added.mean()-.1) < .01 and added.unique().numel() > 3900
-    noise = T.gaussian_noise(torch.full((2000, 1, 16, 16), .5), y, seeded(), sigma=(.02, .1))[0].std((1, 2, 3))
-    assert noise.min() < .03 and noise.max() > .09 and abs(noise.mean()-.06) < .003
+    assert -.2 <= added.min() < -.19
+    assert .39 < added.max() <= .4
+    assert abs(added.mean()-.1) < .01
+    assert added.unique().numel() > 3900
+    noise = T.gaussian_noise(torch.full((2000, 1, 16, 16), .5), y, seeded(),
+                             sigma=(.02, .1))[0].std((1, 2, 3))
+    assert noise.min() < .03
+    assert noise.max() > .09
+    assert abs(noise.mean()-.06) < .003
 
 
-@pytest.mark.parametrize('transform, option', ((T.gaussian_noise, {}), (T.uniform_noise, {}), (T.dropout, {}), (T.salt_and_pepper, dict(share=.4)), (T.multiply, {}), (T.coarse_dropout, dict(share=.5))))
+@pytest.mark.parametrize('transform, option', (
+    (T.gaussian_noise, {}), (T.uniform_noise, {}), (T.dropout, {}),
+    (T.salt_and_pepper, dict(share=.4)), (T.multiply, {}), (T.coarse_dropout, dict(share=.5))))
 def test_the_share_of_coloured_images(transform, option):
     out = transform(torch.full((1000, 3, 8, 8), .5), y, seeded(), per_channel=.3, **option)[0]
-    coloured = (out[:, 0] != out[:, 1]).flatten(1).any(1) | (out[:, 0] != out[:, 2]).flatten(1).any(1)
+    coloured = ((out[:, 0] != out[:, 1]).flatten(1).any(1)
+                | (out[:, 0] != out[:, 2]).flatten(1).any(1))
     assert abs(coloured.float().mean()-.3) < .05
-    first, second = (out[coloured][:, k].flatten(1)-.5 for k in (0, 1))
-    if transform in (T.gaussian_noise, T.uniform_noise): assert abs((first*second).mean()/first.square().mean()) < .05
+    first = out[coloured][:, 0].flatten(1)-.5
+    second = out[coloured][:, 1].flatten(1)-.5
+    if transform in (T.gaussian_noise, T.uniform_noise):
+        assert abs((first*second).mean()/first.square().mean()) < .05
 
 
 def test_noise_has_its_distribution():
     flat = torch.full((500, 3, 16, 16), .5)
     noise = (T.gaussian_noise(flat, y, seeded(), sigma=.08, per_channel=1)[0]-.5)/.08
-    assert abs(noise.mean()) < 5e-3 and abs(noise.std()-1) < 5e-3 and abs((noise**4).mean()-3) < .05 and abs(noise[..., 1:]*noise[..., :-1]).mean() < .7
+    assert abs(noise.mean()) < 5e-3
+    assert abs(noise.std()-1) < 5e-3
+    assert abs((noise**4).mean()-3) < .05
+    assert abs(noise[..., 1:]*noise[..., :-1]).mean() < .7
     even = (T.uniform_noise(flat, y, seeded(), width=.3)[0]-.5)/.3
-    assert abs(even.abs().max()-1) < 1e-3 and abs(even.mean()) < 5e-3 and abs(even.abs().mean()-.5) < 5e-3
+    assert abs(even.abs().max()-1) < 1e-3
+    assert abs(even.mean()) < 5e-3
+    assert abs(even.abs().mean()-.5) < 5e-3
     salt = T.salt_and_pepper(flat, y, seeded(), share=.25)[0]
-    assert abs((salt == 1).float().mean()-.125) < 5e-3 and abs((salt == 0).float().mean()-.125) < 5e-3
-    assert torch.equal(T.salt_and_pepper(flat, y, seeded(), share=0)[0], flat) and (T.salt_and_pepper(flat, y, seeded(), share=1)[0] != .5).all() and (T.dropout(flat, y, seeded(), share=1)[0] == 0).all()
+    assert abs((salt == 1).float().mean()-.125) < 5e-3
+    assert abs((salt == 0).float().mean()-.125) < 5e-3
+    assert torch.equal(T.salt_and_pepper(flat, y, seeded(), share=0)[0], flat)
+    assert (T.salt_and_pepper(flat, y, seeded(), share=1)[0] != .5).all()
+    assert (T.dropout(flat, y, seeded(), share=1)[0] == 0).all()
 
 
 def test_rectangles_cover_whole_cells():
-    out = T.coarse_dropout(torch.ones(200, 3, 12, 16), y, seeded(), share=.2, size=.25, per_channel=0)[0][:, 0]
+    out = T.coarse_dropout(torch.ones(200, 3, 12, 16), y, seeded(), share=.2, size=.25,
+                           per_channel=0)[0][:, 0]
     cells = torch.stack([out[:, 4*i:4*i+4] for i in range(3)], 1)
     columns = (torch.arange(16)*3//16)
-    for k in range(3): assert (cells[..., columns == k].flatten(2).std(2) == 0).all()
+    for k in range(3):
+        assert (cells[..., columns == k].flatten(2).std(2) == 0).all()
     assert abs((out == 0).float().mean()-.2) < .05
 
 
@@ -78,7 +116,9 @@ def slow_blur(image, kernel, anchor):
     "Convolution with mirrored borders, pixel by pixel"
     h, w = image.shape
     mirror = lambda i, n: (lambda j: j if j < n else 2*n-2-j)(abs(i) % (2*n-2))
-    return np.array([[sum(k*l*image[mirror(r+i-anchor, h), mirror(c+j-anchor, w)] for i, k in enumerate(kernel) for j, l in enumerate(kernel)) for c in range(w)] for r in range(h)])
+    return np.array([[sum(k*l*image[mirror(r+i-anchor, h), mirror(c+j-anchor, w)]
+                          for i, k in enumerate(kernel)
+                          for j, l in enumerate(kernel)) for c in range(w)] for r in range(h)])
 
 
 @pytest.mark.parametrize('sigma', (.4, 1., 2.3))
@@ -103,38 +143,58 @@ def test_median_blur_is_the_slow_one():
     mixed = T.median_blur(x, y, seeded(), size=(3, 7))[0]
     fixed = [T.median_blur(x, y, seeded(), size=k)[0] for k in (3, 5, 7)]
     which = torch.stack([(mixed == f).flatten(1).all(1) for f in fixed])
-    assert which.any(0).all() and (which.sum(1) > 5).all()
+    assert which.any(0).all()
+    assert (which.sum(1) > 5).all()
 
 
 def test_flat_white_images_stay_in_range():
     white = torch.ones(50, 3, 16, 16)
-    for f in (T.gaussian_blur, T.average_blur, T.affine): assert torch.allclose(f(white, y, seeded())[0], white, atol=1e-6) and f(white, y, seeded())[0].max() <= 1
+    for f in (T.gaussian_blur, T.average_blur, T.affine):
+        assert torch.allclose(f(white, y, seeded())[0], white, atol=1e-6)
+        assert f(white, y, seeded())[0].max() <= 1
 
 
 def test_hue_turns_around_grey_and_keeps_the_mean():
     dull = .3 + .4*x
     turned = T.photometric(dull, y, seeded(), brightness=1, contrast=1, saturation=1, hue=.13)[0]
     back = T.photometric(turned, y, seeded(), brightness=1, contrast=1, saturation=1, hue=-.13)[0]
-    grey, red = torch.full((2, 3, 4, 4), .6), torch.tensor([.8, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
-    assert torch.allclose(T.photometric(red, y, seeded(), brightness=1, contrast=1, saturation=1, hue=1/3)[0], red.roll(1, 1), atol=1e-6)
+    grey = torch.full((2, 3, 4, 4), .6)
+    red = torch.tensor([.8, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    assert torch.allclose(
+        T.photometric(red, y, seeded(), brightness=1, contrast=1, saturation=1, hue=1/3)[0],
+        red.roll(1, 1), atol=1e-6)
     inside = ((turned > 0) & (turned < 1)).all(1)
-    assert torch.allclose(turned.mean(1)[inside], dull.mean(1)[inside], atol=1e-5) and torch.allclose(back.permute(0, 2, 3, 1)[inside], dull.permute(0, 2, 3, 1)[inside], atol=1e-5)
-    assert (turned-dull).abs().mean() > .02 and torch.allclose(T.photometric(grey, y, seeded(), brightness=1, contrast=1, saturation=3, hue=.4)[0], grey, atol=1e-6)
+    assert torch.allclose(turned.mean(1)[inside], dull.mean(1)[inside], atol=1e-5)
+    assert torch.allclose(back.permute(0, 2, 3, 1)[inside], dull.permute(0, 2, 3, 1)[inside],
+                          atol=1e-5)
+    assert (turned-dull).abs().mean() > .02
+    assert torch.allclose(
+        T.photometric(grey, y, seeded(), brightness=1, contrast=1, saturation=3, hue=.4)[0],
+        grey, atol=1e-6)
 
 
 def test_contrast_keeps_the_mean_grey_and_saturation_the_grey():
-    weights, dull = torch.tensor([.299, .587, .114]).view(1, 3, 1, 1), .4 + .2*x
+    weights = torch.tensor([.299, .587, .114]).view(1, 3, 1, 1)
+    dull = .4 + .2*x
     still = dict(brightness=1, contrast=1, saturation=1, hue=0)
-    more, vivid = (T.photometric(dull, y, seeded(), **still | o)[0] for o in (dict(contrast=1.7), dict(saturation=1.5)))
-    assert torch.allclose((more*weights).sum(1).mean((1, 2)), (dull*weights).sum(1).mean((1, 2)), atol=1e-5) and torch.allclose(more.std((2, 3)), 1.7*dull.std((2, 3)), atol=1e-5)
-    assert torch.allclose((vivid*weights).sum(1), (dull*weights).sum(1), atol=1e-5) and vivid.std(1).mean() > 1.4*dull.std(1).mean()
+    more, vivid = (T.photometric(dull, y, seeded(), **still | o)[0]
+                   for o in (dict(contrast=1.7), dict(saturation=1.5)))
+    assert torch.allclose((more*weights).sum(1).mean((1, 2)),
+                          (dull*weights).sum(1).mean((1, 2)), atol=1e-5)
+    assert torch.allclose(more.std((2, 3)), 1.7*dull.std((2, 3)), atol=1e-5)
+    assert torch.allclose((vivid*weights).sum(1), (dull*weights).sum(1), atol=1e-5)
+    assert vivid.std(1).mean() > 1.4*dull.std(1).mean()
 
 
 def test_scale_enlarges_and_degrees_turn_counter_clockwise():
-    spot = torch.zeros(1, 1, 17, 17); spot[..., 8, 12] = 1
+    spot = torch.zeros(1, 1, 17, 17)
+    spot[..., 8, 12] = 1
     still = dict(degrees=0, shift=0, scale=1)
-    where = lambda o: divmod(int(T.affine(spot, y, seeded(), **still | o)[0].flatten().argmax()), 17)
-    assert where(dict(degrees=90)) == (4, 8) and where(dict(degrees=180)) == (8, 4) and where(dict(scale=.5)) == (8, 10)
+    where = lambda o: divmod(int(T.affine(spot, y, seeded(), **still | o)[0].flatten().argmax()),
+                             17)
+    assert where(dict(degrees=90)) == (4, 8)
+    assert where(dict(degrees=180)) == (8, 4)
+    assert where(dict(scale=.5)) == (8, 10)
     assert where(dict(shift=2/17)) == (10, 14)
 
 
@@ -144,13 +204,15 @@ def test_some_of_takes_each_at_most_once_in_every_order():
     found = T.some_of(0, 3, *marks)(*start, seeded())[0].flatten().long()
     values, counts = found.unique(return_counts=True)
     assert {*values.tolist()} == {0, 1, 2, 3, 12, 13, 21, 23, 31, 32, 123, 132, 213, 231, 312, 321}
-    by_length = [counts[[len(str(v)) == k if v else k == 0 for v in values.tolist()]] for k in range(4)]
+    by_length = [counts[[len(str(v)) == k if v else k == 0 for v in values.tolist()]]
+                 for k in range(4)]
     assert all(abs(c.sum()-750) < 100 and c.max() < 1.5*c.min() for c in by_length)
 
 
 def test_imgaug_augmenters_are_left_alone_and_see_rounded_images():
     augmenter = iaa.Sequential([iaa.Add(3), iaa.Identity()])
-    before = repr(augmenter.random_state.generator.bit_generator.state) if hasattr(augmenter.random_state, 'generator') else None
+    before = repr(augmenter.random_state.generator.bit_generator.state) if hasattr(
+        augmenter.random_state, 'generator') else None
     out = T.from_imgaug(augmenter)(x, y, seeded())[0]
     assert torch.equal(out, (to_float(to_uint8(x))*255 + 3).round().clamp(0, 255)/255)
     assert before is None or repr(augmenter.random_state.generator.bit_generator.state) == before
@@ -159,52 +221,82 @@ def test_imgaug_augmenters_are_left_alone_and_see_rounded_images():
 def test_mixtures_by_hand():
     a, b = mixup(x, y, seeded(), alpha=.7)
     for i in range(40):
-        first, second = (int(k) for k in torch.cat([b[i].nonzero().flatten(), torch.tensor([i % 10, i % 10])])[:2])
+        first, second = (int(k) for k in torch.cat([
+            b[i].nonzero().flatten(), torch.tensor([i % 10, i % 10])])[:2])
         other = first if first != i % 10 else second
         share = b[i, i % 10] if other != i % 10 else None
-        if share is not None: assert min((a[i] - share*x[i] - (1-share)*x[j]).abs().max() for j in range(40) if j % 10 == other) < 1e-5
+        if share is not None:
+            assert min((a[i] - share*x[i] - (1-share)*x[j]).abs().max() for j in range(40)
+                       if j % 10 == other) < 1e-5
     a, b = cutmix(x, y, seeded())
     kept = (a == x).all(1).flatten(1).float().mean(1)
-    assert torch.allclose(b[torch.arange(40), torch.arange(40) % 10][b.max(1).values < .999], kept[b.max(1).values < .999], atol=1e-5)
+    assert torch.allclose(b[torch.arange(40), torch.arange(40) % 10][b.max(1).values < .999],
+                          kept[b.max(1).values < .999], atol=1e-5)
 
 
 def test_rectangles_have_the_area_drawn():
-    many, label = torch.rand(3000, 1, 32, 32), torch.eye(3000)
+    many = torch.rand(3000, 1, 32, 32)
+    label = torch.eye(3000)
     kept = cutmix(many, label, seeded(), alpha=1000)[1].diagonal()
     side = .5**.5
-    assert abs(1-kept.mean() - (side-side**2/4)**2) < .01          # a rectangle around a uniform centre, cut at the borders
+    # a rectangle around a uniform centre, cut at the borders
+    assert abs(1-kept.mean() - (side-side**2/4)**2) < .01
 
 
 class Fixed(torch.nn.Module):
-    def __init__(self, logits): super().__init__(); self.logits = logits
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
     def forward(self, x): return self.logits.expand(len(x), -1)
 
 
 def test_teachers_by_hand():
-    one, two = Fixed(torch.tensor([2., 0, 0])).eval(), Fixed(torch.tensor([0., 4, 0])).eval()
+    one = Fixed(torch.tensor([2., 0, 0])).eval()
+    two = Fixed(torch.tensor([0., 4, 0])).eval()
     hard = torch.eye(3)[torch.arange(40) % 3]
     said = ((torch.tensor([2., 0, 0])/2).softmax(0) + (torch.tensor([0., 4, 0])/2).softmax(0))/2
-    assert torch.allclose(teacher_labels(x, hard, models=[one, two], temperature=2, share=.75)[1], .75*said + .25*hard)
+    assert torch.allclose(teacher_labels(x, hard, models=[one, two], temperature=2, share=.75)[1],
+                          .75*said + .25*hard)
     agreed = teacher_labels(x, hard, models=one, agree=True)[1]
-    assert torch.equal(agreed[1::3], hard[1::3]) and (agreed[0::3].max(1).values < 1).all() and torch.equal(teacher_labels(x, hard, models=[one, two], agree=True)[1], hard)
+    assert torch.equal(agreed[1::3], hard[1::3])
+    assert (agreed[0::3].max(1).values < 1).all()
+    assert torch.equal(teacher_labels(x, hard, models=[one, two], agree=True)[1], hard)
     assert torch.allclose(label_smoothing(x, hard, alpha=.2)[1], .7*hard + .1)
 
 
 @pytest.mark.parametrize('job, words', (
-    (lambda: T.gaussian_noise(x, y, seeded(), sigma=-1), '`sigma` must not be negative'), (lambda: T.gaussian_noise(x, y, seeded(), sigma=(.2, .1)), '`sigma` must be a finite number or a pair'),
-    (lambda: T.add(x, y, seeded(), value=float('nan')), '`value` must be a finite'), (lambda: T.dropout(x, y, seeded(), share=(-.1, .2)), '`share` must not be negative'),
-    (lambda: T.median_blur(x, y, seeded(), size=4), '`size` must be odd'), (lambda: T.average_blur(x, y, seeded(), size=0), '`size` must be whole pixels'), (lambda: T.posterize(x, y, seeded(), levels=1), '`levels`'),
-    (lambda: T.photometric(x[:, :1], y, seeded()), '3 channels'), (lambda: T.affine(x, y, seeded(), scale=0), '`scale`'), (lambda: T.sometimes(1.2, T.add), r'`p` must be in'), (lambda: T.one_of(), 'at least one'),
-    (lambda: T.some_of(1, 0, T.add), '`least`'), (lambda: mixup(x, y, seeded(), alpha=0), '`alpha`'), (lambda: cutmix(x, y, seeded(), alpha=float('nan')), '`alpha`'), (lambda: label_smoothing(x, y, alpha=1.1), '`alpha`'),
-    (lambda: teacher_labels(x, y), '`models`'), (lambda: teacher_labels(x, y, models=Fixed(torch.zeros(3)).eval()), 'one logit per class'), (lambda: teacher_labels(x, y, models=Fixed(torch.zeros(10)).eval(), temperature=0), '`temperature`'),
+    (lambda: T.gaussian_noise(x, y, seeded(), sigma=-1), '`sigma` must not be negative'),
+    (lambda: T.gaussian_noise(x, y, seeded(), sigma=(.2, .1)),
+     '`sigma` must be a finite number or a pair'),
+    (lambda: T.add(x, y, seeded(), value=float('nan')), '`value` must be a finite'),
+    (lambda: T.dropout(x, y, seeded(), share=(-.1, .2)), '`share` must not be negative'),
+    (lambda: T.median_blur(x, y, seeded(), size=4), '`size` must be odd'),
+    (lambda: T.average_blur(x, y, seeded(), size=0), '`size` must be whole pixels'),
+    (lambda: T.posterize(x, y, seeded(), levels=1), '`levels`'),
+    (lambda: T.photometric(x[:, :1], y, seeded()), '3 channels'),
+    (lambda: T.affine(x, y, seeded(), scale=0), '`scale`'),
+    (lambda: T.sometimes(1.2, T.add), r'`p` must be in'), (lambda: T.one_of(), 'at least one'),
+    (lambda: T.some_of(1, 0, T.add), '`least`'),
+    (lambda: mixup(x, y, seeded(), alpha=0), '`alpha`'),
+    (lambda: cutmix(x, y, seeded(), alpha=float('nan')), '`alpha`'),
+    (lambda: label_smoothing(x, y, alpha=1.1), '`alpha`'),
+    (lambda: teacher_labels(x, y), '`models`'),
+    (lambda: teacher_labels(x, y, models=Fixed(torch.zeros(3)).eval()), 'one logit per class'),
+    (lambda: teacher_labels(x, y, models=Fixed(torch.zeros(10)).eval(), temperature=0),
+     '`temperature`'),
     (lambda: teacher_labels(x, y, models=Fixed(torch.zeros(10)).eval(), share=2), '`share`')))
 def test_bad_input(job, words):
-    with pytest.raises(ValueError, match=words): job()
+    with pytest.raises(ValueError, match=words):
+        job()
 
 
 def test_levels_shares_and_eight_bits():
     few = T.posterize(x, y, seeded(), levels=5)[0]
-    assert torch.allclose(few, (4*x).round()/4) and few.unique().numel() == 5
-    changed = (T.sometimes(.2, partial(T.add, value=.1))(torch.zeros(2000, 1, 2, 2), torch.ones(2000, 2), seeded())[0] > 0).flatten(1).all(1)
+    assert torch.allclose(few, (4*x).round()/4)
+    assert few.unique().numel() == 5
+    changed = (T.sometimes(.2, partial(T.add, value=.1))(
+        torch.zeros(2000, 1, 2, 2), torch.ones(2000, 2), seeded())[0] > 0).flatten(1).all(1)
     assert abs(changed.float().mean()-.2) < .03
-    assert (to_uint8(T.from_torchvision(lambda o: 255-o)(x, y, seeded())[0]) == 255-to_uint8(x)).all() and torch.allclose(T.from_torchvision(lambda o: o)(x, y, seeded())[0], (255*x).round()/255)
+    assert (
+        to_uint8(T.from_torchvision(lambda o: 255-o)(x, y, seeded())[0]) == 255-to_uint8(x)).all()
+    assert torch.allclose(T.from_torchvision(lambda o: o)(x, y, seeded())[0], (255*x).round()/255)

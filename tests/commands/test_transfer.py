@@ -1,4 +1,5 @@
-"Each command is run for real on the digits, with a tiny network: what it writes, what it refuses, and what an interrupted run finds again."
+"""Each command is run for real on the digits, with a tiny network: what it writes, what it refuses,
+and what an interrupted run finds again."""
 import json, os, re, subprocess, sys
 from pathlib import Path
 
@@ -24,7 +25,9 @@ from robustnb.quant.checkpoints import load_quantized
 from robustnb.transfer.generator import load_generator
 from robustnb.commands.transfer import cost_command, generate_command, quantize_command
 
-run_cost, run_quantize, run_generate = (c.__wrapped__ for c in (cost_command, quantize_command, generate_command))
+run_cost = cost_command.__wrapped__
+run_quantize = quantize_command.__wrapped__
+run_generate = generate_command.__wrapped__
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
@@ -32,75 +35,112 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 def weights(tmp_path_factory):
     "A network that two epochs of digits have shown what digits are"
     out = tmp_path_factory.mktemp('net')/'run'
-    train_command.__wrapped__(model='AlexNet_BN', width=.125, epochs=2, lr=.05, no_mirror=True, out=str(out))
+    train_command.__wrapped__(model='AlexNet_BN', width=.125, epochs=2, lr=.05, no_mirror=True,
+                              out=str(out))
     return str(out/'weights.pt')
 
 
 def names(folder): return sorted(o.name for o in folder.iterdir())
 def refused(capsys, said, job, *args, **kwargs):
     "One line on standard error, status 1, nothing of the traceback"
-    with pytest.raises(SystemExit) as e: job(*args, **kwargs)
+    with pytest.raises(SystemExit) as e:
+        job(*args, **kwargs)
     text = str(e.value)
-    assert re.search(said, text) and '\n' not in text and re.match(r'\w+Error: ', text), text
+    assert re.search(said, text), text
+    assert '\n' not in text, text
+    assert re.match(r'\w+Error: ', text), text
 
 
 def test_console_scripts_are_registered():
     settings = (Path(__file__).parents[2]/'settings.ini').read_text()
-    for name in ('cost', 'quantize', 'generate'): assert f'robustnb_{name}=robustnb.commands.transfer:{name}_command\n' in settings
+    for name in ('cost', 'quantize', 'generate'):
+        assert f'robustnb_{name}=robustnb.commands.transfer:{name}_command\n' in settings
 
 
 def test_from_a_shell(weights, tmp_path):
     "The command line itself: arguments, help, exit status"
     def shell(name, *args):
         script = tmp_path/f'robustnb_{name}'     # as pip writes it
-        script.write_text(f'import sys\nfrom robustnb.commands.transfer import {name}_command\nif __name__ == "__main__": sys.exit({name}_command())\n')
-        return subprocess.run([sys.executable, script, *args], cwd=tmp_path, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(Path(__file__).parents[2])))
+        script.write_text('import sys\nfrom robustnb.commands.transfer import '
+                          f'{name}_command\nif __name__ == "__main__": '
+                          f'sys.exit({name}_command())\n')
+        return subprocess.run([sys.executable, script, *args], cwd=tmp_path,
+                              capture_output=True, text=True,
+                              env=os.environ | dict(PYTHONPATH=str(Path(__file__).parents[2])))
     done = shell('cost', weights, '--formats', 'INT4', '--out', 'sizes')
-    assert done.returncode == 0 and names(tmp_path/'sizes') == ['layers.csv', 'manifest.json', 'networks.csv'] and 'kb_INT4' in done.stdout and not done.stderr
+    assert done.returncode == 0
+    assert names(tmp_path/'sizes') == ['layers.csv', 'manifest.json', 'networks.csv']
+    assert 'kb_INT4' in done.stdout
+    assert not done.stderr
     failed = shell('quantize', weights, '--formats', 'INT44', '--images', 'digits')
-    assert failed.returncode == 1 and failed.stderr.startswith('ValueError: `name` must be INT2') and failed.stderr.count('\n') == 1 and not (tmp_path/'quantised').exists()
+    assert failed.returncode == 1
+    assert failed.stderr.startswith('ValueError: `name` must be INT2')
+    assert failed.stderr.count('\n') == 1
+    assert not (tmp_path/'quantised').exists()
 
 
 def test_cost_of_one_file_and_of_all(weights, tmp_path, capsys):
     run_cost(f'{weights},MobileNetV2, VGG_16', 'INT8,FLOAT6,INT3/INT8', out=str(tmp_path/'a'))
-    layers, networks = pd.read_csv(tmp_path/'a'/'layers.csv'), pd.read_csv(tmp_path/'a'/'networks.csv')
-    assert set(networks.network) == {'weights', 'MobileNetV2', 'VGG_16'} and 'INT3/INT8' in capsys.readouterr().out
+    layers = pd.read_csv(tmp_path/'a'/'layers.csv')
+    networks = pd.read_csv(tmp_path/'a'/'networks.csv')
+    assert set(networks.network) == {'weights', 'MobileNetV2', 'VGG_16'}
+    assert 'INT3/INT8' in capsys.readouterr().out
     for name, bits in (('float32', 32), ('INT8', 8), ('FLOAT6_E3', 6), ('INT3/INT8', 3)):
         for row in networks.to_dict('records'):
-            net = load_model(weights) if row['network'] == 'weights' else build_model(row['network'])
-            own, table = layers[layers.network == row['network']], model_complexity(net)
+            net = (load_model(weights) if row['network'] == 'weights'
+                   else build_model(row['network']))
+            own = layers[layers.network == row['network']]
+            table = model_complexity(net)
             assert row[f'kb_{name}']*1000 == model_bytes(fold_batchnorm(net), bits)
-            assert 0 <= own[f'bytes_{name}'].sum() - row[f'kb_{name}']*1000 <= len(own), 'layers are rounded up to whole bytes'
-            assert [row[k] for k in ('params', 'macs', 'ptflops')] == table[['params', 'macs', 'ptflops']].sum().tolist()
-            assert own.name.tolist() == table.name.tolist() and own.macs.tolist() == table.macs.tolist()
+            assert 0 <= own[f'bytes_{name}'].sum() - row[f'kb_{name}']*1000 <= len(own), (
+                'layers are rounded up to whole bytes')
+            assert [row[k] for k in (
+                'params', 'macs', 'ptflops')] == table[['params', 'macs', 'ptflops']].sum().tolist()
+            assert own.name.tolist() == table.name.tolist()
+            assert own.macs.tolist() == table.macs.tolist()
             conv = next((n, m) for n, m in net.named_modules() if isinstance(m, torch.nn.Conv2d))
-            assert own[own.name == conv[0]][f'bytes_{name}'].item() == -(-(bits*conv[1].weight.numel() + 32*conv[1].out_channels)//8)
-    assert (layers[layers.kind == 'bn'].bytes_float32 == 0).all() and list(layers)[:2] == ['network', 'name']
+            assert own[own.name == conv[0]][f'bytes_{name}'].item() == -(
+                -(bits*conv[1].weight.numel() + 32*conv[1].out_channels)//8)
+    assert (layers[layers.kind == 'bn'].bytes_float32 == 0).all()
+    assert list(layers)[:2] == ['network', 'name']
     paper = networks.set_index('network')
-    assert round(paper.params['MobileNetV2']/1e6, 2) == 2.25 and round(paper.ptflops['VGG_16']/1e6, 1) == 333.4
+    assert round(paper.params['MobileNetV2']/1e6, 2) == 2.25
+    assert round(paper.ptflops['VGG_16']/1e6, 1) == 333.4
     facts = json.loads((tmp_path/'a'/'manifest.json').read_text())
-    assert facts['formats'] == ['INT8', 'FLOAT6_E3', 'INT3/INT8'] and facts['layers'] == len(layers) and {'command', 'torch', 'python'} <= set(facts)
+    assert facts['formats'] == ['INT8', 'FLOAT6_E3', 'INT3/INT8']
+    assert facts['layers'] == len(layers)
+    assert {'command', 'torch', 'python'} <= set(facts)
 
 
 def test_cost_follows_the_image_size(weights, tmp_path):
     save_model(build_model('ResNet_18', width=.05), tmp_path/'x'/'weights.pt')
     save_model(build_model('ResNet_18', width=.07), tmp_path/'y'/'weights.pt')
-    for size in (32, 64): run_cost(f'{tmp_path}/x/weights.pt,{tmp_path}/y/weights.pt', size=size, out=str(tmp_path/str(size)))
-    small, large = (pd.read_csv(tmp_path/s/'networks.csv').set_index('network') for s in ('32', '64'))
-    assert small.index.tolist() == ['x/weights', 'y/weights'] and (small.params == large.params).all() and 3.9 < (large.macs/small.macs).iloc[0] < 4.1
+    for size in (32, 64):
+        run_cost(f'{tmp_path}/x/weights.pt,{tmp_path}/y/weights.pt', size=size,
+                 out=str(tmp_path/str(size)))
+    small = pd.read_csv(tmp_path/'32'/'networks.csv').set_index('network')
+    large = pd.read_csv(tmp_path/'64'/'networks.csv').set_index('network')
+    assert small.index.tolist() == ['x/weights', 'y/weights']
+    assert (small.params == large.params).all()
+    assert 3.9 < (large.macs/small.macs).iloc[0] < 4.1
 
 
 def test_cost_errors(weights, tmp_path, capsys):
     out = dict(out=str(tmp_path/'o'))
     refused(capsys, 'there is none at', run_cost, str(tmp_path/'none.pt'), **out)
     refused(capsys, "got 'INT1'", run_cost, weights, 'INT8,INT1', **out)
-    for text in ('', ' , '): refused(capsys, '`weights` must name at least one', run_cost, text, **out)
+    for text in ('', ' , '):
+        refused(capsys, '`weights` must name at least one', run_cost, text, **out)
     refused(capsys, '`formats` must name at least one', run_cost, weights, '', **out)
     refused(capsys, 'must not name one twice', run_cost, f'{weights},{weights}', **out)
     refused(capsys, 'batch .* of 32x32', run_cost, weights, size=48, **out)
-    for size in (0, -1): refused(capsys, f'each at least 1; got .3, {size}, {size}', run_cost, weights, size=size, **out)
-    for folder in ('a', 'b'): save_model(build_model('AlexNet_BN', width=.05), tmp_path/folder/'same'/'w.pt')
-    refused(capsys, 'differ in their name', run_cost, f'{tmp_path}/a/same/w.pt,{tmp_path}/b/same/w.pt', **out)
+    for size in (0, -1):
+        refused(capsys, f'each at least 1; got .3, {size}, {size}', run_cost, weights,
+                size=size, **out)
+    for folder in ('a', 'b'):
+        save_model(build_model('AlexNet_BN', width=.05), tmp_path/folder/'same'/'w.pt')
+    refused(capsys, 'differ in their name', run_cost,
+            f'{tmp_path}/a/same/w.pt,{tmp_path}/b/same/w.pt', **out)
     (tmp_path/'junk.pt').write_text('junk')
     refused(capsys, 'damaged', run_cost, str(tmp_path/'junk.pt'), **out)
     assert not (tmp_path/'o').exists()
@@ -109,37 +149,54 @@ def test_cost_errors(weights, tmp_path, capsys):
 def test_generated_images(weights, tmp_path, capsys):
     out = tmp_path/'g'
     run_generate(weights, n=30, out=str(out), steps=3, width=8, boundary=.2)
-    assert names(out) == ['classes.json', 'data.npy', 'generator.pt', 'history.csv', 'label.npy', 'manifest.json', 'question.json', 'sheet.png']
-    data, net = load_data(out), load_model(weights)
-    assert len(data) == 30 and tuple(data.classes) == tuple(net.classes)
+    assert names(out) == ['classes.json', 'data.npy', 'generator.pt', 'history.csv',
+                          'label.npy', 'manifest.json', 'question.json', 'sheet.png']
+    data = load_data(out)
+    net = load_model(weights)
+    assert len(data) == 30
+    assert tuple(data.classes) == tuple(net.classes)
     x, targets = generate(load_generator(out/'generator.pt'), 30, .2, 0)
-    assert (data.images == (x*255).round().byte().permute(0, 2, 3, 1).numpy()).all() and np.allclose(data.labels, targets.numpy(), atol=1e-6)
-    assert sorted((data.labels > 0).sum(1)) == [1]*24 + [2]*6 and len(pd.read_csv(out/'history.csv')) == 3
+    assert (data.images == (x*255).round().byte().permute(0, 2, 3, 1).numpy()).all()
+    assert np.allclose(data.labels, targets.numpy(), atol=1e-6)
+    assert sorted((data.labels > 0).sum(1)) == [1]*24 + [2]*6
+    assert len(pd.read_csv(out/'history.csv')) == 3
     facts = json.loads((out/'manifest.json').read_text())
     share = (predict(net, data.x).argmax(1).numpy() == data.y).mean()
-    assert facts['agreement'] == round(float(share), 4) and facts['steps'] == 3 and facts['n'] == 30 and 0 <= facts['clip_rate'] <= 1 and facts['knows'] == 'batch-norm statistics'
+    assert facts['agreement'] == round(float(share), 4)
+    assert facts['steps'] == 3
+    assert facts['n'] == 30
+    assert 0 <= facts['clip_rate'] <= 1
+    assert facts['knows'] == 'batch-norm statistics'
     assert f'{share:.1%}' in capsys.readouterr().out
     sheet = np.asarray(Image.open(out/'sheet.png').convert('RGB'))
-    assert sheet.shape[1] > 300 and len(np.unique(sheet.reshape(-1, 3), axis=0)) > 100
+    assert sheet.shape[1] > 300
+    assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 100
 
 
 def test_a_generator_is_trained_once(weights, tmp_path, monkeypatch):
-    out, trained = str(tmp_path/'g'), []
+    out = str(tmp_path/'g')
+    trained = []
     train = transfer_cli.train_generator
-    monkeypatch.setattr(transfer_cli, 'train_generator', lambda *a, **k: trained.append(k) or train(*a, **k))
+    monkeypatch.setattr(transfer_cli, 'train_generator',
+                        lambda *a, **k: trained.append(k) or train(*a, **k))
     draw = transfer_cli.generate
     def killed(*args): raise KeyboardInterrupt
     monkeypatch.setattr(transfer_cli, 'generate', killed)
-    with pytest.raises(KeyboardInterrupt): run_generate(weights, n=12, out=out, steps=3, width=8, seed=5)
+    with pytest.raises(KeyboardInterrupt):
+        run_generate(weights, n=12, out=out, steps=3, width=8, seed=5)
     assert names(tmp_path/'g') == ['generator.pt', 'history.csv', 'question.json']
     monkeypatch.setattr(transfer_cli, 'generate', draw)
     run_generate(weights, n=12, out=out, steps=3, width=8, seed=5)
-    assert len(trained) == 1 and trained[0] == dict(seed=5, steps=3, size=32, width=8)
+    assert len(trained) == 1
+    assert trained[0] == dict(seed=5, steps=3, size=32, width=8)
     first = load_data(out)
     run_generate(weights, n=12, out=str(tmp_path/'h'), steps=3, width=8, seed=5)
-    assert (load_data(tmp_path/'h').images == first.images).all(), 'the interrupted run ends where the other does'
+    assert (load_data(tmp_path/'h').images == first.images).all(), (
+        'the interrupted run ends where the other does')
     run_generate(weights, n=16, out=out, steps=3, width=8, seed=5, boundary=0.)
-    assert len(trained) == 2 and len(load_data(out)) == 16 and (load_data(out).labels.max(1) == 1).all()
+    assert len(trained) == 2
+    assert len(load_data(out)) == 16
+    assert (load_data(out).labels.max(1) == 1).all()
     run_generate(weights, n=12, out=str(tmp_path/'i'), steps=3, width=8, seed=6)
     assert (load_data(tmp_path/'i').images != first.images).any()
 
@@ -148,57 +205,81 @@ def test_generate_errors(weights, tmp_path, capsys):
     out = dict(out=str(tmp_path/'o'))
     refused(capsys, 'there is none at', run_generate, str(tmp_path/'none.pt'), **out)
     refused(capsys, '`n` must be at least 1', run_generate, weights, n=0, **out)
-    for b in (-.1, 1.1, float('nan')): refused(capsys, '`boundary` must be a share', run_generate, weights, boundary=b, **out)
+    for b in (-.1, 1.1, float('nan')):
+        refused(capsys, '`boundary` must be a share', run_generate, weights, boundary=b, **out)
     assert not (tmp_path/'o').exists()
     refused(capsys, '`out` must be a folder; .* is a file', run_generate, weights, out=weights)
     refused(capsys, 'holds other files', run_generate, weights, out=str(Path(weights).parent))
     run_generate(weights, n=10, steps=2, width=8, **out)
-    for k, v in dict(steps=3, width=12, seed=1, size=16).items(): refused(capsys, f'another question: {k} is', run_generate, weights, **dict(n=10, steps=2, width=8) | {k: v}, **out)
+    for k, v in dict(steps=3, width=12, seed=1, size=16).items():
+        refused(capsys, f'another question: {k} is', run_generate, weights,
+                **dict(n=10, steps=2, width=8) | {k: v}, **out)
     other = tmp_path/'other.pt'
     save_model(build_model('AlexNet_BN', width=.125), other)
-    refused(capsys, 'another question: network is', run_generate, str(other), n=10, steps=2, width=8, **out)
+    refused(capsys, 'another question: network is', run_generate, str(other), n=10, steps=2,
+            width=8, **out)
     for text in ('{', '[1]', ''):
         (tmp_path/'o'/'question.json').write_text(text)
-        refused(capsys, 'question.json is damaged', run_generate, weights, n=10, steps=2, width=8, **out)
+        refused(capsys, 'question.json is damaged', run_generate, weights, n=10, steps=2,
+                width=8, **out)
 
 
 def test_a_question_that_is_refused_leaves_the_folder_free(weights, tmp_path, capsys):
     out = tmp_path/'out'
-    refused(capsys, '`size` must be a multiple of 4', run_generate, weights, n=4, size=30, out=str(out))
+    refused(capsys, '`size` must be a multiple of 4', run_generate, weights, n=4, size=30,
+            out=str(out))
     assert not [*out.iterdir()]
     run_generate(weights, n=4, steps=2, width=8, out=str(out))
-    refused(capsys, 'size is 32 there and 30 here', run_generate, weights, n=4, steps=2, size=30, width=8, out=str(out))
+    refused(capsys, 'size is 32 there and 30 here', run_generate, weights, n=4, steps=2,
+            size=30, width=8, out=str(out))
     assert json.loads((out/'question.json').read_text())['size'] == 32, 'an answered question stays'
     kept = tmp_path/'kept'
-    kept.mkdir(); (kept/'question.json').write_text((out/'question.json').read_text())
-    refused(capsys, 'size is 32 there', run_generate, weights, n=4, steps=2, size=30, width=8, out=str(kept))
+    kept.mkdir()
+    (kept/'question.json').write_text((out/'question.json').read_text())
+    refused(capsys, 'size is 32 there', run_generate, weights, n=4, steps=2, size=30, width=8,
+            out=str(kept))
     assert names(kept) == ['question.json'], 'nor is that of another run taken away'
 
 
 def test_quantised_copies(weights, tmp_path, capsys):
     out = tmp_path/'q'
     run_quantize(weights, 'INT8,INT3/INT8,POT4', 'digits', 60, out=str(out))
-    table, net = pd.read_csv(out/'quantised.csv'), load_model(weights)
-    assert names(out) == ['INT3-INT8.pt', 'INT8.pt', 'POT4.pt', 'manifest.json', 'quantised.csv', 'question.json']
-    assert list(table) == ['format', 'file', 'size_kb', 'agreement', 'n', 'left_float'] and table.format.tolist() == ['INT8', 'INT3/INT8', 'POT4']
+    table = pd.read_csv(out/'quantised.csv')
+    net = load_model(weights)
+    assert names(out) == ['INT3-INT8.pt', 'INT8.pt', 'POT4.pt', 'manifest.json',
+                          'quantised.csv', 'question.json']
+    assert list(table) == ['format', 'file', 'size_kb', 'agreement', 'n', 'left_float']
+    assert table.format.tolist() == ['INT8', 'INT3/INT8', 'POT4']
     pool = digits('train')
     x = transfer_cli._some('digits', 60, 0).x
     everything = {o.tobytes() for o in pool.images}
-    assert len(x) == 60 and all(o.tobytes() in everything for o in transfer_cli._some('digits', 60, 0).images) and len(np.unique(transfer_cli._some('digits', 60, 0).y)) == 10
+    assert len(x) == 60
+    assert all(o.tobytes() in everything for o in transfer_cli._some('digits', 60, 0).images)
+    assert len(np.unique(transfer_cli._some('digits', 60, 0).y)) == 10
     for row in table.to_dict('records'):
-        q, made = load_quantized(out/row['file']), quantize(net, row['format'], x)
-        assert torch.equal(predict(q, x), predict(made, x)) and str(q.spec) == row['format']
-        assert row['agreement'] == pytest.approx((predict(q, x).argmax(1) == predict(net, x).argmax(1)).float().mean().item())
-        assert row['size_kb']*1000 == model_bytes(q, q.spec.weights.bits) and row['n'] == 60
+        q = load_quantized(out/row['file'])
+        made = quantize(net, row['format'], x)
+        assert torch.equal(predict(q, x), predict(made, x))
+        assert str(q.spec) == row['format']
+        assert row['agreement'] == pytest.approx(
+            (predict(q, x).argmax(1) == predict(net, x).argmax(1)).float().mean().item())
+        assert row['size_kb']*1000 == model_bytes(q, q.spec.weights.bits)
+        assert row['n'] == 60
     assert table.agreement.nunique() > 1
     facts = json.loads((out/'manifest.json').read_text())
-    assert facts['formats'] == ['INT8', 'INT3/INT8', 'POT4'] and facts['images'] == 'digits' and facts['n'] == 60
+    assert facts['formats'] == ['INT8', 'INT3/INT8', 'POT4']
+    assert facts['images'] == 'digits'
+    assert facts['n'] == 60
     assert 'INT3-INT8.pt' in capsys.readouterr().out
 
 
 def test_an_interrupted_run_is_continued(weights, tmp_path, monkeypatch):
-    out, made, real = tmp_path/'q', [], transfer_cli.quantize
-    def counted(net, spec, x): made.append(str(spec)); return real(net, spec, x)
+    out = tmp_path/'q'
+    made = []
+    real = transfer_cli.quantize
+    def counted(net, spec, x):
+        made.append(str(spec))
+        return real(net, spec, x)
     def killed(table, path): raise KeyboardInterrupt
     monkeypatch.setattr(transfer_cli, 'quantize', counted)
     def ask(formats): run_quantize(weights, formats, 'digits', 30, out=str(out))
@@ -206,24 +287,34 @@ def test_an_interrupted_run_is_continued(weights, tmp_path, monkeypatch):
         if str(spec) == 'POT4': raise KeyboardInterrupt
         return counted(net, spec, x)
     monkeypatch.setattr(transfer_cli, 'quantize', dies)
-    with pytest.raises(KeyboardInterrupt): ask('INT8,INT4,POT4,INT2')
-    assert names(out) == ['INT4.pt', 'INT8.pt', 'quantised.csv', 'question.json'] and made == ['INT8', 'INT4']
+    with pytest.raises(KeyboardInterrupt):
+        ask('INT8,INT4,POT4,INT2')
+    assert names(out) == ['INT4.pt', 'INT8.pt', 'quantised.csv', 'question.json']
+    assert made == ['INT8', 'INT4']
     monkeypatch.setattr(transfer_cli, 'quantize', counted)
     first = (out/'INT8.pt').stat().st_mtime_ns
     write = transfer_cli._write
-    monkeypatch.setattr(transfer_cli, '_write', killed)         # the copy is on disk, its row is not
-    with pytest.raises(KeyboardInterrupt): ask('INT8,INT4,POT4,INT2')
+    # the copy is on disk, its row is not
+    monkeypatch.setattr(transfer_cli, '_write', killed)
+    with pytest.raises(KeyboardInterrupt):
+        ask('INT8,INT4,POT4,INT2')
     monkeypatch.setattr(transfer_cli, '_write', write)
     ask('INT8,INT4,POT4,INT2')
-    assert made == ['INT8', 'INT4', 'POT4', 'POT4', 'INT2'] and (out/'INT8.pt').stat().st_mtime_ns == first
+    assert made == ['INT8', 'INT4', 'POT4', 'POT4', 'INT2']
+    assert (out/'INT8.pt').stat().st_mtime_ns == first
     rows = pd.read_csv(out/'quantised.csv')
     ask('INT2,INT8')
-    assert len(made) == 5 and pd.read_csv(out/'quantised.csv').equals(rows) and rows.format.tolist() == ['INT8', 'INT4', 'POT4', 'INT2']
+    assert len(made) == 5
+    assert pd.read_csv(out/'quantised.csv').equals(rows)
+    assert rows.format.tolist() == ['INT8', 'INT4', 'POT4', 'INT2']
     (out/'INT4.pt').unlink()
     ask('INT4')
-    assert made[5:] == ['INT4'] and pd.read_csv(out/'quantised.csv').equals(rows), 'a file that is gone is made again, the rows of the others stay'
+    assert made[5:] == ['INT4'], 'a file that is gone is made again, the rows of the others stay'
+    assert pd.read_csv(out/'quantised.csv').equals(rows), (
+        'a file that is gone is made again, the rows of the others stay')
     run_quantize(weights, 'INT8,INT4,POT4,INT2', 'digits', 30, out=str(tmp_path/'whole'))
-    assert pd.read_csv(tmp_path/'whole'/'quantised.csv').equals(rows), 'in one go or in pieces, the rows are the same'
+    assert pd.read_csv(tmp_path/'whole'/'quantised.csv').equals(rows), (
+        'in one go or in pieces, the rows are the same')
 
 
 def test_images_from_a_folder_and_from_nothing(weights, tmp_path, monkeypatch):
@@ -231,14 +322,23 @@ def test_images_from_a_folder_and_from_nothing(weights, tmp_path, monkeypatch):
     run_quantize(weights, 'INT8', str(tmp_path/'g'), 20, out=str(tmp_path/'a'))
     some = transfer_cli._some(str(tmp_path/'g'), 20, 0)
     made = load_data(tmp_path/'g').images
-    assert len(some) == 20 and {o.tobytes() for o in some.images} <= {o.tobytes() for o in made}
-    assert torch.equal(predict(load_quantized(tmp_path/'a'/'INT8.pt'), some.x), predict(quantize(load_model(weights), 'INT8', some.x), some.x))
-    trained, train = [], transfer_cli.train_generator
-    monkeypatch.setattr(transfer_cli, 'train_generator', lambda *a, **k: trained.append(k) or train(*a, **k))
-    for formats in ('INT8', 'INT8,INT4'): run_quantize(weights, formats, n=20, steps=2, out=str(tmp_path/'b'), seed=3)
-    assert trained == [dict(seed=3, steps=2)] and names(tmp_path/'b') == ['INT4.pt', 'INT8.pt', 'images', 'manifest.json', 'quantised.csv', 'question.json']
+    assert len(some) == 20
+    assert {o.tobytes() for o in some.images} <= {o.tobytes() for o in made}
+    assert torch.equal(predict(load_quantized(tmp_path/'a'/'INT8.pt'), some.x),
+                       predict(quantize(load_model(weights), 'INT8', some.x), some.x))
+    trained = []
+    train = transfer_cli.train_generator
+    monkeypatch.setattr(transfer_cli, 'train_generator',
+                        lambda *a, **k: trained.append(k) or train(*a, **k))
+    for formats in ('INT8', 'INT8,INT4'):
+        run_quantize(weights, formats, n=20, steps=2, out=str(tmp_path/'b'), seed=3)
+    assert trained == [dict(seed=3, steps=2)]
+    assert names(tmp_path/'b') == ['INT4.pt', 'INT8.pt', 'images', 'manifest.json',
+                                   'quantised.csv', 'question.json']
     x = load_data(tmp_path/'b'/'images').x
-    assert len(x) == 20 and torch.equal(predict(load_quantized(tmp_path/'b'/'INT4.pt'), x), predict(quantize(load_model(weights), 'INT4', x), x))
+    assert len(x) == 20
+    assert torch.equal(predict(load_quantized(tmp_path/'b'/'INT4.pt'), x),
+                       predict(quantize(load_model(weights), 'INT4', x), x))
     assert json.loads((tmp_path/'b'/'manifest.json').read_text())['images'] == 'generated'
 
 
@@ -248,17 +348,21 @@ def test_quantize_errors(weights, tmp_path, capsys):
     refused(capsys, "got 'INT99'", run_quantize, weights, 'INT8,INT99', **out)
     refused(capsys, '`formats` must name at least one', run_quantize, weights, ',', **out)
     refused(capsys, 'must not name one twice', run_quantize, weights, 'INT8,INT8', **out)
-    refused(capsys, "`source` must be 'digits'", run_quantize, weights, 'INT8', str(tmp_path/'nowhere'), **out)
+    refused(capsys, "`source` must be 'digits'", run_quantize, weights, 'INT8',
+            str(tmp_path/'nowhere'), **out)
     refused(capsys, '`n` must be at least 1', run_quantize, weights, 'INT8', 'digits', 0, **out)
     assert not (tmp_path/'o').exists()
-    refused(capsys, 'holds other files', run_quantize, weights, 'INT8', 'digits', 20, out=str(Path(weights).parent))
+    refused(capsys, 'holds other files', run_quantize, weights, 'INT8', 'digits', 20,
+            out=str(Path(weights).parent))
     assert not (Path(weights).parent/'question.json').exists()
     run_quantize(weights, 'INT8', 'digits', 20, **out)
-    refused(capsys, 'another question: images is', run_quantize, weights, 'INT8', 'digits', 21, **out)
+    refused(capsys, 'another question: images is', run_quantize, weights, 'INT8', 'digits', 21,
+            **out)
     refused(capsys, 'another question: images is', run_quantize, weights, 'INT8', **out)
     other = tmp_path/'other.pt'
     save_model(build_model('AlexNet_BN', width=.125), other)
-    refused(capsys, 'another question: network is', run_quantize, str(other), 'INT8', 'digits', 20, **out)
+    refused(capsys, 'another question: network is', run_quantize, str(other), 'INT8', 'digits',
+            20, **out)
     file = tmp_path/'o'/'INT8.pt'
     whole = file.read_bytes()
     file.write_bytes(whole[:3000])
@@ -267,5 +371,6 @@ def test_quantize_errors(weights, tmp_path, capsys):
     broken = load_state(weights)
     next(iter(broken['state_dict'].values())).fill_(float('nan'))
     save_state(broken, tmp_path/'nan.pt')
-    refused(capsys, 'finite', run_quantize, str(tmp_path/'nan.pt'), 'INT8', 'digits', 20, out=str(tmp_path/'nan'))
+    refused(capsys, 'finite', run_quantize, str(tmp_path/'nan.pt'), 'INT8', 'digits', 20,
+            out=str(tmp_path/'nan'))
     assert not list((tmp_path/'nan').glob('*.pt'))

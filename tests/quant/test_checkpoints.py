@@ -19,7 +19,8 @@ from robustnb.quant.checkpoints import load_quantized, save_quantized
 from robustnb.transfer.generator import load_generator, save_generator
 
 
-def images(n=6, seed=0): return torch.rand(n, 3, 32, 32, generator=make_generator(seed, 'store test'))
+def images(n=6, seed=0):
+    return torch.rand(n, 3, 32, 32, generator=make_generator(seed, 'store test'))
 
 
 def net_of(name, **kwargs):
@@ -28,7 +29,9 @@ def net_of(name, **kwargs):
     g = make_generator(1, name)
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
-            for t, lo in ((m.running_var, .5), (m.weight.data, .6), (m.running_mean, -.2), (m.bias.data, -.2)): t.copy_(lo+torch.rand(t.shape, generator=g))
+            for t, lo in ((m.running_var, .5), (m.weight.data, .6), (m.running_mean, -.2),
+                          (m.bias.data, -.2)):
+                t.copy_(lo+torch.rand(t.shape, generator=g))
     net.classes = tuple('abcdefg')
     return net
 
@@ -40,48 +43,66 @@ def gradient(net, x):
 
 @pytest.mark.parametrize('name', model_names)
 def test_every_network_answers_to_the_last_bit(name, tmp_path):
-    net, x = net_of(name), images()
+    net = net_of(name)
+    x = images()
     q = quantize(net, 'INT5', x)
     save_quantized(q, tmp_path/'q.pt')
     again = load_quantized(tmp_path/'q.pt')
-    assert torch.equal(predict(again, x), predict(q, x)) and torch.equal(gradient(again, x), gradient(q, x))
-    assert not torch.equal(predict(again, x), predict(net, x)) and not again.training and not any(p.requires_grad for p in again.parameters())
+    assert torch.equal(predict(again, x), predict(q, x))
+    assert torch.equal(gradient(again, x), gradient(q, x))
+    assert not torch.equal(predict(again, x), predict(net, x))
+    assert not again.training
+    assert not any(p.requires_grad for p in again.parameters())
     assert [again.name, again.n_classes, again.width, again.classes] == [name, 7, .06, net.classes]
-    assert torch.equal(again.normalize.mean, net.normalize.mean) and torch.equal(again.normalize.std, net.normalize.std)
+    assert torch.equal(again.normalize.mean, net.normalize.mean)
+    assert torch.equal(again.normalize.std, net.normalize.std)
 
 
-@pytest.mark.parametrize('spec', ('INT2', 'INT16', 'POT4', 'POT3/FLOAT5_E2', 'FLOAT6_E1', 'FP8_E5M2', quant_spec('INT4', per_channel=False, rule='minmax')), ids=str)
+@pytest.mark.parametrize('spec', ('INT2', 'INT16', 'POT4', 'POT3/FLOAT5_E2', 'FLOAT6_E1',
+                                  'FP8_E5M2', quant_spec('INT4', per_channel=False, rule='minmax')),
+                         ids=str)
 def test_every_format(spec, tmp_path):
-    net, x = net_of('AlexNet_BN'), images()
+    net = net_of('AlexNet_BN')
+    x = images()
     q = quantize(net, spec, x)
     save_quantized(q, tmp_path/'q.pt')
     again = load_quantized(tmp_path/'q.pt')
-    assert torch.equal(predict(again, x), predict(q, x)) and again.spec == q.spec and (again.left_float, again.opaque) == (q.left_float, q.opaque)
-    rounders = [(n, m.fmt, m.signed, m.on, m.scale) for n, m in again.named_modules() if isinstance(m, FakeQuantize)]
-    assert rounders == [(n, m.fmt, m.signed, m.on, m.scale) for n, m in q.named_modules() if isinstance(m, FakeQuantize)]
+    assert torch.equal(predict(again, x), predict(q, x))
+    assert again.spec == q.spec
+    assert (again.left_float, again.opaque) == (q.left_float, q.opaque)
+    rounders = [(n, m.fmt, m.signed, m.on, m.scale) for n, m in again.named_modules()
+                if isinstance(m, FakeQuantize)]
+    assert rounders == [(n, m.fmt, m.signed, m.on, m.scale) for n, m in q.named_modules()
+                        if isinstance(m, FakeQuantize)]
     assert q.spec.activations.kind != 'INT' or {r[2] for r in rounders} == {True, False}
 
 
 def test_mixed_formats_come_back(tmp_path):
     "Rounders may differ from the specification, one by one"
-    q, x = quantize(net_of('AlexNet'), 'INT8', images()), images()
+    q = quantize(net_of('AlexNet'), 'INT8', images())
+    x = images()
     rounders = [m for m in q.modules() if isinstance(m, FakeQuantize)]
-    rounders[2].fmt, rounders[3].on, rounders[4].signed = quant_spec('INT4').activations, False, True
+    rounders[2].fmt, rounders[3].on, rounders[4].signed = (quant_spec('INT4').activations,
+                                                           False, True)
     save_quantized(q, tmp_path/'q.pt')
     again = load_quantized(tmp_path/'q.pt')
     assert torch.equal(predict(again, x), predict(q, x))
     found = [m for m in again.modules() if isinstance(m, FakeQuantize)]
-    assert [str(found[2].fmt), found[3].on, found[4].signed, str(found[5].fmt)] == ['INT4', False, True, 'INT8']
+    assert [str(found[2].fmt), found[3].on, found[4].signed,
+            str(found[5].fmt)] == ['INT4', False, True, 'INT8']
 
 
 def test_memory_layout_and_a_second_round(tmp_path):
-    net, x = net_of('VGG_16').to(memory_format=torch.channels_last), images()
+    net = net_of('VGG_16').to(memory_format=torch.channels_last)
+    x = images()
     q = quantize(net, 'INT6', x)
     save_quantized(q, tmp_path/'q.pt')
     save_quantized(load_quantized(tmp_path/'q.pt'), tmp_path/'r.pt')
     again = load_quantized(tmp_path/'r.pt')
-    assert torch.equal(predict(again, x), predict(q, x)) and torch.equal(predict(copy.deepcopy(again), x), predict(q, x))
-    assert all(a.stride() == b.stride() for a, b in zip(q.state_dict().values(), again.state_dict().values()))
+    assert torch.equal(predict(again, x), predict(q, x))
+    assert torch.equal(predict(copy.deepcopy(again), x), predict(q, x))
+    assert all(a.stride() == b.stride()
+               for a, b in zip(q.state_dict().values(), again.state_dict().values()))
 
 
 def test_a_copy_of_a_model_from_a_file(tmp_path):
@@ -90,75 +111,110 @@ def test_a_copy_of_a_model_from_a_file(tmp_path):
     save_quantized(q, tmp_path/'q.pt')
     again = load_quantized(tmp_path/'q.pt')
     assert torch.equal(predict(again, images(3, 1)), predict(q, images(3, 1)))
-    assert layer_sensitivity(net_of('AlexNet_BN'), again, images()).equals(layer_sensitivity(net_of('AlexNet_BN'), q, images())), 'a copy that was read can be examined like one that was made'
+    assert layer_sensitivity(net_of('AlexNet_BN'), again, images()).equals(layer_sensitivity(
+        net_of('AlexNet_BN'), q,
+        images())), 'a copy that was read can be examined like one that was made'
 
 
 def test_what_cannot_be_built_again_is_refused(tmp_path):
-    x, path = images(), tmp_path/'q.pt'
-    foreign = quantize(wrap_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)), (.5,)*3, (.2,)*3), 'INT8', x)
-    with pytest.raises(ValueError, match='one of the networks of `build_model`'): save_quantized(foreign, path)
-    with pytest.raises(TypeError, match='made by `quantize`'): save_quantized(net_of('AlexNet'), path)
+    x = images()
+    path = tmp_path/'q.pt'
+    foreign = quantize(wrap_model(nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)),
+                                  (.5,)*3, (.2,)*3),
+                       'INT8', x)
+    with pytest.raises(ValueError, match='one of the networks of `build_model`'):
+        save_quantized(foreign, path)
+    with pytest.raises(TypeError, match='made by `quantize`'):
+        save_quantized(net_of('AlexNet'), path)
     q = quantize(net_of('AlexNet'), 'INT8', x)
     altered = copy.deepcopy(q)
-    node = next(n for n in altered.graph.nodes if n.op == 'call_module' and isinstance(altered.get_submodule(n.target), FakeQuantize))
-    node.replace_all_uses_with(node.args[0]); altered.graph.erase_node(node); altered.recompile()
-    with pytest.raises(ValueError, match='Save before changing it'): save_quantized(altered, path)      # its state still has the scale
+    node = next(n for n in altered.graph.nodes if n.op == 'call_module' and isinstance(
+        altered.get_submodule(n.target), FakeQuantize))
+    node.replace_all_uses_with(node.args[0])
+    altered.graph.erase_node(node)
+    altered.recompile()
+    with pytest.raises(ValueError, match='Save before changing it'):
+        save_quantized(altered, path)  # its state still has the scale
     altered.delete_all_unused_submodules()
     save_quantized(altered, path)
-    assert torch.equal(predict(load_quantized(path), x), predict(altered, x)), 'with a rounder fewer it can be built again'
+    assert torch.equal(predict(load_quantized(path), x),
+                       predict(altered, x)), 'with a rounder fewer it can be built again'
     path.unlink()
     last = next(n for n in altered.graph.nodes if n.op == 'output')
-    with altered.graph.inserting_before(last): last.args = (altered.graph.call_function(torch.neg, last.args),)
+    with altered.graph.inserting_before(last):
+        last.args = (altered.graph.call_function(torch.neg, last.args),)
     altered.recompile()
-    with pytest.raises(ValueError, match='Save before changing it'): save_quantized(altered, path)
+    with pytest.raises(ValueError, match='Save before changing it'):
+        save_quantized(altered, path)
     renamed = copy.deepcopy(q)
     renamed.name = 'ResNet_18'
-    with pytest.raises(ValueError, match='Save before changing it'): save_quantized(renamed, path)
+    with pytest.raises(ValueError, match='Save before changing it'):
+        save_quantized(renamed, path)
     assert not list(tmp_path.iterdir())
 
 
 def test_files_that_are_something_else(tmp_path):
     q = quantize(net_of('AlexNet'), 'INT8', images())
-    good, bad = tmp_path/'q.pt', tmp_path/'bad.pt'
+    good = tmp_path/'q.pt'
+    bad = tmp_path/'bad.pt'
     save_quantized(q, good)
     held = load_state(good)
-    with pytest.raises(FileNotFoundError, match='there is none'): load_quantized(tmp_path/'none.pt')
+    with pytest.raises(FileNotFoundError, match='there is none'):
+        load_quantized(tmp_path/'none.pt')
     bad.write_bytes(good.read_bytes()[:2000])
-    with pytest.raises(ValueError, match='damaged'): load_quantized(bad)
+    with pytest.raises(ValueError, match='damaged'):
+        load_quantized(bad)
     for state in (held['state_dict'], [1], dict(format='robustnb.model/1')):
         save_state(state, bad)
-        with pytest.raises(ValueError, match='file of `save_quantized`'): load_quantized(bad)
+        with pytest.raises(ValueError, match='file of `save_quantized`'):
+            load_quantized(bad)
     save_state(held | dict(code=held['code']+' '), bad)
-    with pytest.raises(ValueError, match='quantise again'): load_quantized(bad)
-    for change in (lambda s: s.pop('normalize.mean'), lambda s: s.update(more=torch.ones(1)), lambda s: s.update({'normalize.mean': torch.ones(1, 2, 1, 1)})):
+    with pytest.raises(ValueError, match='quantise again'):
+        load_quantized(bad)
+    for change in (lambda s: s.pop('normalize.mean'), lambda s: s.update(more=torch.ones(1)),
+                   lambda s: s.update({'normalize.mean': torch.ones(1, 2, 1, 1)})):
         state = dict(held['state_dict'])
         change(state)
         save_state(held | dict(state_dict=state), bad)
-        with pytest.raises(ValueError, match='do not fit'): load_quantized(bad)
+        with pytest.raises(ValueError, match='do not fit'):
+            load_quantized(bad)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    q, path = quantize(net_of('AlexNet'), 'INT8', images()), tmp_path/'q.pt'
+    q = quantize(net_of('AlexNet'), 'INT8', images())
+    path = tmp_path/'q.pt'
     save_quantized(q, path)
     before = path.read_bytes()
-    def half(state, tmp): open(tmp, 'wb').write(b'half'); raise RuntimeError('no space')
+    def half(state, tmp):
+        open(tmp, 'wb').write(b'half')
+        raise RuntimeError('no space')
     monkeypatch.setattr(torch, 'save', half)
-    for save, thing in ((save_quantized, q), (save_generator, Generator(torch.randn(5, 8), torch.zeros(3), torch.ones(3), width=8))):
-        with pytest.raises(OSError, match='no space'): save(thing, path)
-    assert path.read_bytes() == before and [o.name for o in tmp_path.iterdir()] == ['q.pt']
+    for save, thing in ((save_quantized, q), (
+            save_generator, Generator(torch.randn(5, 8), torch.zeros(3), torch.ones(3), width=8))):
+        with pytest.raises(OSError, match='no space'):
+            save(thing, path)
+    assert path.read_bytes() == before
+    assert [o.name for o in tmp_path.iterdir()] == ['q.pt']
 
 
 @pytest.mark.parametrize('size, width, channels', ((32, 8, 3), (16, 12, 1), (20, 64, 3)))
 def test_generators(size, width, channels, tmp_path):
-    made = Generator(torch.randn(6, 10, generator=make_generator(0)), torch.linspace(.3, .6, channels), torch.full((channels,), .2), size, width)
+    made = Generator(torch.randn(6, 10, generator=make_generator(0)),
+                     torch.linspace(.3, .6, channels), torch.full((channels,), .2), size, width)
     for m in made.modules():
-        if isinstance(m, nn.BatchNorm2d): m.running_mean.add_(.3), m.running_var.mul_(2)
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.add_(.3), m.running_var.mul_(2)
     made.contrast.fill_(.7)
     made.knows = 'something'
     save_generator(made.eval(), tmp_path/'g.pt')
     again = load_generator(tmp_path/'g.pt')
-    for a, b in zip(generate(again, 9, .3, seed=4), generate(made, 9, .3, seed=4)): assert torch.equal(a, b)
-    assert again.size == size and again.knows == 'something' and not again.training and generate(again, 2)[0].shape == (2, channels, size, size)
+    for a, b in zip(generate(again, 9, .3, seed=4), generate(made, 9, .3, seed=4)):
+        assert torch.equal(a, b)
+    assert again.size == size
+    assert again.knows == 'something'
+    assert not again.training
+    assert generate(again, 2)[0].shape == (2, channels, size, size)
 
 
 def test_a_trained_generator_and_wrong_files(tmp_path):
@@ -167,9 +223,13 @@ def test_a_trained_generator_and_wrong_files(tmp_path):
     save_generator(made, tmp_path/'g.pt')
     assert torch.equal(generate(load_generator(tmp_path/'g.pt'), 5)[0], generate(made, 5)[0])
     save_quantized(quantize(net, 'INT8', images()), tmp_path/'q.pt')
-    with pytest.raises(ValueError, match='file of `save_generator`'): load_generator(tmp_path/'q.pt')
-    with pytest.raises(ValueError, match='file of `save_quantized`'): load_quantized(tmp_path/'g.pt')
+    with pytest.raises(ValueError, match='file of `save_generator`'):
+        load_generator(tmp_path/'q.pt')
+    with pytest.raises(ValueError, match='file of `save_quantized`'):
+        load_quantized(tmp_path/'g.pt')
     held = load_state(tmp_path/'g.pt')
     save_state(held | dict(width=9), tmp_path/'bad.pt')
-    with pytest.raises(ValueError, match='do not fit'): load_generator(tmp_path/'bad.pt')
-    with pytest.raises(TypeError, match='as `train_generator` returns first'): save_generator((made, None), tmp_path/'x.pt')
+    with pytest.raises(ValueError, match='do not fit'):
+        load_generator(tmp_path/'bad.pt')
+    with pytest.raises(TypeError, match='as `train_generator` returns first'):
+        save_generator((made, None), tmp_path/'x.pt')

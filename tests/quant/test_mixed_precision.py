@@ -1,4 +1,5 @@
-"Mixed precision: noise by hand, budgets never exceeded by an independent count, greedy against all assignments, formats where they were asked for."
+"""Mixed precision: noise by hand, budgets never exceeded by an independent count, greedy against
+all assignments, formats where they were asked for."""
 import copy
 import itertools
 from functools import cache
@@ -24,13 +25,15 @@ from robustnb.quant.sensitivity import layer_sensitivity
 formats = ('INT8', 'INT6', 'INT4', 'INT3', 'INT2')
 
 
-def images(n=12, seed=0): return torch.rand(n, 3, 32, 32, generator=make_generator(seed, 'test images'))
+def images(n=12, seed=0):
+    return torch.rand(n, 3, 32, 32, generator=make_generator(seed, 'test images'))
 
 
 @pytest.fixture(scope='module')
 def model():
     net = build_model('ResNet_18', width=.0625)
-    for i, m in enumerate(o for o in net.modules() if isinstance(o, nn.BatchNorm2d)): m.bias.data.normal_(0, .3, generator=make_generator(i))
+    for i, m in enumerate(o for o in net.modules() if isinstance(o, nn.BatchNorm2d)):
+        m.bias.data.normal_(0, .3, generator=make_generator(i))
     return net
 
 
@@ -39,13 +42,16 @@ def noise(model): return weight_noise(model, images(), formats)
 
 
 @cache
-def layers(model): return {n: m for n, m in fold_batchnorm(model).named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+def layers(model):
+    return {n: m for n, m in fold_batchnorm(model).named_modules()
+            if isinstance(m, (nn.Conv2d, nn.Linear))}
 
 
 def size(model, bits):
     "Bytes, counted from the folded model: weights in their bits, biases in 32"
     held = layers(model)
-    return sum(held[k].weight.numel()*b for k, b in bits.items())/8 + sum(4*m.bias.numel() for m in held.values())
+    return sum(held[k].weight.numel()*b for k, b in bits.items())/8 + sum(
+        4*m.bias.numel() for m in held.values())
 
 
 @cache
@@ -60,36 +66,48 @@ def bit_operations(model, bits, by):
 def bits_of(table): return dict(zip(table.layer, [number_format(f).bits for f in table.format]))
 
 
-@pytest.mark.parametrize('spec', ('INT8', quant_spec('INT8', per_channel=False, rule='minmax')), ids=('per channel', 'per tensor'))
+@pytest.mark.parametrize('spec', ('INT8', quant_spec('INT8', per_channel=False, rule='minmax')),
+                         ids=('per channel', 'per tensor'))
 def test_noise_is_that_of_each_layer_rounded_alone(model, spec):
-    before, x = copy.deepcopy(model.state_dict()), images()
+    before = copy.deepcopy(model.state_dict())
+    x = images()
     found = weight_noise(model, x, ('INT5', 'POT3'), spec).set_index(['layer', 'format'])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    signal, s, held = predict(model, x), quant_spec(spec), layers(model)
+    signal = predict(model, x)
+    s = quant_spec(spec)
+    held = layers(model)
     macs = model_complexity(fold_batchnorm(model)).set_index('name').macs
     assert found.index.tolist() == [(k, f) for k in held for f in ('INT5', 'POT3')]
     for name in list(held)[::5]:
         for f in ('INT5', 'POT3'):
             changed = fold_batchnorm(model)
             w = changed.get_submodule(name).weight
-            with torch.no_grad(): w.copy_(fake_quantize(w, number_format(f), choose_scale(w, number_format(f), s.rule, s.per_channel)))
+            with torch.no_grad():
+                w.copy_(fake_quantize(w, number_format(f),
+                                      choose_scale(w, number_format(f), s.rule, s.per_channel)))
             row = found.loc[name, f]
-            assert row.noise == pytest.approx(((predict(changed, x)-signal).square().mean()/signal.var(correction=0)).item(), rel=1e-3)
-            assert (row.bits, row.params, row.macs) == (number_format(f).bits, w.numel(), macs[name])
+            assert row.noise == pytest.approx(
+                ((predict(changed, x)-signal).square().mean()/signal.var(correction=0)).item(),
+                rel=1e-3)
+            assert (row.bits, row.params,
+                    row.macs) == (number_format(f).bits, w.numel(), macs[name])
 
 
 def test_the_same_noise_as_the_sensitivity_report(model, noise):
     sensitivity = layer_sensitivity(model, quantize(model, 'INT4', images()), images())
     weights = sensitivity[sensitivity.kind == 'weights'].set_index('layer').logit_noise
     mine = noise[noise.format == 'INT4'].set_index('layer').noise
-    assert len(weights) == len(mine) and np.allclose(weights[mine.index], mine, rtol=1e-4)
+    assert len(weights) == len(mine)
+    assert np.allclose(weights[mine.index], mine, rtol=1e-4)
 
 
 class Twice(nn.Module):
     "A layer that is called twice"
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 5)
+        self.a = nn.Conv2d(3, 4, 3)
+        self.b = nn.Conv2d(4, 4, 3, padding=1)
+        self.fc = nn.Linear(4, 5)
 
     def forward(self, x): return self.fc(self.b(self.b(self.a(x)).relu()).relu().mean((2, 3)))
 
@@ -97,89 +115,126 @@ class Twice(nn.Module):
 def test_a_layer_called_twice_works_twice_but_is_stored_once():
     net = Twice().eval()
     rows = weight_noise(net, images(), ('INT4',)).set_index('layer')
-    assert rows.params.tolist() == [108, 144, 20] and rows.macs['b'] == 2*144*900 and rows.macs['a'] == 108*900
+    assert rows.params.tolist() == [108, 144, 20]
+    assert rows.macs['b'] == 2*144*900
+    assert rows.macs['a'] == 108*900
     table = allocate_bits(net, images(), budget_kb=model_bytes(net, 4)/1000, formats=('INT4',))
     assert table.kb.sum()*1000 + 4*(4 + 4 + 5) == model_bytes(net, 4)
 
 
 def test_no_budget_is_exceeded_and_no_room_is_wasted(model, noise):
-    floor, top = (size(model, dict.fromkeys(layers(model), b))/1000 for b in (2, 8))
+    floor = size(model, dict.fromkeys(layers(model), 2))/1000
+    top = size(model, dict.fromkeys(layers(model), 8))/1000
     wider = {8: None, 6: 8, 4: 6, 3: 4, 2: 3}
     before = np.inf
     for kb in np.linspace(floor, top*1.05, 25):
         table = allocate_bits(model, None, budget_kb=kb, noise=noise)
         bits = bits_of(table)
         used = size(model, bits)/1000
-        assert used <= kb + 1e-9 and list(bits) == list(layers(model))
+        assert used <= kb + 1e-9
+        assert list(bits) == list(layers(model))
         for k, b in bits.items():
-            now, more = (noise[(noise.layer == k) & (noise.bits == o)].noise for o in (b, wider[b] or b))
-            assert wider[b] is None or more.item() >= now.item() or size(model, bits | {k: wider[b]})/1000 > kb, 'one more step would fit'
-        assert table.kb.sum() + sum(4*m.bias.numel() for m in layers(model).values())/1000 == pytest.approx(used)
+            now, more = (noise[(noise.layer == k) & (noise.bits == o)].noise
+                         for o in (b, wider[b] or b))
+            assert (wider[b] is None or more.item() >= now.item()
+                    or size(model, bits | {k: wider[b]})/1000 > kb), 'one more step would fit'
+        assert table.kb.sum() + sum(4*m.bias.numel()
+                                    for m in layers(model).values())/1000 == pytest.approx(used)
         assert table.noise.sum() <= before*1.3
         before = table.noise.sum()
     assert set(table.format) == {'INT8'}
 
 
 def test_bit_operations_as_a_budget(model, noise):
-    low, high = (bit_operations(model, dict.fromkeys(layers(model), b), 6) for b in (2, 8))
+    low = bit_operations(model, dict.fromkeys(layers(model), 2), 6)
+    high = bit_operations(model, dict.fromkeys(layers(model), 8), 6)
     for budget in np.linspace(low, high, 9):
         table = allocate_bits(model, None, budget_mbops=budget, spec='INT8/INT6', noise=noise)
         used = bit_operations(model, bits_of(table), 6)
-        assert used <= budget*(1 + 1e-9) and table.mbops.sum() == pytest.approx(used)
+        assert used <= budget*(1 + 1e-9)
+        assert table.mbops.sum() == pytest.approx(used)
     assert set(table.format) == {'INT8'}
     half = (low+high)/2
-    by_size = allocate_bits(model, None, budget_kb=size(model, bits_of(allocate_bits(model, None, budget_mbops=half, spec='INT8/INT6', noise=noise)))/1000, noise=noise)
-    assert by_size.noise.sum() < allocate_bits(model, None, budget_mbops=half, spec='INT8/INT6', noise=noise).noise.sum(), 'each budget has its own best answer'
-    assert allocate_bits(model, None, budget_mbops=half, spec='INT8/INT6', noise=noise).noise.sum() < noise[noise.format == 'INT4'].noise.sum()
+    by_size = allocate_bits(model, None, budget_kb=size(model, bits_of(allocate_bits(
+        model, None, budget_mbops=half, spec='INT8/INT6', noise=noise)))/1000,
+                            noise=noise)
+    assert by_size.noise.sum() < allocate_bits(
+        model, None, budget_mbops=half, spec='INT8/INT6',
+        noise=noise).noise.sum(), 'each budget has its own best answer'
+    assert allocate_bits(model, None, budget_mbops=half, spec='INT8/INT6',
+                         noise=noise).noise.sum() < noise[noise.format == 'INT4'].noise.sum()
 
 
 @pytest.mark.parametrize('kind', ('kb', 'mbops'))
 def test_the_least_that_is_named_is_accepted_and_less_is_not(model, noise, kind):
-    with pytest.raises(ValueError, match=f'`budget_{kind}` must be at least ([0-9.]+), what the narrowest formats take; got 0.1.') as e: allocate_bits(model, None, noise=noise, **{f'budget_{kind}': .1})
+    with pytest.raises(ValueError, match=f'`budget_{kind}` must be at least ([0-9.]+), what '
+                                         'the narrowest formats take; got 0.1.') as e:
+        allocate_bits(model, None, noise=noise, **{f'budget_{kind}': .1})
     least = float(str(e.value).split('at least ')[1].split(',')[0])
     narrowest = dict.fromkeys(layers(model), 2)
-    assert least == pytest.approx(size(model, narrowest)/1000 if kind == 'kb' else bit_operations(model, narrowest, 8), abs=1e-3, rel=1e-9)
-    assert set(allocate_bits(model, None, noise=noise, **{f'budget_{kind}': least}).format) == {'INT2'}
+    assert least == pytest.approx(
+        size(model, narrowest)/1000 if kind == 'kb' else bit_operations(model, narrowest, 8),
+        abs=1e-3, rel=1e-9)
+    assert set(allocate_bits(model, None, noise=noise,
+                             **{f'budget_{kind}': least}).format) == {'INT2'}
     for bad in (least*(1-1e-6), -1., 0, float('nan')):
-        with pytest.raises(ValueError, match='must be at least'): allocate_bits(model, None, noise=noise, **{f'budget_{kind}': bad})
+        with pytest.raises(ValueError, match='must be at least'):
+            allocate_bits(model, None, noise=noise, **{f'budget_{kind}': bad})
 
 
 @pytest.mark.parametrize('bits', (3, 4, 6))
 def test_the_size_of_a_uniform_model_buys_less_noise(model, noise, bits):
-    table = allocate_bits(model, None, budget_kb=model_bytes(fold_batchnorm(model), bits)/1000, noise=noise)
-    assert table.noise.sum() < .8*noise[noise.bits == bits].noise.sum() and len(set(table.bits)) > 1
+    table = allocate_bits(model, None, budget_kb=model_bytes(fold_batchnorm(model), bits)/1000,
+                          noise=noise)
+    assert table.noise.sum() < .8*noise[noise.bits == bits].noise.sum()
+    assert len(set(table.bits)) > 1
 
 
-def made_up(rows): return pd.DataFrame([dict(layer=k, format=f'INT{b}', bits=b, params=p, macs=p, noise=n) for k, p, at in rows for b, n in at.items()])
+def made_up(rows):
+    return pd.DataFrame([dict(layer=k, format=f'INT{b}', bits=b, params=p, macs=p, noise=n)
+                         for k, p, at in rows for b, n in at.items()])
 
 
 def test_the_order_of_the_steps_by_hand():
-    table = made_up([('a', 100, {8: 0., 4: 1., 2: 10.}), ('b', 100, {8: 0., 4: 8., 2: 9.}), ('c', 10, {8: 0., 4: .5, 2: 5.})])
-    choose = lambda budget: [table.bits[table.layer == k].tolist()[i] for k, i in _greedy(_choices(table, 'params'), budget).items()]
-    assert choose(1680) == [8, 8, 8] and choose(1679) == [4, 8, 8], 'a to 4 bits costs .0025 a bit, the least'
-    assert choose(1280) == [4, 8, 8] and choose(1279) == [4, 8, 4], 'then c at .0125'
-    assert choose(879) == [4, 2, 8], 'then b, straight to 2 bits at .015 rather than 4 at .02; and c has room for 8 again'
+    table = made_up([('a', 100, {8: 0., 4: 1., 2: 10.}), ('b', 100, {8: 0., 4: 8., 2: 9.}),
+                     ('c', 10, {8: 0., 4: .5, 2: 5.})])
+    choose = lambda budget: [table.bits[table.layer == k].tolist()[i]
+                             for k, i in _greedy(_choices(table, 'params'), budget).items()]
+    assert choose(1680) == [8, 8, 8], 'a to 4 bits costs .0025 a bit, the least'
+    assert choose(1679) == [4, 8, 8], 'a to 4 bits costs .0025 a bit, the least'
+    assert choose(1280) == [4, 8, 8], 'then c at .0125'
+    assert choose(1279) == [4, 8, 4], 'then c at .0125'
+    assert choose(879) == [4, 2, 8], (
+        'then b, straight to 2 bits at .015 rather than 4 at .02; and c has room for 8 again')
     assert choose(1239) == [4, 4, 8], 'and where there is more room, b for 4'
-    assert choose(679) == [4, 2, 4] and choose(620) == [2, 2, 8] and choose(420) == [2, 2, 2]
+    assert choose(679) == [4, 2, 4]
+    assert choose(620) == [2, 2, 8]
+    assert choose(420) == [2, 2, 2]
 
 
 def test_room_is_not_used_to_add_noise():
     table = made_up([('a', 10, {8: .2, 4: .1}), ('b', 100, {8: 0., 4: 1.})])
-    assert list(_greedy(_choices(table, 'params'), 480).values()) == [1, 1] and list(_greedy(_choices(table, 'params'), 880).values()) == [0, 0]
+    assert list(_greedy(_choices(table, 'params'), 480).values()) == [1, 1]
+    assert list(_greedy(_choices(table, 'params'), 880).values()) == [0, 0]
 
 
 def test_the_least_is_rounded_up_to_whole_bytes():
     net = nn.Sequential(nn.Flatten(), nn.Linear(7, 3)).eval()
     x = torch.rand(4, 1, 1, 7, generator=make_generator(0))
-    with pytest.raises(ValueError, match='at least 0.02, '): allocate_bits(net, x, budget_kb=.0199, formats=('INT3',))
+    with pytest.raises(ValueError, match='at least 0.02, '):
+        allocate_bits(net, x, budget_kb=.0199, formats=('INT3',))
     table = allocate_bits(net, x, budget_kb=.02, formats=('INT3',))
-    assert table.kb.item()*1000 == 63/8 and model_bytes(net, 3) == 20
+    assert table.kb.item()*1000 == 63/8
+    assert model_bytes(net, 3) == 20
 
 
 def test_close_to_the_best_of_all_assignments():
-    rng, ratios = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    ratios = []
     for _ in range(40):
-        rows = [(k, int(rng.integers(5, 200)), {b: s*4.**-b*np.exp(rng.normal(0, .3)) for b in (8, 6, 4, 3, 2)}) for k, s in zip('abcd', 10**rng.uniform(-2, 2, 4))]
+        rows = [(k, int(rng.integers(5, 200)),
+                 {b: s*4.**-b*np.exp(rng.normal(0, .3)) for b in (8, 6, 4, 3, 2)})
+                for k, s in zip('abcd', 10**rng.uniform(-2, 2, 4))]
         choices = _choices(made_up(rows), 'params')
         least, most = (sum(o[i]['use'] for o in choices.values()) for i in (-1, 0))
         budget = rng.uniform(least, most)
@@ -189,58 +244,85 @@ def test_close_to_the_best_of_all_assignments():
         mine = _greedy(choices, budget).values()
         assert total(mine, 'use') <= budget
         ratios.append(total(mine, 'noise')/best)
-    assert min(ratios) >= 1 - 1e-12 and np.median(ratios) < 1.1 and np.mean(ratios) < 1.5
+    assert min(ratios) >= 1 - 1e-12
+    assert np.median(ratios) < 1.1
+    assert np.mean(ratios) < 1.5
 
 
 def test_of_equally_wide_formats_the_quieter_one():
-    table = pd.DataFrame([dict(layer=k, format=f, bits=b, params=10, macs=10, noise=n) for k, f, b, n in
-                          (('a', 'INT8', 8, .1), ('a', 'INT4', 4, .3), ('a', 'FLOAT4_E2', 4, .2), ('b', 'FLOAT4_E2', 4, .5), ('b', 'INT8', 8, .0), ('b', 'INT4', 4, .4))])
-    assert [[o['format'] for o in rows] for rows in _choices(table, 'params').values()] == [['INT8', 'FLOAT4_E2'], ['INT8', 'INT4']]
+    table = pd.DataFrame([dict(layer=k, format=f, bits=b, params=10, macs=10, noise=n)
+                          for k, f, b, n in (('a', 'INT8', 8, .1), ('a', 'INT4', 4, .3),
+                                             ('a', 'FLOAT4_E2', 4, .2), ('b', 'FLOAT4_E2', 4, .5),
+                                             ('b', 'INT8', 8, .0), ('b', 'INT4', 4, .4))])
+    assert [[o['format'] for o in rows] for rows in _choices(table, 'params').values()] == [
+        ['INT8', 'FLOAT4_E2'], ['INT8', 'INT4']]
 
 
 def test_every_layer_gets_its_format(model):
     x = images()
-    table = pd.DataFrame(dict(layer=list(layers(model)), format=list(itertools.islice(itertools.cycle(('INT3', 'POT4', 'FLOAT4', 'INT8', 'INT2')), len(layers(model))))))
+    table = pd.DataFrame(dict(layer=list(layers(model)), format=list(itertools.islice(
+        itertools.cycle(('INT3', 'POT4', 'FLOAT4', 'INT8', 'INT2')), len(layers(model))))))
     before = copy.deepcopy(model.state_dict())
     q = quantize_mixed(model, table.sample(frac=1, random_state=0), 'INT6/INT7', x)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and q.left_float == () and not q.training and not any(p.requires_grad for p in q.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert q.left_float == ()
+    assert not q.training
+    assert not any(p.requires_grad for p in q.parameters())
     assert {m.fmt for m in q.modules() if isinstance(m, FakeQuantize)} == {number_format('INT7')}
     plain = quantize(model, 'INT6/INT7', x)
-    assert all(torch.equal(m.scale, plain.get_submodule(n).scale) for n, m in q.named_modules() if isinstance(m, FakeQuantize))
+    assert all(torch.equal(m.scale, plain.get_submodule(n).scale) for n, m in q.named_modules()
+               if isinstance(m, FakeQuantize))
     same = {f: quantize(model, f'{f}/INT7', x) for f in set(table.format)}
     for name, f in zip(table.layer, table.format):
         assert torch.equal(same[f].get_submodule(name).weight, q.get_submodule(name).weight)
-        assert all(len(w.unique()) <= 2*len(levels(number_format(f))) - 1 for w in q.get_submodule(name).weight)
+        assert all(len(w.unique()) <= 2*len(levels(number_format(f))) - 1
+                   for w in q.get_submodule(name).weight)
         assert q.layer_formats[name] == number_format(f)
     again = copy.deepcopy(q)
-    assert again.layer_formats == q.layer_formats and torch.equal(predict(again, x), predict(q, x))
+    assert again.layer_formats == q.layer_formats
+    assert torch.equal(predict(again, x), predict(q, x))
     for f in (correct_bias, lambda *args: adaround(*args, steps=5)):
         better = f(model, q, x)
-        assert better.layer_formats == q.layer_formats and all(len(w.unique()) <= 3 for w in better.get_submodule(table.layer[4]).weight)
+        assert better.layer_formats == q.layer_formats
+        assert all(len(w.unique()) <= 3 for w in better.get_submodule(table.layer[4]).weight)
 
 
 def test_uniform_is_what_quantize_gives(model):
-    table, x = pd.DataFrame(dict(layer=list(layers(model)), format='INT4')), images()
+    table = pd.DataFrame(dict(layer=list(layers(model)), format='INT4'))
+    x = images()
     for spec in ('INT4/INT8', quant_spec('INT8', per_channel=False)):
-        a, b = quantize_mixed(model, table, spec, x), quantize(model, quant_spec('INT4/INT8', per_channel=quant_spec(spec).per_channel), x)
+        a = quantize_mixed(model, table, spec, x)
+        b = quantize(model, quant_spec('INT4/INT8', per_channel=quant_spec(spec).per_channel), x)
         assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
 
 
 def test_what_is_refused(model, noise):
     x = images(4)
     table = pd.DataFrame(dict(layer=list(layers(model)), format='INT4'))
-    with pytest.raises(ValueError, match='20 rows for 21 layers, .*net.features.0'): quantize_mixed(model, table[1:], 'INT8', x)
-    with pytest.raises(ValueError, match='22 rows for 21 layers, some twice'): quantize_mixed(model, pd.concat([table, table[:1]]), 'INT8', x)
-    with pytest.raises(ValueError, match="got 'INT1'"): quantize_mixed(model, table.assign(format='INT1'), 'INT8', x)
-    with pytest.raises(TypeError, match='`images` must be a torch tensor'): quantize_mixed(model, table, 'INT8', None)
-    with pytest.raises(TypeError, match='`images` must be a torch tensor'): allocate_bits(model, None, budget_kb=10)
-    with pytest.raises(ValueError, match='must name at least one number format'): weight_noise(model, x, ())
-    with pytest.raises(ValueError, match='got neither'): allocate_bits(model, x, noise=noise)
-    with pytest.raises(ValueError, match="must be given; got {'budget_kb': 1, 'budget_mbops': 2}"): allocate_bits(model, x, 1, 2, noise=noise)
-    with pytest.raises(ValueError, match='`noise` must be that of `model`'): allocate_bits(model, x, 100, noise=noise[noise.layer != 'net.features.0'])
-    with pytest.raises(ValueError, match='pixels in'): weight_noise(model, x*torch.nan)
+    with pytest.raises(ValueError, match='20 rows for 21 layers, .*net.features.0'):
+        quantize_mixed(model, table[1:], 'INT8', x)
+    with pytest.raises(ValueError, match='22 rows for 21 layers, some twice'):
+        quantize_mixed(model, pd.concat([table, table[:1]]), 'INT8', x)
+    with pytest.raises(ValueError, match="got 'INT1'"):
+        quantize_mixed(model, table.assign(format='INT1'), 'INT8', x)
+    with pytest.raises(TypeError, match='`images` must be a torch tensor'):
+        quantize_mixed(model, table, 'INT8', None)
+    with pytest.raises(TypeError, match='`images` must be a torch tensor'):
+        allocate_bits(model, None, budget_kb=10)
+    with pytest.raises(ValueError, match='must name at least one number format'):
+        weight_noise(model, x, ())
+    with pytest.raises(ValueError, match='got neither'):
+        allocate_bits(model, x, noise=noise)
+    with pytest.raises(ValueError, match="must be given; got {'budget_kb': 1, 'budget_mbops': 2}"):
+        allocate_bits(model, x, 1, 2, noise=noise)
+    with pytest.raises(ValueError, match='`noise` must be that of `model`'):
+        allocate_bits(model, x, 100, noise=noise[noise.layer != 'net.features.0'])
+    with pytest.raises(ValueError, match='pixels in'):
+        weight_noise(model, x*torch.nan)
     broken = copy.deepcopy(model)
     next(broken.parameters()).data[0] = torch.inf
     for f in (lambda: weight_noise(broken, x), lambda: quantize_mixed(broken, table, 'INT8', x)):
-        with pytest.raises(ValueError, match='must have finite weights'): f()
-    with pytest.raises(ValueError, match='evaluation mode'): allocate_bits(copy.deepcopy(model).train(), x, 100, noise=noise)
+        with pytest.raises(ValueError, match='must have finite weights'):
+            f()
+    with pytest.raises(ValueError, match='evaluation mode'):
+        allocate_bits(copy.deepcopy(model).train(), x, 100, noise=noise)

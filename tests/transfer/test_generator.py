@@ -1,4 +1,5 @@
-"The generator: what it asks for, what it measures, and that the model comes back as it was, also after an interrupt."
+"""The generator: what it asks for, what it measures, and that the model comes back as it was, also
+after an interrupt."""
 import pytest
 import torch
 from torch import nn
@@ -18,9 +19,12 @@ def settled(model, size=16):
     "An untrained generator for `model` whose own batch norm has seen some batches"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = Generator(last_linear(model).weight, model.normalize.mean.flatten(), model.normalize.std.flatten(), size, 8)
+        net = Generator(last_linear(model).weight, model.normalize.mean.flatten(),
+                        model.normalize.std.flatten(), size, 8)
     g = make_generator(0)
-    for _ in range(30): net.train()(draw_targets(32, len(net.embedding), .5, g), torch.randn(32, net.embedding.shape[1], generator=g))
+    for _ in range(30):
+        net.train()(draw_targets(32, len(net.embedding), .5, g),
+                    torch.randn(32, net.embedding.shape[1], generator=g))
     return net.eval()
 
 
@@ -28,42 +32,58 @@ def settled(model, size=16):
 @pytest.mark.parametrize('k', (2, 10, 100))
 def test_targets_are_one_class_or_two_different_ones(k, boundary):
     t = draw_targets(4000, k, boundary, make_generator(0))
-    assert (t.sum(1)-1).abs().max() < 1e-6 and t.min() >= 0
+    assert (t.sum(1)-1).abs().max() < 1e-6
+    assert t.min() >= 0
     assert (t > 0).sum(1).bincount(minlength=3).tolist() == [0, 4000-4000*boundary, 4000*boundary]
     assert (t.sum(0)*k/4000 - 1).abs().max() < (.16 if k < 50 else .8), 'all classes alike'
     mixed = t[(t > 0).sum(1) == 2].amax(1)
-    if boundary: assert .5 <= mixed.min() < .55 and mixed.max() > .95
+    if boundary:
+        assert .5 <= mixed.min() < .55
+        assert mixed.max() > .95
     assert torch.equal(t, draw_targets(4000, k, boundary, make_generator(0)))
 
 
 @pytest.mark.parametrize('bad', (-.1, 1.1, float('nan')))
 def test_shares_that_make_no_sense(bad):
-    with pytest.raises(ValueError, match='share in .0, 1.'): draw_targets(10, 10, bad, make_generator(0))
+    with pytest.raises(ValueError, match='share in .0, 1.'):
+        draw_targets(10, 10, bad, make_generator(0))
 
 
 def test_generated_images_are_shuffled_and_come_from_the_seed():
     net = settled(build_model('ResNet_18', width=.0625))
     x, t = generate(net, 300, boundary=.5)
-    assert x.min() >= 0 and x.max() <= 1 and not x.requires_grad and x.std() > 0
+    assert x.min() >= 0
+    assert x.max() <= 1
+    assert not x.requires_grad
+    assert x.std() > 0
     two = (t > 0).sum(1) == 2
-    assert two.sum() == 150 and 50 < two[:150].sum() < 100, 'mixtures are not all at the front'
-    again, other = generate(net, 300, boundary=.5), generate(net, 300, boundary=.5, seed=1)
-    assert torch.equal(again[0], x) and torch.equal(again[1], t) and not torch.equal(other[1], t) and not torch.equal(other[0], x)
+    assert two.sum() == 150, 'mixtures are not all at the front'
+    assert 50 < two[:150].sum() < 100, 'mixtures are not all at the front'
+    again = generate(net, 300, boundary=.5)
+    other = generate(net, 300, boundary=.5, seed=1)
+    assert torch.equal(again[0], x)
+    assert torch.equal(again[1], t)
+    assert not torch.equal(other[1], t)
+    assert not torch.equal(other[0], x)
 
 
 def test_a_class_is_asked_for_by_its_row():
     net = settled(build_model('ResNet_18', width=.0625, n_classes=4))
     noise = torch.zeros(4, net.embedding.shape[1])
-    alone, mixed = net(torch.eye(4), noise), net(torch.full((1, 4), .25), noise[:1])
+    alone = net(torch.eye(4), noise)
+    mixed = net(torch.full((1, 4), .25), noise[:1])
     assert len({tuple(o.flatten()[:50].tolist()) for o in (*alone, *mixed)}) == 5
-    assert (net.embedding.mean(1)).abs().max() < 1e-5 and (net.embedding.std(1)-1).abs().max() < 1e-5
+    assert (net.embedding.mean(1)).abs().max() < 1e-5
+    assert (net.embedding.std(1)-1).abs().max() < 1e-5
 
 
 def test_seeds_reach_weights_and_draws():
     model = build_model('ResNet_18', width=.0625)
-    a, b = (train_generator(model, **{**tiny, 'steps': 0}, seed=s)[0] for s in (0, 1))
+    a = train_generator(model, **{**tiny, 'steps': 0}, seed=0)[0]
+    b = train_generator(model, **{**tiny, 'steps': 0}, seed=1)[0]
     weights = [m.weight for m in (a.body[0], b.body[0])]
-    assert not torch.equal(*weights) and abs(torch.corrcoef(torch.stack([w.flatten() for w in weights]))[0, 1]) < .1
+    assert not torch.equal(*weights)
+    assert abs(torch.corrcoef(torch.stack([w.flatten() for w in weights]))[0, 1]) < .1
 
 
 @pytest.mark.parametrize('name', [n for n in model_names if n != 'ResNet_152'])
@@ -71,9 +91,13 @@ def test_networks_of_the_zoo(name, monkeypatch):
     monkeypatch.setattr(G, 'match_energy', lambda *args, **kw: None)
     model = build_model(name, n_classes=5, width=.0625)
     net, history = train_generator(model, **{**tiny, 'size': 32})
-    assert len(history) == 2 and history.notna().all(axis=None) and ('no batch norm' in net.knows) == (not batchnorms(model))
-    assert (history.bn_distance > 0).all() == bool(batchnorms(model)) and generate(net, 3)[1].shape == (3, 5)
-    assert not net.training and all(p.requires_grad for p in model.parameters())
+    assert len(history) == 2
+    assert history.notna().all(axis=None)
+    assert ('no batch norm' in net.knows) == (not batchnorms(model))
+    assert (history.bn_distance > 0).all() == bool(batchnorms(model))
+    assert generate(net, 3)[1].shape == (3, 5)
+    assert not net.training
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_the_model_comes_back_after_an_interrupt(monkeypatch):
@@ -84,8 +108,10 @@ def test_the_model_comes_back_after_an_interrupt(monkeypatch):
         yield from list(items)[:1]
         raise KeyboardInterrupt
     monkeypatch.setattr(G, 'progress', interrupted)
-    with pytest.raises(KeyboardInterrupt): train_generator(model, **tiny)
-    assert [p.requires_grad for p in model.parameters()] == before and not model.training
+    with pytest.raises(KeyboardInterrupt):
+        train_generator(model, **tiny)
+    assert [p.requires_grad for p in model.parameters()] == before
+    assert not model.training
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
@@ -101,18 +127,26 @@ def test_random_numbers_of_others_are_left_alone(monkeypatch):
 def test_distance_is_the_mean_over_layers_of_the_formula():
     torch.manual_seed(0)
     layers = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)).eval()
-    for m in layers: m.running_mean.normal_(), m.running_var.uniform_(.5, 2)
+    for m in layers:
+        m.running_mean.normal_(), m.running_var.uniform_(.5, 2)
     x = 2*torch.randn(50, 3, 6, 6) + 1
-    with bn_inputs(layers) as seen: layers(x)
+    with bn_inputs(layers) as seen:
+        layers(x)
     def kl(bn, x):
-        v, m = x.var((0, 2, 3), correction=0), x.mean((0, 2, 3))
-        return .5*(v/bn.running_var + (m-bn.running_mean)**2/bn.running_var - 1 - torch.log(v/bn.running_var))
+        v = x.var((0, 2, 3), correction=0)
+        m = x.mean((0, 2, 3))
+        return .5*(v/bn.running_var + (m-bn.running_mean)**2/bn.running_var - 1
+                   - torch.log(v/bn.running_var))
     slow = torch.stack([kl(bn, o) for bn, o in seen]).mean()
-    assert len(seen) == 2 and bn_distance(seen).item() == pytest.approx(slow.item(), rel=.02) and bn_distance([]) == 0
+    assert len(seen) == 2
+    assert bn_distance(seen).item() == pytest.approx(slow.item(), rel=.02)
+    assert bn_distance([]) == 0
     x = torch.ones(5, 3, 6, 6).requires_grad_()
-    with bn_inputs(layers) as seen: layers(x)
+    with bn_inputs(layers) as seen:
+        layers(x)
     grad, = torch.autograd.grad(bn_distance(seen), x)
-    assert bn_distance(seen).isfinite() and grad.isfinite().all(), 'also where a channel is silent'
+    assert bn_distance(seen).isfinite(), 'also where a channel is silent'
+    assert grad.isfinite().all(), 'also where a channel is silent'
 
 
 @pytest.mark.parametrize('name', ('AlexNet', 'ResNet_18'))
@@ -120,21 +154,31 @@ def test_energy_is_matched_from_both_sides(name):
     model = build_model(name, width=.0625, mean=(.5,)*3, std=(.05,)*3)
     net = settled(model, 32)
     for bn in batchnorms(model)[:1]:
-        with bn_inputs(model) as seen: model(generate(net, 100, boundary=0.)[0])
+        with bn_inputs(model) as seen:
+            model(generate(net, 100, boundary=0.)[0])
         bn[1].running_var.copy_(seen[0][1].var((0, 2, 3), correction=0)*1.5)
     for contrast in (.3, 3.):
         net.contrast.fill_(contrast)
         assert abs(energy(net, model)['ratio']-1) > .5
-        assert abs(match_energy(net, model)['ratio']-1) < .05 and energy(net, model) == energy(net, model)
+        assert abs(match_energy(net, model)['ratio']-1) < .05
+        assert energy(net, model) == energy(net, model)
 
 
 def test_wrong_uses():
     model = build_model('ResNet_18', width=.0625)
-    with pytest.raises(TypeError, match='Use `wrap_model`'): train_generator(model.net, **tiny)
-    with pytest.raises(ValueError, match='Call `model.eval'): train_generator(build_model('ResNet_18', width=.0625).train(), **tiny)
-    with pytest.raises(ValueError, match='`size` must be a multiple of 4; got 30'): train_generator(model, **{**tiny, 'size': 30})
-    for k, bad, words in (('size', 0, 'a multiple of 4; got 0'), ('width', 1, 'at least 2 channels; got 1'), ('steps', -1, 'negative; got -1')):
-        with pytest.raises(ValueError, match=f'`{k}` must .*{words}'): train_generator(model, **{**tiny, k: bad})
-    with pytest.raises(ValueError, match='`n` must be at least 1; got 0'): generate(settled(model), 0)
-    with pytest.raises(ValueError, match='generator.eval'): generate(settled(model).train(), 3)
+    with pytest.raises(TypeError, match='Use `wrap_model`'):
+        train_generator(model.net, **tiny)
+    with pytest.raises(ValueError, match='Call `model.eval'):
+        train_generator(build_model('ResNet_18', width=.0625).train(), **tiny)
+    with pytest.raises(ValueError, match='`size` must be a multiple of 4; got 30'):
+        train_generator(model, **{**tiny, 'size': 30})
+    for k, bad, words in (('size', 0, 'a multiple of 4; got 0'),
+                          ('width', 1, 'at least 2 channels; got 1'),
+                          ('steps', -1, 'negative; got -1')):
+        with pytest.raises(ValueError, match=f'`{k}` must .*{words}'):
+            train_generator(model, **{**tiny, k: bad})
+    with pytest.raises(ValueError, match='`n` must be at least 1; got 0'):
+        generate(settled(model), 0)
+    with pytest.raises(ValueError, match='generator.eval'):
+        generate(settled(model).train(), 3)
     assert all(p.requires_grad for p in model.parameters())
