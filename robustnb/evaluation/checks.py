@@ -149,7 +149,7 @@ def _unbounded(case):
                                     _resized(case.threat, _largest(case)))).sum())
     return right > 0, f'{right} of {len(case.x)} still right when every pixel may change'
 
-# %% ../../nbs/api/evaluation/20_checks.ipynb #c14c1074
+# %% ../../nbs/api/evaluation/20_checks.ipynb #b672cf43
 def _takes(attack, name): return name in inspect.signature(attack).parameters
 
 def _longer(attack):
@@ -190,6 +190,7 @@ def _blackbox(case):
                    else partial(random_search, tries=300))
     return _many(k, len(case.x)), f'{k} of {len(case.left)} survivors fall to 300 questions'
 
+# %% ../../nbs/api/evaluation/20_checks.ipynb #c14c1074
 def _rounding(case):
     on = (case.clean.argmax(1) == case.y).index_fill_(0, case.left, False)
     if not on.any(): return False, 'nothing fell, nothing to round'
@@ -203,7 +204,7 @@ def _rounding(case):
     return _many(k, n,
                  .05), f'{k} of {n} successes are lost when their pixels are rounded to 8 bits'
 
-# %% ../../nbs/api/evaluation/20_checks.ipynb #b2d9d4c9
+# %% ../../nbs/api/evaluation/20_checks.ipynb #debd9c3b
 _checks = {
     'training mode': (_training,
                       'Call `model.eval()`: batch norm and dropout make another model in '
@@ -236,6 +237,7 @@ _checks = {
     '8-bit rounding': (_rounding, 'Judge rounded images: `eight_bit(attack)`. Attacks that '
                                   'stop at the border need a few steps beyond it.')}
 
+# %% ../../nbs/api/evaluation/20_checks.ipynb #b2d9d4c9
 @contextmanager
 def _as_it_was(model):
     "Evaluation mode inside; afterwards flags, weights, buffers and gradients as before."

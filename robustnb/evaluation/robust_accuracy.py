@@ -152,7 +152,7 @@ def _rows_of(folder, question):
                          f"from {file}. Name another folder, or delete this one.")
     return [_read_rows(f, question) for f in sorted(folder.glob('*.csv'))]
 
-# %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #e1100ef1
+# %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #02788c2b
 def _check_attacks(attacks):
     "Raise unless they are functions with names."
     if not isinstance(attacks, dict):
@@ -168,6 +168,7 @@ def _check_attacks(attacks):
             raise TypeError("`attacks` must hold functions (model, x, y, threat, *, "
                             f"generator) -> x_adv; {name!r} is {type(attack).__name__}.")
 
+# %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #e1100ef1
 def evaluate(
     model:nn.Module,        # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,               # Images (N,C,H,W), float, pixels in [0,1]
@@ -255,7 +256,7 @@ def compare(
     return pd.DataFrame(
         lines, columns=['attack', 'n', 'accuracy_a', 'accuracy_b', 'difference', 'lo', 'hi'])
 
-# %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #104f250e
+# %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #fbce6963
 def robustness_curve(
     model:nn.Module,        # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,               # Images (N,C,H,W), float, pixels in [0,1]
@@ -285,6 +286,7 @@ def robustness_curve(
         table.append(now.assign(attack='attacked', threat=repr(threat), eps=float(threat.eps)))
     return pd.concat(table, ignore_index=True)
 
+# %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #104f250e
 def plot_curve(
     rows:pd.DataFrame,      # From `robustness_curve`; several curves in one table with a column `by`
     by:str|None=None,       # Column that tells the curves apart; None draws one

@@ -109,7 +109,7 @@ def _push(model, x, y, eps, seed):
     return torch.cat([pgd(model, x[s], y[s], Linf(eps), make_generator(seed, 'push'), steps=5)
                       for s in batches(len(x), 125)])
 
-# %% ../../nbs/api/transfer/40_probe_quality.ipynb #fe5db39c
+# %% ../../nbs/api/transfer/40_probe_quality.ipynb #fd6015e9
 def _gaps(model, x):
     "Margin between the two likeliest classes; needs no label."
     top = predict(model, x).topk(2, 1).values
@@ -128,6 +128,7 @@ def _moments(model, x):
             o.mean((0, 2, 3)), o.square().mean((0, 2, 3))])/o.shape[1]**.5 for o in z])/len(x))
     return torch.stack(parts).sum(0)
 
+# %% ../../nbs/api/transfer/40_probe_quality.ipynb #fe5db39c
 def _statistic(model, target, eps, seed):
     "A function from images and classes to averages, and the values wanted."
     if isinstance(target, Tensor):
@@ -156,7 +157,7 @@ def _statistic(model, target, eps, seed):
     return ((lambda x, y: is_robust(model, x, y, (eps,), seed=seed).float().mean(1)),
             torch.tensor(target, dtype=torch.float32))
 
-# %% ../../nbs/api/transfer/40_probe_quality.ipynb #b48d8465
+# %% ../../nbs/api/transfer/40_probe_quality.ipynb #e82371b4
 def _solve(single, between, pushed, wanted):
     "The shares on a grid of hundredths whose weighted average comes nearest in squares."
     b, a = (o.flatten()/100.
@@ -167,6 +168,7 @@ def _solve(single, between, pushed, wanted):
     best = (miss + 1e-6*(a+b)).argmin()
     return round(b[best].item(), 2), round(a[best].item(), 2)
 
+# %% ../../nbs/api/transfer/40_probe_quality.ipynb #b48d8465
 def adjust(
     generator:Generator,   # Generator in eval mode
     model:nn.Module,       # Classifier it was trained from, in eval mode
@@ -249,7 +251,7 @@ def _wasserstein(a, b):
     share = lambda o: torch.searchsorted(o, every[:-1], right=True)/len(o)
     return ((share(a)-share(b)).abs()*every.diff()).sum().item()
 
-# %% ../../nbs/api/transfer/40_probe_quality.ipynb #43bffc61
+# %% ../../nbs/api/transfer/40_probe_quality.ipynb #0ea3fc5f
 def feature_pca(
     model:nn.Module,      # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     # Name -> (images (N,C,H,W), class mixtures (N,K) or class numbers (N,)); 'real', else the
@@ -276,6 +278,7 @@ def feature_pca(
                                  pc1=at[:, 0], pc2=at[:, 1], share1=share[0], share2=share[1]))
     return pd.concat([rows(k) for k in sets], ignore_index=True)
 
+# %% ../../nbs/api/transfer/40_probe_quality.ipynb #43bffc61
 def plot_features(
     table:pd.DataFrame,   # From `feature_pca`
     caption:str='',       # Line under the figure: network, n and seeds
@@ -338,7 +341,7 @@ def optimize_images(
         out.append((mean + std*z.detach()).clamp(0, 1))
     return torch.cat(out), pd.DataFrame(history)
 
-# %% ../../nbs/api/transfer/40_probe_quality.ipynb #572e4922
+# %% ../../nbs/api/transfer/40_probe_quality.ipynb #338229c8
 def prediction_error(
     # model, format, source, n_classes, js, flips and measured_loss (share of the accuracy)
     rows:pd.DataFrame,
@@ -360,6 +363,7 @@ def prediction_error(
                             rank=left.predicted.corr(loss, 'spearman')))
     return pd.DataFrame(out)
 
+# %% ../../nbs/api/transfer/40_probe_quality.ipynb #572e4922
 def plot_sources(
     table:pd.DataFrame,   # From `prediction_error`
     caption:str='',       # Line under the figure: networks, formats, n
