@@ -1,0 +1,116 @@
+"""What nbdev is told to do otherwise on a page: the keys `renderer` and `procs` of settings.ini name what is defined here.
+
+This folder must be on Python's path then: `make docs` and `make docs-check` see to it.
+"""
+import ast, inspect, re
+from fastcore.docments import DocmentText, MarkdownRenderer
+from nbdev.processors import Processor
+from nbdev.showdoc import BasicMarkdownRenderer
+
+SIGNATURE = 88        # characters in a line of a signature
+
+
+class ArgumentsBelow(MarkdownRenderer):
+    "A signature without comments, the docstring, and a table of what the arguments mean"
+    def _repr_markdown_(self):
+        signature = DocmentText(self.sym, maxline=SIGNATURE, docstring=False)
+        table = argument_table({signed(name, o): o.copy() for name,o in signature.dm.items()})
+        for o in signature.dm.values():
+            o['docment'] = None
+            if o['anno'] is type(None): o['anno'] = inspect.Parameter.empty     # fastcore's guess from the default
+        parts = [f'```python\n{on_one_line(str(signature))}\n```', self.docs, table]
+        return '\n\n'.join(filter(None, parts))
+
+
+class ShowDoc(BasicMarkdownRenderer, ArgumentsBelow):
+    "The heading and the link to the source as nbdev makes them, then `ArgumentsBelow`"
+
+
+def on_one_line(signature):
+    "The signature on one line, where that has room for it"
+    short = re.sub(r'\n +(.*)\n\)', r'\1)', signature)
+    return short if len(short) <= SIGNATURE and '\n' not in short else signature
+
+
+def signed(name, argument):
+    "The name of an argument as a signature shows it"
+    stars = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '**'}
+    return stars.get(argument.get('kind'), '') + name
+
+
+def argument_table(arguments):
+    "Markdown of the table, empty if no argument has a comment; nbdev turns the names in backticks into links"
+    rows = [row(name, o) for name,o in arguments.items() if o.get('docment')]
+    if not rows: return ''
+    head = ['| Argument | Type | Meaning |', '|:--|:--|:--|']
+    return '\n'.join(['::: {.arguments}', '', *head, *rows, '', ':::'])
+
+
+def row(name, argument):
+    "One argument, or what is returned, as a line of the table"
+    first = '**Returns**' if name == 'return' else f'`{name}`'
+    return f'| {first} | {type_md(argument["anno"])} | {comment_md(argument["docment"])} |'
+
+
+def type_md(annotation):
+    "A type in backticks, without the names of modules; each member of a union in its own, so that it can be a link"
+    if annotation in (inspect.Parameter.empty, type(None)): return ''
+    said = re.sub(r'\b(\w+\.)+', '', inspect.formatannotation(annotation).strip("'\""))
+    members = [said] if '[' in said else said.split('|')
+    return ' or '.join(f'`{o.strip()}`' for o in members)
+
+
+def comment_md(comment):
+    "A comment as text in which backticks are the only markup"
+    pieces = re.split(r'(`[^`]+`)', ' '.join(comment.split()))
+    return ''.join(o if o.startswith('`') else re.sub(r'([\\*_^~<>$@\[\]|#`])', r'\\\1', o) for o in pieces)
+
+
+class InOrder(Processor):
+    "Show the names that one cell exports in the order of the cell: nbdev inserts them in reverse"
+    def __init__(self, nb):
+        super().__init__(nb)
+        self.names = [name for cell in nb.cells for name in defined(cell)]
+
+    def begin(self):
+        cells = self.nb.cells
+        for first in range(len(cells)):
+            if shown(cells[first]) is None or first and shown(cells[first-1]) is not None: continue
+            last = first
+            while last < len(cells) and shown(cells[last]) is not None: last += 1
+            cells[first:last] = sorted(cells[first:last], key=lambda o: self.names.index(shown(o)))
+
+
+def defined(cell):
+    "The functions and classes that an exported cell defines"
+    if cell.cell_type != 'code' or not cell.directives_.keys() & {'export', 'exports'}: return []
+    return [o.name for o in ast.parse(cell.source).body if hasattr(o, 'name')]
+
+
+def shown(cell):
+    "The name that a cell inserted by nbdev shows, None for any other cell"
+    if cell.cell_type != 'code' or not getattr(cell, 'has_sd', False): return None
+    return re.search(r'show_doc\((.*)\)', cell.source)[1]
+
+
+def html_as_markdown(cell):
+    "Keep saved HTML inside Markdown: for `text/html` Quarto loads RequireJS and jQuery from another host"
+    for o in cell.get('outputs', []):
+        html = o.get('data', {}).pop('text/html', None)
+        if html is None: continue
+        html = labelled(''.join(html)).strip()
+        o['data']['text/markdown'] = f'```{{=html}}\n{html}\n```\n'.splitlines(True)
+
+
+def labelled(html):
+    "HTML with the name of its column in each cell of a table, which is shown where rows are stacked on a telephone"
+    head = re.search(r'<thead>(.*?)</thead>', html, re.S)
+    if not head or head[1].count('<tr') != 1: return html
+    names = re.findall(r'<th[^>]*>(.*?)</th>', head[1], re.S)
+    html = html.replace(head[1], re.sub('(?<=[^<])_', '_<wbr>', head[1]))      # a long name may go on below
+
+    def label(line):
+        left = iter(names)
+        return re.sub('<t([hd])', lambda m: f'<t{m[1]} data-label="{next(left, "")}"', line[0])
+    before, body, after = html.partition('<tbody>')
+    return before + body + re.sub(r'<tr.*?</tr>', label, after, flags=re.S)
