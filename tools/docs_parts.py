@@ -6,6 +6,7 @@ import ast, inspect, re
 from fastcore.docments import DocmentText, MarkdownRenderer
 from nbdev.processors import Processor
 from nbdev.showdoc import BasicMarkdownRenderer
+from docs_tables import fitted
 
 SIGNATURE = 88        # characters in a line of a signature
 
@@ -18,7 +19,7 @@ class ArgumentsBelow(MarkdownRenderer):
         for o in signature.dm.values():
             o['docment'] = None
             if o['anno'] is type(None): o['anno'] = inspect.Parameter.empty     # fastcore's guess from the default
-        parts = [f'```python\n{on_one_line(str(signature))}\n```', self.docs, table]
+        parts = [f'```python\n{on_one_line(str(signature))}\n```', self.docs, table, method_table(self.sym)]
         return '\n\n'.join(filter(None, parts))
 
 
@@ -44,6 +45,26 @@ def argument_table(arguments):
     if not rows: return ''
     head = ['| Argument | Type | Meaning |', '|:--|:--|:--|']
     return '\n'.join(['::: {.arguments}', '', *head, *rows, '', ':::'])
+
+
+def method_table(sym):
+    "Markdown of the public methods of a class, each with the anchor that nbdev's links to it have"
+    if not inspect.isclass(sym): return ''
+    methods = {k: f for k,f in vars(sym).items() if inspect.isfunction(f) and not k.startswith('_') and f.__doc__}
+    if not methods: return ''
+    rows = [f'| []{{#{sym.__name__.lower()}.{name}}}`{called(f)}` | {comment_md(first_paragraph(f))} |'
+            for name,f in methods.items()]
+    return '\n'.join(['::: {.methods}', '', '| Method | Meaning |', '|:--|:--|', *rows, '', ':::'])
+
+
+def first_paragraph(method):
+    "The docstring up to its first empty line"
+    return inspect.getdoc(method).split('\n\n')[0]
+
+
+def called(method):
+    "A method with the names of its arguments"
+    return f'{method.__name__}({", ".join(list(inspect.signature(method).parameters)[1:])})'
 
 
 def row(name, argument):
@@ -98,19 +119,5 @@ def html_as_markdown(cell):
     for o in cell.get('outputs', []):
         html = o.get('data', {}).pop('text/html', None)
         if html is None: continue
-        html = labelled(''.join(html)).strip()
+        html = fitted(''.join(html)).strip()
         o['data']['text/markdown'] = f'```{{=html}}\n{html}\n```\n'.splitlines(True)
-
-
-def labelled(html):
-    "HTML with the name of its column in each cell of a table, which is shown where rows are stacked on a telephone"
-    head = re.search(r'<thead>(.*?)</thead>', html, re.S)
-    if not head or head[1].count('<tr') != 1: return html
-    names = re.findall(r'<th[^>]*>(.*?)</th>', head[1], re.S)
-    html = html.replace(head[1], re.sub('(?<=[^<])_', '_<wbr>', head[1]))      # a long name may go on below
-
-    def label(line):
-        left = iter(names)
-        return re.sub('<t([hd])', lambda m: f'<t{m[1]} data-label="{next(left, "")}"', line[0])
-    before, body, after = html.partition('<tbody>')
-    return before + body + re.sub(r'<tr.*?</tr>', label, after, flags=re.S)

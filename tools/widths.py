@@ -12,23 +12,30 @@ MEASURE = '''(() => {
   const main = document.querySelector('main').getBoundingClientRect();
   const all = [...document.querySelectorAll('main table, main pre')];
   const cut = e => e.scrollWidth > e.clientWidth + 1 || e.getBoundingClientRect().right > main.right + 1;
+  // a number that goes on in the next line
+  const lines = e => { const r = document.createRange(); r.selectNodeContents(e); return new Set([...r.getClientRects()].map(o => Math.round(o.top))).size };
+  const broken = e => [...e.querySelectorAll('td')].some(d => /^[-+.\\d]+(e[-+]\\d+)?%?$/.test(d.innerText.trim()) && lines(d) > 1);
   const words = e => e.tagName.toLowerCase() + ': ' + e.innerText.trim().slice(0, 60).replace(/\\s+/g, ' ');
   return {text: Math.round(document.querySelector('main p').clientWidth),
           tables: all.filter(e => e.tagName === 'TABLE').length,
           blocks: all.filter(e => e.tagName === 'PRE').length,
-          cut: all.filter(cut).map(words)};
+          cut: all.filter(e => cut(e) || broken(e)).map(words)};
 })()'''
 
 
 def measure(pages, widths=WIDTHS):
     "For each width and page a dict: `text`, pixels of a line of prose; `tables`, `blocks`; those that are `cut`"
+    found = {}
     with Browser() as browser:
-        return {(width, page): measured(browser, page, width) for width in widths for page in pages}
+        for page in pages:
+            browser.open(Path(page).resolve().as_uri(), widths[0])
+            for width in widths: found[width, page] = measured(browser, width)
+    return found
 
 
-def measured(browser, page, width):
-    "The measurements of one page at one width"
-    browser.open(Path(page).resolve().as_uri(), width)
+def measured(browser, width):
+    "The measurements of the page that is open, at one width"
+    browser.ask('Emulation.setDeviceMetricsOverride', width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
     return browser.ask('Runtime.evaluate', expression=MEASURE, returnByValue=True)['result']['value']
 
 
