@@ -1,6 +1,7 @@
-"""Render the site with Quarto into `_docs/`: nbdev's own command, with this folder on Python's path for `docs_parts.py`.
+"""Render the site with Quarto into `_docs/`, by nbdev's own command.
 
-README.md stays as it is: `make readme` writes it, without Quarto.
+This folder is on Python's path then, for `docs_parts.py`. README.md stays as it is: `make readme`
+writes it, without Quarto.
 """
 import sys
 from nbdev.config import get_config
@@ -13,7 +14,7 @@ def build():
     cfg = get_config()
     readme = cfg.config_path/'README.md'
     before = readme.read_bytes()
-    readme.touch()                   # nbdev writes it anew if it is older than its notebook, as it may be in a fresh clone
+    readme.touch()              # nbdev writes it anew if its notebook is newer, as in a fresh clone
     nbdev_docs.__wrapped__()
     if readme.read_bytes() != before:
         readme.write_bytes(before)

@@ -1,7 +1,8 @@
 """Build the docs without Quarto, and check them.
 
-The notebooks are processed exactly as `make docs` does, rendered with pandoc into `_check/`, and then every link, anchor and image
-of the HTML is resolved; links to other sites are counted, not visited. Other faults: `docs_faults.py`; text that is cut: `widths.py`.
+The notebooks are processed as `make docs` does, rendered with pandoc into `_check/`, and then every
+link, anchor and image of the HTML is resolved; links to other sites are counted, not visited.
+Other faults are found by `docs_faults.py`, what is cut off by `widths.py`.
 """
 import json, os, runpy, shutil, sys
 from html import escape
@@ -10,8 +11,8 @@ import yaml
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 import browser, widths
-from docs_faults import (exported, html_faults, index_faults, menu_faults, menu_files, order_faults, output_faults,
-                         shown)
+from docs_faults import (exported, html_faults, index_faults, menu_faults, menu_files, order_faults,
+                         output_faults, shown)
 from docs_pages import Parts, menu, page_style, render, to_pages, whole_page
 from readme import readme
 
@@ -33,7 +34,7 @@ def fault(link, page, pages, infos):
     if url.scheme or url.netloc: return None
     base = '' if inside else os.path.dirname(page)
     to = os.path.normpath(os.path.join(base, unquote(url.path))) if url.path else page
-    to = pages.get(to, to)                                          # a link to a notebook leads to its page
+    to = pages.get(to, to)                        # a link to a notebook leads to its page
     if to in infos:
         known = not url.fragment or unquote(url.fragment) in infos[to].ids
         return None if known else f'{to} has no anchor'
@@ -62,7 +63,8 @@ def faults(cache, made, infos, quarto):
         for link in infos[page].links:
             if why := fault(link, page, pages, infos): yield f'{nb}: {why}: {link}'
     yield from menu_faults(quarto['website']['sidebar']['contents'], made)
-    if (root/'README.md').read_text(encoding='utf-8') != readme(): yield "README.md is out of step: run 'make readme'"
+    if (root/'README.md').read_text(encoding='utf-8') != readme():
+        yield "README.md is out of step: run 'make readme'"
 
 
 def write(made, quarto):
@@ -77,7 +79,8 @@ def write(made, quarto):
         up = '../'*page.count('/')
 
         def link(file):
-            return f'<li><a href="{up}{pages[file]}">{escape(made[file][1])}</a></li>' if file in made else ''
+            if file not in made: return ''
+            return f'<li><a href="{up}{pages[file]}">{escape(made[file][1])}</a></li>'
         nav = ''.join(menu(quarto['website']['sidebar']['contents'], link))
         html = to_pages(html, page, pages).replace(f'href="{site}', f'href="{up}')
         (out/page).write_text(whole_page(title, subtitle, html, nav, style), encoding='utf-8')
@@ -85,7 +88,8 @@ def write(made, quarto):
 
 def main():
     shutil.rmtree(out, ignore_errors=True)
-    os.chdir(root)                        # a relative folder: nbdev skips notebooks whose full path has a part like `.cache`
+    os.chdir(root)
+    # A relative folder: nbdev skips notebooks whose full path has a part like `.cache`
     cache = proc_nbs(cfg.nbs_path.relative_to(root), force=True, n_workers=min(2, os.cpu_count()))
     names = [f.relative_to(cache).as_posix() for f in sorted(cache.rglob('*.ipynb'))]
     made = {o: render(cache/o, o, out) for o in names}
@@ -99,8 +103,8 @@ def main():
     for o in problems: print('FAILED', o)
     links = [o for i in infos.values() for o in i.links]
     away = sum(o.startswith('http') and not o.startswith((site, source)) for o in links)
-    print(f'docs: {len(made)} pages, {len(links)} links ({away} to other sites, not visited), {len(problems)} problems; '
-          f'open {out.name}/index.html')
+    print(f'docs: {len(made)} pages, {len(links)} links ({away} to other sites, not visited), '
+          f'{len(problems)} problems; open {out.name}/index.html')
     sys.exit(bool(problems))
 
 

@@ -12,29 +12,30 @@ def menu_files(items):
     "The files that the sidebar of `_quarto.yml` names, in order"
     for o in items:
         if isinstance(o, str): yield o
-        else: yield from ([o['href']] if 'href' in o else []) + list(menu_files(o.get('contents', [])))
+        else:
+            if 'href' in o: yield o['href']
+            yield from menu_files(o.get('contents', []))
 
 
-def menu_faults(items, notebooks, section=''):
+def menu_faults(items, notebooks):
     "Notebooks that the menu lacks or names in vain, and sections too long to be read"
     files = list(menu_files(items))
-    for o in sorted(set(notebooks) - set(files)): yield f'{o}: not in the menu of _quarto.yml'
-    for o in sorted(set(files) - set(notebooks)): yield f'{o}: in the menu of _quarto.yml, but there is no such notebook'
+    for o in sorted(set(notebooks) - set(files)): yield f'_quarto.yml: the menu lacks {o}'
+    for o in sorted(set(files) - set(notebooks)): yield f'_quarto.yml: there is no {o}'
     yield from flat_sections(items, 'the menu')
 
 
 def flat_sections(items, name):
-    "Sections of more than `ENTRIES` entries, at any depth"
-    if len(items) > ENTRIES: yield f'_quarto.yml: {name} lists {len(items)} entries, at most {ENTRIES} can be read'
-    for o in items:
-        if isinstance(o, dict): yield from flat_sections(o.get('contents', []), o.get('section'))
-    for o in items:
-        if isinstance(o, dict) and o.get('section') == 'API':
-            if not any(isinstance(p, dict) for p in o['contents']): yield '_quarto.yml: API has no sub-sections'
+    "Sections of more than `ENTRIES` entries, at any depth, and an API without sections in it"
+    sections = [o for o in items if isinstance(o, dict) and 'contents' in o]
+    if len(items) > ENTRIES:
+        yield f'_quarto.yml: {name} lists {len(items)} entries, at most {ENTRIES} can be read'
+    if name == 'API' and not sections: yield '_quarto.yml: API has no sub-sections'
+    for o in sections: yield from flat_sections(o['contents'], o['section'])
 
 
 def exported(nb):
-    "Module that a notebook exports, None if it exports none, and its public functions and classes, in order"
+    "Module that a notebook exports, or None, and its public functions and classes, in order"
     module = None
     names = []
     for cell in nb['cells']:
@@ -51,7 +52,8 @@ def exported(nb):
 def index_faults(module, names, symbols):
     "Names of a module that nbdev's index, `_modidx.py`, lacks: they have no links and no source"
     known = symbols.get(module, {})
-    if not known: yield f'{module}: empty in _modidx.py; nbdev skips notebooks with "auto" in their path'
+    if not known:
+        yield f'{module}: empty in _modidx.py; nbdev skips notebooks with "auto" in their path'
     lost = [o for o in names if f'{module}.{o}' not in known]
     if known and lost: yield f'{module}: not in _modidx.py: {", ".join(lost)}'
 
@@ -67,7 +69,8 @@ def order_faults(names, seen):
     lost = [o for o in names if o not in seen]
     order = [o for o in names if o in seen]
     if lost: yield f'not shown: {", ".join(lost)}'
-    if order != [o for o in seen if o in names]: yield f'not in the order of the notebook: {", ".join(seen)}'
+    if order != [o for o in seen if o in names]:
+        yield f'not in the order of the notebook: {", ".join(seen)}'
 
 
 def output_faults(nb):
@@ -75,13 +78,14 @@ def output_faults(nb):
     for cell in nb['cells']:
         for o in cell.get('outputs', []):
             for kind in sorted(SCRIPTED & o.get('data', {}).keys()):
-                yield f'an output is {kind}: its page would load RequireJS and jQuery from another host'
+                yield f'an output is {kind}: Quarto would load RequireJS and jQuery for it'
 
 
 def html_faults(parts):
     "Markdown that shows as it is written inside a block, and scripts of other hosts"
     for o in parts.blocks:
-        if m := re.search(r'\[[^\]\n]*\]\(\w+:[^)\s]*\)', o): yield f'a block shows Markdown: {m[0]}'
+        if m := re.search(r'\[[^\]\n]*\]\(\w+:[^)\s]*\)', o):
+            yield f'a block shows Markdown: {m[0]}'
     for o in parts.scripts:
         if re.match(r'(https?:)?//', o): yield f'a script of another host: {o}'
 

@@ -1,6 +1,7 @@
 """Processed notebooks as Markdown and as pages that look like those of the site, without Quarto.
 
-pandoc is the Markdown reader that Quarto uses; widths come from `_quarto.yml` and the style is `nbs/styles.css`.
+pandoc is the Markdown reader that Quarto uses; widths are those of `_quarto.yml`, and the style is
+`nbs/styles.css`.
 """
 import base64, json, os, re
 from html import escape
@@ -9,13 +10,17 @@ from pathlib import Path
 from urllib.parse import unquote
 import pypandoc, yaml
 
-# The columns of Quarto's docked layout, which gives 4/5 of the named widths to what stands beside the text
-STYLE = '''body{{font:17px/1.5 system-ui,sans-serif;color:#222;margin:0;display:grid;gap:1.5em;padding:0 1.5em;
+# The columns of Quarto's docked layout: what stands beside the text gets 4/5 of its width
+STYLE = '''body{{font:17px/1.5 system-ui,sans-serif;color:#222;margin:0;
+padding:0 1.5em;display:grid;gap:1.5em;
 grid-template-columns:calc(.8*{sidebar}) minmax(500px,calc({body} - 3em)) calc(.8*{margin})}}
 nav{{font-size:.85em;padding-top:1em}} nav ul{{padding-left:1em}} nav summary{{font-weight:bold}}
-main{{min-width:0}} a{{color:#0b5cad}} pre{{background:#f6f6f6;padding:.7em;font-size:.875em}}
-img{{max-width:100%;height:auto}} math{{overflow-x:auto;max-width:100%}} math[display=block]{{display:block}}
-p,li,h1,h2,h3,h4{{overflow-wrap:anywhere}} .co{{color:#666}} .kw,.cf,.im{{color:#8250a0}} .st{{color:#236b36}}
+main{{min-width:0}} a{{color:#0b5cad}} 
+pre{{background:#f6f6f6;padding:.7em;font-size:.875em}}
+img{{max-width:100%;height:auto}}
+math{{overflow-x:auto;max-width:100%}} math[display=block]{{display:block}}
+p,li,h1,h2,h3,h4{{overflow-wrap:anywhere}}
+.co{{color:#666}} .kw,.cf,.im{{color:#8250a0}} .st{{color:#236b36}}
 @media(max-width:48em){{body{{display:block}}}}'''
 # On a telephone the contents stay folded
 UNFOLD = '<script>if (innerWidth > 768) document.querySelector("nav details").open = true</script>'
@@ -33,7 +38,9 @@ def output_md(o, picture, name):
     for k in ('text/html', 'image/svg+xml'):
         if k in d: return fence(text(d[k]), '{=html}')
     for k in ('image/png', 'image/jpeg'):
-        if k in d: return f'\n![]({picture(base64.b64decode(text(d[k])), f"{name}.{k[6:]}")})\n'
+        if k in d:
+            file = picture(base64.b64decode(text(d[k])), f'{name}.{k[6:]}')
+            return f'\n![]({file})\n'
     return fence(text(d['text/plain'])) if 'text/plain' in d else ''
 
 
@@ -67,7 +74,8 @@ def notebook_md(nb, picture):
 
 
 def pandoc(md, to, *args):
-    return pypandoc.convert_text(md, to, format='markdown+autolink_bare_uris+emoji', extra_args=list(args))
+    reader = 'markdown+autolink_bare_uris+emoji'
+    return pypandoc.convert_text(md, to, format=reader, extra_args=list(args))
 
 
 class Parts(HTMLParser):
@@ -85,7 +93,7 @@ class Parts(HTMLParser):
         attrs = dict(attrs)
         link = attrs.get('href') or attrs.get('src')
         if attrs.get('id'): self.ids.add(attrs['id'])
-        if link and not link.startswith('#cb'): self.links.append(link)        # not the lines of code
+        if link and not link.startswith('#cb'): self.links.append(link)     # not the lines of code
         if tag == 'script': self.scripts.append(attrs.get('src') or '')
         if tag == 'pre':
             self.inside += 1
@@ -99,7 +107,7 @@ class Parts(HTMLParser):
 
 
 def render(path, name, out):
-    "Page name, title, subtitle and HTML of the processed notebook at `path`; its pictures go to `out`"
+    "Page name, title, subtitle and HTML of a processed notebook; its pictures go to `out`"
     here = (out/name).parent
     stem = Path(name).stem
     here.mkdir(parents=True, exist_ok=True)
@@ -111,7 +119,8 @@ def render(path, name, out):
 
     front, md = notebook_md(json.loads(path.read_text(encoding='utf-8')), picture)
     page = Path(name).with_name(front.get('output-file', stem+'.html')).as_posix()
-    return page, front.get('title', ''), front.get('description', ''), pandoc(md, 'html', '--mathml')
+    html = pandoc(md, 'html', '--mathml')
+    return page, front.get('title', ''), front.get('description', ''), html
 
 
 def menu(items, link):
@@ -119,7 +128,9 @@ def menu(items, link):
     for o in items:
         if isinstance(o, str): yield link(o)
         elif 'href' in o: yield link(o['href'])
-        else: yield f'<li>{escape(o["section"])}<ul>{"".join(menu(o["contents"], link))}</ul></li>'
+        else:
+            inside = ''.join(menu(o['contents'], link))
+            yield f'<li>{escape(o["section"])}<ul>{inside}</ul></li>'
 
 
 def to_pages(html, page, pages):

@@ -1,4 +1,4 @@
-"""What nbdev is told to do otherwise on a page: the keys `renderer` and `procs` of settings.ini name what is defined here.
+"""What nbdev does otherwise here: `renderer` and `procs` in settings.ini name this file.
 
 This folder must be on Python's path then: `make docs` and `make docs-check` see to it.
 """
@@ -9,6 +9,7 @@ from nbdev.showdoc import BasicMarkdownRenderer
 from docs_tables import fitted
 
 SIGNATURE = 88        # characters in a line of a signature
+MARKUP = re.compile(r'[\\*_^~<>$@\[\]|#`]')
 
 
 class ArgumentsBelow(MarkdownRenderer):
@@ -18,9 +19,9 @@ class ArgumentsBelow(MarkdownRenderer):
         table = argument_table({signed(name, o): o.copy() for name,o in signature.dm.items()})
         for o in signature.dm.values():
             o['docment'] = None
-            if o['anno'] is type(None): o['anno'] = inspect.Parameter.empty     # fastcore's guess from the default
-        parts = [f'```python\n{on_one_line(str(signature))}\n```', self.docs, table, method_table(self.sym)]
-        return '\n\n'.join(filter(None, parts))
+            if o['anno'] is type(None): o['anno'] = inspect.Parameter.empty     # fastcore's guess
+        code = f'```python\n{on_one_line(str(signature))}\n```'
+        return '\n\n'.join(filter(None, [code, self.docs, table, method_table(self.sym)]))
 
 
 class ShowDoc(BasicMarkdownRenderer, ArgumentsBelow):
@@ -40,7 +41,7 @@ def signed(name, argument):
 
 
 def argument_table(arguments):
-    "Markdown of the table, empty if no argument has a comment; nbdev turns the names in backticks into links"
+    "Markdown of the table, empty if no argument has a comment; nbdev links names in backticks"
     rows = [row(name, o) for name,o in arguments.items() if o.get('docment')]
     if not rows: return ''
     head = ['| Argument | Type | Meaning |', '|:--|:--|:--|']
@@ -50,10 +51,11 @@ def argument_table(arguments):
 def method_table(sym):
     "Markdown of the public methods of a class, each with the anchor that nbdev's links to it have"
     if not inspect.isclass(sym): return ''
-    methods = {k: f for k,f in vars(sym).items() if inspect.isfunction(f) and not k.startswith('_') and f.__doc__}
+    functions = [f for f in vars(sym).values() if inspect.isfunction(f) and f.__doc__]
+    methods = [f for f in functions if not f.__name__.startswith('_')]
     if not methods: return ''
-    rows = [f'| []{{#{sym.__name__.lower()}.{name}}}`{called(f)}` | {comment_md(first_paragraph(f))} |'
-            for name,f in methods.items()]
+    rows = [f'| []{{#{f.__qualname__.lower()}}}`{called(f)}` | {comment_md(first_paragraph(f))} |'
+            for f in methods]
     return '\n'.join(['::: {.methods}', '', '| Method | Meaning |', '|:--|:--|', *rows, '', ':::'])
 
 
@@ -74,7 +76,7 @@ def row(name, argument):
 
 
 def type_md(annotation):
-    "A type in backticks, without the names of modules; each member of a union in its own, so that it can be a link"
+    "A type in backticks, without names of modules; each member of a union in its own, to be a link"
     if annotation in (inspect.Parameter.empty, type(None)): return ''
     said = re.sub(r'\b(\w+\.)+', '', inspect.formatannotation(annotation).strip("'\""))
     members = [said] if '[' in said else said.split('|')
@@ -84,7 +86,7 @@ def type_md(annotation):
 def comment_md(comment):
     "A comment as text in which backticks are the only markup"
     pieces = re.split(r'(`[^`]+`)', ' '.join(comment.split()))
-    return ''.join(o if o.startswith('`') else re.sub(r'([\\*_^~<>$@\[\]|#`])', r'\\\1', o) for o in pieces)
+    return ''.join(o if o.startswith('`') else MARKUP.sub(r'\\\g<0>', o) for o in pieces)
 
 
 class InOrder(Processor):
@@ -115,7 +117,7 @@ def shown(cell):
 
 
 def html_as_markdown(cell):
-    "Keep saved HTML inside Markdown: for `text/html` Quarto loads RequireJS and jQuery from another host"
+    "Keep saved HTML in Markdown: for `text/html` Quarto loads RequireJS and jQuery from a CDN"
     for o in cell.get('outputs', []):
         html = o.get('data', {}).pop('text/html', None)
         if html is None: continue

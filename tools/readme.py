@@ -14,7 +14,8 @@ class Stock(FilterDefaults):
     def xtra_procs(self): return []
 
 
-def no_picture(data, name): sys.exit(f'{cfg.readme_nb}: README.md cannot hold a figure made by code; link to a picture file instead')
+def no_picture(data, name):
+    sys.exit(f'{cfg.readme_nb}: README.md cannot hold a figure made by code; link to a file')
 
 
 def readme():
