@@ -4,6 +4,8 @@ This folder must be on Python's path then: `make docs` and `make docs-check` see
 """
 import ast, inspect, re
 from fastcore.docments import DocmentText, MarkdownRenderer
+from nbdev.config import get_config
+from nbdev.doclinks import NbdevLookup
 from nbdev.processors import Processor
 from nbdev.showdoc import BasicMarkdownRenderer
 from docs_tables import fitted
@@ -78,9 +80,17 @@ def row(name, argument):
 def type_md(annotation):
     "A type in backticks, without names of modules; each member of a union in its own, to be a link"
     if annotation in (inspect.Parameter.empty, type(None)): return ''
-    said = re.sub(r'\b(\w+\.)+', '', inspect.formatannotation(annotation).strip("'\""))
+    said = re.sub(r'\b(\w+)\.([\w.]+)', short_name, inspect.formatannotation(annotation).strip("'\""))
     members = [said] if '[' in said else said.split('|')
     return ' or '.join(f'`{o.strip()}`' for o in members)
+
+
+def short_name(m):
+    "The last part of a dotted name; after its package where the last part alone would lead to ours"
+    package = m[1]
+    name = m[2].rpartition('.')[2]
+    ours = package in ('__main__', get_config().lib_path.name)
+    return name if ours or NbdevLookup().doc(name) is None else f'{package}.{name}'
 
 
 def comment_md(comment):
