@@ -9,7 +9,7 @@ from torch import nn
 
 foolbox = pytest.importorskip('foolbox', reason='foolbox is not installed')
 
-from robustnb.attacks.gradient import adapters
+from robustnb.attacks import adapters
 from robustnb.attacks.adapters import brendel_bethge, from_foolbox, hop_skip_jump, pointwise
 from robustnb.attacks.gradient import margin
 from robustnb.attacks.threat_models import L0

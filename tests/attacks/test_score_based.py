@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustnb.attacks.gradient import score_based as blackbox
+from robustnb.attacks import score_based as blackbox
 from robustnb.attacks.gradient import cross_entropy, fgsm, margin, pgd
 from robustnb.attacks.threat_models import L0
 from robustnb.attacks.score_based import one_pixel, random_search, square

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from robustnb.attacks.gradient import score_based as blackbox
+from robustnb.attacks import score_based as blackbox
 from robustnb.attacks.gradient import margin
 from robustnb.attacks.score_based import square
 from robustnb.core import draw, image_generators, make_generator
