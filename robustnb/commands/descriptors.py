@@ -222,9 +222,8 @@ def attack_descriptors_command(
     write_pairs(wanted, out/'pairs.csv')
     at = images.at(wanted.sources)
     targets = _wanted_descriptors(ask, images, wanted, cache)
-    x = images.x[at.ravel()]
     folder = out/f"runs-{_name(*files)}"
-    rows, changed = _attacked(ask, nets, plan, x, targets, seed, folder)
+    rows, changed = _attacked(ask, nets, plan, images.x[at.ravel()], targets, seed, folder)
     write_submission(out/'submission.zip', wanted.files, changed, images.images[at.ravel()],
                      _answers(ask, changed, cache))
     _write(rows, out/'rows.csv')
