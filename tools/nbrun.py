@@ -4,7 +4,7 @@
 that is forked from this one, so that torch is imported once. A notebook with a failing cell is left as
 it was.
 """
-import faulthandler, importlib, os, signal, sys, tempfile, time
+import faulthandler, gc, importlib, os, signal, sys, tempfile, time
 from pathlib import Path
 from execnb.nbio import write_nb
 from execnb.shell import CaptureShell
@@ -58,6 +58,8 @@ def forked(task, paths, n_workers=2, timeout=600):
     os.environ.setdefault('OMP_NUM_THREADS', '1')   # threads do not survive a fork
     for name in HEAVY:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()                                     # else each child goes through all of it at its end
     waiting = [Path(o).resolve() for o in paths][::-1]
     running = {}
     while waiting or running:
