@@ -1,4 +1,4 @@
-"Notebooks are compared with what is saved in them: a made project of good and bad ones, tested once"
+"Notebooks are compared with what is saved in them: a made project of good and bad ones"
 import json, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
@@ -28,7 +28,7 @@ OTHER = {                               # and what is said about it
     'timeless': ('#| times\n"1.5 s"', '#| times\npass', '-execute_result  text/plain'),
     'no picture': (PLOT.format(2), 'pass', '-display_data  image/png text/plain'),
 }
-ENDS = {                                # a cell that does not come to its end, and what is said about it
+ENDS = {                                # a cell that does not come to its end, and what is said
     'failing': ('a = 1\nassert a == 2, "one is not two"', 'AssertionError: one is not two'),
     'leaving': ('import sys\nsys.exit(0)', 'SystemExit: 0'),
     'dying': ('import os\nos._exit(0)', 'left before its end'),
@@ -80,7 +80,8 @@ def about(said, name):
 def about_cell(said, name):
     "What is said about a cell of the notebook of cells, empty if nothing is"
     number = list(CELLS).index(name) + 1
-    return (about(said, 'cells') + '\nCell #').partition(f'Cell #{number} ')[2].partition('\nCell #')[0]
+    found = about(said, 'cells').partition(f'Cell #{number} ')[2]
+    return found.partition('\nCell #')[0]
 
 
 @pytest.mark.parametrize('name', SAME)

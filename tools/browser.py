@@ -1,8 +1,8 @@
 """One headless Chromium that opens pages as wide as a desk or a telephone, and finds faults.
 
 `python tools/browser.py PAGE.html ... [--width 360] [--shots FOLDER]` prints a line for each page,
-and with `--shots` keeps pictures. Chromium is spoken to through a pipe in its own protocol (DevTools),
-so nothing needs to be installed beside it.
+and with `--shots` keeps pictures. Chromium is spoken to through a pipe in its own protocol
+(DevTools), so nothing needs to be installed beside it.
 """
 import argparse, base64, json, os, select, shutil, subprocess, sys, tempfile, time
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Run notebooks and save their cleaned outputs.
 
 `python tools/nbrun.py [NOTEBOOK ...]` runs all of them by default, each in a process of its own
-that is forked from this one, so that torch is imported once. A notebook with a failing cell is left as
-it was.
+that is forked from this one, so that torch is imported once. A notebook with a failing cell is left
+as it was.
 """
 import faulthandler, gc, importlib, os, signal, sys, tempfile, time
 from pathlib import Path
@@ -59,7 +59,7 @@ def forked(task, paths, n_workers=2, timeout=600):
     for name in HEAVY:
         importlib.import_module(name)
     gc.collect()
-    gc.freeze()                                     # else each child goes through all of it at its end
+    gc.freeze()                                     # else each child searches all of it at its end
     waiting = [Path(o).resolve() for o in paths][::-1]
     running = {}
     while waiting or running:
