@@ -12,6 +12,7 @@ SAME = {                                # what ran when a cell was saved, and wh
     'equal': ('print("a loss of", 1.5)\n3*[7.25]', 'print("a loss of", 1.5)\n3*[7.25]'),
     'within': ('"accuracy", .800', '"accuracy", .803'),
     'times': ('#| times\n"1.5 s"', '#| times\n"9.5 s"'),
+    'varies': ('#| varies\n"loss", .5', '#| varies\n"loss", -9e9'),
     'picture': (PLOT.format(2), PLOT.format(3)),
     'slow': ('#| slow\n1', '#| slow\n2'),
     'never': ('#| eval: false\n1', '#| eval: false\n2'),
@@ -25,6 +26,7 @@ OTHER = {                               # and what is said about it
     'table': (TABLE.format(.7), TABLE.format(.9), ' 0 0.5\n-1 0.7\n+1 0.9'),
     'missing': ('.5', 'pass', '-execute_result  text/plain'),
     'new': ('pass', '.5', '+execute_result  text/plain'),
+    'other words in seconds': ('#| times\n"1.5 s"', '#| times\n"1.5 ms"', "-'1.5 s'\n+'1.5 ms'"),
     'timeless': ('#| times\n"1.5 s"', '#| times\npass', '-execute_result  text/plain'),
     'no picture': (PLOT.format(2), 'pass', '-display_data  image/png text/plain'),
 }

@@ -18,6 +18,9 @@ from nbdev.process import NBProcessor
 # What most notebooks import, and takes seconds
 HEAVY = ('torch', 'torchvision.models', 'pandas', 'matplotlib.pyplot', 'scipy.stats',
          'sklearn.datasets', 'imgaug.augmenters')
+# One thread, because others do not survive a fork, and instructions that every x86 processor has
+COMPUTES = dict(
+    OMP_NUM_THREADS='1', ATEN_CPU_CAPABILITY='avx2', DNNL_MAX_CPU_ISA='AVX2', MKL_CBWR='AVX2')
 DONE = 23       # the exit code of a child that did what it should: a cell may leave with 0
 
 
@@ -55,7 +58,7 @@ def execute(path, flags=''):
 
 def forked(task, paths, n_workers=2, timeout=600):
     "In a fresh child for each path, whether `task(path)`; yields path, that, seconds, what it said"
-    os.environ.setdefault('OMP_NUM_THREADS', '1')   # threads do not survive a fork
+    os.environ.update(COMPUTES | os.environ)
     for name in HEAVY:
         importlib.import_module(name)
     gc.collect()

@@ -1,8 +1,9 @@
 """Run every notebook, and compare what its cells show now with what is saved in it.
 
 Each notebook runs in a process of its own, forked from this one. Texts must agree but for white
-space, addresses, paths of temporary files and dates, and numbers within a tolerance. A cell marked
-`#| times` shows seconds: its text is not compared. Of pictures only the presence is compared.
+space, addresses, paths of temporary files and dates, and numbers within a tolerance. The numbers of
+a cell marked `#| times` (they are seconds) or `#| varies` (they follow a training, which goes another
+way on another processor) are free, its words are not. Of pictures only the presence is compared.
 """
 import difflib, json, os, re, sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from nbrun import execute, forked, is_skipped, read
 SLOWEST = Path(__file__).with_name('slowest.json')  # seconds of the notebooks that start first
 RELATIVE = .05          # tolerances of numbers: another processor adds in another order
 ABSOLUTE = .02
+FREE = {'times', 'varies'}                          # marks of cells whose numbers are not compared
 NUMBER = re.compile(r'(?<![\w.])[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?(?!\w)', re.I)
 ADDRESS = '0x[0-9a-f]+'
 TEMPORARY = r'/(?:tmp|var/folders)/[\w./-]+'
@@ -36,19 +38,20 @@ def text(output):
     return '\n'.join(' '.join(o) for o in rows if o)
 
 
-def agree(old, new):
-    "Whether two texts agree, numbers within the tolerance"
+def agree(old, new, free=False):
+    "Whether two texts agree, numbers within the tolerance, or not at all if they are `free`"
     old, new = (PASSING.sub('~', o) for o in (old, new))
     words = [[' '.join(o.split()) for o in NUMBER.split(t)] for t in (old, new)]
     numbers = zip(*(map(float, NUMBER.findall(t)) for t in (old, new)))
-    return words[0] == words[1] and all(abs(a-b) <= ABSOLUTE + RELATIVE*abs(a) for a, b in numbers)
+    near = free or all(abs(a-b) <= ABSOLUTE + RELATIVE*abs(a) for a, b in numbers)
+    return words[0] == words[1] and near
 
 
-def difference(old, new, length=20):
+def difference(old, new, free=False, length=20):
     "The lines of two texts that do not agree, as a unified diff"
     old = old.splitlines()
     new = new.splitlines()
-    if len(old) == len(new): new = [a if agree(a, b) else b for a, b in zip(old, new)]
+    if len(old) == len(new): new = [a if agree(a, b, free) else b for a, b in zip(old, new)]
     lines = list(difflib.unified_diff(old, new, 'saved', 'now', lineterm='', n=1))
     return '\n'.join(lines[:length])
 
@@ -58,9 +61,9 @@ def compared(old, new):
     saved, now = ([o for o in cell.outputs if o.get('name') != 'stderr'] for cell in (old, new))
     kinds = ['\n'.join(map(kind, outputs)) for outputs in (saved, now)]
     if kinds[0] != kinds[1]: return difference(*kinds)
-    if 'times' in (old.directives_ or {}): return ''
+    free = bool((old.directives_ or {}).keys() & FREE)
     texts = [(text(a), text(b)) for a, b in zip(saved, now)]
-    return '\n'.join(difference(*o) for o in texts if not agree(*o))
+    return '\n'.join(difference(*o, free) for o in texts if not agree(*o, free))
 
 
 def test(path, flags=''):
