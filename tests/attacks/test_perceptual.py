@@ -9,7 +9,6 @@ import scipy.fft
 import torch
 from scipy.interpolate import RegularGridInterpolator
 from scipy.optimize import linprog
-from test_gradient import iterates, make_batch, make_net, same, snapshot, wrong_uses
 from torch import nn
 
 from robustnb.attacks.gradient import cross_entropy, margin, pgd
@@ -18,10 +17,11 @@ from robustnb.data import digits, subset
 from robustnb.models.zoo import build_model
 from robustnb.attacks.transferable import ensemble
 from robustnb.attacks.perceptual import (
-    advdrop, _at_colours, _dct, _hats, _idct, recolor, wasserstein)
+    advdrop, _at_colors, _dct, _hats, _idct, recolor, wasserstein)
 from robustnb.attacks.threat_models import L1, L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
 from robustnb.models.training import Recipe, train
+from helpers_attacks import iterates, make_batch, make_net, same, snapshot, wrong_uses
 
 family = dict(advdrop=partial(advdrop, tables=(5, 120)),
               wasserstein=partial(wasserstein, mass=.03), recolor=recolor)
@@ -281,7 +281,7 @@ def test_lattice_is_that_of_scipy(channels, knots):
     x = rand(2, channels, 3, 5)
     lattice = rand(2, channels, knots**channels, seed=1)
     x[:, :, 0, :2] = torch.tensor([0., 1.], dtype=torch.float64)
-    ours = _at_colours(lattice, _hats(x, knots))
+    ours = _at_colors(lattice, _hats(x, knots))
     for n in range(2):
         for c in range(channels):
             grid = RegularGridInterpolator([np.linspace(0, 1, knots)]*channels,

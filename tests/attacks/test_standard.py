@@ -1,5 +1,5 @@
 "The cascade against the long way, on honest models and on models that hide their gradient."
-import copy, importlib
+import copy
 from functools import partial
 
 import pytest
@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from robustnb.attacks.adaptive_pgd import apgd, apgd_targeted
-from robustnb.attacks.gradient import multi_attack, margin, pgd
+from robustnb.attacks import standard
+from robustnb.attacks.gradient import margin, multi_attack, pgd
 from robustnb.attacks.standard import autoattack, cascade, search_copy
 from robustnb.core import make_generator, predict
 from robustnb.data import digits, subset
@@ -15,9 +16,6 @@ from robustnb.models.zoo import build_model
 from robustnb.attacks.threat_models import L1, L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
 from robustnb.models.training import Recipe, train
-
-# the package has a function of the same name
-module = importlib.import_module('robustnb.attacks.standard')
 
 
 @pytest.fixture(scope='module')
@@ -35,7 +33,7 @@ def short(monkeypatch):
     "The standard evaluation with a tenth of its iterations"
     for name, kw in dict(apgd=dict(steps=10), apgd_targeted=dict(steps=10), fab=dict(steps=10),
                          square=dict(queries=300)).items():
-        monkeypatch.setattr(module, name, partial(getattr(module, name), **kw))
+        monkeypatch.setattr(standard, name, partial(getattr(standard, name), **kw))
 
 
 def stands(model, x_adv, y): return predict(model, x_adv).argmax(1) == y
@@ -148,7 +146,7 @@ def test_models_that_hide_their_gradient_are_taken_the_long_way(trained, short, 
 def test_the_long_way_is_not_taken_without_need(trained, short, monkeypatch):
     net, x, y = trained
     def never(*args): raise AssertionError('the long way')
-    monkeypatch.setattr(module, 'autoattack', never)
+    monkeypatch.setattr(standard, 'autoattack', never)
     for threat in (Linf(2/255), L2(.3), Linf(0)):
         cascade(net, x, y, threat)
     with pytest.raises(AssertionError, match='the long way'):
@@ -170,8 +168,8 @@ def test_the_copy_never_judges(trained, monkeypatch):
     keep = y != 0
     x = x[keep]
     y = y[keep]
-    monkeypatch.setattr(module, 'search_copy', lambda model, x, y: Liar(y).eval())
-    monkeypatch.setattr(module, '_confirm',
+    monkeypatch.setattr(standard, 'search_copy', lambda model, x, y: Liar(y).eval())
+    monkeypatch.setattr(standard, '_confirm',
                         lambda model, x, y, threat, generator, out, height, clean: out)
     found = cascade(net, x, y, Linf(1/255))
     assert stands(net, found, y).sum() >= stands(net, x, y).sum() - 6, 'the liar claims all of them'
@@ -203,7 +201,7 @@ def test_the_standard_evaluation_is_the_worst_of_its_four(trained, short):
     y = y[:8]
     threat = Linf(4/255)
     found = autoattack(net, x, y, threat)
-    one = stands(net, module.apgd(net, x, y, threat, make_generator(0)), y)
+    one = stands(net, standard.apgd(net, x, y, threat, make_generator(0)), y)
     assert threat.allows(x, found).all()
     assert not (stands(net, found, y) & ~one).any()
     assert torch.equal(autoattack(net, x, y, threat), found)

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from test_gradient import make_batch, make_net, same, snapshot, wrong_uses
 
 from robustnb.attacks.gradient import cross_entropy, dlr, loss_and_grad, margin, margin_to, pgd
 from robustnb.core import image_generators, make_generator
@@ -16,6 +15,7 @@ from robustnb.attacks.transferable import (
     di_fgsm, ensemble, mi_fgsm, ni_fgsm, si_fgsm, ti_fgsm, vmi_fgsm)
 from robustnb.attacks.threat_models import L1, L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
+from helpers_attacks import make_batch, make_net, same, snapshot, wrong_uses
 
 family = dict(mi=mi_fgsm, ni=ni_fgsm, di=di_fgsm, ti=ti_fgsm, si=si_fgsm, vmi=vmi_fgsm)
 threats = (Linf(8/255), L2(.4), L1(6), SSIM(.95))
