@@ -68,7 +68,7 @@ def _attacked(attack, model, x, y, eps, seed):
     return out
 
 def _stretched(attack, threat, x, found):
-    "The images to judge: what was found, and for the nearest wrong image the one 2 % further out, all allowed."
+    "Allowed images to judge: what was found, and for a nearest wrong image the one 2 % further out."
     for stretch in (0, .02) if isinstance(attack, MinimizationAttack) else (0,):
         image = found + stretch*(found-x)
         inside = threat.allows(x, image).view(-1, 1, 1, 1)

@@ -114,7 +114,7 @@ def _draw_near(model, x, y, found, halvings=12):
     return torch.where(hi < 1, x + hi*(found-x), found)
 
 def _along_border(model, x, now, both, threat):
-    "A mixture of the ways from `now` and from `x` onto the border between the classes `both`, a little beyond."
+    "Beyond the border of the classes `both`: a mixture of the ways from `now` and from `x` onto it."
     gap, grad, _ = loss_and_grad(model, now, both, margin_to)
     step = onto_plane(now, grad, 1e-6-gap, threat)
     home = onto_plane(x, grad, 1e-6-gap - (grad*(x-now)).flatten(1).sum(1), threat)

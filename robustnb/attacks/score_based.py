@@ -204,8 +204,9 @@ def _fitness(model, x, y, genes):
 def _challenge(model, s, generation):
     "The state after each member has met its child, and the better of the two has stayed."
     i = torch.arange(len(s['id']), device=s['id'].device)[:, None]
-    a, b, c = (s['members'][i, s['shuffle'][:, generation].roll(k, 1)] for k in range(3))
-    child = (a + .5*(b-c)).clamp(0, 1)
+    order = s['shuffle'][:, generation]
+    parent = lambda k: s['members'][i, order.roll(k, 1)]
+    child = (parent(0) + .5*(parent(1)-parent(2))).clamp(0, 1)
     height = _fitness(model, s['x'], s['y'], child)
     better = height > s['height']
     return s | dict(members=torch.where(better[:, :, None, None], child, s['members']),

@@ -314,7 +314,7 @@ def test_wrong_use_is_refused(use):
     (lambda *a: from_foolbox(fa.LinfPGD().repeat(2)), 'use `restarts`'),
     (lambda *a: from_foolbox(fa.SpatialAttack()), 'changes pixel values'),
     (lambda *a: hop_skip_jump(*a, L1(3.)), 'must be Linf or L2'),
-    (lambda *a: brendel_bethge(*a, SSIM(.9)), 'must be Linf, L2, L1 or Pixels')))
+    (lambda *a: brendel_bethge(*a, SSIM(.9)), 'must be Linf, L2, L1 or L0')))
 def test_wrong_settings_are_refused(call, words):
     model = make_net()
     with pytest.raises(TypeError, match=words):

@@ -141,10 +141,10 @@ def test_ssim_projection_ends_on_the_line_just_inside(photos, level):
     assert (kept < level + 1e-3).all()
     along = near-photos
     across = goal-photos
-    share = dot(along, across)/dot(across, across)
-    assert (along - share.view(-1, 1, 1, 1)*across).abs().max() < 1e-6
-    assert (share > 0).all()
-    assert (share < 1).all()
+    part = dot(along, across)/dot(across, across)
+    assert (along - part.view(-1, 1, 1, 1)*across).abs().max() < 1e-6
+    assert (part > 0).all()
+    assert (part < 1).all()
     mixed = torch.cat([photos[:3] + 1e-4, goal[3:]])
     assert torch.equal(threat.project(photos, mixed)[:3], mixed[:3].clamp(0, 1))
     assert torch.equal(threat.project(photos, mixed)[3:], near[3:])

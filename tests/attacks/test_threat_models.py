@@ -356,7 +356,7 @@ def slow_sparse_step(g, x, now):
 
 
 def test_the_sparse_step_of_l1():
-    x, n = rand(7, 2, 5, 5), 50
+    x = rand(7, 2, 5, 5)
     g = randn(7, 2, 5, 5)
     now = x.clone()
     now.flatten(1)[1, :1] = .5
@@ -416,15 +416,15 @@ def test_samples_are_uniform_in_the_ball(threat):
     x = .45 + .1*rand(10_000, 1, 1, 3)
     step = threat.sample(x, make_generator(0)) - x
     length = torch.from_numpy(lengths[type(threat)](step.numpy()))/threat.eps
-    for share in (.3, .6, .9):
-        assert abs((length <= share).double().mean() - share**3) < .015
+    for radius in (.3, .6, .9):
+        assert abs((length <= radius).double().mean() - radius**3) < .015
     assert step.mean((0, 1, 2)).abs().max() < .002
     assert length.max() <= 1 + 1e-12
     part = (step/threat.eps)[:, 0, 0].abs()
     cdf = {Linf: lambda s: s, L2: lambda s: 1.5*s - .5*s**3, L1: lambda s: 1-(1-s)**3}[type(threat)]
     for s in (.1, .3, .6):
         assert ((part <= s).double().mean(0) - cdf(s)).abs().max() < .015, (
-            'share of the ball with a coordinate so small')
+            'fraction of the ball with a coordinate so small')
     assert ((step[:, 0, 0, 0]*step[:, 0, 0, 1] > 0).double().mean() - .5).abs() < .015, (
         'signs are independent')
 
