@@ -106,7 +106,7 @@ def images(photos): return to_uint8(photos)[:4, :16, :18]
 
 def test_the_rule_to_double_precision(images):
     a = images
-    noise = np.random.default_rng(0).integers(-9, 10, a.shape)
+    noise = np.random.default_rng(0).integers(-19, 20, a.shape)
     b = np.clip(a + noise, 0, 255).astype(np.uint8)
     got = file_ssim(a, b)
     assert got.dtype == np.float64
