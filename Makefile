@@ -61,12 +61,12 @@ readme: $(VENV)/.dev     ## write README.md from nbs/index.ipynb
 house: $(VENV)/.dev      ## check the house limits (CONTRIBUTING.md)
 	@$(BIN)/python tools/house.py
 
-docs-check: $(VENV)/.dev ## build the docs without Quarto into _check/ and resolve every link
+docs-check: $(VENV)/.dev ## build the docs without Quarto into _check/ and find what is wrong with them
 	@$(BIN)/python -W ignore tools/docs_check.py
 
 docs: $(VENV)/.dev       ## render the site with Quarto into _docs/
 	@command -v quarto >/dev/null || { echo "Quarto is not installed: https://quarto.org"; exit 1; }
-	$(BIN)/nbdev_docs
+	@$(BIN)/python -W ignore tools/docs_build.py
 
 dist: $(VENV)/.dev       ## build the source archive and the wheel into dist/
 	@$(BIN)/python -m pip install -q build && $(BIN)/python -m build

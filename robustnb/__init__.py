@@ -3,7 +3,7 @@
 The names that the tutorials type; everything else is imported from its room, `from robustnb.quant.ptq import calibrate`.
 A name is imported when it is first used, so that `import robustnb` is quick.
 """
-__version__ = "0.0.1"
+__version__ = "0.1.0"
 
 from importlib import import_module
 from typing import TYPE_CHECKING

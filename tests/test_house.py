@@ -57,7 +57,7 @@ def check(tmp_path):
                    if i != drop] + list(more)
         assert sources != GOOD or not old, f'{old} is not in the good notebook'
         later = [o.replace('core', 'later').replace('whole', 'more') for o in CORE]
-        files = [write(tmp_path, 'nbs/api/00_core.ipynb', CORE),
+        files = [write(tmp_path, '00_core.ipynb', CORE),
                  write(tmp_path, '10_halves.ipynb', sources),
                  write(tmp_path, '20_later.ipynb', later)]
         return [o.partition('10_halves.ipynb: ')[2] for o in breaches(files)]
@@ -65,6 +65,56 @@ def check(tmp_path):
 
 
 def test_good_notebook_is_silent(check): assert check() == []
+
+
+def test_a_comment_above_an_argument_documents_it(check):
+    above = '    # Parts, each as large as the others,\n    # at least 1\n    n:int=2,'
+    assert check(old='    n:int=2,  # Parts, >= 1', new=above) == []
+
+
+def test_a_comment_behind_the_argument_before_documents_nothing(check):
+    found = check(old='  # Parts, >= 1', new='')
+    assert found == ['cell 4: half: n has no comment of its own']
+
+
+def book(folder, name, module):
+    "A good notebook of `module` at `folder/nbs/api/name`"
+    (folder/'nbs/api'/name).parent.mkdir(parents=True, exist_ok=True)
+    sources = ['# Title\n\n> What', f'#| default_exp {module}', '#| export\ndef _f(): return 1']
+    return write(folder, f'nbs/api/{name}', sources)
+
+
+@pytest.mark.parametrize('name, module, said', [
+    ('attacks/10_gradient.ipynb', 'attacks.gradient', None),
+    ('10_gradient.ipynb', 'gradient', None),
+    ('attacks/10_gradient.ipynb', 'attacks.other', 'the file must be NN_other.ipynb'),
+    ('quant/10_gradient.ipynb', 'attacks.gradient', 'its folder must be attacks/')])
+def test_a_notebook_stands_where_its_module_does(tmp_path, name, module, said):
+    found = breaches([book(tmp_path, name, module)])
+    assert [said in o for o in found] == ([] if said is None else [True])
+
+
+def test_two_notebooks_of_one_module(tmp_path):
+    files = [book(tmp_path, '10_gradient.ipynb', 'gradient'),
+             book(tmp_path, 'old/20_gradient.ipynb', 'gradient')]
+    found = breaches(files)
+    assert len(found) == 2
+    assert all('gradient is exported by another notebook too' in o for o in found)
+
+
+def test_numbers_begin_anew_in_each_room(tmp_path):
+    lower = book(tmp_path, 'models/90_zoo.ipynb', 'models.zoo')
+    upper = book(tmp_path, 'attacks/10_gradient.ipynb', 'attacks.gradient')
+    cells = json.loads(upper.read_text())
+    cells['cells'].append(dict(cell_type='code', source=['#| export\n', 'from robustnb.models.zoo import _f']))
+    upper.write_text(json.dumps(cells))
+    assert breaches([lower, upper]) == []
+    cells = json.loads(lower.read_text())
+    cells['cells'].append(dict(cell_type='code', source=['#| export\n', 'from robustnb.attacks.gradient import _f']))
+    lower.write_text(json.dumps(cells))
+    found = breaches([lower, upper])
+    assert len(found) == 1
+    assert 'imports attacks.gradient, which is not below it' in found[0]
 
 
 BAD = {

@@ -48,7 +48,7 @@ def test_wheel_says_what_settings_say(wheel):
     assert 'LICENSE' in text
     assert '# robustnb' in meta.get_payload()
     assert sorted(re.findall(
-        r'^robustnb_\w+ = robustnb\.\w+:\w+$', text['entry_points.txt'],
+        r'^robustnb_\w+ = robustnb[.\w]+:\w+$', text['entry_points.txt'],
         re.M)) == sorted(o.strip().replace('=', ' = ') for o in settings['console_scripts'].split())
 
 
@@ -56,7 +56,7 @@ def test_wheel_works_without_the_repository(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as z:
         z.extractall(tmp_path/'site')
     job = ('import sys; sys.path.insert(0, "site"); import robustnb; from '
-           'robustnb.quant.sensitivity import load_predictor; from importlib.metadata import '
+           'robustnb.transfer.predictor import load_predictor; from importlib.metadata import '
            'version;print(robustnb.__file__, version("robustnb"), '
            'load_predictor("loss").spread > 0)')
     done = subprocess.run([sys.executable, '-I', '-c', job], cwd=tmp_path, capture_output=True,
@@ -70,7 +70,7 @@ def test_wheel_works_without_the_repository(wheel, tmp_path):
 
 def test_version_in_one_place():
     written = [f.relative_to(root).as_posix()
-               for f in [*root.glob('*.toml'), *root.glob('*.py'), *(root/'robustnb').glob('*.py')]
+               for f in [*root.glob('*.toml'), *root.glob('*.py'), *(root/'robustnb').rglob('*.py')]
                if re.search(r'''version\w*\s*=\s*['"]''' + re.escape(settings['version']),
                             f.read_text(encoding='utf-8'))]
     # nbdev_export writes it there from settings.ini

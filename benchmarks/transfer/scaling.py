@@ -1,4 +1,4 @@
-"""How the cost of the mission grows with images, formats and width, and what one pass of each network costs.
+"""How the cost of a full study grows with images, formats and width, and what one pass of each network costs.
 
     python benchmarks/transfer/scaling.py                                                        # the measurement: an idle machine, about ten minutes
     python benchmarks/transfer/scaling.py --width .125 --n 4 --images 4,8 --formats 1,2 --widths .0625,.125 --repeats 1   # a look, less than a minute
@@ -7,7 +7,7 @@ Random weights and random images: what an answer is worth does not change what i
 image is attacked for all steps (an evaluation stops at images that have fallen, so these are
 upper bounds). Seconds are processor time of one thread, the least of --repeats; the generator
 without its final match of energy, some seconds per network. Rows go to results/scaling.csv with
-a manifest beside them; nbs/results/scaling.ipynb draws them and adds up the mission under stated
+a manifest beside them; nbs/results/scaling.ipynb draws them and adds up a full study under stated
 assumptions.
 """
 import argparse, time
@@ -59,7 +59,7 @@ def training_step(net, x, targets):
 
 
 def parts(name, width, n, repeats):
-    "Seconds of each part of the mission on one network; per image where it grows with images"
+    "Seconds of each part of a study on one network; per image where it grows with images"
     net = build_model(name, 10, width, seed=0)
     x = images(n)
     ranges = calibrate(net, x)

@@ -28,7 +28,7 @@ from ..descriptors.submission import check_submission, write_submission
 from ..descriptors.comparison import attack_table, attacked_images, compare_attacks
 from .common import _command, _images, _listed, _readable, _write
 
-# %% ../../nbs/api/commands/70_descriptors.ipynb #3ec9d58e
+# %% ../../nbs/api/commands/70_descriptors.ipynb #5c901249
 def _named(data, size=112):
     """The images that `data` names, all of them or the part in brackets; faces of `size`, unless a
     number behind @ says otherwise"""
@@ -49,6 +49,7 @@ def _named(data, size=112):
                          f"{which.max()+1} {'images' if split else 'persons'}.")
     return images[keep]
 
+# %% ../../nbs/api/commands/70_descriptors.ipynb #3ec9d58e
 @_command
 @_readable
 def train_descriptor_command(
@@ -157,9 +158,10 @@ def distill_command(
     print(table.round(4).to_string(),
           f'\n\nOn images held back; {known.sum()} of {len(known)} answered. Written to {out}/')
 
-# %% ../../nbs/api/commands/70_descriptors.ipynb #5665c727
+# %% ../../nbs/api/commands/70_descriptors.ipynb #43c092c1
 _TOGETHER = 10     # images attacked at a time, whose answers teach the same students
 
+# %% ../../nbs/api/commands/70_descriptors.ipynb #5665c727
 @_command
 @_readable
 def attack_descriptors_command(

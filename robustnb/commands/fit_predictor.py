@@ -14,7 +14,7 @@ from ..metrics import mae, mid_range, r2
 from ..transfer.predictor import fit_predictors, predict_losses
 from .common import _command, _listed, _readable, _write
 
-# %% ../../nbs/api/commands/40_fit_predictor.ipynb #75a92936
+# %% ../../nbs/api/commands/40_fit_predictor.ipynb #221508da
 def _measured(folder, name='runs'):
     "The table of one network, under the name of its folder"
     file = Path(folder)/'report_table.csv'
@@ -26,6 +26,7 @@ def _measured(folder, name='runs'):
         return pd.read_csv(file).drop(columns='network',
                                       errors='ignore').assign(model=Path(folder).name)
 
+# %% ../../nbs/api/commands/40_fit_predictor.ipynb #75a92936
 @_command
 @_readable
 def fit_predictor_command(

@@ -17,7 +17,7 @@ from ..attacks.threat_models import Linf
 from ..transfer.study import default_formats, job_attacks, measure_one
 from .common import _command, _images, _listed, _mark, _readable, _specs, _write
 
-# %% ../../nbs/api/commands/50_sweep.ipynb #fdc871df
+# %% ../../nbs/api/commands/50_sweep.ipynb #801037c5
 def _number(text):
     "What a word means: 3, 0.5, 8/255 or itself"
     try:
@@ -47,6 +47,7 @@ def _place(where):
                          f"such as timeout_min=60,mem_gb=8; got {where!r}.")
     return dict(workers=workers)
 
+# %% ../../nbs/api/commands/50_sweep.ipynb #fdc871df
 def _same_files(out, facts, files):
     "Raise unless the folder is new, or its rows are of the same files and settings"
     file, hint = out/'question.json', 'Name another folder, or delete this one.'

@@ -216,13 +216,14 @@ def generate_command(
     print(f"{n} images in {out}/; the network sees the main class in {agreement:.1%} of them, "
           f"{facts['clip_rate']:.1%} of the pixels are at the clamp")
 
-# %% ../../nbs/api/commands/30_transfer.ipynb #7b5f421f
+# %% ../../nbs/api/commands/30_transfer.ipynb #33ea50c1
 def _some(images, n, seed):
     "At most `n` images of a source, shuffled; labels are not looked at"
     data = _images(images, None if (Path(images)/'data.npy').is_file() else 'train')
     return (
         data[torch.randperm(len(data), generator=make_generator(seed, 'calibration'))[:n].numpy()])
 
+# %% ../../nbs/api/commands/30_transfer.ipynb #7b5f421f
 @_command
 @_readable
 def quantize_command(

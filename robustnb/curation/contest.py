@@ -104,7 +104,7 @@ def contest_network(
             nn.init.zeros_(net.classifier[-1].bias)
     return Normalized(net, _mean, _std, 32, name, 10, width).eval()
 
-# %% ../../nbs/api/curation/30_contest.ipynb #f3ab0b69
+# %% ../../nbs/api/curation/30_contest.ipynb #afa285fe
 _keys = ('epochs', 'optimizer_name', 'optimizer_hyperparameters', 'scheduler_name',
          'scheduler_hyperparameters', 'batch_size')
 _max_config, _allowed = (2**16, "Only dictionaries of plain values may be assigned, to "
@@ -129,6 +129,7 @@ def _literal(node):
         return {k.arg: _literal(k.value) for k in node.keywords}
     raise ValueError(node.lineno)
 
+# %% ../../nbs/api/curation/30_contest.ipynb #f3ab0b69
 def _parse_config(raw):
     "Settings by network, from the bytes of a config.py that is never run"
     if len(raw) > _max_config: raise ValueError(f"the file must have at most {_max_config} bytes; got more.")
@@ -157,7 +158,7 @@ def _parse_config(raw):
         config[names[target.id]] = value
     return config
 
-# %% ../../nbs/api/curation/30_contest.ipynb #8cd1f9f8
+# %% ../../nbs/api/curation/30_contest.ipynb #baad4085
 def _class(module, name, base):
     found = vars(module).get(name) if isinstance(name, str) else None
     return found if isinstance(found,
@@ -179,6 +180,7 @@ def _scheduler(optimizer, c):
     return getattr(torch.optim.lr_scheduler,
                    c['scheduler_name'])(optimizer, **c['scheduler_hyperparameters'])
 
+# %% ../../nbs/api/curation/30_contest.ipynb #8cd1f9f8
 def _rehearse(c):
     "What goes wrong with `c` on three tiny parameters: (rule, error), or None"
     parameters, rule = ([nn.Parameter(torch.ones(2, 2, 1, 1)[(0,)*i]) for i in (0, 2, 3)],
@@ -320,7 +322,7 @@ def write_config(
 # %% ../../nbs/api/curation/30_contest.ipynb #e8bc03be
 def _rows_of(labels): return (labels/labels.sum(1, keepdims=True)).astype(np.float32)
 
-# %% ../../nbs/api/curation/30_contest.ipynb #9b33daf4
+# %% ../../nbs/api/curation/30_contest.ipynb #2f401de4
 def _image_rows(x):
     "Rules about the images, from shape and type"
     return [verdict_row('image dtype', x.dtype == np.uint8, x.dtype,
@@ -351,6 +353,7 @@ def _label_rows(y):
                    np.isfinite(_rows_of(y)).all(1) & (sums > 0) & (sums < np.inf) | ~finite,
                    "Each row has a sum above 0 and finite: the trainer divides by it.")]
 
+# %% ../../nbs/api/curation/30_contest.ipynb #9b33daf4
 def _pair_rows(x, y):
     "Rules about images and labels together; the last two are advice"
     n = x.shape[0] if x.shape else None
@@ -385,7 +388,7 @@ def load_set(
     _refuse('path', _image_rows(x) + _label_rows(y) + _pair_rows(x, y))
     return x, _rows_of(y) if normalised else y
 
-# %% ../../nbs/api/curation/30_contest.ipynb #26dfc8d0
+# %% ../../nbs/api/curation/30_contest.ipynb #e06bb086
 _rules = ('archive', 'data.npy', 'image dtype', 'image shape', 'image count', 'label.npy',
           'label dtype', 'label shape', 'labels finite', 'labels >= 0', 'row sums', 'lengths',
           'config.py', 'config networks', 'config keys', 'epochs', 'batch size', 'optimizer',
@@ -410,6 +413,7 @@ def _config_bytes(files):
     except Exception as e:
         raise ValueError(f"cannot be read ({type(e).__name__}: {e})") from e
 
+# %% ../../nbs/api/curation/30_contest.ipynb #26dfc8d0
 def validate_set(
     path,           # Folder or zip file of a submission
     # One row per rule: rule, verdict ('ok', 'warning', 'broken' or 'not checked'), found,
@@ -441,7 +445,7 @@ def validate_set(
                                               what_to_do='First repair what is broken.')
                          for k in _rules])
 
-# %% ../../nbs/api/curation/30_contest.ipynb #968ff71b
+# %% ../../nbs/api/curation/30_contest.ipynb #cd872028
 def _contest_epoch(model, x, targets, size, optimizer, generator):
     "One pass over the data; returns the mean loss and the accuracy on the augmented images."
     device = x.device
@@ -469,6 +473,7 @@ def _contest_epoch(model, x, targets, size, optimizer, generator):
                                  f"{optimizer.param_groups[0]['lr']:.4g}).")
     return total.item()/n, right.item()/n
 
+# %% ../../nbs/api/curation/30_contest.ipynb #968ff71b
 def _step(model, x, targets, config, seed, epoch, optimizer, scheduler):
     "An epoch and a step of the scheduler; a row of the history"
     began = time.time()

@@ -28,7 +28,7 @@ from ..attacks.perceptual import advdrop, wasserstein
 from .training_sets import attacked, build_training_set, TrainingSet, unchanged
 from .contest import contest_network, contest_train, default_config
 
-# %% ../../nbs/api/curation/40_hidden.ipynb #f03fb72a
+# %% ../../nbs/api/curation/40_hidden.ipynb #af5709dc
 hidden_mixture = dict(clean=.05, noise=.20, corruption=.25, photometric=.10, linf=.20, l2=.12,
                       other=.08)
 
@@ -49,6 +49,7 @@ def _turns(attacks, threats, models):
     return [attacked(a, [*models.values()][i % len(models)], t, [*models][i % len(models)])
             for i, (a, t) in enumerate(pairs)]
 
+# %% ../../nbs/api/curation/40_hidden.ipynb #f03fb72a
 def families(
     models:dict,         # Name -> surrogate network in eval mode, of no use to the builder
     effort:float=1,      # Share of the attack steps, above 0
@@ -112,7 +113,7 @@ def proxy_networks(
     names = default_config(stage)
     return {k: partial(contest_network, k, width) for k in names}, {k: settings for k in names}
 
-# %% ../../nbs/api/curation/40_hidden.ipynb #1cd0a63e
+# %% ../../nbs/api/curation/40_hidden.ipynb #5bd1000a
 def count_correct(
     model,                # Classifier in eval mode
     hidden:TrainingSet,   # From `hidden_set`
@@ -131,6 +132,7 @@ def _key(data, hidden, config, model):
                    hidden.rows[['family', 'slice']].to_csv())).encode())
     return h.hexdigest()
 
+# %% ../../nbs/api/curation/40_hidden.ipynb #1cd0a63e
 def score_training_sets(
     sets:dict,             # Name -> `ImageSet` or `TrainingSet`
     hidden:TrainingSet,    # From `hidden_set`

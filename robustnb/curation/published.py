@@ -59,7 +59,7 @@ def summed(
     both.surrogate = getattr(first, 'surrogate', '')
     return both
 
-# %% ../../nbs/api/curation/50_published.ipynb #8fbbc79d
+# %% ../../nbs/api/curation/50_published.ipynb #ecfb4892
 def _mission(nets, teacher, generated, k):
     "The ladder of the mission, its final set, and that set with one thing changed"
     on = lambda attack, threat: [attacked(attack, net, threat, name) for name, net in nets.items()]
@@ -95,6 +95,7 @@ def _mission(nets, teacher, generated, k):
             clean=.2, augmented=.1, adversarial=.6, generated=.1))
     return plans
 
+# %% ../../nbs/api/curation/50_published.ipynb #8fbbc79d
 def _relabelled(transform, change):
     "A transform with other labels afterwards; the table still names the network attacked"
     both = chain(transform, change)
@@ -103,7 +104,7 @@ def _relabelled(transform, change):
         both.surrogate = transform.surrogate
     return both
 
-# %% ../../nbs/api/curation/50_published.ipynb #64e317e4
+# %% ../../nbs/api/curation/50_published.ipynb #01b8ee15
 def _imgaug_groups():
     "The four groups of the third or fourth place; weather and blur from `corruptions`"
     each = lambda *a: one_of(
@@ -120,6 +121,7 @@ def _imgaug_groups():
                 blurred=each(iaa.GaussianBlur(1.), corruption('motion_blur', 1),
                              iaa.JpegCompression(30), corruption('pixelate', 1)))
 
+# %% ../../nbs/api/curation/50_published.ipynb #64e317e4
 def _teams(nets, teacher, generated, k):
     "The published teams"
     all_nets = [*nets.values()]

@@ -16,7 +16,7 @@ from .selection import balanced, everything, most_misclassified, _wrong
 from .training_sets import build_training_set, _quotas, TrainingSet
 from .hidden import rank_training_sets
 
-# %% ../../nbs/api/curation/60_search.ipynb #70dedeab
+# %% ../../nbs/api/curation/60_search.ipynb #9b7b3091
 def build_bank(
     pool:ImageSet,      # Clean images
     sources:dict,       # As for `build_training_set`
@@ -40,6 +40,7 @@ def concatenate_sets(
         *(np.concatenate([getattr(p, o) for p in parts]) for o in ('images', 'labels')),
         parts[0].classes, pd.concat([p.rows for p in parts]))
 
+# %% ../../nbs/api/curation/60_search.ipynb #70dedeab
 def mix(
     bank:dict,          # Name -> `TrainingSet`
     shares:dict,        # Name -> share of the images, sum 1

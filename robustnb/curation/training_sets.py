@@ -89,7 +89,7 @@ def load_training_set(
         return TrainingSet(data.images, data.labels, data.classes,
                            pd.read_csv(path, keep_default_na=False, na_values={'success': ['']}))
 
-# %% ../../nbs/api/curation/20_training_sets.ipynb #6626a22f
+# %% ../../nbs/api/curation/20_training_sets.ipynb #4c746635
 def _interleaved(y, K, rng):
     "Positions of all images in random order, classes in turn"
     order = rng.permutation(len(y))
@@ -104,6 +104,7 @@ def _versions(source, pool):
         source[0], ImageSet) else (pool, source)
     return pool, list(source) if isinstance(source, (list, tuple)) else [source]
 
+# %% ../../nbs/api/curation/20_training_sets.ipynb #6626a22f
 def _offer(name, source, pool, m, candidates, seed, batch_size):
     "`m` candidates of one source: images, labels, rows"
     pool, versions = _versions(source, pool)
@@ -145,7 +146,7 @@ def _quotas(shares, n):
     whole[np.argsort(whole-exact, kind='stable')[:n-whole.sum()]] += 1
     return dict(zip(shares, whole.tolist()))
 
-# %% ../../nbs/api/curation/20_training_sets.ipynb #c430d81a
+# %% ../../nbs/api/curation/20_training_sets.ipynb #c675fdb7
 def _check_plan(sources, shares, n, options):
     "Raise unless the shares can be built"
     unknown = [k for k in shares if k not in sources]
@@ -163,6 +164,7 @@ def _check_plan(sources, shares, n, options):
         lost = [k for k in option if k not in sources] if isinstance(option, dict) else []
         if lost: raise ValueError(f"`{name}` must name sources; {lost[0]!r} is none of {', '.join(sources)}.")
 
+# %% ../../nbs/api/curation/20_training_sets.ipynb #c430d81a
 def build_training_set(
     pool:ImageSet,       # Clean images with labels
     sources:dict,        # Name -> transform, list of versions, or (pool, one of these)

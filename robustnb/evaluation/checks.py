@@ -42,13 +42,32 @@ def _changes(before, after):
     return [k for k in before | after
             if k not in before or k not in after or not same(before[k], after[k])]
 
-# %% ../../nbs/api/evaluation/20_checks.ipynb #61ac3160
+# %% ../../nbs/api/evaluation/20_checks.ipynb #9776187f
 @dataclass(frozen=True)
-class _Case:
-    "What is in doubt; answers that several checks need are asked for once."
+class _Answers:
+    "What a model says of some images, asked once."
     model:nn.Module
     x:Tensor
     y:Tensor
+
+    @torch.no_grad()
+    def logits(self, x):
+        return torch.cat([self.model(x[s]) for s in batches(len(x), 125)])
+
+    def right(self, x, on=slice(None)): return self.logits(x).argmax(1) == self.y[on]
+
+    @cached_property
+    def clean(self): return self.logits(self.x)
+
+    @cached_property
+    def noise(self):
+        "How much the logits change when the same question is put again, as a fraction of their spread"
+        return ((self.logits(self.x) - self.clean).abs().max()/self.clean.std()).item()
+
+# %% ../../nbs/api/evaluation/20_checks.ipynb #61ac3160
+@dataclass(frozen=True)
+class _Case(_Answers):
+    "What is in doubt; what several checks need is attacked once."
     threat:object
     attack:Callable
     seed:int
@@ -59,21 +78,18 @@ class _Case:
         threat = threat or self.threat
         x = self.x[on]
         y = self.y[on]
-        x_adv = torch.cat([attack(self.model, x[s], y[s], threat, generator=make_generator(
-            self.seed, start)) for s in batches(len(x), 125)])
-        if not threat.allows(x, x_adv).all(): raise ValueError(f'the attack left its threat model {threat}')
+        draws = lambda: make_generator(self.seed, start)
+        parts = [attack(self.model, x[s], y[s], threat, generator=draws())
+                 for s in batches(len(x), 125)]
+        x_adv = torch.cat(parts)
+        if not threat.allows(x, x_adv).all():
+            raise ValueError(f'the attack left its threat model {threat}')
         return x_adv
 
-    @torch.no_grad()
-    def logits(self, x): return torch.cat([self.model(x[s]) for s in batches(len(x), 125)])
-    def right(self, x, on=slice(None)): return self.logits(x).argmax(1) == self.y[on]
-    @cached_property
-    def clean(self): return self.logits(self.x)
-    @cached_property
-    def noise(self): return ((self.logits(self.x) - self.clean).abs().max()/self.clean.std()).item()
     @cached_property
     def left(self):
-        return ((self.clean.argmax(1) == self.y) & self.right(self.attacked[0])).nonzero().flatten()
+        was_right = self.clean.argmax(1) == self.y
+        return (was_right & self.right(self.attacked[0])).nonzero().flatten()
 
     @cached_property
     def attacked(self):
@@ -149,7 +165,7 @@ def _unbounded(case):
                                     _resized(case.threat, _largest(case)))).sum())
     return right > 0, f'{right} of {len(case.x)} still right when every pixel may change'
 
-# %% ../../nbs/api/evaluation/20_checks.ipynb #c14c1074
+# %% ../../nbs/api/evaluation/20_checks.ipynb #b672cf43
 def _takes(attack, name): return name in inspect.signature(attack).parameters
 
 def _longer(attack):
@@ -190,6 +206,7 @@ def _blackbox(case):
                    else partial(random_search, tries=300))
     return _many(k, len(case.x)), f'{k} of {len(case.left)} survivors fall to 300 questions'
 
+# %% ../../nbs/api/evaluation/20_checks.ipynb #c14c1074
 def _rounding(case):
     on = (case.clean.argmax(1) == case.y).index_fill_(0, case.left, False)
     if not on.any(): return False, 'nothing fell, nothing to round'
@@ -203,7 +220,7 @@ def _rounding(case):
     return _many(k, n,
                  .05), f'{k} of {n} successes are lost when their pixels are rounded to 8 bits'
 
-# %% ../../nbs/api/evaluation/20_checks.ipynb #b2d9d4c9
+# %% ../../nbs/api/evaluation/20_checks.ipynb #debd9c3b
 _checks = {
     'training mode': (_training,
                       'Call `model.eval()`: batch norm and dropout make another model in '
@@ -236,6 +253,7 @@ _checks = {
     '8-bit rounding': (_rounding, 'Judge rounded images: `eight_bit(attack)`. Attacks that '
                                   'stop at the border need a few steps beyond it.')}
 
+# %% ../../nbs/api/evaluation/20_checks.ipynb #b2d9d4c9
 @contextmanager
 def _as_it_was(model):
     "Evaluation mode inside; afterwards flags, weights, buffers and gradients as before."

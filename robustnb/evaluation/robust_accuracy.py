@@ -152,7 +152,7 @@ def _rows_of(folder, question):
                          f"from {file}. Name another folder, or delete this one.")
     return [_read_rows(f, question) for f in sorted(folder.glob('*.csv'))]
 
-# %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #e1100ef1
+# %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #02788c2b
 def _check_attacks(attacks):
     "Raise unless they are functions with names."
     if not isinstance(attacks, dict):
@@ -168,6 +168,7 @@ def _check_attacks(attacks):
             raise TypeError("`attacks` must hold functions (model, x, y, threat, *, "
                             f"generator) -> x_adv; {name!r} is {type(attack).__name__}.")
 
+# %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #e1100ef1
 def evaluate(
     model:nn.Module,        # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,               # Images (N,C,H,W), float, pixels in [0,1]
@@ -255,7 +256,7 @@ def compare(
     return pd.DataFrame(
         lines, columns=['attack', 'n', 'accuracy_a', 'accuracy_b', 'difference', 'lo', 'hi'])
 
-# %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #104f250e
+# %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #fbce6963
 def robustness_curve(
     model:nn.Module,        # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,               # Images (N,C,H,W), float, pixels in [0,1]
@@ -271,9 +272,8 @@ def robustness_curve(
     eps = [getattr(t, 'eps', None) for t in threats]
     if (not eps or None in eps or len({type(t) for t in threats}) > 1
         or not all(a < b for a, b in zip([0, *eps], eps))):
-        raise ValueError("`threats` must be balls of one kind, their eps positive and "
-                         "growing, such as `[Linf(k/255) for k in (1, 2, "
-                         f"4)]`; got {threats}.")
+        raise ValueError("`threats` must be balls of one kind, their eps positive and growing, "
+                         f"such as `[Linf(k/255) for k in (1, 2, 4)]`; got {threats}.")
     now = evaluate(model, x, y, {}, threats[0], seed, batch_size)
     table = [now.assign(eps=0.)]
     for threat in progress(threats, 'budgets'):
@@ -285,6 +285,7 @@ def robustness_curve(
         table.append(now.assign(attack='attacked', threat=repr(threat), eps=float(threat.eps)))
     return pd.concat(table, ignore_index=True)
 
+# %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #104f250e
 def plot_curve(
     rows:pd.DataFrame,      # From `robustness_curve`; several curves in one table with a column `by`
     by:str|None=None,       # Column that tells the curves apart; None draws one
@@ -295,14 +296,14 @@ def plot_curve(
     kind = rows.threat[rows.threat != 'none'].iloc[0].partition('(')[0]
     unit, factor = dict(Linf=('Linf budget, grey levels', 255),
                         SSIM=('1 - SSIM', 1)).get(kind, (f'{kind} budget, pixels in [0, 1]', 1))
+    named = rows.assign(curve=rows[by] if by else 'accuracy')
     lines = []
-    for (name, eps), g in rows.assign(**{by or 'curve': rows[by] if by else 'accuracy'}).groupby(
-            [by or 'curve', 'eps'], sort=False):
-        share = (g.correct.mean(), *wilson(int(g.correct.sum()), len(g)))
-        lines.append({'curve': name, unit: factor*eps}
-                     | dict(zip(('accuracy, %', 'lo', 'hi'), (100*o for o in share))))
-    caption = ', '.join(o for o in (f'n = {rows.image.nunique():,} images, 95 % intervals',
-                                    caption) if o)
+    for (name, eps), g in named.groupby(['curve', 'eps'], sort=False):
+        lo, hi = wilson(int(g.correct.sum()), len(g))
+        lines.append({'curve': name, unit: factor*eps, 'accuracy, %': 100*g.correct.mean(),
+                      'lo': 100*lo, 'hi': 100*hi})
+    n = f'n = {rows.image.nunique():,} images, 95 % intervals'
+    caption = ', '.join(o for o in (n, caption) if o)
     return plot_lines(pd.DataFrame(lines), unit, 'accuracy, %', 'curve', ('lo', 'hi'),
                       (100/rows.label.nunique(), 'chance'), caption, ax)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from robustnb.curation.training_sets import contest as C
+from robustnb.curation import contest as C
 from robustnb.curation.contest import (
     contest_network, contest_networks, contest_train, default_config, load_set, read_config,
     validate_set, write_config, pack_training_set)

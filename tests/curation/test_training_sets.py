@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from robustnb.curation.training_sets import hidden as H
-from robustnb.curation.training_sets import selection as S
+from robustnb.curation import hidden as H
+from robustnb.curation import selection as S
 from robustnb.attacks.gradient import fgsm
 from robustnb.core import make_generator
 from robustnb.curation.training_sets import (
@@ -425,7 +425,7 @@ def test_mining_asks_the_networks_of_the_round_before():
 
 
 def test_simulated_training_attacks_what_it_trains(monkeypatch):
-    from robustnb.curation.training_sets import published as recipes
+    from robustnb.curation import published as recipes
     steps = []
     def fake(recipe, net, data, seed):
         steps.append((recipe.epochs, net.at, len(data)))

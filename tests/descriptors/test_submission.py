@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from robustnb.descriptors.attack import submission as V
+from robustnb.descriptors import submission as V
 from robustnb.core import make_generator, to_float, to_uint8
 from robustnb.data import NamedSet
 from robustnb.attacks.ssim_rule import SSIM

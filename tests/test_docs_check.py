@@ -1,0 +1,302 @@
+"What `make docs-check` says of a site with one fault, and that it is silent on a site without"
+import json, os, re, stat, subprocess, sys
+from pathlib import Path
+import pytest, torch, yaml
+from browser import find
+from docs_check import cfg, fault
+from docs_faults import (ENTRIES, exported, html_faults, index_faults, menu_faults, menu_files,
+                         order_faults, output_faults, shown, site_faults)
+from docs_pages import Parts, menu, page_style, pandoc, whole_page
+from docs_parts import comment_md, type_md
+from docs_tables import SIZES, fitted
+
+root = Path(__file__).parent.parent
+SOURCES = [
+    '# Halves\n\n> Half of things',
+    '#| default_exp halves',
+    '''#| export
+def whole(
+    x:float,        # A number, as `half` takes it; not *all* of them
+    n:int|None=None, # None is `half`
+): return x
+
+def half(x): "The half."; return x/2
+''',
+    'whole(1)',
+]
+
+
+def notebook(sources, outputs=()):
+    "A notebook as it is saved: the first source is Markdown; `outputs` are those of the last cell"
+    kinds = ['markdown'] + ['code']*(len(sources) - 1)
+    cells = []
+    for i,(kind,source) in enumerate(zip(kinds, sources)):
+        cells.append(dict(cell_type=kind, id=f'c{i}', metadata={}, source=source.splitlines(True)))
+        if kind == 'code': cells[-1].update(outputs=[], execution_count=None)
+    cells[-1]['outputs'] = [dict(output_type='display_data', metadata={}, data=o) for o in outputs]
+    return dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)
+
+
+def processed(nb):
+    "What the processors that settings.ini names make of a notebook"
+    from execnb.nbio import dict2nb
+    from nbdev.processors import FilterDefaults
+    nb = dict2nb(json.loads(json.dumps(nb)))
+    nb.path_ = cfg.nbs_path/'halves.ipynb'
+    FilterDefaults()(nb)
+    return nb
+
+
+@pytest.fixture(scope='module')
+def made():
+    html = ['<table><tr><td>1</td></tr></table>']
+    return processed(notebook(SOURCES, [{'text/html': html}]))
+
+
+def test_a_notebook_as_nbdev_makes_it_has_no_fault(made):
+    module, names = exported(notebook(SOURCES))
+    assert (module, names) == ('halves', ['whole', 'half'])
+    assert not list(order_faults(names, shown(made)))
+    assert not list(output_faults(made))
+
+
+def shown_md(made, name):
+    "The Markdown of the cell that shows a name"
+    cell = next(o for o in made.cells if f'show_doc({name})' in o.source)
+    return ''.join(cell.outputs[-1].data['text/markdown'])
+
+
+def test_arguments_are_a_table(made):
+    md = shown_md(made, 'whole')
+    signature, _, table = md.partition('\n```\n')
+    assert 'def whole(x:float, n:int | None=None)' in signature
+    assert '#' not in signature.partition('def ')[2]
+    assert '| `x` | `float` | A number, as `half` takes it; not \\*all\\* of them |' in table
+    assert not list(html_faults(Parts(pandoc(md, 'html'))))
+
+
+def test_names_in_a_table_are_links():
+    from nbdev.doclinks import NbdevLookup
+    name = 'pgd'
+    line = f'| `x` | `Tensor` | As `{name}` takes it |'
+    html = pandoc('| A | B | C |\n|:--|:--|:--|\n' + NbdevLookup().linkify(line), 'html')
+    assert any(o.endswith(f'#{name}') for o in Parts(html).links)
+
+
+TYPES = {
+    '`int`': int,
+    '`int` or `None`': int | None,
+    '`Path`': Path,
+    '`tuple[int | None, Path]`': tuple[int | None, Path],
+    '`Module`': 'nn.Module',
+    '`torch.Generator` or `None`': torch.Generator | None,          # not our `Generator`
+    '`Generator`': 'robustnb.generator.Generator',
+}
+
+
+@pytest.mark.parametrize('md', TYPES)
+def test_types(md): assert type_md(TYPES[md]) == md
+
+
+def test_a_comment_is_text_but_for_backticks():
+    said = '`a|b` in [0,1] | x_adv ~ <b> $5 *z'
+    html = pandoc(f'| A |\n|:--|\n| {comment_md(said)} |', 'html')
+    assert '><code>a|b</code> in [0,1] | x_adv ~ &lt;b&gt; $5 *z</td>' in html.replace('\n', ' ')
+
+
+def test_raw_link_in_a_block():
+    html = pandoc('```python\ndef f(x) # as [`g`](https://a.b/c#g)\n```', 'html')
+    assert ['a block shows Markdown'] == [o.partition(':')[0] for o in html_faults(Parts(html))]
+
+
+def test_module_without_index():
+    assert any('auto' in o for o in index_faults('p.auto', ['f'], {'p.auto': {}}))
+    assert any('auto' in o for o in index_faults('p.auto', ['f'], {}))
+
+
+def test_name_without_index():
+    symbols = {'p.m': {'p.m.f': 1}}
+    assert not list(index_faults('p.m', ['f'], symbols))
+    assert list(index_faults('p.m', ['f', 'g'], symbols)) == ['p.m: not in _modidx.py: g']
+
+
+def test_order_of_names():
+    assert not list(order_faults(['a', 'b'], ['a', 'b']))
+    assert 'not in the order' in next(order_faults(['a', 'b'], ['b', 'a']))
+    assert list(order_faults(['a', 'b'], ['a'])) == ['not shown: b']
+
+
+WIDGET = 'application/vnd.jupyter.widget-view+json'
+
+
+@pytest.mark.parametrize('kind', ['text/html', 'application/javascript', WIDGET])
+def test_output_that_makes_quarto_load_scripts(kind):
+    nb = notebook(SOURCES, [{kind: ['x'], 'text/plain': ['x']}])
+    assert len(list(output_faults(nb))) == 1
+
+
+@pytest.mark.parametrize('src', ['https://cdn.org/require.min.js', '//cdn.org/jquery.js'])
+def test_script_of_another_host(src, tmp_path):
+    html = f'<script src="{src}"></script><script src="site_libs/a.js"></script>'
+    (tmp_path/'page.html').write_text(html, encoding='utf-8')
+    found = list(site_faults(tmp_path))
+    assert len(found) == 1
+    assert src in found[0]
+
+
+ATTACKS = dict(section='Attacks', contents=['api/a.ipynb', 'api/b.ipynb'])
+MENU = ['index.ipynb', dict(section='API', contents=[ATTACKS])]
+FILES = ['index.ipynb', 'api/a.ipynb', 'api/b.ipynb']
+
+
+def test_good_menu():
+    assert list(menu_files(MENU)) == FILES
+    assert not list(menu_faults(MENU, FILES))
+
+
+def test_nested_menu_is_shown():
+    html = ''.join(menu(MENU, lambda o: f'<li>{o}</li>'))
+    inside = '<li>Attacks<ul><li>api/a.ipynb</li><li>api/b.ipynb</li></ul></li>'
+    assert html == f'<li>index.ipynb</li><li>API<ul>{inside}</ul></li>'
+
+
+def test_menu_lacks_a_notebook():
+    assert list(menu_faults(MENU, FILES + ['c.ipynb'])) == ['_quarto.yml: the menu lacks c.ipynb']
+
+
+def test_menu_names_nothing():
+    assert list(menu_faults(MENU, FILES[:2])) == ['_quarto.yml: there is no api/b.ipynb']
+
+
+def test_flat_menu():
+    files = [f'api/{i}.ipynb' for i in range(ENTRIES + 1)]
+    found = list(menu_faults([dict(section='API', contents=files)], files))
+    assert any(f'API lists {ENTRIES + 1} entries' in o for o in found)
+    assert any('no sub-sections' in o for o in found)
+
+
+def test_link_to_nowhere():
+    pages = {'a.ipynb': 'a.html'}
+    infos = {'a.html': Parts('<p id="here"></p>')}
+    assert fault('#here', 'a.html', pages, infos) is None
+    assert 'anchor' in fault('#there', 'a.html', pages, infos)
+    assert 'nowhere' in fault('b.ipynb', 'a.html', pages, infos)
+
+
+def table(columns, cell='0.5', rows=2):
+    "HTML of a table as pandas writes it"
+    head = ''.join(f'<th>{o}</th>' for o in ['', *columns])
+    cells = f'<td>{cell}</td>'*len(columns)
+    body = ''.join(f'<tr><th>{i}</th>{cells}</tr>' for i in range(rows))
+    return ('<table border="1" class="dataframe">'
+            f'<thead><tr style="text-align: right;">{head}</tr></thead>'
+            f'<tbody>{body}</tbody></table>')
+
+
+def test_cells_know_their_columns():
+    html = fitted(table(['first_name', 'b']))
+    assert '<th>first_<wbr>name</th>' in html
+    assert '<td class="number" data-label="first_&#8203;name">0.5</td>' in html
+    assert '<td class="number" data-label="b">0.5</td>' in html
+    assert 'class="dataframe"' in html
+
+
+def test_two_lines_of_heads():
+    html = '''<table border="1" class="dataframe">
+        <thead><tr><th></th><th colspan="2">top</th></tr>
+        <tr><th></th><th>l</th><th>r</th></tr></thead>
+        <tbody><tr><th rowspan="2">0</th><td>a</td><td>b</td></tr>
+        <tr><td>c</td><td>d</td></tr></tbody>
+        </table>'''
+    assert fitted(html).count('data-label="top l"') == 2
+    assert 'data-label="top r">d<' in fitted(html)
+
+
+def numbered(n): return table([f'column_{i}' for i in range(n)])
+
+
+def test_wide_tables_say_so():
+    def size(n): return re.search('class="(dataframe[^"]*)"', fitted(numbered(n)))[1]
+    assert size(2) == 'dataframe'
+    assert size(8) == 'dataframe wide'
+    assert size(20) == 'dataframe wide widest stacked'
+    assert list(SIZES.values()) == sorted(SIZES.values())
+
+
+def page(html, tmp_path, name='page.html'):
+    "A page of the site's own style"
+    quarto = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))
+    style = page_style(quarto, (root/'nbs/styles.css').read_text(encoding='utf-8'))
+    path = tmp_path/name
+    path.write_text(whole_page('Title', 'Text', html, '', style), encoding='utf-8')
+    return path
+
+
+@pytest.mark.skipif(find() is None, reason='no Chromium on this machine')
+def test_what_is_cut_is_found(tmp_path):
+    import widths
+    good = '<pre>' + 'word '*99 + '</pre>' + ''.join(fitted(numbered(n)) for n in (2, 5, 9, 14, 30))
+    wide = '<table style="min-width:1500px"><tr><td>x</td></tr></table>'
+    bad = dict(
+        table=wide,
+        block='<pre><b style="white-space:pre">' + 'word '*99 + '</b></pre>',
+        boxed=f'<div style="overflow-x:auto">{wide}</div>',
+        number='<table><tr><td style="max-width:2em">0.000000042</td></tr></table>',
+    )
+    pages = [page(o, tmp_path, f'{k}.html') for k,o in bad.items()]
+    found = widths.cut([page(good, tmp_path), *pages])
+    assert not [o for o in found if 'page.html' in o]
+    assert all(sum(f'{k}.html' in o for o in found) == 2 for k in bad), found
+
+
+QUARTO = '''#!/bin/sh
+# What nbdev asks of Quarto: README.md, or the site
+case "$*" in
+  *README.md*) mkdir -p _docs; echo changed > _docs/README.md ;;
+  *) mkdir -p _docs; echo '<script src="https://cdn.org/require.js"></script>' > _docs/index.html ;;
+esac
+'''
+
+
+SETTINGS = '''[DEFAULT]
+repo = tiny
+user = u
+author = a
+author_email = e
+description = d
+branch = main
+custom_sidebar = True
+skip_procs = exec_show_docs,add_links
+'''
+
+
+def test_make_docs_keeps_the_readme(tmp_path):
+    "`make docs` with a Quarto that would write README.md anew, which is older than its notebook"
+    for o in ('nbs', 'tiny', 'bin'): (tmp_path/o).mkdir()
+    (tmp_path/'settings.ini').write_text(SETTINGS)
+    (tmp_path/'nbs/index.ipynb').write_text(json.dumps(notebook(['# Tiny\n\n> Text', '1'])))
+    (tmp_path/'README.md').write_text('as it was')
+    os.utime(tmp_path/'README.md', (1, 1))
+    quarto = tmp_path/'bin/quarto'
+    quarto.write_text(QUARTO)
+    quarto.chmod(quarto.stat().st_mode | stat.S_IEXEC)
+    env = os.environ | dict(PATH=f'{tmp_path}/bin:{os.environ["PATH"]}')
+    command = [sys.executable, '-W', 'ignore', root/'tools/docs_build.py']
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (tmp_path/'README.md').read_text() == 'as it was'
+    assert 'a script of another host: https://cdn.org/require.js' in done.stdout, done.stderr
+    assert 'docs: 1 problems' in done.stdout
+    assert done.returncode == 1
+
+
+def test_settings_name_what_exists():
+    from importlib import import_module
+    named = [cfg['renderer'].rpartition('.')[::2], *(o.split(':') for o in cfg['procs'].split())]
+    for module,name in named: assert hasattr(import_module(module), name)
+
+
+def test_style_is_that_of_the_site():
+    html = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))['format']['html']
+    assert (root/'nbs'/html['css']).is_file()
+    assert html['html-math-method'] == 'mathml'
+    assert html['html-table-processing'] == 'none'

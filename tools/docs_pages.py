@@ -1,0 +1,159 @@
+"""Processed notebooks as Markdown and as pages that look like those of the site, without Quarto.
+
+pandoc is the Markdown reader that Quarto uses; widths are those of `_quarto.yml`, and the style is
+`nbs/styles.css`.
+"""
+import base64, json, os, re
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+import pypandoc, yaml
+
+# The columns of Quarto's docked layout: what stands beside the text gets 4/5 of its width
+STYLE = '''body{{font:17px/1.5 system-ui,sans-serif;color:#222;margin:0;
+padding:0 1.5em;display:grid;gap:1.5em;
+grid-template-columns:calc(.8*{sidebar}) minmax(500px,calc({body} - 3em)) calc(.8*{margin})}}
+nav{{font-size:.85em;padding-top:1em}} nav ul{{padding-left:1em}} nav summary{{font-weight:bold}}
+main{{min-width:0}} a{{color:#0b5cad}} 
+pre{{background:#f6f6f6;padding:.7em;font-size:.875em}}
+img{{max-width:100%;height:auto}}
+math{{overflow-x:auto;max-width:100%}} math[display=block]{{display:block}}
+p,li,h1,h2,h3,h4{{overflow-wrap:anywhere}}
+.co{{color:#666}} .kw,.cf,.im{{color:#8250a0}} .st{{color:#236b36}}
+@media(max-width:48em){{body{{display:block}}}}'''
+# On a telephone the contents stay folded
+UNFOLD = '<script>if (innerWidth > 768) document.querySelector("nav details").open = true</script>'
+
+
+def text(s): return s if isinstance(s, str) else ''.join(s)
+def fence(s, lang=''): return f'\n``````{lang}\n{s.rstrip()}\n``````\n'
+
+
+def output_md(o, picture, name):
+    "Markdown of one saved output; `picture(bytes, file name)` stores an image and gives its link"
+    if o['output_type'] == 'stream': return fence(text(o['text'])) if o['name'] == 'stdout' else ''
+    d = o.get('data', {})
+    if 'text/markdown' in d: return '\n' + text(d['text/markdown']) + '\n'
+    for k in ('text/html', 'image/svg+xml'):
+        if k in d: return fence(text(d[k]), '{=html}')
+    for k in ('image/png', 'image/jpeg'):
+        if k in d:
+            file = picture(base64.b64decode(text(d[k])), f'{name}.{k[6:]}')
+            return f'\n![]({file})\n'
+    return fence(text(d['text/plain'])) if 'text/plain' in d else ''
+
+
+def code_md(cell, number, picture):
+    "Markdown of a code cell and its outputs, as its Quarto options want them"
+    source = text(cell['source'])
+    option = dict(re.findall(r'^#\|\s*([\w-]+):\s*(.*?)\s*$', source, re.M))
+    source = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
+    md = []
+    if option.get('include') == 'false': return md
+    if source and option.get('echo') != 'false':
+        code = fence(source, ' python')
+        summary = option.get('code-summary', 'Code')
+        fold = option.get('code-fold') == 'true'
+        md.append(f'<details><summary>{summary}</summary>\n{code}\n</details>' if fold else code)
+    if option.get('output') != 'false':
+        md += [output_md(o, picture, f'{number}-{i}') for i,o in enumerate(cell['outputs'])]
+    return md
+
+
+def notebook_md(nb, picture):
+    "Front matter and Markdown of a processed notebook"
+    front, md = {}, []
+    for number,cell in enumerate(nb['cells']):
+        source = text(cell['source'])
+        if cell['cell_type'] == 'code': md += code_md(cell, number, picture)
+        elif cell['cell_type'] == 'markdown': md.append(source)
+        elif source.lstrip().startswith('---'):
+            front.update(yaml.safe_load(source.strip().strip('-')) or {})
+    return front, '\n\n'.join(md)
+
+
+def pandoc(md, to, *args):
+    reader = 'markdown+autolink_bare_uris+emoji'
+    return pypandoc.convert_text(md, to, format=reader, extra_args=list(args))
+
+
+class Parts(HTMLParser):
+    "The ids, links and scripts of some HTML, and the text of its blocks"
+    def __init__(self, html):
+        super().__init__()
+        self.ids = set()
+        self.links = []
+        self.scripts = []
+        self.blocks = []
+        self.inside = 0                 # how many <pre> are open
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        link = attrs.get('href') or attrs.get('src')
+        if attrs.get('id'): self.ids.add(attrs['id'])
+        if link and not link.startswith('#cb'): self.links.append(link)     # not the lines of code
+        if tag == 'script': self.scripts.append(attrs.get('src') or '')
+        if tag == 'pre':
+            self.inside += 1
+            self.blocks.append('')
+
+    def handle_endtag(self, tag):
+        if tag == 'pre': self.inside -= 1
+
+    def handle_data(self, data):
+        if self.inside: self.blocks[-1] += data
+
+
+def render(path, name, out):
+    "Page name, title, subtitle and HTML of a processed notebook; its pictures go to `out`"
+    here = (out/name).parent
+    stem = Path(name).stem
+    here.mkdir(parents=True, exist_ok=True)
+
+    def picture(data, file):
+        (here/f'{stem}_files').mkdir(exist_ok=True)
+        (here/f'{stem}_files'/file).write_bytes(data)
+        return f'{stem}_files/{file}'
+
+    front, md = notebook_md(json.loads(path.read_text(encoding='utf-8')), picture)
+    page = Path(name).with_name(front.get('output-file', stem+'.html')).as_posix()
+    html = pandoc(md, 'html', '--mathml')
+    return page, front.get('title', ''), front.get('description', ''), html
+
+
+def menu(items, link):
+    "The sidebar as nested lists; `link(file)` is a list entry, empty for a file without a page"
+    for o in items:
+        if isinstance(o, str): yield link(o)
+        elif 'href' in o: yield link(o['href'])
+        else:
+            inside = ''.join(menu(o['contents'], link))
+            yield f'<li>{escape(o["section"])}<ul>{inside}</ul></li>'
+
+
+def to_pages(html, page, pages):
+    "HTML in which links to notebooks lead to their pages"
+    here = os.path.dirname(page)
+
+    def to_page(m):
+        to = pages.get(os.path.normpath(os.path.join(here, unquote(m[1]))))
+        return f'href="{os.path.relpath(to, here or ".")}' if to else m[0]
+    return re.sub(r'href="(?!\w+:)([^"#]*\.ipynb)', to_page, html)
+
+
+def whole_page(title, subtitle, html, nav, style):
+    "A page that can be opened"
+    title = escape(title)
+    return (f'<!doctype html><html lang="en"><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width,initial-scale=1">'
+            f'<title>{title}</title><style>{style}</style>'
+            f'<nav><details><summary>Contents</summary><ul>{nav}</ul></details></nav>'
+            f'<main><h1>{title}</h1>\n<p>{escape(subtitle)}</p>\n{html}</main>{UNFOLD}</html>')
+
+
+def page_style(quarto, css):
+    "The style of a page: the widths that `_quarto.yml` sets, then the site's own style"
+    grid = quarto['format']['html']['grid']
+    return STYLE.format(**{k: grid[f'{k}-width'] for k in ('sidebar', 'body', 'margin')}) + css
