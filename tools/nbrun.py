@@ -73,7 +73,12 @@ def forked(task, paths, n_workers=2, timeout=600):
             pid = os.fork()
             if not pid: _child(task, path, said.fileno(), timeout)
             running[pid] = path, said, time.time()
-        pid, status = os.wait()
+        try:
+            pid, status = os.wait()
+        except KeyboardInterrupt:
+            for child in running:
+                _end_group(child)
+            raise
         _end_group(pid)
         path, said, start = running.pop(pid)
         said.seek(0)
