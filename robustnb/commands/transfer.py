@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['assess_command', 'cost_command', 'generate_command', 'quantize_command']
 
-# %% ../../nbs/api/commands/30_transfer.ipynb #bcf2945e
+# %% ../../nbs/api/commands/30_transfer.ipynb #ff7004b2
 import json, sys, time
 from fractions import Fraction
 from pathlib import Path
@@ -27,9 +27,10 @@ from ..quant.checkpoints import load_quantized, save_quantized
 from ..attacks.threat_models import L2, Linf
 from ..transfer.generator import (
     energy, generate, load_generator, save_generator, train_generator)
-from ..transfer.study import default_formats, _study
-from .common import (
-    _command, _continue, _images, _listed, _mark, _mark_of, _networks, _readable, _specs, _write)
+from ..transfer.study import default_formats, Probes, Study
+from robustnb.commands.common import (
+    _command, _continue, _images, _layer_rows, _listed, _mark, _mark_of, _networks, _readable,
+    _specs, _write)
 
 # %% ../../nbs/api/commands/30_transfer.ipynb #f35f3aec
 def _threat(norm, eps):
@@ -49,14 +50,18 @@ def _kept_generator(net, file, seed):
     return load_generator(file)
 
 def _once(file, job, *args):
-    "What the job returned when it was first done, from the file"
+    "What the job returned when it was first done, a list of dicts, from the file"
     if not file.exists():
         save_json(job(*args), file)
     try:
-        return dict(json.loads(file.read_text(encoding='utf-8')))
+        found = [dict(o) for o in json.loads(file.read_text(encoding='utf-8'))]
     except (ValueError, TypeError) as e:
         raise ValueError(
             f"{file} is damaged ({e}). Delete it, and the format is assessed again.") from e
+    if not found:
+        raise ValueError(
+            f"{file} is damaged (it is empty). Delete it, and the format is assessed again.")
+    return found
 
 def _deliver(report, out):
     "Write the report and its manifest, and print the table."
@@ -99,11 +104,16 @@ def assess_command(
     out = Path(out)
     _continue(out, dict(network=_mark(Path(weights).read_bytes()), threat=repr(threat),
                         seed=seed, test=_mark_of(images) if test else None))
-    study = _study(model, list(specs), threat, images, None,
-                   _kept_generator(model, out/'generator.pt', seed), 500, seed)[1]
-    _deliver(study.report([_once(out/'formats'/f"{name.replace('/', '-')}.json", study.one,
-                                 spec) for name, spec in specs.items()]),
-             out)
+    generator = _kept_generator(model, out/'generator.pt', seed)
+    study = Study(model, Probes.generated(model, 500, generator, seed), (threat,), images,
+                  seed=seed)
+    rows = []
+    layers = []
+    for name, spec in specs.items():
+        file = f"{name.replace('/', '-')}.json"
+        rows += _once(out/'formats'/file, study.rows, spec)
+        layers += _once(out/'layers'/file, _layer_rows, study, spec)
+    _deliver(study.report(rows, pd.DataFrame(layers)), out)
 
 # %% ../../nbs/api/commands/30_transfer.ipynb #9fe96ce1
 def _costs(net, specs, size):

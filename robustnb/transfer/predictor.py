@@ -128,37 +128,41 @@ def load_predictor(
 
 # %% ../../nbs/api/transfer/30_predictor.ipynb #bb0bcfb7
 def predict_losses(
-    table:pd.DataFrame,   # Rows with n_classes and what `probe` gives
+    table:pd.DataFrame,   # Rows with n_classes and what `Study.change` gives
     # JSON file of other links, as robustnb_fit_predictor writes it; None takes those of the package
     path=None,
     # The rows with predicted_loss and predicted_robust_loss, each with _lo, _hi and _outside
 )->pd.DataFrame:
     "Losses from measured change."
+    columns = {'': 'predicted', '_lo': 'lo', '_hi': 'hi', '_outside': 'outside'}
     for name in ('loss', 'robust_loss'):
-        p = (load_predictor(name) if path is None else load_predictor(name, path)).predict(table)
-        table = table.assign(**{f'predicted_{name}{k}': p[c] for k, c in (
-            ('', 'predicted'), ('_lo', 'lo'), ('_hi', 'hi'), ('_outside', 'outside'))})
+        link = load_predictor(name) if path is None else load_predictor(name, path)
+        found = link.predict(table)
+        table = table.assign(**{f'predicted_{name}{end}': found[c] for end, c in columns.items()})
     return table
 
 # %% ../../nbs/api/transfer/30_predictor.ipynb #b9dbd50d
 _reads = dict(loss=('flips', 'noise'), robust_loss=('flips', 'noise', 'activation_noise'))
 
 def fit_predictors(
-    # model, format, n_classes, what `probe` gives, measured_loss, measured_robust_loss; any number
-    # of budgets
+    # model, format, n_classes, what `Study.change` gives, measured_loss, measured_robust_loss; any
+    # number of budgets
     rows:pd.DataFrame,
     # Name -> `LossPredictor`; name -> the rows it was fitted on, each with the loss `predicted`
     # with its model left out
 )->tuple[dict, dict]:
     "The links for accuracy and for robust accuracy, from measured networks."
-    short = [c for c in dict.fromkeys(('model', 'format', 'n_classes', *_reads['loss'],
-                                       *_reads['robust_loss'], 'measured_loss',
-                                       'measured_robust_loss')) if c not in rows]
+    needed = ('model', 'format', 'n_classes', *_reads['robust_loss'],
+              *(f'measured_{k}' for k in _reads))
+    short = [c for c in needed if c not in rows]
     if short:
         raise ValueError("`rows` must have the columns of an assessment with a test set; "
                          f"{', '.join(short)} are missing. Use `assess(model, test=...)`.")
-    tables = dict(loss=rows.drop_duplicates(['model', 'format']), robust_loss=rows)
-    fitted = {k: fit_predictor(t.dropna(subset=[*_reads[k], f'measured_{k}']), _reads[k],
-                               f'measured_{k}') for k, t in tables.items()}
-    return ({k: link for k, (link, _) in fitted.items()},
-            {k: left for k, (_, left) in fitted.items()})
+    links = {}
+    left_out = {}
+    for name, features in _reads.items():
+        target = f'measured_{name}'
+        known = rows if name == 'robust_loss' else rows.drop_duplicates(['model', 'format'])
+        known = known.dropna(subset=[*features, target])
+        links[name], left_out[name] = fit_predictor(known, features, target)
+    return links, left_out
