@@ -48,12 +48,15 @@ def plot_losses(
     return fig
 
 # %% ../../nbs/api/transfer/50_report.ipynb #2741f091
-_style = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 "
-    "1em;color:#222}table{border-collapse:collapse;font-size:.9em}td,th{padding:.25em "
-    ".7em;text-align:right;border-bottom:1px solid "
-    "#ddd}td:first-child,th:first-child{text-align:left}.wide{overflow-x:auto}img{max-width:100%;height:auto}figure{margin:1.5em "
-    "0}figcaption{font-size:.9em;color:#555}pre{background:#f5f5f5;padding:.7em;overflow:auto;font-size:.8em}")
+_style = ' '.join((
+    'body {font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto;',
+    'padding: 0 1em; color: #222}',
+    'table {border-collapse: collapse; font-size: .9em}',
+    'td, th {padding: .25em .7em; text-align: right; border-bottom: 1px solid #ddd}',
+    'td:first-child, th:first-child {text-align: left}',
+    '.wide {overflow-x: auto} img {max-width: 100%; height: auto} figure {margin: 1.5em 0}',
+    'figcaption {font-size: .9em; color: #555}',
+    'pre {background: #f5f5f5; padding: .7em; overflow: auto; font-size: .8em}'))
 
 def _figure(ax, caption):
     "A figure element; the figure is closed."
@@ -65,7 +68,7 @@ def _figure(ax, caption):
 def _cell(row, name):
     "A loss in percent with its interval; empty where there is none"
     if pd.isna(row.get(name)): return ''
-    value = 100*row[name + '']
+    value = 100*row[name]
     lo = 100*row[name + '_lo']
     hi = 100*row[name + '_hi']
     return f'{value:.1f} ({lo:.1f} to {hi:.1f})' + ('*' if row.get(f'{name}_outside') else '')
@@ -121,16 +124,24 @@ def _page(report):
     title = f"{html.escape(facts['model'])}: what quantisation will cost"
     notes = ''.join(f'<li>{html.escape(o)}</li>' for o in facts['notes'])
     run = json.dumps({k: v for k, v in facts.items() if k != 'notes'}, indent=1, default=str)
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{_style}</style></head><body>
-<h1>{title}</h1><p>{_advice(report)}</p>
-<p>Losses are shares of the accuracy that the full-precision model has ({html.escape(facts['threat'])} for robust accuracy), with 95 % intervals. An asterisk marks a prediction outside the range of losses that the links were fitted on.</p>
-<div class="wide">{_percent_table(report.table).to_html(index=False, border=0)}</div>
-{_figure(plot_losses(report.table), 'Share of accuracy lost in each format.')}{_measured(report.table, facts['test_images'])}
-<h2>Which layers add the noise</h2>
-{_noisy_layers(report)}
-<h2>The images that were used</h2>{_figure(show_images(report.probes, cols=8), facts['probes'])}
-<h2>What to keep in mind</h2><ul>{notes}</ul><h2>What was run</h2><pre>{html.escape(run)}</pre></body></html>"""
+    table = _percent_table(report.table).to_html(index=False, border=0)
+    parts = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f'<title>{title}</title><style>{_style}</style></head><body>',
+        f'<h1>{title}</h1><p>{_advice(report)}</p>',
+        '<p>Losses are shares of the accuracy that the full-precision model has '
+        f"({html.escape(facts['threat'])} for robust accuracy), with 95 % intervals. An asterisk marks "
+        'a prediction outside the range of losses that the predictors were fitted on.</p>',
+        f'<div class="wide">{table}</div>',
+        _figure(plot_losses(report.table), 'Share of accuracy lost in each format.'),
+        _measured(report.table, facts['test_images']),
+        f'<h2>Which layers add the noise</h2>\n{_noisy_layers(report)}',
+        '<h2>The images that were used</h2>',
+        _figure(show_images(report.probes, cols=8), facts['probes']),
+        f'<h2>What to keep in mind</h2><ul>{notes}</ul>',
+        f'<h2>What was run</h2><pre>{html.escape(run)}</pre></body></html>')
+    return '\n'.join(parts)
 
 # %% ../../nbs/api/transfer/50_report.ipynb #3a73eec1
 @dataclass
@@ -145,7 +156,8 @@ class Report:
     def recommend(self,
         max_loss:float=.02,  # Share of the accuracy, clean and robust, that may be lost
     ):
-        "The smallest format whose predicted losses stay below `max_loss` with their whole interval, or None."
+        """The smallest format whose predicted losses stay below `max_loss` with their whole
+        interval, or None."""
         upper = self.table[['predicted_loss_hi', 'predicted_robust_loss_hi']].max(
             axis=1, skipna=False)
         fine = self.table[upper <= max_loss].sort_values('size_kb')

@@ -229,7 +229,7 @@ class _Copies(_Original):
         noise = layer_sensitivity(self.model, self.copy(spec), self.probes.x[:50])
         return noise.assign(format=str(spec))
 
-# %% ../../nbs/api/transfer/60_study.ipynb #f1b19743
+# %% ../../nbs/api/transfer/60_study.ipynb #da505f6a
 def _images_notes(study):
     "What probes and test images cannot tell"
     few = ('The original itself is right on fewer than 20 attacked {}, so no robust loss can be '
@@ -245,15 +245,16 @@ def _images_notes(study):
                'chance, so no robust loss is measured: a copy that always gives the same '
                'answer would seem to keep half. Choose a smaller eps.')
 
+# %% ../../nbs/api/transfer/60_study.ipynb #f1b19743
 def _notes(study, copy):
     "What a reader has to keep in mind, in sentences."
     how = getattr(study.attack, 'func', study.attack)
     name = 'projected gradient descent' if how is pgd else getattr(how, '__name__', 'the attack')
-    yield ('The links were fitted on narrow CIFAR-10 networks; their interval is the error on '
+    yield ('The predictors were fitted on narrow CIFAR-10 networks; their interval is the error on '
            'a network that was left out, not a guarantee for yours.')
     yield (f'Robust accuracy is what survives {name}, white-box and transferred from the original; '
            'a stronger attack will find more.')
-    yield ('The robust link was fitted at Linf .25/255 to 2/255; under another threat look at '
+    yield ('The robust predictor was fitted at Linf .25/255 to 2/255; under another threat look at '
            'robust_flips in the table too: how the copy fares on the images that an attack '
            'made of the probes.')
     yield ('Logits are returned in full precision and biases kept in 32 bits; '
