@@ -80,13 +80,14 @@ def _tell(rows, failed, out):
         sys.exit(1)
 
 # %% ../../nbs/api/commands/50_sweep.ipynb #0abf96ce
-def _check_measure(same, measure, attacks):
-    "Raise if the pairs of `measure` or an attack are none that a job takes"
+def _check_jobs(same, measure, attacks, seeds):
+    "Raise if the pairs of `measure`, an attack or the seeds are none that a job takes"
     wrong = [k for k in same if k not in ('n', 'eps', 'images')]
     wrong += [o for o in attacks if o not in job_attacks]
     if wrong:
         raise ValueError("`measure` takes n, eps and images, `attacks` takes "
                          f"{', '.join(job_attacks)}; got {wrong[0]!r}.")
+    if not seeds >= 1: raise ValueError(f"`seeds` must be at least 1; got {seeds}.")
     eps = same.get('eps', 0.)
     n = same.get('n', 1)
     if isinstance(eps, str) or not isinstance(n, int) or n < 1:
@@ -131,8 +132,7 @@ def sweep_command(
     place = _place(where)
     same = _pairs(measure, 'measure')
     names = _listed(attacks, 'attacks')
-    _check_measure(same, measure, names)
-    if not seeds >= 1: raise ValueError(f"`seeds` must be at least 1; got {seeds}.")
+    _check_jobs(same, measure, names, seeds)
     paths = _check_files(out, files, data, same)
     images = str(Path(data).resolve()) if Path(data).exists() else data
     table = grid(weights=paths, format=specs, attack=names, seed=range(seeds),
