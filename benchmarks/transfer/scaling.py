@@ -80,7 +80,7 @@ def parts(name, width, n, repeats):
 
 def rows(args):
     macs = lambda name, width: int(model_complexity(build_model(name, 10, width)).macs.sum())
-    base = dict(network=args.network, width=args.widths[-1], images=args.images[-1], formats=1)
+    base = dict(model=args.network, width=args.widths[-1], images=args.images[-1], formats=1)
     for width in args.widths:
         net, x = build_model(args.network, 10, width, seed=0), images(args.images[0])
         q = quantize(net, 'INT8', x)
@@ -106,7 +106,7 @@ def rows(args):
                           macs=macs(args.network, width))
     for name in args.networks:
         for part, s in parts(name, args.width, args.n, args.repeats):
-            yield dict(what='network', network=name, width=args.width, images=args.n, formats=1,
+            yield dict(what='network', model=name, width=args.width, images=args.n, formats=1,
                        part=part, seconds=s, macs=macs(name, args.width), macs_full=macs(name, 1.))
         print(name, flush=True)
 
