@@ -20,8 +20,11 @@ def test_the_last_layer_makes_the_logits_of_all_nine(name):
     assert isinstance(layer, nn.Conv2d if name == 'Inception_BN' else nn.Linear)
 
 
-@pytest.mark.parametrize('name, n', dict(AlexNet=0, AlexNet_BN=5, VGG_16=13, VGG_19=16, Inception_BN=54, MobileNetV2=53,
-                                         ResNet_18=20, ResNet_50=53, ResNet_152=155).items())
+norms = dict(AlexNet=0, AlexNet_BN=5, VGG_16=13, VGG_19=16, Inception_BN=54, MobileNetV2=53, ResNet_18=20,
+             ResNet_50=53, ResNet_152=155)
+
+
+@pytest.mark.parametrize('name, n', norms.items())
 def test_batch_norms_of_all_nine_are_found(name, n):
     assert len(batchnorms(build_model(name, 7, width=.125))) == n
 

@@ -5,7 +5,8 @@ import torch
 from robustnb.quant.sensitivity import layer_sensitivity, noise_ratio, output_change
 
 
-@pytest.mark.parametrize('before, after', ((torch.zeros(3, 2), torch.zeros(4, 2)), (torch.zeros(3), torch.zeros(3))))
+@pytest.mark.parametrize('before, after', ((torch.zeros(3, 2), torch.zeros(4, 2)),
+                                           (torch.zeros(3), torch.zeros(3))))
 def test_logits_of_other_images_are_refused(before, after):
     with pytest.raises(ValueError, match='must be logits .* of the same images'):
         output_change(before, after)
