@@ -53,7 +53,7 @@ def layer_sensitivity(
     model:nn.Module,            # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     quantized:fx.GraphModule,   # Its quantised copy, from `quantize`
     x:Tensor,                   # Images (N,C,H,W), float, pixels in [0,1]; labels are not needed
-)->pd.DataFrame:                # A row per rounded tensor: layer, kind (weights, activations), nsr, logit_noise
+)->pd.DataFrame:                # A row per rounded tensor: layer, kind, nsr, logit_noise
     "First-order noise of each rounding at the logits, one at a time."
     check_images(x)
     clean = fold_batchnorm(model)
