@@ -11,14 +11,13 @@ import ast, copy, hashlib, io, math, re, time, warnings, zipfile
 from functools import partial
 from pathlib import Path
 from pprint import pformat
-from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core import fast_bf16, make_generator, memory_layout, pick_device, progress, subseed
-from ..files import atomic_path, fingerprint, load_state, resume_state, save_state
+from ..files import atomic_path, checkpoint_mark, load_state, resume_state, save_state
 from ..archives import read_array, MAX_IMAGES, open_members, verdict_row
 from ..models.wrapping import Normalized
 from ..models.blocks import conv_layers, joined, resnet
@@ -495,8 +494,7 @@ def _mark(model, images, labels, config, seed):
     settings = repr(sorted((k, v) for k, v in config.items() if k != 'epochs'))
     weights = hashlib.sha256(b''.join(v.detach().cpu().contiguous().numpy().tobytes()
                                       for v in model.state_dict().values())).hexdigest()[:16]
-    return fingerprint(model, SimpleNamespace(images=images, labels=labels), settings,
-                       seed) | dict(weights=weights)
+    return checkpoint_mark(model, images, labels, settings, seed) | dict(weights=weights)
 
 # %% ../../nbs/api/curation/30_contest.ipynb #b562c8de
 def contest_train(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core import fast_bf16, make_generator, memory_layout, predict, progress, subseed
-from ..files import fingerprint, resume_state, save_state
+from ..files import checkpoint_mark, resume_state, save_state
 from ..data import ImageSet
 from ..distributed import (as_main_, is_main, init_distributed, part, rank, world_size,
                                   all_sum, all_sum_gradients_, wait, whole_batch)
@@ -134,7 +134,7 @@ def train(
         raise ValueError("`model` must have one logit per class of `data`; got "
                          f"{model.n_classes} logits for {data.labels.shape[1]} classes. Build "
                          f"it with `n_classes={data.labels.shape[1]}`.")
-    mark = fingerprint(model, data, recipe, seed)
+    mark = checkpoint_mark(model, data.images, data.labels, recipe, seed)
     history = []
     start = 0
     model = copy.deepcopy(model).to(device, memory_format=memory_layout(model))
