@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core import fast_bf16, make_generator, memory_layout, predict, progress, subseed
-from ..files import fingerprint, resume_state, save_state
+from ..files import checkpoint_mark, resume_state, save_state
 from ..data import ImageSet
 from ..distributed import (as_main_, is_main, init_distributed, part, rank, world_size,
                                   all_sum, all_sum_gradients_, wait, whole_batch)
@@ -171,7 +171,7 @@ def train(
     "Train a copy of `model` by `recipe` with cross-entropy on soft labels."
     device = init_distributed(device)
     _check_data(data, model)
-    mark = fingerprint(model, data, recipe, seed)
+    mark = checkpoint_mark(model, data.images, data.labels, recipe, seed)
     model = copy.deepcopy(model).to(device, memory_format=memory_layout(model))
     optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum,
                                 weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0)
