@@ -261,7 +261,7 @@ def _decode(f, size):
         rgb = rgb.resize((size, size), Image.BICUBIC)
     return np.asarray(rgb)
 
-def _read(names, open_file, size, source):
+def _read(names, open_file, size, source, prepare=None):
     "Images `names` of `source` as one array (N,H,W,3)"
     if size is not None and not size >= 1: raise ValueError(f"`size` must be at least 1 pixel; got {size}.")
     images = None
@@ -273,16 +273,20 @@ def _read(names, open_file, size, source):
             raise ValueError(f"{name!r} in {source} cannot be read as an image: {e}. Replace "
                              "or remove it.") from e
         if images is None:
+            shape = a.shape
+        if a.shape != shape:
+            wh = lambda s: f'{s[1]}x{s[0]}'
+            way = "Bring them to one size first." if prepare else "Give `size` to resize."
+            raise ValueError(f"all images must have one size; in {source}, {names[0]!r} is "
+                             f"{wh(shape)} and {name!r} is {wh(a.shape)}. {way}")
+        if prepare:
+            a = prepare(a, name)
+        if images is None:
             if len(names)*a.nbytes > _MAX_SET:
                 raise ValueError(f"`size` must be given: {len(names)} images of "
                                  f"{a.shape[1]}x{a.shape[0]} pixels need "
                                  f"{len(names)*a.nbytes/2**30:.0f} GiB.")
             images = np.empty((len(names), *a.shape), np.uint8)
-        if a.shape != images.shape[1:]:
-            wh = lambda s: f'{s[1]}x{s[0]}'
-            raise ValueError(f"all images must have one size; in {source}, {names[0]!r} is "
-                             f"{wh(images.shape[1:])} and {name!r} is {wh(a.shape)}. Give "
-                             "`size` to resize.")
         images[i] = a
     return images
 
@@ -305,6 +309,7 @@ def load_zip(
     path,                 # Zip file with split/class/image or class/image
     split:str|None=None,  # Name of the split; None where there are only class folders
     size:int|None=None,   # Height and width to resize to; None wants all images alike
+    prepare=None,         # (image (H,W,3), its name in the file) -> uint8 image; None leaves them
 )->ImageSet:              # Images (N,H,W,3), grey repeated over the channels; classes sorted by name
     "Images from a zip file, read in memory: nothing is extracted."
     with open_zip(path) as z:
@@ -315,8 +320,8 @@ def load_zip(
                 raise ValueError(f"entry names must be unique; {path} has {e.filename!r} twice.")
             entries[e.filename] = e
         names, y, classes = _tree([o for o,e in entries.items() if not e.is_dir()], split, path)
-        return ImageSet(_read(names, lambda o: io.BytesIO(z.read(entries[o])), size, path), y,
-                        classes)
+        open_entry = lambda o: io.BytesIO(z.read(entries[o]))
+        return ImageSet(_read(names, open_entry, size, path, prepare), y, classes)
 
 # %% ../nbs/api/20_data.ipynb #4dd2f678
 def _load_npy(path):
