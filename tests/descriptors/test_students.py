@@ -313,7 +313,7 @@ def test_groups_stay_together():
     assert not set(groups[fit]) & set(groups[out])
     assert list(split_groups(groups, .25, seed=2)[1]) != list(out)
     for bad in (0, 1, float('nan'), .01):
-        with pytest.raises(ValueError, match='`share`'):
+        with pytest.raises(ValueError, match='`fraction`'):
             split_groups(groups, bad)
 
 
