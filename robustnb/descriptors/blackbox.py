@@ -292,13 +292,14 @@ def _warn_of(gap, tolerance):
                       "is not deterministic, or `cache` is that of another box. What is "
                       "remembered is one answer of many.", stacklevel=3)
 
-# %% ../../nbs/api/descriptors/10_blackbox.ipynb #5f073eb1
+# %% ../../nbs/api/descriptors/10_blackbox.ipynb #d7a9820e
 def is_spent(
     oracle,          # Black box: a `BlackBox`, or any function
 )->bool:             # True where it has a budget, and nothing is left of it
     "Whether further queries are in vain."
     return getattr(oracle, 'left', 1) <= 0
 
+@torch.no_grad()
 def query_distances(
     oracle:Callable, # Images (N,C,H,W) -> descriptors (N,D), a row of NaN where there is no answer
     x:Tensor,        # Images (N,C,H,W), pixels in [0,1]
