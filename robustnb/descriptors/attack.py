@@ -336,6 +336,7 @@ def _descend(students, x, now, targets, threat, plan, length):
         now = _step(x, now, total, threat, plan, length)
     return now
 
+# %% ../../nbs/api/descriptors/40_attack.ipynb #f92aab1a
 def _lesson(seen, rows, earlier):
     "Images and answers: 16 of the last, then as many of earlier ones about the same images"
     images, answers = seen[-1]

@@ -246,6 +246,14 @@ def _check_box(black_box):
         check_model(black_box)
     return black_box
 
+# %% ../../nbs/api/descriptors/10_blackbox.ipynb #00e6f2f2
+def _warn_of(gap, tolerance):
+    "A box that is not deterministic is worth a warning"
+    if gap > tolerance:
+        warnings.warn(f"`black_box` gave answers to one image that differ by up to {gap:.3g}: it "
+                      "is not deterministic, or `cache` is that of another box. What is "
+                      "remembered is one answer of many.", stacklevel=3)
+
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #d4dd7f39
 class BlackBox(_Querying):
     "A black box with a counter, a budget and a cache: itself a descriptor model."
@@ -284,13 +292,6 @@ class BlackBox(_Querying):
         gap = gap.amax(1).where(answers > 1, torch.nan)
         _warn_of(gap.nan_to_num(0).max(), tolerance)
         return pd.DataFrame(dict(key=_keys(x)[1], answers=answers.numpy(), difference=gap.numpy()))
-
-def _warn_of(gap, tolerance):
-    "A box that is not deterministic is worth a warning"
-    if gap > tolerance:
-        warnings.warn(f"`black_box` gave answers to one image that differ by up to {gap:.3g}: it "
-                      "is not deterministic, or `cache` is that of another box. What is "
-                      "remembered is one answer of many.", stacklevel=3)
 
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #d7a9820e
 def is_spent(

@@ -29,6 +29,7 @@ def _query(oracle, x, targets):
 
 def _answered(value): return value.isfinite().nonzero().flatten()
 
+# %% ../../nbs/api/descriptors/50_query_attacks.ipynb #bcc9015b
 def _heights(oracle, x, now, targets, threat, batch, genes):
     "Distances (N,P) of all members `genes` (N,P,2+C); infinite for images that are not allowed."
     n, p = genes.shape[:2]
@@ -121,10 +122,7 @@ def square_descriptor(
     if not len(on): return out
     own = image_generators(generator, out)
     own = [own[i] for i in on.tolist()]
-    x = x[on]
-    targets = targets[on]
-    now = out[on]
-    value = value[on]
+    x, targets, now, value = x[on], targets[on], out[on], value[on]
     pattern = torch.zeros_like(x)
     again = torch.zeros(len(on), dtype=torch.bool, device=x.device)
     for at in range(1, queries):
@@ -174,6 +172,7 @@ def _gradient(memory, d, targets, shape):
     weights = torch.linalg.solve(gram + ridge, wanted)
     return (memory['steps'][:, :k].mT @ weights.to(d)).view(shape)
 
+# %% ../../nbs/api/descriptors/50_query_attacks.ipynb #43218fb1
 def _probe(oracle, x, now, targets, threat, z):
     """Query both ends of each random direction `z` (N,P,C,h,w): images, distances, and the lines
     between the ends with what the descriptor does along them."""
