@@ -151,7 +151,7 @@ def sources(nets):
                                    for k, net in nets.items()]
     both = ensemble([*nets.values()])
     return dict(clean=unchanged, noise=[partial(gaussian_noise, sigma=(.02, .12), per_channel=1),
-                                        partial(salt_and_pepper, share=(.02, .3)),
+                                        partial(salt_and_pepper, amount=(.02, .3)),
                                         partial(uniform_noise, width=(.04, .2))],
                 corrupted=[corruption(k, s) for s in (1, 2, 3) for k in corruption_names],
                 light=[gamma, photometric, posterize], pipeline=fast_pipeline(),

@@ -157,7 +157,7 @@ def _teams(nets, teacher, generated, k):
         hncszyq=dict(sources=_imgaug_groups() | dict(transferred=transferred),
                      shares=dict(weather=.2, dropped=.2, bent=.2, blurred=.2, transferred=.2)),
         eighth=dict(sources=dict(fgsm=on(fgsm, Linf(1.5/255)) + on(fgsm, Linf(15.5/255)),
-                                 salt=partial(salt_and_pepper, share=.6),
+                                 salt=partial(salt_and_pepper, amount=.6),
                                  noise=partial(gaussian_noise, sigma=.08), mixed=mixup),
                     shares=dict(fgsm=.4, salt=.2, noise=.2, mixed=.2)),
         tenth=dict(
