@@ -8,7 +8,6 @@ __all__ = ['published_names', 'towards_random', 'summed', 'published_mixture', '
 # %% ../../nbs/api/curation/50_published.ipynb #d0a83495
 from collections.abc import Callable
 from functools import partial
-import imgaug.augmenters as iaa
 import numpy as np
 import pandas as pd
 import torch
@@ -106,6 +105,7 @@ def _relabelled(transform, change):
 # %% ../../nbs/api/curation/50_published.ipynb #64e317e4
 def _imgaug_groups():
     "The four groups of the third or fourth place; weather and blur from `corruptions`"
+    import imgaug.augmenters as iaa
     each = lambda *a: one_of(
         *(o if not isinstance(o, iaa.Augmenter) else from_imgaug(o) for o in a))
     return dict(weather=each(iaa.Rain(speed=.3), corruption('snow', 2), corruption('frost', 2),
