@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['gaussian_noise', 'uniform_noise', 'salt_and_pepper', 'dropout', 'coarse_dropout', 'gaussian_blur', 'average_blur',
            'median_blur', 'multiply', 'add', 'gamma', 'photometric', 'posterize', 'affine', 'chain', 'sometimes',
-           'some_of', 'one_of', 'from_imgaug', 'from_torchvision', 'imgaug_pipeline', 'fast_pipeline', 'describe']
+           'some_of', 'one_of', 'imgaug_augmenters', 'from_imgaug', 'from_torchvision', 'imgaug_pipeline',
+           'fast_pipeline', 'describe']
 
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #eadd6a99
-import copy, math
+import copy, importlib, math, sys, tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -355,13 +356,28 @@ def one_of(
     if not transforms: raise ValueError("`transforms` must be at least one; got none.")
     return some_of(1, 1, *transforms)
 
+# %% ../../nbs/api/augmentation/10_transforms.ipynb #4105eaf8
+_numba_folders = []
+
+def imgaug_augmenters(
+):        # The module `imgaug.augmenters`
+    "imgaug, also where nothing but the temporary folder can be written."
+    try:
+        return importlib.import_module('imgaug.augmenters')
+    except RuntimeError as e:
+        if 'cannot cache' not in str(e): raise
+    _numba_folders.append(tempfile.TemporaryDirectory(prefix='robustnb-numba-'))
+    importlib.import_module('numba').config.CACHE_DIR = _numba_folders[-1].name
+    for name in [o for o in sys.modules if o.partition('.')[0] == 'imgaug']:
+        del sys.modules[name]
+    return importlib.import_module('imgaug.augmenters')
+
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #4328dc67
 def from_imgaug(
     augmenter,     # Any `imgaug.augmenters.Augmenter`; left as it is
 )->Callable:       # Transform (x, y, generator) -> (x, y)
     "An imgaug pipeline (Jung et al. 2020, github.com/aleju/imgaug)."
-    from imgaug.augmenters import Augmenter
-    if not isinstance(augmenter, Augmenter):
+    if not isinstance(augmenter, imgaug_augmenters().Augmenter):
         raise TypeError("`augmenter` must be an imgaug augmenter; got "
                         f"{type(augmenter).__name__}. A torchvision transform goes through "
                         "`from_torchvision`.")
@@ -388,7 +404,7 @@ def from_torchvision(
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #eff13860
 def imgaug_pipeline()->Callable:    # Transform (x, y, generator) -> (x, y)
     "The augmentation of lyx3911/tianchi-AI-Challenger-sea8 in imgaug."
-    import imgaug.augmenters as iaa
+    iaa = imgaug_augmenters()
     blur = iaa.OneOf([iaa.GaussianBlur((0, 3.)), iaa.AverageBlur((2, 7)), iaa.MedianBlur((3, 11))])
     lost = iaa.OneOf([iaa.Dropout((.01, .1), per_channel=.5),
                       iaa.CoarseDropout((.03, .15), size_percent=(.02, .05), per_channel=.2)])

@@ -14,7 +14,8 @@ import torch
 from ..core import make_generator, predict
 from ..data import ImageSet
 from robustnb.augmentation.transforms import (
-    affine, chain, fast_pipeline, from_imgaug, gamma, gaussian_noise, one_of, salt_and_pepper,
+    affine, chain, fast_pipeline, from_imgaug, gamma, gaussian_noise, imgaug_augmenters, one_of,
+    salt_and_pepper,
     sometimes)
 from ..augmentation.corruptions import corruption, corruption_names
 from ..augmentation.soft_labels import label_smoothing, mixup, teacher_labels
@@ -105,7 +106,7 @@ def _relabelled(transform, change):
 # %% ../../nbs/api/curation/50_published.ipynb #64e317e4
 def _imgaug_groups():
     "The four groups of the third or fourth place; weather and blur from `corruptions`"
-    import imgaug.augmenters as iaa
+    iaa = imgaug_augmenters()
     each = lambda *a: one_of(
         *(o if not isinstance(o, iaa.Augmenter) else from_imgaug(o) for o in a))
     return dict(weather=each(iaa.Rain(speed=.3), corruption('snow', 2), corruption('frost', 2),

@@ -1,4 +1,5 @@
 "Transforms against slow versions, one image at a time; promises of all; bad input."
+import os, subprocess, sys
 from functools import partial
 
 import imgaug as ia
@@ -248,3 +249,25 @@ def test_levels_chances_and_eight_bits():
     inverted = T.from_torchvision(lambda o: 255-o)(x, y, seeded())[0]
     assert (to_uint8(inverted) == 255-to_uint8(x)).all()
     assert torch.allclose(T.from_torchvision(lambda o: o)(x, y, seeded())[0], (255*x).round()/255)
+
+
+def test_imgaug_where_only_the_temporary_folder_can_be_written(tmp_path):
+    "numba finds no place for its cache beside the package or in the home folder, as in containers"
+    job = '''
+import numba.core.caching as caching
+for o in (caching._InTreeCacheLocator, caching._UserWideCacheLocator):
+    o.from_function = classmethod(lambda *args: None)
+try:
+    import imgaug
+except RuntimeError as e:
+    print(str(e)[:12])
+from robustnb.augmentation.transforms import imgaug_augmenters, imgaug_pipeline
+import torch
+x = torch.rand(4, 3, 32, 32)
+print(imgaug_pipeline()(x, torch.eye(4), torch.Generator().manual_seed(0))[0].shape == x.shape)
+print(imgaug_augmenters() is imgaug_augmenters())
+'''
+    env = {k: v for k, v in os.environ.items() if k != 'NUMBA_CACHE_DIR'} | dict(TMPDIR=str(tmp_path))
+    done = subprocess.run([sys.executable, '-c', job], capture_output=True, text=True, env=env)
+    assert done.stdout.split('\n') == ['cannot cache', 'True', 'True', ''], done.stderr
+    assert not [o.name for o in tmp_path.iterdir() if o.name.startswith('robustnb')]
