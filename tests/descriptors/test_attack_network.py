@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+import torch.nn.functional as F
 
 from helpers_descriptors import (
     distance, Net, pictures, problem, rule, Same, students, teacher, windowed)
