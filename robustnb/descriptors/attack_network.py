@@ -75,8 +75,7 @@ def _allowed(threat, x, raw):
 
 # %% ../../nbs/api/descriptors/60_attack_network.ipynb #663b7525
 class LinkNetAttacker(nn.Module):
-    """Draws the change that brings an image to a wanted identity (LinkNet: Chaurasia and
-    Culurciello 2017, arXiv:1707.03718)."""
+    "Draws the change towards an identity (LinkNet: Chaurasia and Culurciello 2017, arXiv:1707.03718)."
     def __init__(self,
         width:int=32,      # Channels of the finest scale, >= 4; twice and four times as many follow
         k:float=.1,        # What the decoder's answer is multiplied with, in pixel units; 0 changes nothing
@@ -89,9 +88,8 @@ class LinkNetAttacker(nn.Module):
                              f"negative; got {width} and {k}.")
         found = len(getattr(encoder, 'stages', ()))
         if encoder is not None and found < 3:
-            raise ValueError("`encoder` must have `stages`, at least three modules that "
-                             f"follow each other; got {type(encoder).__name__} with {found}. "
-                             "Use None for an encoder of its own.")
+            raise ValueError("`encoder` must have `stages`, at least three modules in a row; got "
+                             f"{type(encoder).__name__} with {found}. Use None for its own.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(make_generator(seed, 'attacker').initial_seed())
             self.encoder = _Encoder(encoder, width).eval()
@@ -220,13 +218,12 @@ def train_attacker(
     "Train an attacker against frozen students."
     _check_pairs(sources, target_images, 'sources')
     if not isinstance(threat, Ball):
-        raise TypeError(
-            f"`threat` must be a threat model such as SSIM(.95); got {type(threat).__name__}.")
+        raise TypeError("`threat` must be a threat model such as SSIM(.95); "
+                        f"got {type(threat).__name__}.")
     students = [copy.deepcopy(s).requires_grad_(False) for s in check_students(students)]
     device = next((p.device for p in students[0].parameters()), sources.device)
-    if attacker is None:
-        attacker = LinkNetAttacker(seed=recipe.seed)
-    attacker = copy.deepcopy(attacker).to(device).eval()
+    start = LinkNetAttacker(seed=recipe.seed) if attacker is None else attacker
+    attacker = copy.deepcopy(start).to(device).eval()
     mark = _mark(attacker, students, sources, target_images, threat, recipe)
     history = []
     means = None
@@ -239,14 +236,13 @@ def train_attacker(
         means = state['means']
     for epoch in range(len(history), recipe.epochs):
         began = time.time()
-        seen, means = _epoch(attacker, students, (sources, target_images), threat, recipe, epoch,
-                             optimizer, means)
+        images = (sources, target_images)
+        seen, means = _epoch(attacker, students, images, threat, recipe, epoch, optimizer, means)
         history.append(dict(zip(('excess', 'distance', 'inside'), seen), epoch=epoch+1,
                             seconds=time.time()-began))
         if checkpoint:
-            save_state(dict(mark=mark, history=history, means=means,
-                            attacker=attacker.state_dict(), optimizer=optimizer.state_dict()),
-                       checkpoint)
+            weights = dict(attacker=attacker.state_dict(), optimizer=optimizer.state_dict())
+            save_state(dict(mark=mark, history=history, means=means) | weights, checkpoint)
     columns = ['epoch', 'excess', 'distance', 'inside', 'seconds']
     return attacker, pd.DataFrame(history, columns=columns)
 
@@ -260,8 +256,10 @@ def network_attack(
     generator:torch.Generator|None=None, # Not used: there is nothing random here
     start:Tensor|None=None, # Images of an earlier stage; None is `x`
     attacker:LinkNetAttacker|None=None,  # From `train_attacker`; must be given
-    target_images:Tensor|None=None, # Images of the wanted identities (N,T,3,H,W), pixels in [0,1]; must be given
-)->Tensor:                 # 8-bit images like `x`, allowed by `threat`; for the oracle never worse than `start`
+    # Images of the wanted identities (N,T,3,H,W), pixels in [0,1]; must be given
+    target_images:Tensor|None=None,
+# 8-bit images like `x`, allowed by `threat`; for the oracle never worse than `start`
+)->Tensor:
     "The images of a trained attacker, where the oracle likes them better."
     if not isinstance(attacker, nn.Module):
         raise TypeError(

@@ -258,9 +258,9 @@ def _warn_of(gap, tolerance):
 class BlackBox(_Querying):
     "A black box with a counter, a budget and a cache: itself a descriptor model."
     def __init__(self,
-        black_box:Callable,         # Images (N,3,H,W), float32 in [0,1] -> descriptors (N,D); modules in eval mode
+        black_box:Callable,         # Images (N,3,H,W), float32 in [0,1] -> descriptors (N,D)
         limit:int,                  # Most images to query, >= 1, failed and repeated ones included
-        cache=None,                 # File for log and answers, continued if it exists; None keeps them in memory
+        cache=None,                 # File for log and answers, continued if there; None: in memory
         batch_size:int|None=None,   # Images in one call, >= 1; None sends all at once
         retries:int=2,              # Further queries of an image after a failure, one by one, >= 0
         timeout:float|None=None,    # Seconds to wait for a call, > 0; None waits for ever

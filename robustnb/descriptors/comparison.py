@@ -22,7 +22,7 @@ from ..attacks.ssim_rule import file_ssim
 from .blackbox import descriptor_distance
 from .students import tensor_digest
 
-# %% ../../nbs/api/descriptors/90_comparison.ipynb #64dbdd1a
+# %% ../../nbs/api/descriptors/90_comparison.ipynb #35faa7a4
 def _plain(v):
     "A setting as text; only its type where the text would differ in another process"
     plain = isinstance(v, (int, float, str, bool, type(None), tuple, list, dict))
@@ -55,6 +55,7 @@ def _judge(name, x, x_adv, targets, threat, make_oracle):
         after = descriptor_distance(make_oracle()(x8_adv), targets).double().cpu().tolist()
     return dict(before=before, after=after, ssim=file_ssim(images, changed).tolist()), changed
 
+# %% ../../nbs/api/descriptors/90_comparison.ipynb #64dbdd1a
 def _run_group(name, attack, make_oracle, x, targets, threat, seed):
     "Columns of the rows, and the images (N,H,W,C)"
     oracle = make_oracle()
@@ -185,7 +186,8 @@ def attack_table(
     reference:str|None=None,   # Attack that the others are compared with; None takes the first
     level:float=.95,           # Confidence of the intervals, inside (0,1)
     seed:int=0,                # Draws of the bootstrap
-)->pd.DataFrame:               # A row per attack: means and intervals, lowest_ssim, queries and seconds per image
+# A row per attack: means and intervals, lowest_ssim, queries and seconds per image
+)->pd.DataFrame:
     "How good each attack is, and how much it differs from the reference."
     wide = rows.pivot(index=['group', 'image'], columns='attack', values='after')
     reference = rows.attack.iloc[0] if reference is None else reference
@@ -212,7 +214,8 @@ def ablation(
     attack:Callable,         # The full attack: (oracle, x, targets, threat, generator, ...) -> images
     off:dict,                # Heuristic -> the arguments that switch it off: `dict(momentum=dict(decay=0))`
     cumulative:bool=False,   # Whether to start with all off and to add them in the order of `off`
-)->dict:                   # Name -> attack, for `compare_attacks`; the full one first, or last if `cumulative`
+# Name -> attack, for `compare_attacks`; the full one first, or last if `cumulative`
+)->dict:
     "An attack with each of its heuristics on and off."
     if not off or not all(isinstance(o, dict) and o for o in off.values()):
         raise ValueError("`off` must give the arguments that switch each heuristic off, such "

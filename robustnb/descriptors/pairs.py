@@ -53,7 +53,7 @@ class Pairs:
         numbered = [f'{i:04}_{stem(o)}.png' for i, row in enumerate(self.sources) for o in row]
         return check_names(numbered, 'sources')
 
-# %% ../../nbs/api/descriptors/80_pairs.ipynb #b2f70b02
+# %% ../../nbs/api/descriptors/80_pairs.ipynb #8a26dca7
 def write_pairs(
     pairs:Pairs,     # What to write
     path,            # CSV file, written completely or not at all
@@ -77,6 +77,7 @@ def _parse_pairs(rows):
     sides = (tuple(tuple(o[head.index(c)].split('|')) for o in rows) for c in _columns)
     return Pairs(*sides)
 
+# %% ../../nbs/api/descriptors/80_pairs.ipynb #b2f70b02
 def read_pairs(
     path,            # CSV file with the columns `source_imgs` and `target_imgs`, names joined by `|`
     images=None,     # `NamedSet`, or list of names, that must hold all of the images; None does not look
@@ -99,7 +100,7 @@ def read_pairs(
                              f"that belong to {path}.")
     return pairs
 
-# %% ../../nbs/api/descriptors/80_pairs.ipynb #9bcfcc71
+# %% ../../nbs/api/descriptors/80_pairs.ipynb #fde8b012
 def _names_and_identities(data):
     "Names of the images, and whose they are, as arrays of objects"
     if isinstance(data, NamedSet):
@@ -120,6 +121,7 @@ def _sides(names, whose, identity, n_source, n_target, seed):
     own = own[order]
     return tuple(own[:n_source]), tuple(own[n_source:n_source+n_target])
 
+# %% ../../nbs/api/descriptors/80_pairs.ipynb #9bcfcc71
 def make_pairs(
     data,                 # `NamedSet`, or DataFrame with the columns `name` and `identity`
     n_source:int=5,       # Images to change in each pair, >= 1

@@ -209,6 +209,12 @@ def _directions(own, pairs, x):
     coarse = [-(-k//_GRID) for k in x.shape[2:]]
     return draw(torch.randn, own, pairs, x.shape[1], *coarse, like=x)
 
+# %% ../../nbs/api/descriptors/50_query_attacks.ipynb #c450f8de
+def _moved(now, d, tried, answer, answered):
+    "Images and descriptors to go on from: those tried, where the oracle answered"
+    now = torch.where(answered.view(-1, 1, 1, 1), tried, now)
+    return now, torch.where(answered[:, None], answer, d)
+
 # %% ../../nbs/api/descriptors/50_query_attacks.ipynb #eca1cb70
 @torch.no_grad()
 def nes_descriptor(
@@ -216,16 +222,15 @@ def nes_descriptor(
     x:Tensor,             # Clean images (N,C,H,W), float, pixels in [0,1]
     targets:Tensor,       # Descriptors (N,T,D) of the T wanted images of each image
     threat,               # Threat model, e.g. `SSIM(.95)`; judged on the 8-bit image
-    generator:torch.Generator|None=None, # Directions; None stands for seed 0
+    generator:torch.Generator|None=None, # Directions; None is seed 0
     start:Tensor|None=None, # Images to go on from, pulled into `threat` first; None starts at `x`
     queries:int=1000,     # Most queries per image, >= 1; the first is about the start
     samples:int=10,       # Queries, in pairs, between two steps: even, 2 to 200
 )->Tensor:               # Images like `x`, pixels k/255, allowed by `threat`, never worse than the start
-    """Natural evolution strategies (Ilyas et al. 2018, arXiv:1804.08598) that remember the answered
-    descriptors."""
+    "Evolution strategies (Ilyas et al. 2018, arXiv:1804.08598) that remember all answers."
     if not (queries >= 1 and 2 <= samples <= 2*_ROWS and samples % 2 == 0):
-        raise ValueError("`queries` must be at least 1 and `samples` even, from 2 to "
-                         f"{2*_ROWS}; got {queries} and {samples}.")
+        raise ValueError(f"`queries` must be at least 1 and `samples` even, from 2 to {2*_ROWS}; "
+                         f"got {queries} and {samples}.")
     x, targets, out, d, value = begin_attack(oracle, x, targets, threat, start)
     on = _answered(value)
     if not len(on) or queries < 4: return out
@@ -233,8 +238,8 @@ def nes_descriptor(
     own = [own[i] for i in on.tolist()]
     x, targets, d, value = x[on], targets[on], d[on], value[on]
     best = now = out[on]
-    used = 1
     memory = _new_memory(x, min(_ROWS, queries), d.shape[1])
+    used = 1
     while used < queries and not is_spent(oracle):
         pairs = min(samples, queries-used-1)//2
         if pairs:
@@ -247,8 +252,6 @@ def nes_descriptor(
         answer, far = _query(oracle, tried, targets)
         _remember(memory, (tried-now).flatten(1)[:, None], (answer-d)[:, None])
         best, value = _best(best, value, tried[:, None], far[:, None])
-        moved = far.isfinite()
-        now = torch.where(moved.view(-1, 1, 1, 1), tried, now)
-        d = torch.where(moved[:, None], answer, d)
-        used = used+2*pairs+1
+        now, d = _moved(now, d, tried, answer, far.isfinite())
+        used += 2*pairs + 1
     return out.index_copy(0, on, best)
