@@ -1,4 +1,4 @@
-"From change to loss: known curves, models left out, intervals that hold"
+"The predictor from change to loss: known curves, models left out, intervals that hold"
 from dataclasses import replace
 
 import numpy as np
