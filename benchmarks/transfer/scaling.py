@@ -1,7 +1,8 @@
 """How the cost of a full study grows with images, formats and width, and what one pass of each network costs.
 
-    python benchmarks/transfer/scaling.py                                                        # the measurement: an idle machine, about ten minutes
-    python benchmarks/transfer/scaling.py --width .125 --n 4 --images 4,8 --formats 1,2 --widths .0625,.125 --repeats 1   # a look, less than a minute
+    python benchmarks/transfer/scaling.py       # the measurement: an idle machine, ten minutes
+    python benchmarks/transfer/scaling.py --width .125 --n 4 --images 4,8 --formats 1,2 \\
+        --widths .0625,.125 --repeats 1         # a look, less than a minute
 
 Random weights and random images: what an answer is worth does not change what it costs. Every
 image is attacked for all steps (an evaluation stops at images that have fallen, so these are

@@ -1,6 +1,7 @@
 """What every number format costs every trained network, and what could be seen of it without its data.
 
-    robustnb_train --data PHOTOS --model ResNet_18 --width .25 --epochs 10 --out runs/ResNet_18        (one run per network)
+    robustnb_train --data PHOTOS --model ResNet_18 --width .25 --epochs 10 --out runs/ResNet_18
+    ... and so each network
     python benchmarks/transfer/study.py runs/ResNet_18/weights.pt ... --data PHOTOS --work transfer_work
     robustnb_fit_predictor transfer_work/AlexNet,transfer_work/AlexNet_BN,... --out results
 

@@ -313,6 +313,7 @@ def quantized_attacks(
     attack:Callable=pgd,      # Gradient attack to use on both
     queries:int=5000,         # Queries that `square` may make for an image
 )->dict:                      # Attacks for `evaluate`: white_box, transfer, square
-    "Three ways to attack a quantised model: its own straight-through gradient, the original's true one, and none."
+    """Three ways to attack a quantised model: its own straight-through gradient, the original's true
+    one, and none."""
     return dict(white_box=attack, transfer=transfer_attack(original, attack),
                 square=partial(square, queries=queries))

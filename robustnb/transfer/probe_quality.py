@@ -197,8 +197,7 @@ def adjust(
     value, wanted = _statistic(model, target, eps, seed)
 
     def of(composition, *names):
-        own = subseed(seed, 'adjust', *names)
-        x, targets = compose(generator, model, n, composition, own)
+        x, targets = compose(generator, model, n, composition, subseed(seed, 'adjust', *names))
         return value(x, targets.argmax(1))
 
     single = of(Composition(0.))
