@@ -444,7 +444,7 @@ def test_prediction_error_counts_what_differs_between_networks():
     assert (js.r2 > js.r2_mid).loc['each its own']
     assert js.r2['same'] > .98
     assert table.mae[('each its own', 'flips')] == pytest.approx(table.mae[('same', 'flips')])
-    left = Q.fit_link(made_up([.05, 1, 20]), ('js',), 'measured_loss')[1]
+    left = Q.fit_predictor(made_up([.05, 1, 20]), ('js',), 'measured_loss')[1]
     e = left.predicted-left.measured_loss
     row = js.loc['each its own']
     mid = left.measured_loss.between(.02, .8)
