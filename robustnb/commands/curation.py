@@ -22,7 +22,7 @@ from .common import (
 @_command
 @_readable
 def build_set_command(
-    plan:str,              # One of the recipes, e.g. lyx3911, kanra, tenth
+    plan:str,              # One of the published mixtures, e.g. lyx3911, kanra, tenth
     weights:str,           # Networks to attack and to ask, separated by commas
     data:str='cifar10',    # Clean images: 'digits', 'cifar10', or a folder or zip
     split:str='train',     # Which of them: train, or test where the rules allow it
@@ -35,7 +35,7 @@ def build_set_command(
 
     Example:
 
-        robustnb_build_set mission runs/resnet/weights.pt,runs/vgg/weights.pt --data cifar10 --n 50000 --out submission"""
+        robustnb_build_set lyx3911 runs/resnet/weights.pt,runs/vgg/weights.pt --out submission"""
     started = time.time()
     out = Path(out)
     nets = _networks(_listed(weights, 'weights'))

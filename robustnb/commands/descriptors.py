@@ -247,7 +247,7 @@ def check_submission_command(
 
     Example:
 
-        robustnb_check_submission attacked/submission.zip faces.zip attacked/pairs.csv --box teacher/descriptor.pt"""
+        robustnb_check_submission submission.zip faces.zip pairs.csv --box teacher/descriptor.pt"""
     images = _named(data)
     table = check_submission(path, images, read_pairs(pairs, images), _box(box) if box else None)
     print(table.drop(columns='value').to_string(index=False))
