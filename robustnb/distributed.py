@@ -22,7 +22,7 @@ def world_size(
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 def rank(
-)->int:           # In [0, size())
+)->int:           # In [0, world_size())
     "Which of them this one is."
     return dist.get_rank() if world_size() > 1 else 0
 
@@ -35,13 +35,14 @@ def init_distributed(
     device=None,      # Device asked for; None takes the GPU that is this process's turn
 )->torch.device:      # Device of this process
     "Find the other processes that `accelerate launch` started, if there are any."
-    if world_size() == 1 and int(os.environ.get('WORLD_SIZE') or 1) == 1: return pick_device(device)
+    launched = int(os.environ.get('WORLD_SIZE') or 1)
+    if world_size() == 1 and launched == 1: return pick_device(device)
     try:
         from accelerate import PartialState
     except ImportError as e:
-        raise ImportError(f"{os.environ.get('WORLD_SIZE')} processes were launched, and need "
-                          "the package accelerate to find each other: pip install "
-                          "'robustnb[accelerate]', or start one process only.") from e
+        raise ImportError(f"{launched} processes were launched, and need the package "
+                          "accelerate to find each other: pip install 'robustnb[accelerate]', "
+                          "or start one process only.") from e
     where = PartialState(cpu=pick_device(device).type == 'cpu').device
     return where if where.type != 'cpu' else torch.device('cpu')
 
@@ -52,7 +53,7 @@ def wait(
         dist.barrier()
 
 # %% ../nbs/api/50_distributed.ipynb #f468989c
-class _Total(torch.autograd.Function):
+class _AllSum(torch.autograd.Function):
     "A sum over processes; the derivative of a sum of losses is the sum of theirs"
     @staticmethod
     def forward(ctx, x):
@@ -60,7 +61,7 @@ class _Total(torch.autograd.Function):
         dist.all_reduce(x)
         return x
     @staticmethod
-    def backward(ctx, grad): return _Total.forward(ctx, grad)
+    def backward(ctx, grad): return _AllSum.forward(ctx, grad)
 
 def part(
     n:int,            # Images in the batch
@@ -72,14 +73,14 @@ def all_sum(
     x:Tensor,         # What this process has computed on its part
 )->Tensor:            # The sum over all processes, the same on each
     "Add up over the processes."
-    return x if world_size() == 1 else _Total.apply(x)
+    return x if world_size() == 1 else _AllSum.apply(x)
 
 # %% ../nbs/api/50_distributed.ipynb #7e1af64a
 @torch.no_grad()
 def all_sum_gradients_(
-    module:nn.Module,  # After `backward` on this process's share of the loss; its gradients are changed
+    module:nn.Module,  # After `backward` on this process's part of the loss; its gradients are changed
 )->None:
-    "Gradients of the shares to the gradient of the whole loss, in one exchange."
+    "Gradients of the parts to the gradient of the whole loss, in one exchange."
     held = [p.grad for p in module.parameters() if p.grad is not None]
     if world_size() == 1 or not held: return
     flat = torch.cat([g.reshape(-1) for g in held])
@@ -108,6 +109,7 @@ def moments(
     mean = all_sum(x.sum(dims))/n
     return all_sum((x - mean.view(1, -1, *[1]*(x.ndim-2))).square().sum(dims))/n, mean
 
+# %% ../nbs/api/50_distributed.ipynb #5d368fb0
 def _whole(bn, x):
     "Forward pass of a batch norm that exchanges its sums"
     if not bn.training and bn.track_running_stats: return type(bn).forward(bn, x)
@@ -120,25 +122,26 @@ def _whole(bn, x):
     if bn.training and bn.track_running_stats:
         with torch.no_grad():
             bn.num_batches_tracked.add_(1)
-            share = bn.momentum if bn.momentum is not None else 1/bn.num_batches_tracked.item()
-            bn.running_mean.lerp_(mean.to(bn.running_mean), share)
-            bn.running_var.lerp_((var*n/(n-1)).to(bn.running_var), share)
-    return _normalised(bn, x, mean, var)
+            step = bn.momentum if bn.momentum is not None else 1/bn.num_batches_tracked.item()
+            bn.running_mean.lerp_(mean.to(bn.running_mean), step)
+            bn.running_var.lerp_((var*n/(n-1)).to(bn.running_var), step)
+    return _normalized(bn, x, mean, var)
 
-def _normalised(bn, x, mean, var):
+def _normalized(bn, x, mean, var):
     "Each channel by its mean and variance, then the layer's own scale and shift"
     wide = lambda t: t.view(1, -1, *[1]*(x.ndim-2))
     scale = (var + bn.eps).rsqrt() * (1 if bn.weight is None else bn.weight)
-    return ((x.float() - wide(mean))*wide(scale) + (0 if bn.bias is None else wide(bn.bias))).to(
-        x.dtype)
+    shift = 0 if bn.bias is None else wide(bn.bias)
+    return ((x.float() - wide(mean))*wide(scale) + shift).to(x.dtype)
 
 @contextmanager
 def whole_batch(
     module:nn.Module,  # Network to train; its batch norms are changed inside the block
-):
+):                     # The network
     "Batch norms that see the batch of all processes."
-    norms = [m for m in module.modules()
-             if isinstance(m, nn.modules.batchnorm._BatchNorm)] if world_size() > 1 else []
+    kind = nn.modules.batchnorm._BatchNorm
+    alone = world_size() == 1
+    norms = [] if alone else [m for m in module.modules() if isinstance(m, kind)]
     for m in norms:
         m.forward = MethodType(_whole, m)
     try:

@@ -31,7 +31,7 @@ def _columns(**named):
     return list(cols.values())
 
 def _z(level):
-    "Standard deviations that hold the share `level` of a normal distribution"
+    "Standard deviations that hold the fraction `level` of a normal distribution"
     if not 0 < level < 1: raise ValueError(f"`level` must lie inside (0, 1); got {level}.")
     return NormalDist().inv_cdf((1+level)/2)
 
@@ -39,13 +39,13 @@ def _z(level):
 def accuracy(
     logits,     # Scores (N,K), finite; the largest in a row is the prediction
     y,          # True class numbers (N,), in [0,K)
-)->float:       # Share of correct predictions
+)->float:       # Fraction of correct predictions
     "How often the prediction is right."
     logits = _column(logits, 'logits')
     y = np.asarray(y)
     if logits.ndim != 2 or y.shape != logits.shape[:1]:
-        raise ValueError(
-            f"`logits` must be (N,K) and `y` (N,); got shapes {logits.shape} and {y.shape}.")
+        raise ValueError("`logits` must be (N,K) and `y` (N,); got shapes "
+                         f"{logits.shape} and {y.shape}.")
     bad = np.flatnonzero((y < 0) | (y >= logits.shape[1]) | (y != np.floor(y)))
     if len(bad):
         raise ValueError(f"`y` must be class numbers in [0, {logits.shape[1]}); got "
@@ -55,21 +55,23 @@ def accuracy(
 # %% ../nbs/api/30_metrics.ipynb #35e25801
 def wilson(
     successes:int,      # Images that count, in [0, n]
-    n:int,              # Images asked, at least 1
+    n:int,              # Images in all, at least 1
     level:float=.95,    # Confidence, inside (0,1)
 )->tuple:               # Lower and upper end, in [0,1]
-    "Score interval of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953)."
+    "Score interval of a fraction (Wilson 1927, doi:10.1080/01621459.1927.10502953)."
     if not n >= 1: raise ValueError(f"`n` must be at least 1 image; got {n}.")
     if not 0 <= successes <= n:
-        raise ValueError(
-            f"`successes` must lie in [0, {n}]; got {successes}. Give a count, not a share.")
+        raise ValueError(f"`successes` must lie in [0, {n}]; got {successes}. Give a count, not "
+                         "a fraction.")
     z = _z(level)
     p = successes/n
     centre = p + z*z/(2*n)
     half = z*np.sqrt(p*(1-p)/n + (z/(2*n))**2)
     lo = (centre-half)/(1+z*z/n)
     hi = (centre+half)/(1+z*z/n)
-    return (0. if successes == 0 else float(lo)), (1. if successes == n else float(hi))
+    lo = 0. if successes == 0 else float(lo)
+    hi = 1. if successes == n else float(hi)
+    return lo, hi
 
 # %% ../nbs/api/30_metrics.ipynb #48eaca43
 def paired_difference(
@@ -77,12 +79,12 @@ def paired_difference(
     b,                  # Outcomes of the second on the same images (N,), 0 or 1
     level:float=.95,    # Confidence, inside (0,1)
 )->tuple:               # mean(a)-mean(b), lower end, upper end; in [-1,1]
-    "Difference of two shares of the same images (Agresti and Min 2005, doi:10.1002/sim.1781)."
+    "Difference of two fractions of the same images (Agresti and Min 2005, doi:10.1002/sim.1781)."
     a, b = _columns(a=a, b=b)
     for name,o in (('a', a), ('b', b)):
         if not np.isin(o, (0, 1)).all():
-            raise ValueError(
-                f"`{name}` must hold outcomes 0 or 1; got {o[~np.isin(o, (0, 1))][0]}.")
+            raise ValueError(f"`{name}` must hold outcomes 0 or 1; got "
+                             f"{o[~np.isin(o, (0, 1))][0]}.")
     only_a = (a > b).sum()
     only_b = (b > a).sum()
     n = a.size+2
@@ -131,9 +133,8 @@ def mae(
 def r2(
     true,       # Measured values
     pred,       # Predicted values, same shape
-    # At most 1; 0 for a prediction as good as the mean of `true`; NaN when all of `true` are equal
-)->float:
-    "Share of the variance that is predicted, without a fit in between."
+)->float:       # At most 1; 0 if no better than the mean of `true`; NaN when all of `true` are equal
+    "Fraction of the variance that is predicted, without a fit in between."
     true, pred = _columns(true=true, pred=pred)
     spread = ((true-true.mean())**2).sum()
     return float(1 - ((true-pred)**2).sum()/spread) if spread > 0 else float('nan')
@@ -161,5 +162,5 @@ def js_divergence(
                              f"got shape {o.shape} with values in [{o.min():.3g}, "
                              f"{o.max():.3g}]. Take the softmax of logits.")
     m = (p+q)/2
-    part = lambda o: (o*np.log(np.where(o > 0, o, 1)/np.where(o > 0, m, 1))).sum(1)
-    return np.clip((part(p)+part(q))/2, 0, np.log(2))
+    def divergence(o): return (o*np.log(np.where(o > 0, o, 1)/np.where(o > 0, m, 1))).sum(1)
+    return np.clip((divergence(p)+divergence(q))/2, 0, np.log(2))

@@ -1,9 +1,13 @@
 """Training sets compared on stand-in hidden images: the published ladder, the teams' sets, and a
 search for a better one.
 
-    robustnb_train DATA --model VGG_16 --width .15 --out vgg ...       # surrogates of the hidden set, which no builder sees
-    python benchmarks/curation/training_sets.py ladder cifar10-images.zip --hidden vgg/weights.pt,mobilenet/weights.pt
-    python benchmarks/curation/training_sets.py proxy ...    python benchmarks/curation/training_sets.py teams ...    python benchmarks/curation/training_sets.py search ...    python benchmarks/curation/training_sets.py final ...
+    # surrogates of the hidden set, which no builder sees
+    robustnb_train DATA --model VGG_16 --width .15 --out vgg ...
+    python benchmarks/curation/training_sets.py ladder cifar10-images.zip \\
+        --hidden vgg/weights.pt,mobilenet/weights.pt
+    python benchmarks/curation/training_sets.py proxy ...      # and teams, search, final
+
+The sets called lyx3911 are those of lyx3911/tianchi-AI-Challenger-sea8.
 
 Everything is scaled by one factor (1/25 by default): test images, training images, images in a
 set. Two regimes: `leaky`, where the pool of the builder is the clean test images, and
@@ -33,16 +37,16 @@ from robustnb.augmentation.soft_labels import mixup
 from robustnb.models.loading import load_model
 from robustnb.attacks.transferable import ensemble, mi_fgsm
 from robustnb.curation.published import published_mixture
-from robustnb.curation.search import build_bank, mix, random_shares, successive_halving
+from robustnb.curation.search import build_bank, mix, random_mixtures, successive_halving
 from robustnb.attacks.threat_models import L2, Linf
 from robustnb.augmentation.transforms import (
     affine, chain, fast_pipeline, gamma, gaussian_noise, one_of, photometric, posterize,
     salt_and_pepper, uniform_noise)
 
 # published scores of stage I
-rungs = dict(all_clean=.60, test_only=.78, noise=.92, augmented=.93, fgsm_l2=.95, mission=.9743)
-teams = ('mission', 'mission_last', 'mission_smoothed', 'mission_mixup', 'kanra', 'second',
-         'yoyo', 'hncszyq', 'eighth', 'tenth', 'ciki000', 'lz_ch')
+rungs = dict(all_clean=.60, test_only=.78, noise=.92, augmented=.93, fgsm_l2=.95, lyx3911=.9743)
+teams = ('lyx3911', 'lyx3911_last', 'lyx3911_smoothed', 'lyx3911_mixup', 'kanra', 'second', 'yoyo',
+         'hncszyq', 'eighth', 'tenth', 'ciki000', 'lz_ch')
 
 
 def together(*sets):
@@ -150,18 +154,18 @@ def sources(nets):
     on = lambda attack, *threats: [attacked(attack, net, t, k) for t in threats
                                    for k, net in nets.items()]
     both = ensemble([*nets.values()])
-    return dict(clean=unchanged, noise=[partial(gaussian_noise, sigma=(.02, .12), per_channel=1),
-                                        partial(salt_and_pepper, share=(.02, .3)),
-                                        partial(uniform_noise, width=(.04, .2))],
+    ten_steps = partial(pgd, steps=10)
+    noise = [partial(gaussian_noise, sigma=(.02, .12), per_channel=1),
+             partial(salt_and_pepper, share=(.02, .3)), partial(uniform_noise, width=(.04, .2))]
+    linf = (on(ten_steps, *(Linf(e/255) for e in (4, 8, 12)))
+            + [attacked(mi_fgsm, both, Linf(e/255), 'both') for e in (8, 16)]
+            + on(fgsm, Linf(12/255)))
+    l2 = on(ten_steps, L2(.5), L2(1.5)) + [attacked(ten_steps, both, L2(2.5), 'both')]
+    mild = one_of(*(corruption(k, 1) for k in corruption_names[:15]))
+    return dict(clean=unchanged, noise=noise,
                 corrupted=[corruption(k, s) for s in (1, 2, 3) for k in corruption_names],
-                light=[gamma, photometric, posterize], pipeline=fast_pipeline(),
-                linf=on(partial(pgd, steps=10), *(Linf(e/255) for e in (4, 8, 12)))
-                     + [attacked(mi_fgsm, both, Linf(e/255), 'both') for e in (8, 16)]
-                     + on(fgsm, Linf(12/255)),
-                l2=on(partial(pgd, steps=10), L2(.5),
-                      L2(1.5)) + [attacked(partial(pgd, steps=10), both, L2(2.5), 'both')],
-                corrupted_linf=[chain(one_of(*(corruption(k, 1) for k in corruption_names[:15])),
-                                      t) for t in on(partial(pgd, steps=5), Linf(6/255))],
+                light=[gamma, photometric, posterize], pipeline=fast_pipeline(), linf=linf, l2=l2,
+                corrupted_linf=[chain(mild, t) for t in on(partial(pgd, steps=5), Linf(6/255))],
                 moved=affine, mixed=mixup)
 
 
@@ -177,8 +181,9 @@ plans = dict(everything=dict(clean=.1, noise=.2, corrupted=.25, light=.1, linf=.
 
 def banks(args, pools, n, regime):
     nets = builders(args, pools, regime)
-    return {k: kept(args.work/f'{regime}-bank-{k}', lambda k=k, s=s: build_bank(
-        pools[regime], {k: s}, n)[k]) for k, s in sources(nets).items()}
+    make = lambda name, source: build_bank(pools[regime], {name: source}, n)[name]
+    return {k: kept(args.work/f'{regime}-bank-{k}', partial(make, k, source))
+            for k, source in sources(nets).items()}
 
 
 def part_search(args):
@@ -187,34 +192,35 @@ def part_search(args):
     bank = {r: banks(args, pools, n, r) for r in args.regimes}
     quick = proxy_networks(2, args.width, max(1, args.epochs//3), batch_size=args.batch)[1]
     def level(plans, **options):
-        return pd.concat([score({k: mix(bank[r], shares, n) for k, shares in plans.items()},
+        return pd.concat([score({k: mix(bank[r], p, n) for k, p in plans.items()},
                                 seeds=(0,), **options) for r in args.regimes])
     names = [*next(iter(bank.values()))]
-    tried = plans | random_shares(names, args.random, seed=1)
-    table = successive_halving(tried, lambda shares: shares,
+    tried = plans | random_mixtures(names, args.random, seed=1)
+    table = successive_halving(tried, lambda proportions: proportions,
                                [partial(level, config=quick), level], keep=.6)
     for k in names:
-        table[f'share {k}'] = [tried[p].get(k, 0.) for p in table.plan]
+        table[f'fraction {k}'] = [tried[p].get(k, 0.) for p in table.plan]
     print(table.round(3).to_string())
     deliver(args, table, regimes=args.regimes)
 
 
 def part_final(args):
-    "The best plan of the search beside the mission's final set, in both regimes, on the untouched slice"
+    "The best plan of the search beside the set lyx3911, in both regimes, on the untouched slice"
     pools, n, score = begin(args)
     found = pd.read_csv(Path(args.out)/'curation_search.csv')
     best = found[found.level == found.level.max()].iloc[0]
-    shares = {k.removeprefix('share '): float(v) for k, v in best.items()
-              if k.startswith('share ') and v > 0}
+    proportions = {k.removeprefix('fraction '): float(v) for k, v in best.items()
+                   if k.startswith('fraction ') and v > 0}
     parts = []
     for regime in args.regimes:
-        nets, bank = builders(args, pools, regime), banks(args, pools, n, regime)
-        make = lambda: build_training_set(pools[regime], **published_mixture('mission', nets), n=n)
-        rows = score(dict(mission=kept(args.work/f'{regime}-mission', make),
-                          found=mix(bank, shares, n)))
+        nets = builders(args, pools, regime)
+        bank = banks(args, pools, n, regime)
+        make = lambda: build_training_set(pools[regime], **published_mixture('lyx3911', nets), n=n)
+        rows = score(dict(lyx3911=kept(args.work/f'{regime}-lyx3911', make),
+                          found=mix(bank, proportions, n)))
         parts.append(rows.assign(regime=regime))
         print(regime, rank_training_sets(rows, ('final',)).round(3).to_string())
-    deliver(args, pd.concat(parts), plan=best.plan, shares=shares)
+    deliver(args, pd.concat(parts), plan=best.plan, proportions=proportions)
 
 
 def main():

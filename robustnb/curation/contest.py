@@ -11,15 +11,15 @@ import ast, copy, hashlib, io, math, re, time, warnings, zipfile
 from functools import partial
 from pathlib import Path
 from pprint import pformat
-from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core import fast_bf16, make_generator, memory_layout, pick_device, progress, subseed
-from ..files import atomic_path, fingerprint, load_state, resume_state, save_state
-from ..archives import read_array, MAX_IMAGES, open_members, verdict_row
+from ..files import (
+    atomic_path, checkpoint_mark, fingerprint, load_state, resume_state, save_state)
+from ..archives import MAX_IMAGES, open_members, read_array, verdict_row
 from ..models.wrapping import Normalized
 from ..models.blocks import conv_layers, joined, resnet
 from ..models.loading import strip_prefixes
@@ -45,10 +45,6 @@ class _PreAct(nn.Module):
         out = self.before(x)
         return self.body(out) + (x if self.shortcut is None else self.shortcut(out))
 
-class _Grow(nn.Sequential):
-    "The output of the layers in front of their input"
-    def forward(self, x): return torch.cat([super().forward(x), x], 1)
-
 def _first(i): return [nn.BatchNorm2d(i), nn.ReLU()]
 
 def _head(i): return nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(i, 10)
@@ -59,10 +55,15 @@ def _preact(c, stem, widths, depth, last):
     layers = [nn.Conv2d(3, i, 3, padding=1, bias=False)]
     for n, o in enumerate(map(c, widths)):
         for j in range(depth):
-            layers, i = layers + [_PreAct(i, o, 2 if n and not j else 1)], o
+            layers.append(_PreAct(i, o, 2 if n and not j else 1))
+            i = o
     return joined(layers + (_first(i) if last else []), *_head(i))
 
 # %% ../../nbs/api/curation/30_contest.ipynb #3affda22
+class _Grow(nn.Sequential):
+    "The output of the layers in front of their input"
+    def forward(self, x): return torch.cat([super().forward(x), x], 1)
+
 def _densenet(c):
     "Huang et al. 2017, arXiv:1608.06993, with growth 12 and bottlenecks of four times the growth"
     g = c(12)
@@ -70,15 +71,17 @@ def _densenet(c):
     layers = [nn.Conv2d(3, i, 3, padding=1, bias=False)]
     for n in (6, 12, 24, 16):
         if len(layers) > 1:
-            layers = layers + [*_first(i), nn.Conv2d(i, i//2, 1, bias=False), nn.AvgPool2d(2)]
+            layers += [*_first(i), nn.Conv2d(i, i//2, 1, bias=False), nn.AvgPool2d(2)]
             i = i//2
         for _ in range(n):
-            layers = layers + [_Grow(*_first(i), *conv_layers(i, 4*g, 1),
-                                     nn.Conv2d(4*g, g, 3, padding=1, bias=False))]
+            layers.append(_Grow(*_first(i), *conv_layers(i, 4*g, 1),
+                                nn.Conv2d(4*g, g, 3, padding=1, bias=False)))
             i = i+g
     return joined(layers + _first(i), *_head(i))
 
-_makers = dict(resnet50=lambda c: resnet(10, c, (3, 4, 6, 3), True), densenet121=_densenet,
+_makers = dict(
+    resnet50=lambda c: resnet(10, c, (3, 4, 6, 3), True),
+    densenet121=_densenet,
     preactresnet18=partial(_preact, stem=64, widths=(64, 128, 256, 512), depth=2, last=False),
     wideresnet=partial(_preact, stem=16, widths=(64, 128, 256), depth=4, last=True))
 
@@ -92,8 +95,7 @@ def contest_network(
     if name not in _makers:
         raise ValueError(f"`name` must be one of {', '.join(contest_networks)}; got {name!r}.")
     if not (isinstance(width, (int, float)) and 0 < width <= 4):
-        raise ValueError(
-            f"`width` must be in (0, 4]; got {width!r}. 1 is the network of the contest.")
+        raise ValueError(f"`width` must be in (0, 4]; got {width!r}. 1 is the network of the contest.")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(subseed(seed, 'contest_network', name))
         net = _makers[name](lambda n: max(1, round(n*width)))
@@ -107,45 +109,47 @@ def contest_network(
 # %% ../../nbs/api/curation/30_contest.ipynb #afa285fe
 _keys = ('epochs', 'optimizer_name', 'optimizer_hyperparameters', 'scheduler_name',
          'scheduler_hyperparameters', 'batch_size')
-_max_config, _allowed = (2**16, "Only dictionaries of plain values may be assigned, to "
-                                f"{', '.join(contest_networks.values())}; no imports, calls "
-                                "(but dict), functions or arithmetic")
+_max_config = 2**16
+_allowed = (f"Only dictionaries of plain values may be assigned, to {', '.join(contest_networks.values())}; "
+            "no imports, calls (but dict), functions or arithmetic")
+
+def _is_plain(v):
+    "Whether a constant is text, a number that fits into 64 bits, a truth value or None"
+    return isinstance(v, (str, float, type(None))) or isinstance(v, int) and v.bit_length() < 64
 
 def _literal(node):
     "The value of a literal, or an error that holds the line number"
-    if isinstance(node, ast.Constant) and isinstance(node.value, (str, float, type(None))): return node.value
-    if isinstance(node,
-                  ast.Constant) and isinstance(node.value, int) and node.value.bit_length() < 64:
-        return node.value
-    if isinstance(node, (ast.List, ast.Tuple)):
-        return (list if isinstance(node, ast.List) else tuple)(map(_literal, node.elts))
+    if isinstance(node, ast.Constant) and _is_plain(node.value): return node.value
+    if isinstance(node, ast.List): return [_literal(o) for o in node.elts]
+    if isinstance(node, ast.Tuple): return tuple(_literal(o) for o in node.elts)
     if isinstance(node, ast.Dict) and all(isinstance(k, ast.Constant) for k in node.keys):
         return {_literal(k): _literal(v) for k, v in zip(node.keys, node.values)}
-    if isinstance(node, ast.UnaryOp) and isinstance(
-            node.op, ast.USub) and type(getattr(node.operand, 'value', None)) in (int, float):
-        return -_literal(node.operand)
-    if (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-        and node.func.id == 'dict' and not node.args and all(k.arg for k in node.keywords)):
-        return {k.arg: _literal(k.value) for k in node.keywords}
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        if type(getattr(node.operand, 'value', None)) in (int, float): return -_literal(node.operand)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict':
+        if not node.args and all(k.arg for k in node.keywords):
+            return {k.arg: _literal(k.value) for k in node.keywords}
     raise ValueError(node.lineno)
 
 # %% ../../nbs/api/curation/30_contest.ipynb #f3ab0b69
 def _parse_config(raw):
     "Settings by network, from the bytes of a config.py that is never run"
-    if len(raw) > _max_config: raise ValueError(f"the file must have at most {_max_config} bytes; got more.")
+    if len(raw) > _max_config:
+        raise ValueError(f"the file must have at most {_max_config} bytes; got more.")
+    lines = ['']
     def wrong(line, what):
         return ValueError(f"line {line}: {lines[line-1].strip()[:60]!r} {what}. {_allowed}.")
-    names = {v: k for k, v in contest_networks.items()}
-    config = {}
-    lines = ['']
     try:
-        lines = re.split('\r\n|\r|\n', text := raw.decode('utf-8-sig'))
+        text = raw.decode('utf-8-sig')
+        lines = re.split('\r\n|\r|\n', text)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
         raise wrong(min(getattr(e, 'lineno', None) or 1, len(lines)),
                     f"is not Python in UTF-8 ({type(e).__name__}: {e})") from None
+    names = {v: k for k, v in contest_networks.items()}
+    config = {}
     for o in tree.body:
         target = o.targets[0] if isinstance(o, ast.Assign) and len(o.targets) == 1 else None
         if not isinstance(target, ast.Name) or target.id not in names:
@@ -160,16 +164,23 @@ def _parse_config(raw):
 
 # %% ../../nbs/api/curation/30_contest.ipynb #baad4085
 def _class(module, name, base):
+    "The class of that name in `module` if it is derived from `base`, or None"
     found = vars(module).get(name) if isinstance(name, str) else None
-    return found if isinstance(found,
-                               type) and issubclass(found, base) and found is not base else None
+    derived = isinstance(found, type) and issubclass(found, base) and found is not base
+    return found if derived else None
+
+_families = dict(optimizer=(torch.optim, torch.optim.Optimizer),
+                 scheduler=(torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler))
+_known = {kind: [n for n in vars(module) if n[0] != '_' and _class(module, n, base)]
+          for kind, (module, base) in _families.items()}
 
 def _effective(c):
     "Batch size and optimiser settings that the trainer really uses"
     size = c['batch_size']
     hyper = dict(c['optimizer_hyperparameters'])
     if size > 256:
-        size, hyper['lr'] = 256, hyper['lr']*(256/size)
+        hyper['lr'] = hyper['lr']*(256/size)
+        size = 256
     return size, hyper
 
 def _optimizer(parameters, c):
@@ -177,26 +188,27 @@ def _optimizer(parameters, c):
 
 def _scheduler(optimizer, c):
     if c['scheduler_name'] is None: return None
-    return getattr(torch.optim.lr_scheduler,
-                   c['scheduler_name'])(optimizer, **c['scheduler_hyperparameters'])
+    kind = getattr(torch.optim.lr_scheduler, c['scheduler_name'])
+    return kind(optimizer, **c['scheduler_hyperparameters'])
 
 # %% ../../nbs/api/curation/30_contest.ipynb #8cd1f9f8
 def _rehearse(c):
     "What goes wrong with `c` on three tiny parameters: (rule, error), or None"
-    parameters, rule = ([nn.Parameter(torch.ones(2, 2, 1, 1)[(0,)*i]) for i in (0, 2, 3)],
-                        'optimizer')
+    parameters = [nn.Parameter(torch.ones(2, 2, 1, 1)[(0,)*i]) for i in (0, 2, 3)]
     for p in parameters:
         p.grad = torch.zeros_like(p)
+    rule = 'optimizer'
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            optimizer, rule = _optimizer(parameters, c), 'scheduler'
+            optimizer = _optimizer(parameters, c)
+            rule = 'scheduler'
             scheduler = _scheduler(optimizer, c)
             for epoch in range(c['epochs']):
                 rule = 'scheduler' if epoch and scheduler else 'optimizer'
-                if not all(math.isfinite(g['lr']) for g in optimizer.param_groups):
-                    raise ValueError(
-                        f"the rate is {optimizer.param_groups[0]['lr']} in epoch {epoch+1}")
+                rates = [g['lr'] for g in optimizer.param_groups]
+                if not all(map(math.isfinite, rates)):
+                    raise ValueError(f"the rate is {rates[0]} in epoch {epoch+1}")
                 optimizer.step()
                 rule = 'scheduler'
                 if scheduler:
@@ -205,56 +217,74 @@ def _rehearse(c):
         return rule, f"{type(e).__name__}: {e}"
 
 # %% ../../nbs/api/curation/30_contest.ipynb #626f67bc
-def _whole(n): return isinstance(n, int) and not isinstance(n, bool) and n >= 1
+def _is_count(n): return isinstance(n, int) and not isinstance(n, bool) and n >= 1
 
+def _told(name, c, key):
+    "A setting as it was found"
+    return f"{name}: {c.get(key, 'missing')!r:.80}"
+
+def _lacking(c):
+    "Keys that settings must have and do not; without a scheduler none of its settings are needed"
+    no_schedule = c.get('scheduler_name', 0) is None
+    return [k for k in _keys
+            if k not in c and not (no_schedule and k == 'scheduler_hyperparameters')]
+
+def _key_row(name, c):
+    "Whether the settings have the keys that the trainer reads"
+    lost = [f'no {k}' for k in _lacking(c)]
+    extra = [f'unknown {k!r}' for k in c if k not in _keys]
+    return verdict_row('config keys', not lost + extra,
+                       f"{name}: {', '.join([', '.join(lost) or 'complete'] + extra)}",
+                       f"The keys are {', '.join(_keys)}.")
+
+def _batch_row(name, c):
+    "Whether the trainer takes batches of that size"
+    size = c.get('batch_size')
+    found = _told(name, c, 'batch_size')
+    if _is_count(size) and size > 256:
+        todo = f"At most 256: the trainer takes 256 and multiplies lr by {256/size:.4g}."
+        return verdict_row('batch size', False, found, todo, 'warning')
+    return verdict_row('batch size', _is_count(size), found, "A whole number from 1 to 256.")
+
+# %% ../../nbs/api/curation/30_contest.ipynb #5732f989
 def _settings_rows(name, c):
     "One row per rule about the settings `c` of a network; `name` goes into what was found"
-    lost = [k for k in _keys if k not in c and not (
-        k == 'scheduler_hyperparameters' and c.get('scheduler_name', 0) is None)]
-    extra = [k for k in c if k not in _keys]
-    told = lambda k: f"{name}: {c.get(k, 'missing')!r:.80}"
-    ways = {k: [n for n in vars(m) if n[0] != '_' and _class(m, n, b)] for k, m, b in (
-        ('optimizer', torch.optim, torch.optim.Optimizer),
-        ('scheduler', torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler))}
     epochs = c.get('epochs')
-    size = c.get('batch_size')
-    rows = [verdict_row(
-        'config keys', not lost + extra,
-        f"{name}: "
-        f"{', '.join(f'no {k}' for k in lost) or 'complete'}{''.join(f', unknown {k!r}' for k in extra)}",
-        f"The keys are {', '.join(_keys)}."),
-            verdict_row('epochs', _whole(epochs) and epochs <= 200, told('epochs'),
+    rows = [_key_row(name, c),
+            verdict_row('epochs', _is_count(epochs) and epochs <= 200, _told(name, c, 'epochs'),
                         "A whole number from 1 to 200."),
-            verdict_row('batch size', _whole(size), told('batch_size'),
-                        "A whole number from 1 to 256.")]
-    if _whole(size) and size > 256:
-        rows[-1] = verdict_row(
-            'batch size', False, told('batch_size'),
-            f"At most 256: the trainer takes 256 and multiplies lr by {256/size:.4g}.", 'warning')
-    known = {'optimizer': c.get('optimizer_name') in ways['optimizer'],
-             'scheduler': c.get('scheduler_name', 0) in [None, *ways['scheduler']]}
-    trial = (_rehearse(c | dict(epochs=min(epochs, 200)))
-             if all(known.values()) and not lost and _whole(epochs) and _whole(size) else None)
-    for k, ok in known.items():
-        failed = trial is not None and trial[0] == k
-        found = told(f'{k}_name') + (f" fails: {trial[1]}" if failed else '')
-        todo = (f"Correct {k}_hyperparameters, or take another {k}: the trainer calls step() "
-                "without arguments." if ok else f"One of {', '.join(ways[k])}.")
-        rows.append(verdict_row(k, ok and not failed, found, todo))
+            _batch_row(name, c)]
+    known = dict(optimizer=c.get('optimizer_name') in _known['optimizer'],
+                 scheduler=c.get('scheduler_name', 0) in [None, *_known['scheduler']])
+    complete = not _lacking(c) and _is_count(epochs) and _is_count(c.get('batch_size'))
+    trial = None
+    if complete and all(known.values()):
+        trial = _rehearse(c | dict(epochs=min(epochs, 200)))
+    for kind, ok in known.items():
+        failed = trial is not None and trial[0] == kind
+        found = _told(name, c, f'{kind}_name') + (f" fails: {trial[1]}" if failed else '')
+        todo = f"One of {', '.join(_known[kind])}."
+        if ok:
+            todo = (f"Correct {kind}_hyperparameters, or take another {kind}: "
+                    "the trainer calls step() without arguments.")
+        rows.append(verdict_row(kind, ok and not failed, found, todo))
     return rows
 
 # %% ../../nbs/api/curation/30_contest.ipynb #b908d76a
+def _stage_row(config):
+    "Whether all networks of one stage are there"
+    arguments = {s: [contest_networks[n] for n in names] for s, names in _stages.items()}
+    complete = any(all(n in config for n in names) for names in _stages.values())
+    return verdict_row('config networks', complete,
+                       ', '.join(contest_networks[n] for n in config) or 'none',
+                       "Assign all of one stage: "
+                       f"{' or '.join(' and '.join(o) for o in arguments.values())}.")
+
 def _config_rows(config):
     "One row per rule, over all networks of `config`"
-    missing = {s: [contest_networks[n] for n in names if n not in config]
-               for s, names in _stages.items()}
-    rows = [verdict_row(
-        'config networks', not all(missing.values()),
-        ', '.join(contest_networks[n] for n in config) or 'none',
-        "Assign all of one stage: "
-        f"{' or '.join(' and '.join(contest_networks[n] for n in names) for names in _stages.values())}.")]
     table = [r for n, c in config.items() for r in _settings_rows(contest_networks[n], c)]
     worst = dict(broken=0, warning=1, ok=2)
+    rows = [_stage_row(config)]
     for rule in dict.fromkeys(r['rule'] for r in table):
         same = sorted((r for r in table if r['rule'] == rule), key=lambda r: worst[r['verdict']])
         same = [r for r in same if r['verdict'] == same[0]['verdict']]
@@ -275,11 +305,11 @@ def default_config(
 )->dict:            # Settings by network, in the form that `read_config` returns
     "The organiser's own configuration."
     if stage not in _stages: raise ValueError(f"`stage` must be 1 or 2; got {stage!r}.")
-    make = lambda lr, cosine=True: dict(
-        epochs=200, optimizer_name='SGD',
-        optimizer_hyperparameters=dict(lr=lr, momentum=.9, weight_decay=1e-4),
-        scheduler_name='CosineAnnealingLR' if cosine else None,
-        scheduler_hyperparameters=dict(T_max=200) if cosine else {}, batch_size=256)
+    def make(lr, cosine=True):
+        return dict(epochs=200, optimizer_name='SGD',
+                    optimizer_hyperparameters=dict(lr=lr, momentum=.9, weight_decay=1e-4),
+                    scheduler_name='CosineAnnealingLR' if cosine else None,
+                    scheduler_hyperparameters=dict(T_max=200) if cosine else {}, batch_size=256)
     settings = {1: (make(.1), make(.1, False)), 2: (make(.01), make(.1))}
     return dict(zip(_stages[stage], settings[stage]))
 
@@ -295,8 +325,7 @@ def read_config(
     try:
         config = _parse_config(raw)
     except ValueError as e:
-        raise ValueError(
-            f"`path` must be a config.py of plain dictionaries; in {path}, {e}") from None
+        raise ValueError(f"`path` must be a config.py of plain dictionaries; in {path}, {e}") from None
     _refuse('path', _config_rows(config))
     return config
 
@@ -319,18 +348,27 @@ def write_config(
         tmp.write_text(text, encoding='utf-8')
     return Path(path)
 
-# %% ../../nbs/api/curation/30_contest.ipynb #e8bc03be
-def _rows_of(labels): return (labels/labels.sum(1, keepdims=True)).astype(np.float32)
-
 # %% ../../nbs/api/curation/30_contest.ipynb #2f401de4
 def _image_rows(x):
     "Rules about the images, from shape and type"
+    count = x.shape[0] if x.shape else 'no images'
     return [verdict_row('image dtype', x.dtype == np.uint8, x.dtype,
                         "uint8, by rounding: `to_uint8` for pixels in [0, 1]."),
             verdict_row('image shape', len(x.shape) == 4 and x.shape[1:] == (32, 32, 3),
                         x.shape, "(N, 32, 32, 3), channels last."),
             verdict_row('image count', len(x.shape) > 0 and 1 <= x.shape[0] <= MAX_IMAGES,
-                        x.shape[0] if x.shape else 'no images', "1 to 50000 images.")]
+                        count, "1 to 50000 images.")]
+
+def _divided(labels):
+    "The rows of the labels divided by their sums, as the trainer takes them"
+    return (labels/labels.sum(1, keepdims=True)).astype(np.float32)
+
+def _value_row(rule, y, ok, todo):
+    "A rule that each row of the labels must keep; the first that does not is shown"
+    found = f"{(~ok).sum()} bad rows"
+    if not ok.all():
+        found += f", first {np.argmin(ok)}: {y[np.argmin(ok)].tolist()}"
+    return verdict_row(rule, ok.all(), found, todo)
 
 def _label_rows(y):
     "Rules about the labels"
@@ -339,32 +377,29 @@ def _label_rows(y):
             verdict_row('label shape', len(y.shape) == 2 and y.shape[1] == 10, y.shape,
                         "(N, 10), one column per class.")]
     if not isinstance(y, np.ndarray) or any(r['verdict'] == 'broken' for r in rows): return rows
-    def values(rule, ok, todo):
-        return verdict_row(rule, ok.all(), f"{(~ok).sum()} bad rows" + (
-            f", first {np.argmin(ok)}: {y[np.argmin(ok)].tolist()}" if not ok.all() else ''),
-                           todo)
     with np.errstate(all='ignore'):
         finite = np.isfinite(y).all(1)
         sums = y.sum(1)
+        divisible = np.isfinite(_divided(y)).all(1) & (sums > 0) & (sums < np.inf)
         return rows + [
-            values('labels finite', finite, "No NaN, no infinity."),
-            values('labels >= 0', ~(y < 0).any(1), "Weights of at least 0."),
-            values('row sums',
-                   np.isfinite(_rows_of(y)).all(1) & (sums > 0) & (sums < np.inf) | ~finite,
-                   "Each row has a sum above 0 and finite: the trainer divides by it.")]
+            _value_row('labels finite', y, finite, "No NaN, no infinity."),
+            _value_row('labels >= 0', y, ~(y < 0).any(1), "Weights of at least 0."),
+            _value_row('row sums', y, divisible | ~finite,
+                       "Each row has a sum above 0 and finite: the trainer divides by it.")]
 
 # %% ../../nbs/api/curation/30_contest.ipynb #9b33daf4
 def _pair_rows(x, y):
     "Rules about images and labels together; the last two are advice"
+    broken = lambda rows: any(r['verdict'] == 'broken' for r in rows)
     n = x.shape[0] if x.shape else None
     m = y.shape[0] if y.shape else None
     rows = [verdict_row('lengths', n == m, f"{n} images, {m} labels",
                         "One row of labels per image, in the same order.")]
-    if not isinstance(x, np.ndarray) or any(o['verdict'] == 'broken' for o in _image_rows(x)): return rows
+    if not isinstance(x, np.ndarray) or broken(_image_rows(x)): return rows
     twice = n - len({hashlib.blake2b(o.tobytes(), digest_size=16).digest() for o in x})
     rows.append(verdict_row('duplicates', not twice, twice,
                             "Repeat images only to give them more weight.", 'warning'))
-    if not isinstance(y, np.ndarray) or any(o['verdict'] == 'broken' for o in _label_rows(y)[:2]): return rows
+    if not isinstance(y, np.ndarray) or broken(_label_rows(y)[:2]): return rows
     counts = np.bincount(y.argmax(1), minlength=10)
     return rows + [verdict_row('class balance', counts.max() <= 2*counts.min(),
                                f"{counts.min()} to {counts.max()} images a class",
@@ -373,8 +408,7 @@ def _pair_rows(x, y):
 # %% ../../nbs/api/curation/30_contest.ipynb #b4c2ef9c
 def load_set(
     path,                   # Folder or zip file with `data.npy` and `label.npy`
-    # Whether to divide the rows of the labels by their sums and make them float32, as the trainer
-    # does
+    # Whether to divide the rows of the labels by their sums and make them float32, as the trainer does
     normalised:bool=False,
 )->tuple:                   # Images (N,32,32,3), uint8; labels (N,10), float
     "The images and labels of a submission, nothing unpickled."
@@ -386,13 +420,22 @@ def load_set(
         raise ValueError(f"`path` must hold data.npy and label.npy as plain arrays; {path} is "
                          f"wrong: {e}.") from e
     _refuse('path', _image_rows(x) + _label_rows(y) + _pair_rows(x, y))
-    return x, _rows_of(y) if normalised else y
+    return x, _divided(y) if normalised else y
 
 # %% ../../nbs/api/curation/30_contest.ipynb #e06bb086
 _rules = ('archive', 'data.npy', 'image dtype', 'image shape', 'image count', 'label.npy',
           'label dtype', 'label shape', 'labels finite', 'labels >= 0', 'row sums', 'lengths',
           'config.py', 'config networks', 'config keys', 'epochs', 'batch size', 'optimizer',
           'scheduler', 'duplicates', 'class balance')
+
+def _config_bytes(files):
+    if 'config.py' not in files:
+        raise ValueError(f"missing, there are only {', '.join(sorted(files)[:6]) or 'no files'}")
+    try:
+        with files['config.py']() as f:
+            return f.read(_max_config+1)
+    except Exception as e:
+        raise ValueError(f"cannot be read ({type(e).__name__}: {e})") from e
 
 def _read(rule, read, rows, todo):
     "What `read` returns, or None; the verdict goes to `rows`"
@@ -404,34 +447,28 @@ def _read(rule, read, rows, todo):
         rows.append(verdict_row(rule, True, 'readable', ''))
         return out
 
-def _config_bytes(files):
-    if 'config.py' not in files:
-        raise ValueError(f"missing, there are only {', '.join(sorted(files)[:6]) or 'no files'}")
+def _read_all(path, rows):
+    "Images, labels and configuration, None for what cannot be read; the verdicts go to `rows`"
+    plain_array = "Write a plain array with np.save, at the top of the folder or zip file."
     try:
-        with files['config.py']() as f:
-            return f.read(_max_config+1)
-    except Exception as e:
-        raise ValueError(f"cannot be read ({type(e).__name__}: {e})") from e
+        with open_members(path) as files:
+            rows.append(verdict_row('archive', True, f'{len(files)} files', ''))
+            return (_read('data.npy', partial(read_array, files, 'data.npy'), rows, plain_array),
+                    _read('label.npy', partial(read_array, files, 'label.npy'), rows, plain_array),
+                    _read('config.py', lambda: _parse_config(_config_bytes(files)), rows,
+                          f"Put it at the top. {_allowed}."))
+    except ValueError as e:
+        rows[:] = [verdict_row('archive', False, e, "Make the zip file again with "
+                               "`pack_training_set`; do not unpack this one.")]
+        return None, None, None
 
 # %% ../../nbs/api/curation/30_contest.ipynb #26dfc8d0
 def validate_set(
     path,           # Folder or zip file of a submission
-    # One row per rule: rule, verdict ('ok', 'warning', 'broken' or 'not checked'), found,
-    # what_to_do
-)->pd.DataFrame:
+)->pd.DataFrame:    # A row per rule: rule, verdict (ok, warning, broken, not checked), found, what_to_do
     "Judge a submission by every rule of the contest, without running or unpickling anything in it."
-    rows, todo = [], "Write a plain array with np.save, at the top of the folder or zip file."
-    try:
-        with open_members(path) as files:
-            rows.append(verdict_row('archive', True, f'{len(files)} files', ''))
-            x = _read('data.npy', partial(read_array, files, 'data.npy'), rows, todo)
-            y = _read('label.npy', partial(read_array, files, 'label.npy'), rows, todo)
-            config = _read('config.py', lambda: _parse_config(_config_bytes(files)), rows,
-                           f"Put it at the top. {_allowed}.")
-    except ValueError as e:
-        rows, x, y, config = [verdict_row('archive', False, e,
-                                          "Make the zip file again with `write_submission`; "
-                                          "do not unpack this one.")], None, None, None
+    rows = []
+    x, y, config = _read_all(path, rows)
     if x is not None:
         rows += _image_rows(x)
     if y is not None:
@@ -441,9 +478,8 @@ def validate_set(
     if config is not None:
         rows += _config_rows(config)
     found = {r['rule']: r for r in rows}
-    return pd.DataFrame([found.get(k) or dict(rule=k, verdict='not checked', found='',
-                                              what_to_do='First repair what is broken.')
-                         for k in _rules])
+    unjudged = verdict_row('', False, '', 'First repair what is broken.', 'not checked')
+    return pd.DataFrame([found.get(k, unjudged | dict(rule=k)) for k in _rules])
 
 # %% ../../nbs/api/curation/30_contest.ipynb #cd872028
 def _contest_epoch(model, x, targets, size, optimizer, generator):
@@ -457,10 +493,9 @@ def _contest_epoch(model, x, targets, size, optimizer, generator):
     bf16 = fast_bf16(device)
     for start in range(0, n, size):
         rows = order[start:start+size].to(device)
-        xb = crop_and_flip(x[rows], 4, True,
-                           generator).float().div_(255).contiguous(memory_format=layout)
+        xb = crop_and_flip(x[rows], 4, True, generator).float().div_(255)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = model(xb)
+            logits = model(xb.contiguous(memory_format=layout))
         loss = F.kl_div(F.log_softmax(logits.float(), 1), targets[rows], reduction='batchmean')
         optimizer.zero_grad()
         loss.backward()
@@ -468,9 +503,8 @@ def _contest_epoch(model, x, targets, size, optimizer, generator):
         total += loss.detach()*len(rows)
         right += (logits.argmax(1) == targets[rows].argmax(1)).sum()
     if not torch.isfinite(total):
-        raise FloatingPointError("the loss is not finite; lower `lr` in "
-                                 "optimizer_hyperparameters (now "
-                                 f"{optimizer.param_groups[0]['lr']:.4g}).")
+        raise FloatingPointError("the loss is not finite; lower `lr` in optimizer_hyperparameters "
+                                 f"(now {optimizer.param_groups[0]['lr']:.4g}).")
     return total.item()/n, right.item()/n
 
 # %% ../../nbs/api/curation/30_contest.ipynb #968ff71b
@@ -481,8 +515,8 @@ def _step(model, x, targets, config, seed, epoch, optimizer, scheduler):
     cuda = x.device.type == 'cuda'
     with (torch.random.fork_rng(devices=[x.device] if cuda else []),
           torch.backends.cudnn.flags(enabled=True, deterministic=True)):
-        (torch.cuda if cuda else torch.default_generator).manual_seed(subseed(
-            seed, 'contest dropout', epoch))
+        dropout = torch.cuda if cuda else torch.default_generator
+        dropout.manual_seed(subseed(seed, 'contest dropout', epoch))
         loss, accuracy = _contest_epoch(model, x, targets, _effective(config)[0], optimizer,
                                         make_generator(seed, 'contest epoch', epoch))
     if scheduler:
@@ -490,18 +524,29 @@ def _step(model, x, targets, config, seed, epoch, optimizer, scheduler):
     return dict(epoch=epoch+1, lr=float(lr), loss=loss, accuracy=accuracy,
                 seconds=time.time()-began)
 
+# %% ../../nbs/api/curation/30_contest.ipynb #090301c0
 def _mark(model, images, labels, config, seed):
-    "What a checkpoint must agree with; the number of epochs is free, as nothing before the end depends on it"
+    """What a checkpoint must agree with; the number of epochs is free, as nothing before the end
+    depends on it"""
     settings = repr(sorted((k, v) for k, v in config.items() if k != 'epochs'))
-    weights = hashlib.sha256(b''.join(v.detach().cpu().contiguous().numpy().tobytes()
-                                      for v in model.state_dict().values())).hexdigest()[:16]
-    return fingerprint(model, SimpleNamespace(images=images, labels=labels), settings,
-                       seed) | dict(weights=weights)
+    weights = fingerprint(*model.state_dict().values())
+    return checkpoint_mark(model, images, labels, settings, seed) | dict(weights=weights)
+
+def _restore(checkpoint, mark, epochs, model, optimizer, scheduler, device):
+    "The history in a checkpoint of this run; network, optimiser and scheduler are set to its state"
+    state = resume_state(checkpoint, mark, device)
+    if state['epoch'] > epochs:
+        raise ValueError(f"`epochs` must be at least the {state['epoch']} of {checkpoint}; got "
+                         f"{epochs}. Give more, or another checkpoint.")
+    model.load_state_dict(state['state_dict'])
+    optimizer.load_state_dict(state['optimizer'])
+    if scheduler:
+        scheduler.load_state_dict(state['scheduler'])
+    return state['history']
 
 # %% ../../nbs/api/curation/30_contest.ipynb #b562c8de
 def contest_train(
-    # One of `contest_networks`, or a module: images (N,3,32,32) in [0,1] -> logits (N,10); not
-    # changed
+    # One of `contest_networks`, or a module: images (N,3,32,32) in [0,1] -> logits (N,10); not changed
     network,
     images:np.ndarray,   # Images (N,32,32,3), uint8
     labels:np.ndarray,   # Rows of weights (N,10), float, each divided by its sum here
@@ -512,40 +557,31 @@ def contest_train(
     device=None,         # Where to train; None takes CUDA if there is one
 )->tuple[nn.Module, pd.DataFrame]: # Trained network in eval mode on the CPU; history, one row per epoch
     "Train one network exactly as the contest does."
-    config = config | ({} if epochs is None else dict(epochs=epochs))
+    if epochs is not None:
+        config = config | dict(epochs=epochs)
     images = np.ascontiguousarray(images)
     labels = np.asarray(labels)
     _refuse('config', _settings_rows('config', config))
-    _refuse('images, labels',
-            _image_rows(images) + _label_rows(labels) + _pair_rows(images, labels)[:1])
+    lengths = _pair_rows(images, labels)[:1]
+    _refuse('images, labels', _image_rows(images) + _label_rows(labels) + lengths)
     device = pick_device(device)
-    model = contest_network(network,
-                            seed=seed) if isinstance(network, str) else copy.deepcopy(network)
+    by_name = isinstance(network, str)
+    model = contest_network(network, seed=seed) if by_name else copy.deepcopy(network)
     mark = _mark(model, images, labels, config, seed)
-    history = []
     model = model.to(device, memory_format=memory_layout(model))
     optimizer = _optimizer(model.parameters(), config)
     scheduler = _scheduler(optimizer, config)
+    history = []
     if checkpoint and Path(checkpoint).exists():
-        state = resume_state(checkpoint, mark, device)
-        if state['epoch'] > config['epochs']:
-            raise ValueError(f"`epochs` must be at least the {state['epoch']} of "
-                             f"{checkpoint}; got {config['epochs']}. Give more, "
-                             "or another checkpoint.")
-        model.load_state_dict(state['state_dict'])
-        optimizer.load_state_dict(state['optimizer'])
-        if scheduler:
-            scheduler.load_state_dict(state['scheduler'])
-        history = state['history']
+        history = _restore(checkpoint, mark, config['epochs'], model, optimizer, scheduler, device)
     x = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
-    targets = torch.from_numpy(_rows_of(labels)).to(device)
+    targets = torch.from_numpy(_divided(labels)).to(device)
     for epoch in progress(range(len(history), config['epochs']), 'epochs'):
         history.append(_step(model.train(), x, targets, config, seed, epoch, optimizer, scheduler))
         if checkpoint:
             save_state(dict(format='robustnb.training/1', mark=mark, epoch=epoch+1, history=history,
                             state_dict=model.state_dict(), optimizer=optimizer.state_dict(),
-                            scheduler=scheduler and scheduler.state_dict()),
-                       checkpoint)
+                            scheduler=scheduler and scheduler.state_dict()), checkpoint)
     return model.eval().cpu(), pd.DataFrame(history)
 
 # %% ../../nbs/api/curation/30_contest.ipynb #13cbda6d
@@ -555,16 +591,14 @@ def _weights(path):
     state = state.get('state_dict') if isinstance(state, dict) else None
     if not (isinstance(state, dict) and state
             and all(isinstance(v, Tensor) for v in state.values())):
-        raise ValueError("`folder` must hold checkpoints with named tensors under "
-                         f"'state_dict'; {path} has none. Give it as `checkpoint` to "
-                         "`contest_train`, or remove it.")
+        raise ValueError(f"`folder` must hold checkpoints with named tensors under 'state_dict'; {path} "
+                         "has none. Give it as `checkpoint` to `contest_train`, or remove it.")
     held = io.BytesIO()
     torch.save(dict(state_dict=strip_prefixes(state)[0]), held)
     return held.getvalue()
 
 def pack_training_set(
-    # Folder with `config.py`, `data.npy`, `label.npy`, and perhaps checkpoints `<network>.pth.tar`
-    folder,
+    folder,        # Has `config.py`, `data.npy`, `label.npy`, and perhaps checkpoints `<network>.pth.tar`
     zip_path,      # Zip file to write, completely or not at all
 )->Path:           # The zip file
     "Pack what the organiser asks for, if it obeys the rules."

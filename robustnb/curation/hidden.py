@@ -7,18 +7,18 @@ __all__ = ['hidden_mixture', 'families', 'hidden_set', 'proxy_networks', 'count_
            'rank_training_sets']
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #8402ddf8
-import hashlib, itertools
+import itertools
 from functools import partial
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from ..core import predict, subseed
-from ..files import atomic_path
+from ..files import atomic_path, fingerprint
 from ..data import ImageSet
 from ..augmentation.transforms import (
     affine, gamma, gaussian_noise, photometric, posterize, salt_and_pepper, uniform_noise)
 from ..augmentation.corruptions import corruption, corruption_names
-from ..attacks.threat_models import L2, Linf, L0
+from ..attacks.threat_models import L0, L2, Linf
 from ..attacks.gradient import dlr, fgsm, pgd
 from ..attacks.adaptive_pgd import apgd
 from ..attacks.minimum_norm import carlini_wagner, deepfool
@@ -33,10 +33,11 @@ hidden_mixture = dict(clean=.05, noise=.20, corruption=.25, photometric=.10, lin
                       other=.08)
 
 def _noises():
-    low = [corruption(o, s) for o in ('shot_noise', 'impulse_noise', 'speckle_noise')
-           for s in (1, 2)]
-    return [partial(gaussian_noise, sigma=(.02, .12)), partial(salt_and_pepper, share=(.02, .30)),
-            partial(uniform_noise, width=(.04, .2))]*2 + low
+    mild = [corruption(o, s) for o in ('shot_noise', 'impulse_noise', 'speckle_noise')
+            for s in (1, 2)]
+    drawn = [partial(gaussian_noise, sigma=(.02, .12)), partial(salt_and_pepper, share=(.02, .30)),
+             partial(uniform_noise, width=(.04, .2))]
+    return drawn*2 + mild
 
 def _lights():
     return [gamma, partial(photometric, contrast=1, saturation=1, hue=0),
@@ -46,10 +47,20 @@ def _lights():
 def _turns(attacks, threats, models):
     "Every attack under every threat model, on the networks in turn"
     pairs = [(a, t) for t in threats for a in attacks]
-    return [attacked(a, [*models.values()][i % len(models)], t, [*models][i % len(models)])
-            for i, (a, t) in enumerate(pairs)]
+    names = [[*models][i % len(models)] for i in range(len(pairs))]
+    return [attacked(a, models[name], t, name) for (a, t), name in zip(pairs, names)]
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #f03fb72a
+def _others(k, models):
+    "Perceptual and score-based attacks, `k` rounding their steps, and a turned image"
+    dropped = [partial(advdrop, steps=k(50)), partial(wasserstein, steps=k(20))]
+    squares = partial(square, queries=max(2, k(300)))
+    pixels = partial(one_pixel, population=max(3, k(50)), generations=k(20))
+    return (_turns(dropped, [Linf(1.)], models)
+            + _turns([squares], [Linf(8/255), L2(1.)], models)
+            + _turns([pixels], [L0(3)], models)
+            + [partial(affine, degrees=(-10, 10), scale=1)])
+
 def families(
     models:dict,         # Name -> surrogate network in eval mode, of no use to the builder
     effort:float=1,      # Share of the attack steps, above 0
@@ -63,17 +74,12 @@ def families(
             partial(apgd, steps=k(50), loss=dlr)]
     l2 = [fgsm, partial(pgd, steps=k(40)), partial(carlini_wagner, steps=k(50)),
           partial(deepfool, overshoot=.1)]
-    dropped = _turns([partial(advdrop, steps=k(50)), partial(wasserstein, steps=k(20))],
-                     [Linf(1.)], models)
-    asked = (_turns([partial(square, queries=max(2, k(300)))], [Linf(8/255), L2(1.)], models)
-             + _turns([partial(one_pixel, population=max(3, k(50)), generations=k(20))],
-                      [L0(3)], models))
     return dict(clean=[unchanged], noise=_noises(),
                 corruption=[corruption(o, s) for s in (1, 2, 3) for o in corruption_names],
                 photometric=_lights(),
                 linf=_turns(linf, [Linf(e/255) for e in (2, 4, 8, 12, 16)], models),
                 l2=_turns(l2, [L2(e) for e in (.25, .5, 1., 1.5, 2.5)], models),
-                other=dropped + asked + [partial(affine, degrees=(-10, 10), scale=1)])
+                other=_others(k, models))
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #75ebcf7c
 def hidden_set(
@@ -82,12 +88,11 @@ def hidden_set(
     n:int=20_000,        # Images wanted, at most 50,000
     seed:int=20220209,   # Frozen: everyone who uses the same networks gets the same images
     effort:float=1,      # Share of the attack steps
-    shares:dict=hidden_mixture, # Family -> share, sum 1
-    # The images; `rows` has `family` and `slice`: 'public_a', 'public_b' (a quarter each) or
-    # 'final'
+    proportions:dict=hidden_mixture, # Family -> proportion, sum 1
+    # The images; `rows` has `family` and `slice`: 'public_a', 'public_b' (a quarter each) or 'final'
 )->TrainingSet:
     "Tampered test images, frozen by their seed."
-    made = build_training_set(pool, families(models, effort), shares, n=n, seed=seed,
+    made = build_training_set(pool, families(models, effort), proportions, n=n, seed=seed,
                               batch_size=100)
     place = np.random.default_rng(subseed(seed, 'slice')).permutation(n)*4//n
     made.rows = made.rows.rename(columns=dict(source='family')).assign(
@@ -106,8 +111,8 @@ def proxy_networks(
     if not (0 < width <= 4 and 1 <= epochs <= 200):
         raise ValueError("`width` must be in (0, 4] and `epochs` from 1 to 200, the most of "
                          f"the competition; got {width} and {epochs}.")
-    settings = dict(epochs=epochs, optimizer_name='SGD', optimizer_hyperparameters=dict(
-        lr=lr, momentum=.9, nesterov=True, weight_decay=5e-4),
+    hyper = dict(lr=lr, momentum=.9, nesterov=True, weight_decay=5e-4)
+    settings = dict(epochs=epochs, optimizer_name='SGD', optimizer_hyperparameters=hyper,
                     scheduler_name='CosineAnnealingLR',
                     scheduler_hyperparameters=dict(T_max=epochs), batch_size=batch_size)
     names = default_config(stage)
@@ -119,20 +124,17 @@ def count_correct(
     hidden:TrainingSet,   # From `hidden_set`
 )->pd.DataFrame:          # One row for each family and slice: `family`, `slice`, `n`, `correct`
     "How many hidden images of each family a network gets right."
-    right = (predict(model, hidden.x).argmax(1).numpy() == hidden.y)
-    return hidden.rows.assign(right=right).groupby(
-        ['family', 'slice'], as_index=False).agg(n=('right', 'size'), correct=('right', 'sum'))
-
-def _key(data, hidden, config, model):
-    "A short name for everything a run depends on, apart from its seed"
-    h = hashlib.blake2b(digest_size=6)
-    for o in (data.images, data.labels, hidden.images, hidden.labels):
-        h.update(np.ascontiguousarray(o).tobytes())
-    h.update(repr((sorted(config.items()), model,
-                   hidden.rows[['family', 'slice']].to_csv())).encode())
-    return h.hexdigest()
+    right = predict(model, hidden.x).argmax(1).numpy() == hidden.y
+    by_family = hidden.rows.assign(right=right).groupby(['family', 'slice'], as_index=False)
+    return by_family.agg(n=('right', 'size'), correct=('right', 'sum'))
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #1cd0a63e
+def _key(data, hidden, config, model):
+    "A short name for everything a run depends on, apart from its seed"
+    parts = hidden.rows[['family', 'slice']].to_csv()
+    return fingerprint(data.images, data.labels, hidden.images, hidden.labels,
+                       (sorted(config.items()), model, parts))
+
 def score_training_sets(
     sets:dict,             # Name -> `ImageSet` or `TrainingSet`
     hidden:TrainingSet,    # From `hidden_set`
@@ -141,7 +143,7 @@ def score_training_sets(
     seeds=(0, 1, 2),       # Trainings of each network on each set
     folder=None,           # Where finished runs are kept and found again; None keeps nothing
     device=None,           # Where to train; None takes CUDA if there is one
-)->pd.DataFrame:           # Rows of `answers` with `set`, `network`, `seed`
+)->pd.DataFrame:           # Rows of `count_correct` with `set`, `model` (name of the network), `seed`
     "Train the fixed networks on each set and count what they get right."
     if not (sets and networks and len(seeds)):
         raise ValueError("`sets`, `networks` and `seeds` must each hold at least one; got "
@@ -150,8 +152,8 @@ def score_training_sets(
     for name, seed, network in itertools.product(sets, seeds, networks):
         data = sets[name]
         untrained = networks[network](seed)
-        run = folder and Path(
-            folder)/f'{name}-{network}-{seed}-{_key(data, hidden, config[network], untrained)}'
+        key = _key(data, hidden, config[network], untrained)
+        run = folder and Path(folder)/f'{name}-{network}-{seed}-{key}'
         if run and (run/'answers.csv').exists():
             rows = pd.read_csv(run/'answers.csv')
         else:
@@ -163,38 +165,45 @@ def score_training_sets(
                 with atomic_path(run/'answers.csv') as tmp:
                     rows.to_csv(tmp, index=False)
                 (run/'checkpoint.pt').unlink(missing_ok=True)
-        parts.append(rows.assign(set=name, network=network, seed=seed))
+        parts.append(rows.assign(set=name, model=network, seed=seed))
     return pd.concat(parts, ignore_index=True)
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #221b0f77
+def _accuracy(rows, by):
+    "Accuracy of each group of rows"
+    total = rows.groupby(by)[['correct', 'n']].sum()
+    return total.correct/total.n
+
+def _weighed(each, weights):
+    "Weighted mean over the families, which are the columns of `each`"
+    known = not set(weights) - set(each)
+    positive = min(weights.values(), default=0) >= 0 and 0 < sum(weights.values()) < float('inf')
+    if not (known and positive):
+        raise ValueError(f"`weights` must be weights of {', '.join(each)}, not negative and not "
+                         f"all 0; got {weights}.")
+    return each[list(weights)] @ (pd.Series(weights)/sum(weights.values()))
+
 def rank_training_sets(
     rows:pd.DataFrame,        # From `score_training_sets`
     slices=('public_a', 'public_b'), # Which images count; ('final',) at the end
     # Family -> weight of its accuracy, >= 0, not all 0; None counts every image alike
-    shares:dict|None=None,
-    # One row for each set, best first: `score`, `se`, `clean`, `worst`, `worst_family`, and each
-    # family
+    weights:dict|None=None,
+    # One row for each set, best first: `score`, `se`, `clean`, `worst`, `worst_family`, each family
 )->pd.DataFrame:
     "What each training set is worth: mean accuracy of the networks over the hidden images."
     rows = rows[rows['slice'].isin([slices] if isinstance(slices, str) else list(slices))]
     if not len(rows):
         raise ValueError(f"`slices` must name slices of the rows; got {slices!r}. There are: "
                          "public_a, public_b, final.")
-    share = lambda by: (lambda g: g.correct/g.n)(rows.groupby(by)[['correct', 'n']].sum())
-    each = share(['set', 'family']).unstack()
-    runs = ['set', 'network', 'seed']
-    if shares is None:
-        right = share(runs)
+    runs = ['set', 'model', 'seed']
+    if weights is None:
+        right = _accuracy(rows, runs)
     else:
-        if set(shares) - set(each) or not (min(shares.values(), default=0) >= 0
-                                           and 0 < sum(shares.values()) < float('inf')):
-            raise ValueError(f"`shares` must be weights of {', '.join(each)}, not negative "
-                             f"and not all 0; got {shares}.")
-        right = share(runs + ['family']).unstack()[list(shares)] @ (
-            pd.Series(shares)/sum(shares.values()))
+        right = _weighed(_accuracy(rows, runs + ['family']).unstack(), weights)
     score = right.groupby(['set', 'seed']).mean().groupby('set')
+    each = _accuracy(rows, ['set', 'family']).unstack()
     table = pd.DataFrame(dict(score=score.mean(), se=score.std()/score.size()**.5,
                               clean=each.get('clean'), worst=each.min(axis=1),
                               worst_family=each.idxmin(axis=1)))
-    return table.join(each.drop(columns='clean', errors='ignore')).sort_values(
-        'score', ascending=False)
+    table = table.join(each.drop(columns='clean', errors='ignore'))
+    return table.sort_values('score', ascending=False)

@@ -11,7 +11,7 @@ from PIL import Image
 import numpy as np
 from ..core import progress
 from ..archives import check_entry, open_zip
-from ..data import check_names, _decode, NamedSet, _tree
+from ..data import check_names, class_folders, decode_image, NamedSet
 
 # %% ../../nbs/api/descriptors/20_faces.ipynb #707e629f
 def _start(length, crop): return round((length-crop)/2) if length >= crop else -((crop-length)//2)
@@ -51,13 +51,14 @@ def load_faces(
     with open_zip(path) as z:
         for e in z.infolist():
             check_entry(e, path)
-        paths, y, persons = _tree([e.filename for e in z.infolist() if not e.is_dir()], None, path)
+        files = [e.filename for e in z.infolist() if not e.is_dir()]
+        paths, y, persons = class_folders(files, None, path)
         names = check_names(
             ['_'.join(o.split('/')[-2:]).rpartition('.')[0] + '.png' for o in paths], 'path')
         images, first = None, None
         for i,name in enumerate(progress(paths, 'faces')):
             try:
-                a = _decode(io.BytesIO(z.read(name)), None)
+                a = decode_image(io.BytesIO(z.read(name)))
             except Exception as e:
                 raise ValueError(f"{name!r} in {path} cannot be read as an image: {e}. "
                                  "Replace or remove it.") from e

@@ -1,0 +1,101 @@
+"Selection policies by hand, on images whose brightness decides"
+from functools import partial
+
+import numpy as np
+import pandas as pd
+
+from helpers_curation import is_wrong, nets, pool, probabilities, seeded
+from robustnb.core import make_generator
+from robustnb.curation import selection as S
+
+mean_probability = (probabilities(pool.images, 0) + probabilities(pool.images, 1))/2
+entropy = -(mean_probability*np.log(mean_probability)).sum(1)
+wrong = is_wrong(pool.images, pool.y)
+
+
+def chosen(policy, n=20, rows=None, **options):
+    if rows is None:
+        rows = pd.DataFrame(dict(image=np.arange(90), success=None))
+    return policy(pool.images, pool.labels, rows, n, seeded(), **options)
+
+
+def test_misclassified_by_any_or_all_networks():
+    by_any = chosen(S.misclassified, 90, models=nets)
+    by_all = chosen(S.misclassified, 90, models=nets, by=all)
+    assert {*by_any} == {*np.flatnonzero(wrong.any(0))}
+    assert {*by_all} == {*np.flatnonzero(wrong.all(0))}
+    assert (S.is_wrong(nets, pool.images, pool.labels).numpy() == wrong).all()
+
+
+def test_most_misclassified_by_hand():
+    assert (np.diff(wrong.sum(0)[chosen(S.most_misclassified, 90, models=nets)]) <= 0).all()
+    assert wrong.sum(0).max() == 2
+    assert wrong.sum(0).min() < 2
+
+
+def test_entropy_orders_the_window():
+    for highest in (True, False):
+        order = np.argsort(-entropy if highest else entropy, kind='stable')
+        first = chosen(S.by_entropy, 15, models=nets, highest=highest)
+        later = chosen(S.by_entropy, 15, models=nets, highest=highest, skip=.2)
+        assert first.tolist() == order[:15].tolist()
+        assert later.tolist() == order[18:33].tolist()
+
+
+def test_second_highest_by_hand():
+    second = np.sort(mean_probability, 1)[:, 1]
+    assert np.allclose(second[chosen(S.second_highest, 90, models=nets)], np.sort(second)[::-1])
+    first = chosen(S.second_highest, 90, models=nets, wrong_first=True)
+    n_wrong = wrong.any(0).sum()
+    assert wrong.any(0)[first][:n_wrong].all()
+    assert np.allclose(second[first][:n_wrong], np.sort(second[wrong.any(0)])[::-1])
+
+
+def test_draws_are_random_and_without_repetition():
+    a = chosen(S.everything)
+    b = S.everything(pool.images, pool.labels, None, 20, make_generator(1))
+    assert len({*a}) == 20
+    assert {*a} != {*b}
+    assert a.tolist() == chosen(S.everything).tolist()
+    assert {*chosen(S.everything, 90)} == {*range(90)}
+
+
+def test_success_is_read_from_the_table():
+    rows = pd.DataFrame(dict(image=np.arange(90), success=[True, None, False]*30))
+    assert {*chosen(S.succeeded, 90, rows=rows)} == {*range(0, 90, 3)}
+    assert len(chosen(S.succeeded, 7, rows=rows)) == 7
+
+
+def test_equal_scores_come_in_random_order():
+    dull = np.zeros((40, 8, 8, 3), np.uint8)
+    labels = np.eye(3)[np.ones(40, int)]
+    orders = [S.most_misclassified(dull, labels, None, 10, make_generator(s), models=nets).tolist()
+              for s in (0, 1)]
+    assert orders[0] != orders[1]
+    assert len({*orders[0]}) == 10
+
+
+def test_balanced_gives_each_class_as_many_up_to_one():
+    for n, least in ((30, 10), (31, 10), (5, 1)):
+        counts = np.bincount(pool.y[chosen(S.balanced(S.everything), n)], minlength=3)
+        assert counts.sum() == n
+        assert counts.min() == least
+        assert counts.max()-counts.min() <= 1
+    missing = S.balanced(S.everything)(pool.images[:0], pool.labels[:0], None, 3, seeded())
+    assert len(missing) == 0
+
+
+def test_balanced_takes_the_best_of_each_class_first():
+    best = [np.flatnonzero(pool.y == k)[np.argsort(-entropy[pool.y == k])[:2]] for k in range(3)]
+    top = chosen(S.balanced(partial(S.by_entropy, models=nets)), 6)
+    assert {*top} == {*np.concatenate(best)}
+    assert {*pool.y[top[:3]]} == {0, 1, 2}
+
+
+def test_hardest_version_by_hand():
+    rows = pd.DataFrame(dict(image=np.arange(90)//3))
+    best = np.array([3*i + int(entropy[3*i:3*i+3].argmax()) for i in range(30)])
+    most_undecided = partial(S.by_entropy, models=nets)
+    few = chosen(S.hardest_version, 5, rows=rows, models=nets, then=most_undecided)
+    assert sorted(chosen(S.hardest_version, 30, rows=rows, models=nets)) == best.tolist()
+    assert {*few} == {*best[np.argsort(-entropy[best])[:5]]}
