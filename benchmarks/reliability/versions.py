@@ -1,10 +1,11 @@
 """Old and new versions of what the package stands on: does it install, run its demonstration and
 pass its unit tests?
 
-    python benchmarks/reliability/versions.py                                             # python3.10 to python3.13 must be on the path; about 40 minutes and 6 GB at a time
+    python benchmarks/reliability/versions.py
     python benchmarks/reliability/versions.py "python3.12 torch==2.9.1 numpy<2" --tests tests/test_core.py
 
-Each argument is an interpreter and what pip is to hold. Every one gets a clone and a virtual
+Without arguments python3.10 to python3.13 must be on the path; it takes about 40 minutes and 6 GB
+at a time. Each argument is an interpreter and what pip is to hold. Every one gets a clone and a virtual
 environment of its own, which are deleted afterwards. Left out are the tests of the project
 itself: they need the tools of its developers, who keep to one version of each. Rows go to
 results/versions.csv with a manifest beside them.

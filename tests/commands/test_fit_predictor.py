@@ -31,7 +31,7 @@ def test_tables_links_and_scores(runs, capsys):
     loss = pd.read_csv(runs/'out'/'transfer_lomo.csv')
     robust = pd.read_csv(runs/'out'/'robust_lomo.csv')
     # one row a format, not one a budget
-    assert list(loss.columns[:5]) == ['network', 'dataset', 'format', 'predicted_loss',
+    assert list(loss.columns[:5]) == ['model', 'dataset', 'format', 'predicted_loss',
                                       'measured_loss']
     assert len(loss) == 36
     assert {'eps', 'predicted_robust_loss', 'measured_robust_loss'} <= set(robust)
