@@ -12,7 +12,7 @@ from torch import nn
 from robustnb.commands import common as cli
 from robustnb.transfer.study import generator
 from robustnb import distributed as team
-from robustnb.models.zoo import training
+from robustnb.models import training
 from robustnb.commands import transfer as transfer_cli
 from robustnb.files import load_state
 from robustnb.data import digits, subset
