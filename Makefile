@@ -36,7 +36,7 @@ demo: $(VENV)/.run       ## install the package and run its demonstration
 test: $(VENV)/.dev       ## test the notebooks, then run the unit tests, and count both
 	@rc=0; $(MAKE) --no-print-directory nbtest || rc=1; $(MAKE) --no-print-directory unit || rc=1; exit $$rc
 
-nbtest: $(VENV)/.dev     ## test the notebooks only
+nbtest: $(VENV)/.dev     ## test the notebooks only: they run, and show what is saved in them
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python tools/nbtest.py --n_workers $(N) --flags "$(FLAGS)"
 
 unit: $(VENV)/.dev       ## run the unit tests only
@@ -53,7 +53,7 @@ sync: $(VENV)/.dev       ## clean and export the notebooks; fails if that change
 	  printf '%s\n%s\n' "$$before" "$$after" | sort | uniq -u | cut -d' ' -f3 | sort -u; exit 1; fi
 
 nbs: $(VENV)/.dev        ## run the notebooks in place and save their outputs (NB=nbs/api/00_core.ipynb for one)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} FLAGS="$(FLAGS)" $(BIN)/python tools/nbrun.py $(NB)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python tools/nbrun.py --n_workers $(N) --flags "$(FLAGS)" $(NB)
 
 readme: $(VENV)/.dev     ## write README.md from nbs/index.ipynb
 	@$(BIN)/python -W ignore tools/readme.py

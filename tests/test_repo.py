@@ -9,7 +9,7 @@ from docs_check import sidebar
 root = Path(__file__).parent.parent
 notebooks = {f.relative_to(root/'nbs').as_posix(): f for f in sorted((root/'nbs').rglob('*.ipynb'))}
 notebooks = {k: v for k,v in notebooks.items() if '/.' not in f'/{k}'}
-known = set('''default_exp export exporti exports hide hide_line filter_stream notest slow
+known = set('''default_exp export exporti exports hide hide_line filter_stream notest slow times varies
     echo eval output include warning code-fold code-summary fig-cap fig-alt label tbl-cap'''.split())
 settings = ConfigParser(delimiters=['='])
 settings.read(root/'settings.ini', encoding='utf-8')

@@ -151,21 +151,25 @@ def is_lesson(cell, tree):
 
 
 def teaching(cells, trees):
-    "Breaches of: prose before every public export, a lesson after it"
-    prose, waiting = False, None
-    for i,(cell,tree) in enumerate(zip(cells, trees)):
-        if names := public_names(cell, tree):
-            if waiting:
-                yield waiting
-            if not prose:
-                yield f'cell {i}: no prose before {", ".join(names)}'
-            prose, waiting = False, f'cell {i}: no visible lesson after {", ".join(names)}'
+    "Breaches of: prose before every public export, a lesson after it; exports in a row are one"
+    prose = False
+    waiting = None
+    in_a_row = False
+    for i, (cell, tree) in enumerate(zip(cells, trees)):
+        names = public_names(cell, tree)
+        if names and in_a_row and waiting:
+            waiting += ', ' + ', '.join(names)
+        elif names:
+            if waiting: yield waiting
+            if not prose: yield f'cell {i}: no prose before {", ".join(names)}'
+            prose = False
+            waiting = f'cell {i}: no visible lesson after {", ".join(names)}'
         elif is_prose(cell):
             prose = True
         elif is_lesson(cell, tree):
             waiting = None
-    if waiting:
-        yield waiting
+        in_a_row = bool(cell.directives.keys() & EXPORTS)
+    if waiting: yield waiting
 
 
 def floor(module, path):

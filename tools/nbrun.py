@@ -1,50 +1,129 @@
-"""Run notebooks in place, with the skip rules of `nbdev_test`, and save their cleaned outputs.
+"""Run notebooks and save their cleaned outputs.
 
-`python tools/nbrun.py [NOTEBOOK ...]` runs all of them by default, each in a process of its own. FLAGS="slow" in the
-environment runs the cells marked `#| slow` too. A notebook with a failing cell is left as it was.
+`python tools/nbrun.py [NOTEBOOK ...]` runs all of them by default, each in a process of its own
+that is forked from this one, so that torch is imported once. A notebook with a failing cell is left
+as it was.
 """
-import os, subprocess, sys, time
+import faulthandler, gc, importlib, os, signal, sys, tempfile, time
 from pathlib import Path
 from execnb.nbio import write_nb
 from execnb.shell import CaptureShell
+from fastcore.script import Param, call_parse
 from fastcore.xtras import working_directory
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.process import NBProcessor
 
+# What most notebooks import, and takes seconds
+HEAVY = ('torch', 'torchvision.models', 'pandas', 'matplotlib.pyplot', 'scipy.stats',
+         'sklearn.datasets', 'imgaug.augmenters')
+# One thread, because others do not survive a fork, and instructions that every x86 processor has
+COMPUTES = dict(
+    OMP_NUM_THREADS='1', ATEN_CPU_CAPABILITY='avx2', DNNL_MAX_CPU_ISA='AVX2', MKL_CBWR='AVX2')
+DONE = 23       # the exit code of a child that did what it should: a cell may leave with 0
+
 
 def is_skipped(cell, flags=''):
-    "Whether `nbdev_test --flags FLAGS` leaves out code `cell`"
+    "Whether code `cell` is left out, as by `nbdev_test --flags FLAGS`"
     given = cell.directives_ or {}
     never = given.get('eval:', [''])[0].lower() == 'false'
     return never or bool((set(get_config().tst_flags.split()) - set(flags.split())) & given.keys())
 
 
-def run_notebook(path, flags=''):
-    "Execute the notebook at `path` in place; the number of cells that ran"
-    path, ran = Path(path).resolve(), []
-    os.environ['IN_TEST'] = '1'                         # as in nbdev_test
+def read(path): return NBProcessor(path, rm_directives=False).nb
+
+
+def execute(path, flags=''):
+    "The notebook at `path` with new outputs, cleaned; a failing cell is shown and ends it all"
+    nb = read(path)
+    last = []
+    os.environ.update(IN_TEST='1', COLUMNS='80')    # a wide terminal shall not make wide tables
     sys.path.insert(0, str(get_config().config_path))
-    nb = NBProcessor(path, rm_directives=False).nb
 
     def leave(cell):
         if cell.cell_type != 'code' or is_skipped(cell, flags): return True
-        cell.outputs = []                               # execnb keeps the old output of a cell that is now silent
-        ran.append(cell)
+        cell.outputs = []       # execnb keeps the old output of a cell that is now silent
+        last[:] = [cell]
 
-    shell = CaptureShell(path, mpl_format='png')        # the default, retina, doubles the size of a plot
+    shell = CaptureShell(path, mpl_format='png')    # retina, the default, doubles its size
     try:
-        with working_directory(path.parent): shell.run_all(nb, exc_stop=True, preproc=leave)
-    except Exception: sys.exit(shell.prettytb(fname=path))
+        with working_directory(path.parent):
+            shell.run_all(nb, exc_stop=True, preproc=leave)
+    except BaseException:       # sys.exit too
+        sys.exit(f'{shell.prettytb(fname=path)}\nThe cell:\n{last[0].source}')
     clean_nb(nb, clean_ids=get_config().clean_ids)
-    write_nb(nb, path)
-    return len(ran)
+    return nb
 
 
-if __name__ == '__main__':
-    files = sys.argv[1:] or sorted(nbglob())
-    if len(files) > 1: sys.exit(max(subprocess.call([sys.executable, __file__, f]) for f in files))
-    start = time.time()
-    n = run_notebook(files[0], os.environ.get('FLAGS', ''))
-    print(f'{files[0]}: {n} cells, {time.time()-start:.1f} s, {Path(files[0]).stat().st_size/1000:.0f} KB', flush=True)
+def forked(task, paths, n_workers=2, timeout=600):
+    "In a fresh child for each path, whether `task(path)`; yields path, that, seconds, what it said"
+    os.environ.update(COMPUTES | os.environ)
+    for name in HEAVY:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()                                     # else each child searches all of it at its end
+    waiting = [Path(o).resolve() for o in paths][::-1]
+    running = {}
+    while waiting or running:
+        while waiting and len(running) < n_workers:
+            path = waiting.pop()
+            said = tempfile.TemporaryFile('w+', errors='replace')
+            sys.stdout.flush()                      # else a child writes it too
+            pid = os.fork()
+            if not pid: _child(task, path, said.fileno(), timeout)
+            running[pid] = path, said, time.time()
+        pid, status = os.wait()
+        _end_group(pid)
+        path, said, start = running.pop(pid)
+        said.seek(0)
+        code = os.waitstatus_to_exitcode(status)
+        yield path, code == DONE, time.time()-start, said.read() + _reason(code, timeout)
+
+
+def _child(task, path, said, timeout):
+    "A child leads a group of its own, writes to `said`, and is ended by an alarm"
+    os.setsid()
+    signal.alarm(timeout)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    faulthandler.enable()
+    sys.modules['numpy'].random.seed()              # else all children draw the same
+    sys.exit(DONE if task(path) else 1)
+
+
+def _end_group(pid):
+    "Kill what a child has started and left behind"
+    try: os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError: pass
+
+
+def _reason(code, timeout):
+    "Why a child did not come to its end, in words"
+    if code == 0: return 'left before its end\n'
+    if code > 0: return ''
+    if code == -signal.SIGALRM: return f'still running after {timeout} s\n'
+    return f'ended by {signal.Signals(-code).name}\n'
+
+
+def save(path, flags=''):
+    "Run the notebook at `path` and save it; always true"
+    write_nb(execute(path, flags), path)
+    return True
+
+
+@call_parse
+def main(
+    paths:Param('Notebooks; all by default', nargs='*'),
+    flags:str='',     # Flags whose cells run too, for example "slow"
+    n_workers:int=2,  # Notebooks at a time
+):
+    "Run notebooks in place"
+    failed = 0
+    files = paths or sorted(nbglob())
+    for path, done, seconds, said in forked(lambda o: save(o, flags), files, n_workers):
+        failed += not done
+        size = path.stat().st_size/1000
+        print(f'{os.path.relpath(path)}: {seconds:.1f} s, {size:.0f} KB', said, flush=True)
+    sys.exit(failed > 0)

@@ -3,8 +3,11 @@ process on the same images.
 
     pip install foolbox torchattacks==3.5.1 adversarial-robustness-toolbox pyautoattack
     python benchmarks/models/adversarial_training.py cifar10-images.zip --out adversarial.pt
-    python benchmarks/attacks/peers.py pgd cifar10-images.zip --standard weights.pt --adversarial adversarial.pt
-    python benchmarks/attacks/peers.py autoattack ...    python benchmarks/attacks/peers.py growth ...    python benchmarks/attacks/peers.py memory ...
+    python benchmarks/attacks/peers.py pgd cifar10-images.zip \\
+        --standard weights.pt --adversarial adversarial.pt
+    python benchmarks/attacks/peers.py autoattack ...
+    python benchmarks/attacks/peers.py growth ...
+    python benchmarks/attacks/peers.py memory ...
 
 Rows go to results/attacks_<part>.csv, with a manifest beside them; `weights.pt` comes from
 `robustnb_train` (ResNet_18, width .25). Medians of several repetitions, tools in turn within
@@ -21,12 +24,12 @@ import torch
 from robustnb.attacks.adaptive_pgd import gradients
 from robustnb.attacks.gradient import cross_entropy, pgd
 from robustnb.attacks.standard import cascade, search_copy
-from robustnb.core import make_generator, predict
-from robustnb.files import manifest, save_json
-from robustnb.data import load_data, subset
-from robustnb.models.zoo import build_model
-from robustnb.models.loading import load_model
 from robustnb.attacks.threat_models import L2, Linf
+from robustnb.core import make_generator, predict
+from robustnb.data import load_data, subset
+from robustnb.files import manifest, save_json
+from robustnb.models.loading import load_model
+from robustnb.models.zoo import build_model
 
 warnings.filterwarnings('ignore')
 
@@ -41,16 +44,16 @@ def foolbox_pgd(model, x, y, threat, steps=40, step_size=None):
     kind = foolbox.attacks.LinfPGD if isinstance(threat, Linf) else foolbox.attacks.L2PGD
     step = dict(rel_stepsize=None, abs_stepsize=step_size) if step_size else {}
     torch.manual_seed(0)
-    return kind(steps=steps, **step)(foolbox.PyTorchModel(model, bounds=(0, 1), device='cpu'),
-                                     x, y, epsilons=threat.eps)[1]
+    bounded = foolbox.PyTorchModel(model, bounds=(0, 1), device='cpu')
+    return kind(steps=steps, **step)(bounded, x, y, epsilons=threat.eps)[1]
 
 
 def torchattacks_pgd(model, x, y, threat, steps=40, step_size=None):
     import torchattacks
     kind = torchattacks.PGD if isinstance(threat, Linf) else torchattacks.PGDL2
     torch.manual_seed(0)
-    return kind(model, eps=threat.eps, alpha=step_size, steps=steps,
-                random_start=True)(x, y).detach()
+    attack = kind(model, eps=threat.eps, alpha=step_size, steps=steps, random_start=True)
+    return attack(x, y).detach()
 
 
 def art_pgd(model, x, y, threat, steps=40, step_size=None):
@@ -61,7 +64,8 @@ def art_pgd(model, x, y, threat, steps=40, step_size=None):
     attack = ProjectedGradientDescentPyTorch(
         classifier, norm=np.inf if isinstance(threat, Linf) else 2, eps=threat.eps,
         eps_step=step_size, max_iter=steps, num_random_init=1, batch_size=250, verbose=False)
-    np.random.seed(0), torch.manual_seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
     out = torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
     model.eval()
     return out
@@ -77,22 +81,22 @@ def standard_autoattack(model, x, y, threat):
 
 
 def timed(tool, attack, model, x, y, threat):
-    "One run: seconds on the clock and of the processors, robust accuracy, which images stand"
+    "One run: seconds on the clock and of the processors, robust accuracy, which images survive"
     began = time.perf_counter()
     worked = time.process_time()
     x_adv = attack(model, x, y, threat)
     seconds = time.perf_counter()-began
     cpu = time.process_time()-worked
-    stands = ((predict(model, x_adv.float()).argmax(1) == y).numpy()
-              & (predict(model, x).argmax(1) == y).numpy())
+    before = (predict(model, x).argmax(1) == y).numpy()
+    survives = before & (predict(model, x_adv.float()).argmax(1) == y).numpy()
     assert threat.allows(x, x_adv.float()).float().mean() > .99, tool
     return dict(tool=tool, seconds=round(seconds, 3), cpu_seconds=round(cpu, 3), n=len(x),
-                robust=float(stands.mean())), stands
+                robust_accuracy=float(survives.mean())), survives
 
 
 def compare(nets, x, y, cases, repeats, args, ours='robustnb cascade'):
-    """All tools on all networks and threats, in turn; `only_it` and `only_ours` count images that
-    one of the two finds alone"""
+    """All tools on all models and threats, in turn; `found_by_tool_only` and
+    `found_by_cascade_only` count images that one of the two finds alone"""
     rows = []
     for name, model in nets.items():
         for threat, tools in cases:
@@ -103,22 +107,24 @@ def compare(nets, x, y, cases, repeats, args, ours='robustnb cascade'):
             for rep in range(max(repeats.values())):
                 for tool, attack in tools.items():
                     if rep >= repeats.get(tool, max(repeats.values())): continue
-                    row, stands = timed(tool, attack, model, x, y, threat)
+                    row, survives = timed(tool, attack, model, x, y, threat)
                     if tool == ours:
-                        reference = stands
-                    rows.append(dict(network=name, threat=repr(threat), repetition=rep) | row
-                                | dict(only_it=int((reference & ~stands).sum()),
-                                       only_ours=int((stands & ~reference).sum())))
+                        reference = survives
+                    alone = dict(found_by_tool_only=int((reference & ~survives).sum()),
+                                 found_by_cascade_only=int((survives & ~reference).sum()))
+                    where = dict(model=name, threat=repr(threat), repetition=rep)
+                    rows.append(where | row | alone)
                     print(rows[-1], flush=True)
     return pd.DataFrame(rows)
 
 
 def part_pgd(nets, x, y, args):
     def tools(step):
-        peers = dict(foolbox=foolbox_pgd, torchattacks=torchattacks_pgd, ART=art_pgd)
-        return {'robustnb cascade': cascade, 'robustnb quick look': partial(cascade, targets=0)} | {
-            f'{k} PGD-40': in_batches(partial(f, step_size=step)) if k != 'ART'
-            else partial(f, step_size=step) for k, f in peers.items()}
+        return {'robustnb cascade': cascade,
+                'robustnb fast cascade': partial(cascade, targets=0),
+                'foolbox PGD-40': in_batches(partial(foolbox_pgd, step_size=step)),
+                'torchattacks PGD-40': in_batches(partial(torchattacks_pgd, step_size=step)),
+                'ART PGD-40': partial(art_pgd, step_size=step)}
     return compare(nets, x, y, ((Linf(8/255), tools(1/255)), (L2(.5), tools(2.5*.5/40))),
                    {'': args.repeats}, args)
 
@@ -135,9 +141,9 @@ def part_growth(nets, x, y, args):
     for rep in range(args.repeats):
         for n in (100, 300, 1000, 3000, 5000):
             part = subset(data, n, seed=1)
-            rows.append(dict(what='images', size=n,
-                             **timed('robustnb cascade', cascade, nets['adversarial'], part.x,
-                                     torch.as_tensor(part.y), Linf(8/255))[0]))
+            row, _ = timed('robustnb cascade', cascade, nets['adversarial'], part.x,
+                           torch.as_tensor(part.y), Linf(8/255))
+            rows.append(dict(what='images', size=n, **row))
             print(rows[-1], flush=True)
         for width in (.125, .25, .5, 1.):
             model = build_model('ResNet_18', width=width)
@@ -166,18 +172,22 @@ def part_memory(nets, x, y, args):
     "Each tool in a process of its own: peak memory above that of the loaded network and images"
     if args.tool:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        tools = {'robustnb cascade': cascade, 'robustnb pgd': in_batches(lambda m, x, y, t: pgd(
-            m, x, y, t, make_generator(0), steps=3, step_size=1/255))} | {
-                f'{k} PGD': in_batches(partial(f, steps=3, step_size=1/255)) for k, f in dict(
-                    foolbox=foolbox_pgd, torchattacks=torchattacks_pgd, ART=art_pgd).items()}
+        short = dict(steps=3, step_size=1/255)
+        def seeded_pgd(*case): return pgd(*case, make_generator(0), **short)
+        tools = {'robustnb cascade': cascade,
+                 'robustnb pgd': in_batches(seeded_pgd),
+                 'foolbox PGD': in_batches(partial(foolbox_pgd, **short)),
+                 'torchattacks PGD': in_batches(partial(torchattacks_pgd, **short)),
+                 'ART PGD': in_batches(partial(art_pgd, **short))}
         tools[args.tool](nets['adversarial'], x, y, Linf(8/255))
         print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)/1024)
         sys.exit()
-    run = lambda tool: float(subprocess.run([sys.executable, *sys.argv, '--tool', tool],
-                                            capture_output=True, text=True,
-                                            check=True).stdout.split()[-1])
-    return pd.DataFrame([dict(tool=tool, megabytes=round(run(tool)), n=len(x)) for tool in (
-        'robustnb cascade', 'robustnb pgd', 'foolbox PGD', 'torchattacks PGD', 'ART PGD')])
+    def run(tool):
+        command = [sys.executable, *sys.argv, '--tool', tool]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return float(done.stdout.split()[-1])
+    names = ('robustnb cascade', 'robustnb pgd', 'foolbox PGD', 'torchattacks PGD', 'ART PGD')
+    return pd.DataFrame([dict(tool=o, megabytes=round(run(o)), n=len(x)) for o in names])
 
 
 def main():
@@ -208,13 +218,12 @@ def main():
     path = Path(args.out)/f'attacks_{args.part}.csv'
     if (args.only or args.threat) and path.exists():
         old = pd.read_csv(path)
-        again = old[['network', 'threat']].apply(
-            tuple, axis=1).isin({*rows[['network', 'threat']].itertuples(index=False, name=None)})
-        rows = pd.concat([old[~again], rows])
+        case = lambda table: pd.MultiIndex.from_frame(table[['model', 'threat']])
+        rows = pd.concat([old[~case(old).isin(case(rows))], rows])
     rows.to_csv(path, index=False)
-    save_json(manifest(rows=len(rows), seconds=round(time.time()-began), clean={
-        k: (predict(m, x).argmax(1) == y).float().mean().item() for k, m in nets.items()}),
-              path.with_suffix('.json'))
+    clean = {k: (predict(m, x).argmax(1) == y).float().mean().item() for k, m in nets.items()}
+    facts = manifest(rows=len(rows), seconds=round(time.time()-began), clean=clean)
+    save_json(facts, path.with_suffix('.json'))
     print(rows.to_string())
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from ..core import image_generators
-from .threat_models import L1, L2, Linf, L0
-from .gradient import check_attack, margin, is_correct
+from .threat_models import L0, L1, L2, Linf
+from .gradient import check_attack, is_correct, margin
 
 # %% ../../nbs/api/attacks/85_adapters.ipynb #f7679783
 @contextmanager
@@ -27,8 +27,10 @@ def _lent(model, x, seed):
     before = (random.getstate(), np.random.get_state())
     try:
         with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.enable_grad():
-            (torch.cuda.default_generators[x.device.index] if x.is_cuda
-             else torch.default_generator).manual_seed(seed)
+            if x.is_cuda:
+                torch.cuda.default_generators[x.device.index].manual_seed(seed)
+            else:
+                torch.default_generator.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)
             for p in wanted:
@@ -40,11 +42,13 @@ def _lent(model, x, seed):
         random.setstate(before[0])
         np.random.set_state(before[1])
 
+# %% ../../nbs/api/attacks/85_adapters.ipynb #f7679785
 def _start(attack, bounded, x, y):
     "Wrong images to start from, and which of them (N,) are wrong."
-    default = (foolbox.attacks.SaltAndPepperNoiseAttack()
-               if isinstance(attack, foolbox.attacks.PointwiseAttack)
-               else foolbox.attacks.LinearSearchBlendedUniformNoiseAttack(steps=50))
+    if isinstance(attack, foolbox.attacks.PointwiseAttack):
+        default = foolbox.attacks.SaltAndPepperNoiseAttack()
+    else:
+        default = foolbox.attacks.LinearSearchBlendedUniformNoiseAttack(steps=50)
     start = (attack.init_attack or default).run(bounded, x, foolbox.criteria.Misclassification(y))
     with torch.no_grad():
         return start, bounded(start).argmax(1) != y
@@ -63,29 +67,35 @@ def _attacked(attack, model, x, y, eps, seed):
             out[found] = attack.run(bounded, x[found], y[found], **options).detach().to(x)
     return out
 
+def _stretched(attack, threat, x, found):
+    "Allowed images to judge: what was found, and for a nearest wrong image the one 2 % further out."
+    for stretch in (0, .02) if isinstance(attack, MinimizationAttack) else (0,):
+        image = found + stretch*(found-x)
+        inside = threat.allows(x, image).view(-1, 1, 1, 1)
+        yield torch.where(inside, image, threat.project(x, image.clamp(0, 1)))
+
 # %% ../../nbs/api/attacks/85_adapters.ipynb #20b08ddc
 _norms = {Linf: foolbox.distances.linf, L2: foolbox.distances.l2, L1: foolbox.distances.l1}
 
 def from_foolbox(
     attack,                # A configured attack, e.g. `foolbox.attacks.LinfPGD(steps=10, random_start=False)`
-    # Attack each image alone? None does so unless the attack is gradient descent without a random
-    # start
+    # Attack each image alone? None does so unless the attack is gradient descent without a random start
     alone:bool|None=None,
 )->Callable:               # An attack (model, x, y, threat, generator=None) -> x_adv
     "An attack of foolbox (Rauber et al. 2020, doi:10.21105/joss.02607) with the contract of this package."
-    if not isinstance(attack, (FixedEpsilonAttack, MinimizationAttack)):
-        raise TypeError("`attack` must be a configured foolbox attack that changes pixel "
-                        f"values, e.g. `foolbox.attacks.LinfPGD()`; got {attack!r}. Instead "
-                        "of its `repeat` use `restarts`.")
+    budgeted = isinstance(attack, FixedEpsilonAttack)
+    if not (budgeted or isinstance(attack, MinimizationAttack)):
+        raise TypeError("`attack` must be a configured foolbox attack that changes pixel values, e.g. "
+                        f"`foolbox.attacks.LinfPGD()`; got {attack!r}. "
+                        "Instead of its `repeat` use `restarts`.")
     if alone is None:
         alone = not (isinstance(attack, BaseGradientDescent) and not attack.random_start)
     def adapted(model, x, y, threat, generator=None):
         check_attack(model, x, y, threat)
-        if isinstance(attack,
-                      FixedEpsilonAttack) and _norms.get(type(threat)) is not attack.distance:
+        if budgeted and _norms.get(type(threat)) is not attack.distance:
             raise TypeError("`threat` must be a budget in the norm of the attack, "
-                            f"{attack.distance}; got {threat}. Choose the attack of foolbox "
-                            "for this norm, or one that looks for the nearest wrong image.")
+                            f"{attack.distance}; got {threat}. Choose the attack of foolbox for "
+                            "this norm, or one that looks for the nearest wrong image.")
         left, logits = is_correct(model, x, y)
         out = x.clone()
         own = image_generators(generator, x)
@@ -93,10 +103,7 @@ def from_foolbox(
         seed = lambda i: torch.randint(2**62, (), generator=own[i]).item()
         for i in (left.split(1) if alone else [left] if len(left) else []):
             found = _attacked(attack, model, x[i], y[i], threat.eps, seed(i[0]))
-            for stretch in (0, .02) if isinstance(attack, MinimizationAttack) else (0,):
-                image = found + stretch*(found-x[i])
-                image = torch.where(threat.allows(x[i], image).view(-1, 1, 1, 1), image,
-                                    threat.project(x[i], image.clamp(0, 1)))
+            for image in _stretched(attack, threat, x[i], found):
                 height = margin(is_correct(model, image, y[i])[1], y[i])
                 better = height > best[i]
                 out[i[better]] = image[better]
@@ -121,16 +128,17 @@ def hop_skip_jump(
     y:Tensor,            # True labels (N,), int64
     threat,              # `Linf` or `L2`
     generator:torch.Generator|None=None, # Start and probes; None stands for seed 0
-    steps:int=64,        # Estimates of the border's direction, of 100 questions at first and more later
+    steps:int=64,        # Estimates of the border's direction, of 100 queries at first and more later
 )->Tensor:               # Images like `x`, allowed by `threat`
     "HopSkipJump attack (Chen et al. 2020, arXiv:1904.02144)."
     if not isinstance(threat, (Linf, L2)):
         raise TypeError(f"`threat` must be Linf or L2 for `hop_skip_jump`; got {threat}. Use "
                         "`pointwise` or `random_search`, which take any threat model.")
-    return from_foolbox(foolbox.attacks.HopSkipJumpAttack(
-        steps=steps,
-        constraint='linf' if isinstance(threat, Linf) else 'l2'))(model, x, y, threat, generator)
+    constraint = 'linf' if isinstance(threat, Linf) else 'l2'
+    jump = foolbox.attacks.HopSkipJumpAttack(steps=steps, constraint=constraint)
+    return from_foolbox(jump)(model, x, y, threat, generator)
 
+# %% ../../nbs/api/attacks/85_adapters.ipynb #137ee818
 def brendel_bethge(
     model:nn.Module,     # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,            # Clean images (N,C,H,W), float, pixels in [0,1]
@@ -142,8 +150,7 @@ def brendel_bethge(
     "Brendel and Bethge attack (2019, arXiv:1907.01003)."
     kinds = {Linf: 'Linfinity', L2: 'L2', L1: 'L1', L0: 'L0'}
     if type(threat) not in kinds:
-        raise TypeError("`threat` must be Linf, L2, L1 or Pixels for `brendel_bethge`; got "
-                        f"{threat}. Use `pointwise` or `random_search`, which take "
-                        "any threat model.")
-    return from_foolbox(getattr(foolbox.attacks, f'{kinds[type(threat)]}BrendelBethgeAttack')(
-        steps=steps))(model, x, y, threat, generator)
+        raise TypeError(f"`threat` must be Linf, L2, L1 or L0 for `brendel_bethge`; got {threat}. Use "
+                        "`pointwise` or `random_search`, which take any threat model.")
+    kind = getattr(foolbox.attacks, f'{kinds[type(threat)]}BrendelBethgeAttack')
+    return from_foolbox(kind(steps=steps))(model, x, y, threat, generator)

@@ -13,6 +13,23 @@ from ..core import batches
 from .gradient import (
     check_attack, cross_entropy, dlr_to, loss_and_grad, margin, is_correct)
 
+# %% ../../nbs/api/attacks/40_adaptive_pgd.ipynb #91e09b95
+def gradients(
+    model:nn.Module,      # Model whose gradient is followed
+    loss:Callable,        # (logits, y) -> loss per image
+    batch_size:int=125,   # Images the model sees at a time
+)->Callable:              # (x, y, wanted=True) -> loss (N,), gradient (N,C,H,W) if wanted, logits (N,K)
+    "Loss, gradient and logits of any number of images, a batch at a time."
+    @torch.no_grad()
+    def loss_alone(model, x, y, loss):
+        logits = model(x)
+        return loss(logits, y), x[:, :0], logits
+    def gradient_of(x, y, wanted=True):
+        look = loss_and_grad if wanted else loss_alone
+        parts = [look(model, x[s], y[s], loss) for s in batches(len(x), batch_size)]
+        return [torch.cat(o) for o in zip(*parts)]
+    return gradient_of
+
 # %% ../../nbs/api/attacks/40_adaptive_pgd.ipynb #1f68dc82
 def _windows(steps):
     "Iterations after which step lengths are judged (section 3 of the paper)."
@@ -27,10 +44,10 @@ def _halve(s, window):
     "Halve the steps of images whose loss has stopped rising, and send them back to their best point."
     halve = (s['rises'] <= .75*window) | (~s['halved'] & (s['best_loss'] <= s['checked']))
     at = halve.view(-1, 1, 1, 1)
-    return s | dict(step=torch.where(at, s['step']/2, s['step']),
+    return s | dict(halved=halve, checked=s['best_loss'], rises=torch.zeros_like(s['rises']),
+                    step=torch.where(at, s['step']/2, s['step']),
                     now=torch.where(at, s['best'], s['now']),
-                    grad=torch.where(at, s['best_grad'], s['grad']), halved=halve,
-                    checked=s['best_loss'], rises=torch.zeros_like(s['rises']))
+                    grad=torch.where(at, s['best_grad'], s['grad']))
 
 def _move(s, threat, first):
     "A step along the gradient, then a quarter of the last move."
@@ -39,34 +56,29 @@ def _move(s, threat, first):
         goal = threat.project(s['x'], s['now'] + .75*(goal-s['now']) + .25*(s['now']-s['old']))
     return s | dict(now=goal, old=s['now'])
 
-# %% ../../nbs/api/attacks/40_adaptive_pgd.ipynb #91e09b95
-def gradients(
-    model:nn.Module,      # Model whose gradient is followed
-    loss:Callable,        # (logits, y) -> loss per image
-    batch_size:int=125,   # Images the model sees at a time
-)->Callable:              # (x, y, wanted=True) -> loss (N,), gradient (N,C,H,W) if wanted, logits (N,K)
-    "Loss, gradient and logits of any number of images, a batch at a time."
-    @torch.no_grad()
-    def only_ask(model, x, y, loss):
-        logits = model(x)
-        return loss(logits, y), x[:, :0], logits
-    def ask(x, y, wanted=True):
-        parts = [(loss_and_grad if wanted else only_ask)(model, x[s], y[s], loss)
-                 for s in batches(len(x), batch_size)]
-        return [torch.cat(o) for o in zip(*parts)]
-    return ask
+def _remember(s, value, grad, first):
+    "The state with a new value: how often it rose, and the best point so far with its gradient."
+    if first:
+        s = s | dict(value=value, best=s['now'], best_grad=grad, best_loss=value, checked=value,
+                     rises=torch.zeros_like(value),
+                     halved=torch.ones_like(value, dtype=torch.bool))
+    better = value > s['best_loss']
+    at = better.view(-1, 1, 1, 1)
+    return s | dict(grad=grad, rises=s['rises'] + (value > s['value']), value=value,
+                    best=torch.where(at, s['now'], s['best']),
+                    best_grad=torch.where(at, grad, s['best_grad']),
+                    best_loss=torch.where(better, value, s['best_loss']))
 
 # %% ../../nbs/api/attacks/40_adaptive_pgd.ipynb #54d8787b
 def climb(
-    ask:Callable,      # From `gradients`
+    look:Callable,     # From `gradients`
     x:Tensor,          # Clean images (N,C,H,W)
     y:Tensor,          # True labels (N,), or true and wanted labels (N,2) for a targeted loss
     threat,            # Threat model
     start:Tensor,      # Where to start, allowed images like `x`
     steps:int,         # Iterations, >= 0
-    judge:Callable|None=None,  # (images, true labels) -> has each fallen (M,)? None believes the logits
-    # Images (N,C,H,W): fallen, or with the largest margin met; that margin (N,); fallen (N,)
-)->tuple:
+    judge:Callable|None=None, # (images, true labels) -> has each fallen (M,)? None believes the logits
+)->tuple:              # Images (N,C,H,W), fallen or with the largest margin met; that margin; fallen (N,)
     "Climb the loss by Auto-PGD's schedule; each image leaves when it has fallen."
     windows = _windows(steps)
     out = start.clone()
@@ -75,7 +87,7 @@ def climb(
     s = dict(id=torch.arange(len(x), device=x.device), x=x, y=y, now=start, old=start,
              step=2*threat.eps*torch.ones_like(x[:, :1, :1, :1]))
     for i in range(steps+1):
-        value, grad, logits = ask(s['now'], s['y'], wanted=i < steps)
+        value, grad, logits = look(s['now'], s['y'], wanted=i < steps)
         true = s['y'].flatten(1)[:, 0] if s['y'].ndim > 1 else s['y']
         ids = s['id']
         height = margin(logits, true).to(x.dtype)
@@ -87,18 +99,12 @@ def climb(
         found[ids[take]] = height[take]
         fallen[ids[gone]] = True
         if i == steps or gone.all(): break
-        if i == 0:
-            s |= dict(value=value, best=s['now'], best_grad=grad, best_loss=value, checked=value,
-                      rises=torch.zeros_like(value), halved=torch.ones_like(gone))
-        better = value > s['best_loss']
-        at = better.view(-1, 1, 1, 1)
-        s |= dict(grad=grad, rises=s['rises'] + (value > s['value']), value=value,
-                  best=torch.where(at, s['now'], s['best']),
-                  best_grad=torch.where(at, grad, s['best_grad']),
-                  best_loss=torch.where(better, value, s['best_loss']))
+        s = _remember(s, value, grad, i == 0)
         if gone.any():
             s = {k: v[~gone] for k, v in s.items()}
-        s = _move(_halve(s, windows[i]) if i in windows else s, threat, i == 0)
+        if i in windows:
+            s = _halve(s, windows[i])
+        s = _move(s, threat, i == 0)
     return out, found, fallen
 
 # %% ../../nbs/api/attacks/40_adaptive_pgd.ipynb #3323debd
@@ -135,18 +141,18 @@ def apgd_targeted(
     "Targeted Auto-PGD (Croce and Hein 2020, arXiv:2003.01690)."
     n_classes = check_attack(model, x, y, threat)
     if not (steps >= 0 and targets >= 1):
-        raise ValueError(
-            f"`steps` must not be negative and `targets` at least 1; got {steps} and {targets}.")
+        raise ValueError("`steps` must not be negative and `targets` at least 1; got "
+                         f"{steps} and {targets}.")
     out = x.clone()
     left, logits = is_correct(model, x, y)
-    wanted = logits[left].scatter(1, y[left, None],
-                                  -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    wrong = logits[left].scatter(1, y[left, None], -torch.inf)
+    wanted = wrong.sort(dim=1, descending=True, stable=True).indices
     best = torch.full_like(logits[left, 0], -torch.inf)
     for k in range(min(targets, n_classes-1)):
         start = x if generator is None else threat.sample(x, generator)
         if not len(left): break
-        found, height, fallen = climb(gradients(model, loss), x[left],
-                                      torch.stack([y[left], wanted[:, k]], 1), threat,
+        both = torch.stack([y[left], wanted[:, k]], 1)
+        found, height, fallen = climb(gradients(model, loss), x[left], both, threat,
                                       start[left], steps)
         take = height > best
         out[left[take]] = found[take]

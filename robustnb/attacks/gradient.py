@@ -34,8 +34,8 @@ def margin(
 def _top(logits, k):
     "The `k` largest logits, for losses that need so many classes."
     if logits.shape[1] < k:
-        raise ValueError(f"`loss` needs a model with at least {k} classes; this one has "
-                         f"{logits.shape[1]}. Use `margin`.")
+        raise ValueError(f"`loss` needs a model with at least {k} classes; "
+                         f"this one has {logits.shape[1]}. Use `margin`.")
     return logits.topk(k, 1).values
 
 def dlr(
@@ -76,17 +76,17 @@ def check_attack(
     with torch.no_grad():
         logits = model(x[:1])
     if not isinstance(logits, Tensor):
-        raise TypeError(f"`model` must return logits (N,K); got {type(logits).__name__}. Wrap "
-                        "it in a module that returns the logits alone.")
+        raise TypeError(f"`model` must return logits (N,K); got {type(logits).__name__}. "
+                        "Wrap it in a module that returns the logits alone.")
     if logits.ndim != 2 or len(logits) != 1:
-        raise ValueError(
-            f"`model` must return logits (N,K); got shape {tuple(logits.shape)} for one image.")
+        raise ValueError("`model` must return logits (N,K); got shape "
+                         f"{tuple(logits.shape)} for one image.")
     if not logits.isfinite().all():
-        raise ValueError("`model` must answer with finite logits; it gives NaN or infinity "
-                         "for the first image. Check its weights and its normalisation.")
+        raise ValueError("`model` must answer with finite logits; it gives NaN or infinity for "
+                         "the first image. Check its weights and its normalisation.")
     if isinstance(y, Tensor) and y.device != x.device:
-        raise ValueError(
-            f"`y` must be on the device of `x`, {x.device}; got {y.device}. Use `y.to(x.device)`.")
+        raise ValueError(f"`y` must be on the device of `x`, {x.device}; got {y.device}. "
+                         "Use `y.to(x.device)`.")
     check_labels(y, len(x), logits.shape[1])
     return logits.shape[1]
 
@@ -104,15 +104,14 @@ def loss_and_grad(
         logits = model(x)
         value = loss(logits, y)
         if not value.requires_grad:
-            raise ValueError("`model` must be differentiable for a gradient attack; its "
-                             "logits do not depend on the images through autograd. Use "
-                             "`square`, which only asks, or craft the images on a "
-                             "differentiable copy.")
+            raise ValueError("`model` must be differentiable for a gradient attack; its logits do "
+                             "not depend on the images through autograd. Use `square`, which "
+                             "needs no gradient, or craft the images on a differentiable copy.")
         grad, = torch.autograd.grad(value.sum(), x)
-    if not grad.isfinite().all():
-        raise ValueError("`model` must have finite gradients; "
-                         f"{int((~grad.flatten(1).isfinite().all(1)).sum())} of {len(x)} "
-                         "images have NaN or infinity. Use `square`, which only asks.")
+    bad = (~grad.flatten(1).isfinite().all(1)).sum().item()
+    if bad:
+        raise ValueError(f"`model` must have finite gradients; {bad} of {len(x)} images have NaN or "
+                         "infinity. Use `square`, which needs no gradient.")
     return value.detach(), grad, logits.detach()
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #11f0a966
@@ -146,10 +145,14 @@ def pgd(
     if steps < 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
     if step_size is None:
         step_size = 2.5*threat.eps/max(steps, 1)
-    value_of = lambda at: torch.no_grad()(lambda: loss(model(at), y))()
-    now = x if generator is None else threat.sample(x, generator)
-    best, best_loss = x, torch.full_like(y, -torch.inf,
-                                         dtype=x.dtype) if generator is None else value_of(x)
+    value_of = torch.no_grad()(lambda at: loss(model(at), y))
+    best = x
+    if generator is None:
+        now = x
+        best_loss = torch.full_like(y, -torch.inf, dtype=x.dtype)
+    else:
+        now = threat.sample(x, generator)
+        best_loss = value_of(x)
     for i in range(steps+1):
         if i < steps:
             value, grad, _ = loss_and_grad(model, now, y, loss)
@@ -170,7 +173,7 @@ def is_correct(
     y:Tensor,              # True labels (N,)
     batch_size:int=125,    # Images the model sees at a time
 )->tuple:                  # Indices of the images classified correctly (M,); logits of all (N,K)
-    "Which images are classified correctly."
+    "Which images are classified correctly: no wrong logit is above the true one."
     logits = torch.cat([model(x[s]) for s in batches(len(x), batch_size)])
     return (margin(logits, y) <= 0).nonzero().flatten(), logits
 
@@ -201,8 +204,8 @@ def restarts(
         generator = generator or make_generator(0)
         best = x.clone()
         height = margin(is_correct(model, x, y)[1], y)
-        for seed in torch.randint(2**62, (n,), generator=generator,
-                                  device=generator.device).tolist():
+        seeds = torch.randint(2**62, (n,), generator=generator, device=generator.device)
+        for seed in seeds.tolist():
             left = (height <= 0).nonzero().flatten()
             if not len(left): break
             found = attack(model, x[left], y[left], threat, generator=make_generator(seed))

@@ -44,8 +44,8 @@ def _begin(model, x, y, threat, classes):
     distance at which an image leaves."""
     left, logits = is_correct(model, x, y)
     far = torch.zeros_like(x[:, 0, 0, 0]).index_fill(0, left, torch.inf)
-    wrong = logits.scatter(1, y[:, None], -torch.inf).argsort(
-        dim=1, descending=True, stable=True)[:, :min(classes, logits.shape[1]-1)]
+    order = logits.scatter(1, y[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
+    wrong = order[:, :min(classes, logits.shape[1]-1)]
     unlimited = threat.allows(torch.zeros_like(x[:1]), torch.ones_like(x[:1])).item()
     return x.clone(), far, wrong, 0 if unlimited else threat.eps
 
@@ -71,16 +71,15 @@ def deepfool(
     threat,                # Threat model; `Linf`, `L2` and `L1` also say in which norm to step
     generator:torch.Generator|None=None, # Not used: there is nothing random here
     steps:int=50,          # Steps at most, >= 0
-    overshoot:float=.02,   # Share by which the way is stretched, >= 0
-    # Wrong classes to compare, the likeliest first, >= 1; each costs a gradient per step
-    candidates:int=10,
+    overshoot:float=.02,   # Fraction by which the way is stretched, >= 0
+    candidates:int=10,     # Wrong classes to compare, the likeliest first, >= 1; a gradient each per step
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "DeepFool (Moosavi-Dezfooli et al. 2016, arXiv:1511.04599)."
     check_attack(model, x, y, threat)
     _check_counts(steps=steps, candidates=candidates)
     if not overshoot >= 0:
-        raise ValueError(
-            f"`overshoot` must not be negative; got {overshoot}. The usual value is .02.")
+        raise ValueError(f"`overshoot` must not be negative; got {overshoot}. "
+                         "The usual value is .02.")
     now, far, wrong, _ = _begin(model, x, y, threat, candidates)
     left = far.nonzero().flatten()
     way = torch.zeros_like(x)
@@ -106,7 +105,7 @@ def deepfool(
 def _draw_near(model, x, y, found, halvings=12):
     "The last wrong image on the way from `found` to `x`."
     lo = torch.zeros_like(x[:, :1, :1, :1])
-    hi = torch.ones_like(x[:, :1, :1, :1])
+    hi = torch.ones_like(lo)
     for _ in range(halvings):
         mid = (lo+hi)/2
         wrong = (margin(is_correct(model, x + mid*(found-x), y)[1], y) > 0).view(-1, 1, 1, 1)
@@ -114,13 +113,23 @@ def _draw_near(model, x, y, found, halvings=12):
         hi = torch.where(wrong, mid, hi)
     return torch.where(hi < 1, x + hi*(found-x), found)
 
+def _along_border(model, x, now, both, threat):
+    "Beyond the border of the classes `both`: a mixture of the ways from `now` and from `x` onto it."
+    gap, grad, _ = loss_and_grad(model, now, both, margin_to)
+    step = onto_plane(now, grad, 1e-6-gap, threat)
+    home = onto_plane(x, grad, 1e-6-gap - (grad*(x-now)).flatten(1).sum(1), threat)
+    near = threat.distance(now, now+step)
+    away = threat.distance(x, x+home)
+    bias = (near/(near+away).clamp_min(1e-30)).clamp_max(.1).view(-1, 1, 1, 1)
+    return ((1-bias)*(now + 1.05*step) + bias*(x + 1.05*home)).clamp(0, 1)
+
+# %% ../../nbs/api/attacks/50_minimum_norm.ipynb #0fd8f182
 def fab(
     model:nn.Module,       # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,              # Clean images (N,C,H,W), float, pixels in [0,1]
     y:Tensor,              # True labels (N,), int64
     threat,                # Threat model; `Linf`, `L2` and `L1` also say in which norm to step
-    # Random start drawn from it; None starts at `x`, and so does a threat model that allows
-    # everything
+    # Random start drawn from it; None starts at `x`, and so does a threat model that allows everything
     generator:torch.Generator|None=None,
     steps:int=100,         # Iterations for each wrong class, >= 0
     targets:int=9,         # Wrong classes to try, the likeliest first, >= 1
@@ -136,15 +145,7 @@ def fab(
             left = (far > enough).nonzero().flatten()
             if not len(left): break
             a = x[left]
-            b = now[left]
-            gap, grad, _ = loss_and_grad(model, b, torch.stack([y[left], other[left]], 1),
-                                         margin_to)
-            step = onto_plane(b, grad, 1e-6-gap, threat)
-            home = onto_plane(a, grad, 1e-6-gap - (grad*(a-b)).flatten(1).sum(1), threat)
-            near = threat.distance(b, b+step)
-            away = threat.distance(a, a+home)
-            bias = (near/(near+away).clamp_min(1e-30)).clamp_max(.1).view(-1, 1, 1, 1)
-            b = ((1-bias)*(b + 1.05*step) + bias*(a + 1.05*home)).clamp(0, 1)
+            b = _along_border(model, a, now[left], torch.stack([y, other], 1)[left], threat)
             fallen = margin(is_correct(model, b, y[left])[1], y[left]) > 0
             length = threat.distance(a, b)
             better = fallen & (length < far[left])
@@ -157,6 +158,32 @@ def fab(
     return _finish(model, x, y, threat, found)
 
 # %% ../../nbs/api/attacks/50_minimum_norm.ipynb #48cbb73c
+def _adam_search(model, x, y, threat, const, steps, lr, confidence):
+    """The nearest wrong image on Adam's way (N,C,H,W), its distance (N,), and was any wrong in the
+    second half of the steps (N,)?"""
+    found = x.clone()
+    far = torch.full_like(const, torch.inf)
+    worked = torch.zeros_like(y, dtype=torch.bool)
+    lack = lambda logits, y: (confidence-margin(logits, y)).clamp_min(0)
+    w = ((2*x-1)*.9999).atanh()
+    first = torch.zeros_like(w)
+    second = torch.zeros_like(w)
+    for i in range(1, steps+1):
+        now = (w.tanh()+1)/2
+        _, grad, logits = loss_and_grad(model, now, y, lack)
+        fallen = margin(logits, y) > confidence
+        length = threat.distance(x, now)
+        better = fallen & (length < far)
+        found[better] = now[better]
+        far[better] = length[better]
+        worked |= fallen & (2*i > steps)
+        slope = (2*(now-x) + const.view(-1, 1, 1, 1)*grad)*(1-w.tanh()**2)/2
+        first = .9*first + .1*slope
+        second = .999*second + .001*slope**2
+        w = w - lr*first/(1-.9**i)/((second/(1-.999**i)).sqrt() + 1e-8)
+    return found, far, worked
+
+# %% ../../nbs/api/attacks/50_minimum_norm.ipynb #48cbb73d
 def carlini_wagner(
     model:nn.Module,       # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,              # Clean images (N,C,H,W), float, pixels in [0,1]
@@ -171,8 +198,8 @@ def carlini_wagner(
     check_attack(model, x, y, threat)
     _check_counts(steps=steps)
     if not (lr > 0 and confidence >= 0):
-        raise ValueError(
-            f"`lr` must be positive and `confidence` not negative; got {lr} and {confidence}.")
+        raise ValueError("`lr` must be positive and `confidence` not negative; got "
+                         f"{lr} and {confidence}.")
     found, far, _, enough = _begin(model, x, y, threat, 1)
     low = torch.zeros_like(far)
     high = torch.full_like(far, torch.inf)
@@ -180,25 +207,11 @@ def carlini_wagner(
     for _ in range(9):
         left = (far > enough).nonzero().flatten()
         if not len(left): break
-        a = x[left]
-        worked = torch.zeros_like(left, dtype=torch.bool)
-        w = ((2*a-1)*.9999).atanh()
-        first = torch.zeros_like(w)
-        second = torch.zeros_like(w)
-        for i in range(1, steps+1):
-            b = (w.tanh()+1)/2
-            _, grad, logits = loss_and_grad(model, b, y[left],
-                                            lambda z, y: (confidence-margin(z, y)).clamp_min(0))
-            fallen = margin(logits, y[left]) > confidence
-            length = threat.distance(a, b)
-            better = fallen & (length < far[left])
-            worked = worked | (fallen & (2*i > steps))
-            found[left[better]] = b[better]
-            far[left[better]] = length[better]
-            slope = (2*(b-a) + const[left].view(-1, 1, 1, 1)*grad)*(1-w.tanh()**2)/2
-            first = .9*first + .1*slope
-            second = .999*second + .001*slope**2
-            w = w - lr*first/(1-.9**i)/((second/(1-.999**i)).sqrt() + 1e-8)
+        near, length, worked = _adam_search(model, x[left], y[left], threat, const[left],
+                                            steps, lr, confidence)
+        better = length < far[left]
+        found[left[better]] = near[better]
+        far[left[better]] = length[better]
         high[left] = torch.where(worked, const[left], high[left])
         low[left] = torch.where(worked, low[left], const[left])
         const = torch.where(high < torch.inf, (low+high)/2, 10*const)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from .threat_models import L1, Linf, _shrink
-from .gradient import check_attack, loss_and_grad, margin, is_correct
+from .threat_models import L1, Linf, shrink_to_sum
+from .gradient import check_attack, is_correct, loss_and_grad, margin
 
 # %% ../../nbs/api/attacks/80_perceptual.ipynb #2a8a8c04
 def _search(model, x, y, threat, loss, steps, form):
@@ -23,8 +23,11 @@ def _search(model, x, y, threat, loss, steps, form):
     out = x.clone()
     left, logits = is_correct(model, x, y)
     if not len(left): return out
-    x, y, height = x[left], y[left], margin(logits, y)[left]
-    best, (now, made, follow) = x, form(x)
+    height = margin(logits, y)[left]
+    x = x[left]
+    y = y[left]
+    best = x
+    now, made, follow = form(x)
     for i in range(steps+1):
         with torch.enable_grad():
             now = now.detach().requires_grad_()
@@ -54,8 +57,8 @@ def _dct(x):
     border of repeated pixels fills the last blocks."""
     h, w = x.shape[2:]
     full = F.pad(255*x - 128, (0, -w % 8, 0, -h % 8), mode='replicate')
-    return _cosines(x) @ full.unflatten(
-        3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4) @ _cosines(x).T
+    blocks = full.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)
+    return _cosines(x) @ blocks @ _cosines(x).T
 
 def _idct(blocks, h, w):
     "The images (N,C,h,w) that `_dct` came from."
@@ -63,16 +66,17 @@ def _idct(blocks, h, w):
     return (full.transpose(3, 4).flatten(4).flatten(2, 3)[:, :, :h, :w] + 128)/255
 
 # %% ../../nbs/api/attacks/80_perceptual.ipynb #816de0e6
-def _retable(whole, now, slope, tables, share):
-    """The rounded transform `now` with a better rounding step for the `share` of entries that gain
+def _retable(whole, now, slope, tables, fraction):
+    """The rounded transform `now` with a better rounding step for the fraction of entries that gain
     most; `whole` is not rounded."""
-    gain, new = torch.zeros_like(now[:, :, :1, :1]), now
+    gain = torch.zeros_like(now[:, :, :1, :1])
+    new = now
     for step in tables:
         other = (whole/step).round()*step
         gains = ((other-now)*slope).sum((2, 3), keepdim=True)
         new = torch.where(gains > gain, other, new)
         gain = torch.maximum(gain, gains)
-    least = gain.flatten(1).topk(math.ceil(share*gain[0].numel()), 1).values[:, -1]
+    least = gain.flatten(1).topk(math.ceil(fraction*gain[0].numel()), 1).values[:, -1]
     return torch.where(gain >= least.view(-1, 1, 1, 1, 1, 1), new, now)
 
 def advdrop(
@@ -89,13 +93,14 @@ def advdrop(
     search than theirs."""
     low, high = tables
     if not 0 < low <= high < math.inf:
-        raise ValueError("`tables` must be two positive rounding steps, the smaller first; "
-                         f"got {tables}. The paper's range is (5, 40).")
+        raise ValueError("`tables` must be two positive rounding steps, the smaller first; got "
+                         f"{tables}. The paper's range is (5, 40).")
     every = torch.linspace(low, high, 36, dtype=torch.float64).tolist()
     def form(x):
         whole = _dct(x)
-        return (whole/low).round()*low, lambda blocks: _idct(blocks, *x.shape[2:]).clamp(
-            0, 1), lambda now, slope, i: _retable(whole, now, slope, every, 2/(i+2))
+        made = lambda blocks: _idct(blocks, *x.shape[2:]).clamp(0, 1)
+        follow = lambda now, slope, i: _retable(whole, now, slope, every, 2/(i+2))
+        return (whole/low).round()*low, made, follow
     return _search(model, x, y, threat, loss, steps, form)
 
 # %% ../../nbs/api/attacks/80_perceptual.ipynb #3cc156e5
@@ -117,8 +122,8 @@ def _fitting(flow, give, take):
     back = (-flow).clamp_min(0)
     give = (give/(on.sum(2) + _came(back)).clamp_min(1e-30)).clamp_max(1)
     take = (take/(back.sum(2) + _came(on)).clamp_min(1e-30)).clamp_max(1)
-    return on*torch.minimum(give[:, :, None],
-                            _next(take)) - back*torch.minimum(_next(give), take[:, :, None])
+    forth = on*torch.minimum(give[:, :, None], _next(take))
+    return forth - back*torch.minimum(_next(give), take[:, :, None])
 
 # %% ../../nbs/api/attacks/80_perceptual.ipynb #da47e6d0
 def wasserstein(
@@ -127,14 +132,14 @@ def wasserstein(
     y:Tensor,              # True labels (N,), int64
     threat,                # Threat model; `Linf(1.)` leaves the limit to `mass`
     generator:torch.Generator|None=None, # Not used: there is nothing random here
-    mass:float=.01,        # Cost of the flow: light times pixels, as a share of the light of the image, >= 0
+    mass:float=.01,        # Cost of the flow: light times pixels, as a fraction of the image's light, >= 0
     steps:int=50,          # Steps, >= 0
     loss:Callable=margin,  # (logits, y) -> loss per image
 )->Tensor:                 # Images like `x`, allowed by `threat`; each channel has the light of `x`
     "Light moved between neighbouring pixels (flows: Levine and Feizi 2020, arXiv:1910.10783)."
     if not 0 <= mass < math.inf:
-        raise ValueError(f"`mass` must be finite and not negative; got {mass}. One per cent "
-                         "of the light moved by one pixel is .01.")
+        raise ValueError(f"`mass` must be finite and not negative; got {mass}. "
+                         "One per cent of the light moved by one pixel is .01.")
     def form(x):
         budget = mass*x.flatten(1).sum(1, keepdim=True)
         start = torch.zeros_like(x[:, :, None]).repeat(1, 1, 2, 1, 1)
@@ -143,26 +148,28 @@ def wasserstein(
         def made(flow):
             image = _moved(x, flow)
             if not isinstance(threat, L1): return image
-            return (x + (image-x)*(threat.eps/threat.distance(x, image.detach()).clamp_min(1e-30))
-                                  .clamp_max(1).view(-1, 1, 1, 1))
+            length = threat.distance(x, image.detach()).clamp_min(1e-30)
+            return x + (image-x)*(threat.eps/length).clamp_max(1).view(-1, 1, 1, 1)
         def follow(flow, slope, i):
-            slope[:, :, 0, :, -1], slope[:, :, 1, -1] = 0, 0
-            goal = (flow.flatten(1) + 4*(steps-i)/steps**2*budget*slope.flatten(
-                1)/slope.flatten(1).norm(dim=1, keepdim=True).clamp_min(1e-30)).view_as(flow)
-            size = goal.flatten(1).abs()
-            return _fitting(_shrink(size, size, budget).view_as(flow)*goal.sign(), x-least, most-x)
+            slope[:, :, 0, :, -1] = 0
+            slope[:, :, 1, -1] = 0
+            slope = slope.flatten(1)
+            step = 4*(steps-i)/steps**2*budget*slope
+            goal = flow.flatten(1) + step/slope.norm(dim=1, keepdim=True).clamp_min(1e-30)
+            goal = shrink_to_sum(goal.abs(), goal.abs(), budget)*goal.sign()
+            return _fitting(goal.view_as(flow), x-least, most-x)
         return start, made, follow
     return _search(model, x, y, threat, loss, steps, form)
 
 # %% ../../nbs/api/attacks/80_perceptual.ipynb #89e2c7f6
 def _hats(x, knots):
     "The weight (N,C,knots,H*W) of each of `knots` equally spaced values for each pixel, of which two share."
-    return (1 - ((knots-1)*x.flatten(2)[:, :, None] - torch.arange(
-        knots, device=x.device)[:, None]).abs()).clamp_min(0)
+    values = torch.arange(knots, device=x.device)[:, None]
+    return (1 - ((knots-1)*x.flatten(2)[:, :, None] - values).abs()).clamp_min(0)
 
-def _at_colours(lattice, hats):
-    """Offsets (N,C,H*W) of the colours behind `hats`, between those at the points of `lattice` (N,
-    C, knots**C)."""
+def _at_colors(lattice, hats):
+    """Offsets (N,C,H*W) of the colours behind `hats`, between those at the points of `lattice`
+    (N,C,knots**C)."""
     n, c, knots, pixels = hats.shape
     out = lattice.view(n, -1, knots) @ hats[:, -1]
     for i in reversed(range(c-1)):
@@ -187,8 +194,9 @@ def recolor(
         hats = _hats(x, knots)
         reach = threat.eps/threat.distance(torch.zeros_like(x), torch.ones_like(x)).view(-1, 1, 1)
         most = reach if isinstance(threat, Linf) else torch.ones_like(reach)
-        made = lambda lattice: x + _at_colours(lattice, hats).view_as(x)
-        follow = lambda lattice, slope, i: (lattice + 2.5*reach/steps*slope.sign()).clamp(
-            -most, most)
-        return x.new_zeros(*x.shape[:2], knots**x.shape[1]), made, follow
+        start = x.new_zeros(*x.shape[:2], knots**x.shape[1])
+        made = lambda lattice: x + _at_colors(lattice, hats).view_as(x)
+        def follow(lattice, slope, i):
+            return (lattice + 2.5*reach/steps*slope.sign()).clamp(-most, most)
+        return start, made, follow
     return _search(model, x, y, threat, loss, steps, form)

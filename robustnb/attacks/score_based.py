@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import nn, Tensor
 from ..core import batches, draw, image_generators, make_generator
-from .threat_models import L1, L2, Linf, L0
-from .gradient import check_attack, margin, is_correct
+from .threat_models import L0, L1, L2, Linf
+from .gradient import check_attack, is_correct, margin
 
 # %% ../../nbs/api/attacks/60_score_based.ipynb #71c55b31
 @torch.no_grad()
@@ -21,7 +21,7 @@ def random_search(
     y:Tensor,            # True labels (N,), int64
     threat,              # Any threat model
     generator:torch.Generator|None=None, # Random images; None stands for seed 0
-    tries:int=100,       # Random images to ask about for each image, >= 1
+    tries:int=100,       # Random images to try for each image, >= 1
 )->Tensor:               # Images like `x`, allowed by `threat`
     "The best of random allowed images."
     check_attack(model, x, y, threat)
@@ -30,8 +30,8 @@ def random_search(
     out = x.clone()
     best = margin(logits, y)
     generator = generator or make_generator(0)
-    for seed in torch.randint(2**62, (tries,), generator=generator,
-                              device=generator.device).tolist():
+    seeds = torch.randint(2**62, (tries,), generator=generator, device=generator.device)
+    for seed in seeds.tolist():
         if not len(left): break
         found = threat.sample(x[left], make_generator(seed))
         value = margin(is_correct(model, found, y[left])[1], y[left])
@@ -42,19 +42,30 @@ def random_search(
     return out
 
 # %% ../../nbs/api/attacks/60_score_based.ipynb #4f413c4e
-def square_side(at, queries, p, x):
-    "Side of the square at question `at`: the paper's schedule for 10,000 questions, stretched."
+def square_side(
+    at:int,        # Number of the query, from 0
+    queries:int,   # Queries granted, > `at`
+    p:float,       # Fraction of the image that the first squares cover, in (0,1]
+    x:Tensor,      # Images (N,C,H,W)
+)->int:            # Pixels, at least 1 and at most height and width
+    "Side of the square of a query: the paper's schedule for 10,000 queries, stretched."
     halvings = sum(10_000*at//queries > k for k in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
     return min(max(round((p/2**halvings*x[0, 0].numel())**.5), 1), *x.shape[2:])
 
-def square_window(x, side, u):
-    "Indices of a square of `side` pixels in each image, at the place that the random numbers `u` (N,2) say."
+def square_window(
+    x:Tensor,      # Images (N,C,H,W)
+    side:int,      # Pixels, at most height and width
+    u:Tensor,      # Random numbers in [0,1) (N,2) that say where: top and left
+)->tuple:          # Four index tensors: `x[square_window(x, side, u)]` is (N,C,side,side)
+    "Indices of one square in each image, in all channels."
     n, c, h, w = x.shape
     count = lambda k: torch.arange(k, device=x.device)
     top, start = (u*torch.tensor([h-side+1, w-side+1], device=x.device)).long().T
-    return count(n).view(-1, 1, 1, 1), count(c).view(-1, 1, 1), (top[:, None] + count(side)).view(
-        n, 1, side, 1), (start[:, None] + count(side)).view(n, 1, 1, side)
+    rows = (top[:, None] + count(side)).view(n, 1, side, 1)
+    cols = (start[:, None] + count(side)).view(n, 1, 1, side)
+    return count(n).view(-1, 1, 1, 1), count(c).view(-1, 1, 1), rows, cols
 
+# %% ../../nbs/api/attacks/60_score_based.ipynb #4f413c51
 def _bump(side, power, like):
     "Two opposite pyramids, one above the other (side,side), of length one; steeper for L1."
     def pyramid(h, w):
@@ -67,65 +78,50 @@ def _first(threat, x, u):
     "Stripes for Linf, a grid of bumps for L2 and L1; their signs from the random numbers `u` (N,C*H*W)."
     n, c, h, w = x.shape
     sign = torch.where(u < .5, -1., 1.).to(x)
-    if isinstance(threat, Linf): return (x + threat.eps*sign[:, :c*w].view(n, c, 1, w)).clamp(0, 1)
+    if isinstance(threat, Linf):
+        return (x + threat.eps*sign[:, :c*w].view(n, c, 1, w)).clamp(0, 1)
     side = max(min(h, w)//5, 1)
     power = 2 if isinstance(threat, L2) else 1
-    d = torch.zeros_like(x)
     rows = h//side
     cols = w//side
-    signs = sign[:, :c*rows*cols].view(
-        n, c, rows, cols).repeat_interleave(side, 2).repeat_interleave(side, 3)
+    signs = sign[:, :c*rows*cols].view(n, c, rows, cols)
+    signs = signs.repeat_interleave(side, 2).repeat_interleave(side, 3)
+    d = torch.zeros_like(x)
     d[:, :, :rows*side, :cols*side] = signs*_bump(side, power, x).repeat(rows, cols)
     return threat.project(x, x + threat.eps*d/threat._length(d).view(-1, 1, 1, 1))
 
 # %% ../../nbs/api/attacks/60_score_based.ipynb #04840e3b
-def _propose(threat, x, best, side, u):
-    "The next image to ask about, for random numbers `u` (N,5+C)."
-    c = x.shape[1]
-    sign = torch.where(u[:, 5:] < .5, -1., 1.).to(x)[:, :, None, None]
-    if isinstance(threat, Linf):
-        here = square_window(x, side, u[:, :2])
-        asked = best.clone()
-        asked[here] = (x[here] + threat.eps*sign).clamp(0, 1)
-        return asked
-    side = min(max(side + 1 - side % 2, 3), *x.shape[2:])
+def _move_bump(threat, d, side, u):
+    "The change `d` with a new bump in one window, paid for by another, for random numbers `u` (N,5+C)."
+    side = min(max(side + 1 - side % 2, 3), *d.shape[2:])
     power = 2 if isinstance(threat, L2) else 1
-    d = best-x
+    c = d.shape[1]
+    sign = torch.where(u[:, 5:] < .5, -1., 1.).to(d)[:, :, None, None]
     size = lambda d: d.abs().pow(power).sum((2, 3), keepdim=True)
-    to = square_window(x, side, u[:, :2])
-    donor = square_window(x, side, u[:, 2:4])
+    to = square_window(d, side, u[:, :2])
+    donor = square_window(d, side, u[:, 2:4])
     kept = d.clone()
-    bump = _bump(side, power, x)
-    kept[to], kept[donor] = 0, 0
+    kept[to] = 0
+    kept[donor] = 0
     unused = (threat.eps**power - size(d).sum(1, keepdim=True)).clamp_min(0)/c
     budget = (unused + size(d) - size(kept)).clamp_min(0)
-    patch = torch.where(u[:, 4].view(-1, 1, 1, 1) < .5, bump,
-                        bump.T)*sign + d[to]/size(d[to]).clamp_min(1e-24)**(1/power)
+    bump = _bump(side, power, d)
+    bump = torch.where(u[:, 4].view(-1, 1, 1, 1) < .5, bump, bump.T)
+    patch = bump*sign + d[to]/size(d[to]).clamp_min(1e-24)**(1/power)
     patch = patch*(budget/size(patch).clamp_min(1e-24))**(1/power)
     kept[to] = patch if power == 2 else c*patch
-    if power == 2:
-        kept = kept*(threat.eps/threat._length(kept).clamp_min(1e-12)).view(-1, 1, 1, 1)
-    return threat.project(x, x + kept)
+    if power == 1: return kept
+    return kept*(threat.eps/threat._length(kept).clamp_min(1e-12)).view(-1, 1, 1, 1)
 
-@torch.no_grad()
-def square(
-    model:nn.Module,     # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
-    x:Tensor,            # Clean images (N,C,H,W), float, pixels in [0,1]
-    y:Tensor,            # True labels (N,), int64
-    threat,              # `Linf`, `L2` or `L1`
-    generator:torch.Generator|None=None, # Squares and signs; None stands for seed 0
-    queries:int=5000,    # Most questions per image, >= 2
-    p:float=.8,          # Share of the image that the first squares cover, in (0,1]
-    loss:Callable=margin, # (logits, y) -> what is to grow; success is judged by the margin
-)->Tensor:               # Images like `x`, allowed by `threat`
-    "Square attack (Andriushchenko et al. 2020, arXiv:1912.00049)."
-    check_attack(model, x, y, threat)
-    if not isinstance(threat, (Linf, L2, L1)):
-        raise TypeError(f"`threat` must be Linf, L2 or L1 for `square`; got {threat}. Use "
-                        "`random_search`, which takes any threat model.")
-    if not (queries >= 2 and 0 < p <= 1):
-        raise ValueError(f"`queries` must be at least 2 and `p` in (0, 1]; got {queries} and {p}.")
-    return _search(model, x, y, threat, generator, queries, p, loss)
+def _propose(threat, x, best, side, u):
+    "The next image to ask about, for random numbers `u` (N,5+C)."
+    if not isinstance(threat, Linf):
+        return threat.project(x, x + _move_bump(threat, best-x, side, u))
+    sign = torch.where(u[:, 5:] < .5, -1., 1.).to(x)[:, :, None, None]
+    here = square_window(x, side, u[:, :2])
+    asked = best.clone()
+    asked[here] = (x[here] + threat.eps*sign).clamp(0, 1)
+    return asked
 
 # %% ../../nbs/api/attacks/60_score_based.ipynb #59823c77
 def _search(model, x, y, threat, generator, queries, p, loss):
@@ -134,17 +130,17 @@ def _search(model, x, y, threat, generator, queries, p, loss):
     out = x.clone()
     clean = margin(logits, y)
     own = image_generators(generator, x)
-    s = dict(id=left, x=x[left], y=y[left], best=x[left],
-             value=torch.full_like(clean[left], -torch.inf), height=clean[left])
     own = [own[i] for i in left.tolist()]
+    s = dict(id=left, x=x[left], y=y[left], best=x[left], height=clean[left],
+             value=torch.full_like(clean[left], -torch.inf))
     for at in range(queries-2 if own else 0):
         if at == 0:
             asked = _first(threat, s['x'], draw(torch.rand, own, x[0].numel(), like=x))
         else:
             if at % 100 == 1:
                 s['u'] = draw(torch.rand, own, 100, 5+x.shape[1], like=x)
-            asked = _propose(threat, s['x'], s['best'], square_side(at, queries, p, x),
-                             s['u'][:, (at-1) % 100])
+            side = square_side(at, queries, p, x)
+            asked = _propose(threat, s['x'], s['best'], side, s['u'][:, (at-1) % 100])
         logits = is_correct(model, asked, s['y'])[1]
         value = loss(logits, s['y'])
         height = margin(logits, s['y'])
@@ -161,23 +157,60 @@ def _search(model, x, y, threat, generator, queries, p, loss):
             if not own: break
     return out
 
+# %% ../../nbs/api/attacks/60_score_based.ipynb #59823c79
+@torch.no_grad()
+def square(
+    model:nn.Module,     # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
+    x:Tensor,            # Clean images (N,C,H,W), float, pixels in [0,1]
+    y:Tensor,            # True labels (N,), int64
+    threat,              # `Linf`, `L2` or `L1`
+    generator:torch.Generator|None=None, # Squares and signs; None stands for seed 0
+    queries:int=5000,    # Most queries per image, >= 2
+    p:float=.8,          # Fraction of the image that the first squares cover, in (0,1]
+    loss:Callable=margin, # (logits, y) -> what is to grow; success is judged by the margin
+)->Tensor:               # Images like `x`, allowed by `threat`
+    "Square attack (Andriushchenko et al. 2020, arXiv:1912.00049)."
+    check_attack(model, x, y, threat)
+    if not isinstance(threat, (Linf, L2, L1)):
+        raise TypeError(f"`threat` must be Linf, L2 or L1 for `square`; got {threat}. "
+                        "Use `random_search`, which takes any threat model.")
+    if not (queries >= 2 and 0 < p <= 1):
+        raise ValueError(f"`queries` must be at least 2 and `p` in (0, 1]; got {queries} and {p}.")
+    return _search(model, x, y, threat, generator, queries, p, loss)
+
 # %% ../../nbs/api/attacks/60_score_based.ipynb #30d7ce9d
-def paint_pixels(x, genes):
-    "Images (N,C,H,W) with the pixels that `genes` (N,n,2+C) say: row, column and colour, all in [0,1]."
-    x, size, i = x.clone(), torch.tensor(x.shape[2:],
-                                         device=x.device), torch.arange(len(x), device=x.device)
+def paint_pixels(
+    x:Tensor,        # Images (N,C,H,W)
+    genes:Tensor,    # n pixels for each (N,n,2+C): row, column and colour, all in [0,1]
+)->Tensor:           # Images like `x`
+    "Images with some pixels painted over."
+    x = x.clone()
+    size = torch.tensor(x.shape[2:], device=x.device)
+    i = torch.arange(len(x), device=x.device)
     rows, cols = (genes[:, :, :2]*size).long().minimum(size-1).unbind(2)
     for k in range(genes.shape[1]):
         x[i, :, rows[:, k], cols[:, k]] = genes[:, k, 2:]
     return x
 
+# %% ../../nbs/api/attacks/60_score_based.ipynb #30d7cea0
 def _fitness(model, x, y, genes):
     "Margins (N,P) of all members `genes` (N,P,n,2+C), about 500 images at a time."
     p = genes.shape[1]
-    ask = lambda s: margin(
-        model(paint_pixels(x[s].repeat_interleave(p, 0), genes[s].flatten(0, 1))),
-        y[s].repeat_interleave(p)).view(-1, p)
-    return torch.cat([ask(s) for s in batches(len(x), max(1, 500//p))])
+    def margins(s):
+        images = paint_pixels(x[s].repeat_interleave(p, 0), genes[s].flatten(0, 1))
+        return margin(model(images), y[s].repeat_interleave(p)).view(-1, p)
+    return torch.cat([margins(s) for s in batches(len(x), max(1, 500//p))])
+
+def _challenge(model, s, generation):
+    "The state after each member has met its child, and the better of the two has stayed."
+    i = torch.arange(len(s['id']), device=s['id'].device)[:, None]
+    order = s['shuffle'][:, generation]
+    parent = lambda k: s['members'][i, order.roll(k, 1)]
+    child = (parent(0) + .5*(parent(1)-parent(2))).clamp(0, 1)
+    height = _fitness(model, s['x'], s['y'], child)
+    better = height > s['height']
+    return s | dict(members=torch.where(better[:, :, None, None], child, s['members']),
+                    height=torch.where(better, height, s['height']))
 
 # %% ../../nbs/api/attacks/60_score_based.ipynb #bfdbfb45
 @torch.no_grad()
@@ -193,8 +226,8 @@ def one_pixel(
     "Few-pixel attack by differential evolution (Su et al. 2019, arXiv:1710.08864)."
     check_attack(model, x, y, threat)
     if not isinstance(threat, L0):
-        raise TypeError("`threat` must be Pixels for `one_pixel`, e.g. `L0(1)`; got "
-                        f"{threat}. Use `square` or `random_search` for other threat models.")
+        raise TypeError(f"`threat` must be L0 for `one_pixel`, e.g. `L0(1)`; got {threat}. "
+                        "Use `square` or `random_search` for other threat models.")
     if not (population >= 3 and generations >= 0):
         raise ValueError("`population` must be at least 3 and `generations` not negative; got "
                          f"{population} and {generations}.")
@@ -205,19 +238,13 @@ def one_pixel(
     own = [own[i] for i in left.tolist()]
     if not own: return out
     places = draw(torch.rand, own, population, threat.n, 2, like=x)
-    colours = .5 + .5*draw(torch.randn, own, population, threat.n, x.shape[1], like=x)
-    s = dict(id=left, x=x[left], y=y[left], members=torch.cat([places, colours.clamp(0, 1)], 3),
+    colors = .5 + .5*draw(torch.randn, own, population, threat.n, x.shape[1], like=x)
+    s = dict(id=left, x=x[left], y=y[left], members=torch.cat([places, colors.clamp(0, 1)], 3),
              shuffle=draw(torch.rand, own, generations, population, like=x).argsort(2))
     s['height'] = _fitness(model, s['x'], s['y'], s['members'])
     for g in range(generations+1):
         if g > 0:
-            i = torch.arange(len(s['id']), device=x.device)[:, None]
-            a, b, c = (s['members'][i, s['shuffle'][:, g-1].roll(k, 1)] for k in range(3))
-            child = (a + .5*(b-c)).clamp(0, 1)
-            height = _fitness(model, s['x'], s['y'], child)
-            better = height > s['height']
-            s |= dict(members=torch.where(better[:, :, None, None], child, s['members']),
-                      height=torch.where(better, height, s['height']))
+            s = _challenge(model, s, g-1)
         top, who = s['height'].max(1)
         best = paint_pixels(s['x'], s['members'][torch.arange(len(who), device=x.device), who])
         out[s['id']] = torch.where((top > clean[s['id']]).view(-1, 1, 1, 1), best, s['x'])

@@ -20,8 +20,8 @@ from .threat_models import Ball, L2
 def _windows(x):
     "Mean and sample variance of each 7x7 window, (N,C,H-6,W-6)."
     if x.ndim != 4 or min(x.shape[2:]) < 7:
-        raise ValueError("`x` must be images (N,C,H,W) at least 7 pixels high and wide, for "
-                         f"the 7 x 7 windows; got {tuple(x.shape)}.")
+        raise ValueError("`x` must be images (N,C,H,W) at least 7 pixels high and wide, for the "
+                         f"7 x 7 windows; got {tuple(x.shape)}.")
     mean = F.avg_pool2d(x, 7, 1)
     return mean, 49/48*(F.avg_pool2d(x*x, 7, 1) - mean**2)
 
@@ -29,8 +29,7 @@ def ssim_along(
     x:Tensor,        # Images (N,C,H,W), pixels in [0,1], at least 7 pixels high and wide
     change:Tensor,   # Changes of the same shape
     data_range:float=1., # Largest possible difference of two pixels, > 0
-    # t, a number or a tensor (N,1,1,1) -> similarity of `x` and `x + t*change` per image (N,)
-)->Callable:
+)->Callable:         # t, a number or a tensor (N,1,1,1) -> similarity of `x` and `x + t*change` (N,)
     "Structural similarity as a function of the length of the change."
     if x.shape != change.shape:
         raise ValueError("`x` and the images compared with it must have the same shape; got "
@@ -46,18 +45,35 @@ def ssim_along(
         return (light*texture).mean((1, 2, 3)).to(x.dtype)
     return similarity
 
+# %% ../../nbs/api/attacks/20_ssim_rule.ipynb #cb6cf5af
 def ssim(
     x:Tensor,        # Images (N,C,H,W), pixels in [0,1], at least 7 pixels high and wide
     x_adv:Tensor,    # Images of the same shape
-    # Largest possible difference of two pixels, > 0; anything but 1 is for repeating the mistakes
-    # of others
+    # Largest possible difference of two pixels, > 0; anything but 1 repeats the mistakes of others
     data_range:float=1.,
 )->Tensor:           # Similarity per image (N,), at most 1; 1 for equal images
     "Structural similarity (Wang et al. 2004, doi:10.1109/TIP.2003.819861) as scikit-image defines it."
     if x.shape != x_adv.shape:
-        raise ValueError(f"`x` and `x_adv` must have the same shape; got {tuple(x.shape)} and "
-                         f"{tuple(x_adv.shape)}.")
+        raise ValueError("`x` and `x_adv` must have the same shape; got "
+                         f"{tuple(x.shape)} and {tuple(x_adv.shape)}.")
     return ssim_along(x, x_adv.double()-x.double(), data_range)(1)
+
+# %% ../../nbs/api/attacks/20_ssim_rule.ipynb #e0937f9b
+def _pixel_cost(x):
+    "What changing each pixel (N,C,H,W) costs: the sum over its windows."
+    return F.avg_pool2d(F.pad(1/(2*_windows(x.double())[1] + .03**2), [6]*4), 7, 1)
+
+def _longest_similar(x, change, level):
+    "The largest t (N,1,1,1) in [0,1], by bisection, at which `x + t*change` keeps the similarity."
+    similarity = ssim_along(x, change)
+    lo = torch.zeros_like(x[:, :1, :1, :1])
+    hi = torch.ones_like(lo)
+    for _ in range(20):
+        mid = (lo+hi)/2
+        good = (similarity(mid) >= level).view(-1, 1, 1, 1)
+        lo = torch.where(good, mid, lo)
+        hi = torch.where(good, hi, mid)
+    return lo
 
 # %% ../../nbs/api/attacks/20_ssim_rule.ipynb #e0937f9c
 @dataclass(frozen=True)
@@ -73,21 +89,19 @@ class SSIM(Ball):
     def _rounding(self, x, x_adv): return 0
     def _unit(self, grad): return L2(1.)._unit(grad)
     def _search(self, grad, x, x_adv):
-        step = grad.double()/F.avg_pool2d(F.pad(1/(2*_windows(x.double())[1] + .03**2), [6]*4),
-                                          7, 1)
+        step = grad.double()/_pixel_cost(x)
         step = step/step.flatten(1).abs().amax(1).clamp_min(1e-300).view(-1, 1, 1, 1)
         lost = (1-ssim_along(x.double(), step)(1e-3))/1e-3**2
         return (step*(lost*self.eps).clamp_min(1e-30).rsqrt().view(-1, 1, 1, 1)).to(grad.dtype)
     def _random(self, x, draw):
-        return draw(torch.rand, 1, 1, 1)*(self.project(x, x + .3*draw(torch.randn, *x.shape[1:]))-x)
-
+        part = draw(torch.rand, 1, 1, 1)
+        return part*(self.project(x, x + .3*draw(torch.randn, *x.shape[1:]))-x)
     def distance(self,
         x:Tensor,      # Clean images (N,C,H,W), pixels in [0,1]
         x_adv:Tensor,  # Changed images, same shape
     )->Tensor:
         "One minus the structural similarity, per image (N,)."
         return 1-ssim(x, x_adv)
-
     @torch.no_grad()
     def project(self,
         x:Tensor,      # Clean images (N,C,H,W), pixels in [0,1]
@@ -97,30 +111,21 @@ class SSIM(Ball):
         goal = x_adv.clamp(0, 1)
         out = (ssim(x, goal) < self.level).nonzero().flatten()
         if not len(out): return goal
-        start = x[out]
         move = goal[out]-x[out]
-        similarity = ssim_along(start, move)
-        lo = torch.zeros_like(start[:, :1, :1, :1])
-        hi = torch.ones_like(start[:, :1, :1, :1])
-        for _ in range(20):
-            mid = (lo+hi)/2
-            good = (similarity(mid) >= self.level).view(-1, 1, 1, 1)
-            lo = torch.where(good, mid, lo)
-            hi = torch.where(good, hi, mid)
-        return goal.index_copy(0, out, (start + lo*move).clamp(0, 1))
+        near = x[out] + _longest_similar(x[out], move, self.level)*move
+        return goal.index_copy(0, out, near.clamp(0, 1))
 
 # %% ../../nbs/api/attacks/20_ssim_rule.ipynb #203175bb
 def file_ssim(
     images:np.ndarray,    # Originals (N,H,W,C), uint8, at least 7 pixels high and wide
     changed:np.ndarray,   # Changed images of the same shape, uint8
 )->np.ndarray:            # Similarity per image (N,), float64, at most 1
-    """Structural similarity of 8-bit images, to double precision (Wang et al. 2004,
-    doi:10.1109/TIP.2003.819861)."""
+    "Structural similarity of 8-bit images, to double precision."
     images = check_pixels(images)
     changed = check_pixels(changed)
     if images.shape != changed.shape:
-        raise ValueError(f"`changed` must be images like `images`; got shapes {changed.shape} "
-                         f"and {images.shape}.")
+        raise ValueError("`changed` must be images like `images`; got shapes "
+                         f"{changed.shape} and {images.shape}.")
     pixels = lambda a: torch.from_numpy(np.ascontiguousarray(a.transpose(0, 3, 1, 2))).double()/255
-    return np.concatenate([ssim(pixels(images[o]), pixels(changed[o])).numpy()
-                           for o in batches(len(images), 100)])
+    parts = [ssim(pixels(images[o]), pixels(changed[o])) for o in batches(len(images), 100)]
+    return torch.cat(parts).numpy()

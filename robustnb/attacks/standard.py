@@ -13,7 +13,8 @@ from torch import nn, Tensor
 from ..core import fast_bf16, make_generator
 from ..models.graph import fold_batchnorm
 from .threat_models import L1, L2, Linf
-from .gradient import check_attack, multi_attack, margin, margin_to, is_correct
+from .gradient import (
+    check_attack, is_correct, margin, margin_to, multi_attack)
 from .adaptive_pgd import apgd, apgd_targeted, climb, gradients
 from .minimum_norm import fab
 from .score_based import random_search, square
@@ -28,13 +29,13 @@ def autoattack(
 )->Tensor:              # Images like `x`, allowed by `threat`
     "The standard evaluation (Croce and Hein 2020, arXiv:2003.01690)."
     if not isinstance(threat, (Linf, L2, L1)):
-        raise TypeError("`threat` must be Linf, L2 or L1 for the standard evaluation; got "
-                        f"{threat}. Use `cascade`, which takes any threat model.")
+        raise TypeError(f"`threat` must be Linf, L2 or L1 for the standard evaluation; got {threat}. "
+                        "Use `cascade`, which takes any threat model.")
     if check_attack(model, x, y) < 4:
         raise ValueError("`model` must have at least 4 classes for the targeted losses of the "
                          "standard evaluation. Use `cascade`.")
-    return multi_attack(apgd, apgd_targeted, fab,
-                        square)(model, x, y, threat, generator or make_generator(0))
+    four = multi_attack(apgd, apgd_targeted, fab, square)
+    return four(model, x, y, threat, generator or make_generator(0))
 
 # %% ../../nbs/api/attacks/90_standard.ipynb #94f00662
 class _Lowered(nn.Module):
@@ -54,45 +55,81 @@ def search_copy(
     model:nn.Module,    # Classifier in eval mode
     x:Tensor,           # Some of its images (N,C,H,W)
     y:Tensor,           # Their labels (N,)
-    # A faster copy without gradients for its weights, or the model itself where the copy would
-    # mislead
-)->nn.Module:
+)->nn.Module:           # A faster copy, its weights frozen; the model itself where the copy would mislead
     "The model to follow in a search."
     lowered = _Lowered(model).eval()
     with torch.no_grad():
         exact = margin(model(x), y)
         near = margin(lowered(x), y)
-    return (lowered if ((near-exact).abs() <= .05*exact.abs() + .02*exact.abs().median())
-                       .float().mean() > .9
-            else model)
+    faithful = (near-exact).abs() <= .05*exact.abs() + .02*exact.abs().median()
+    return lowered if faithful.float().mean() > .9 else model
 
 # %% ../../nbs/api/attacks/90_standard.ipynb #9f50a180
+def _mask(n, rows, device):
+    "Which of `n` rows are among `rows` (n,)?"
+    return torch.zeros(n, dtype=torch.bool, device=device).index_fill(0, rows, True)
+
 def _confirm(model, x, y, threat, generator, out, height, clean):
     """Ask without gradients about the images nearest to the border; where that finds what the
     gradients missed, take the long way."""
     near = height.argsort(descending=True)[:16]
     normed = isinstance(threat, (Linf, L2, L1))
-    found = (partial(square, queries=32) if normed else partial(random_search, tries=32))(
-        model, x[near], y[near], threat, generator)
-    fallen = torch.ones(len(near), dtype=torch.bool, device=x.device).index_fill(
-        0, is_correct(model, found, y[near])[0], False)
+    sentinel = partial(square, queries=32) if normed else partial(random_search, tries=32)
+    found = sentinel(model, x[near], y[near], threat, generator)
+    fallen = ~_mask(len(near), is_correct(model, found, y[near])[0], x.device)
     out[near[fallen]] = found[fallen]
     if fallen.sum() < 2 and (height > clean).float().mean() > .9: return out
-    left = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, near[fallen], False)
-    long_way = autoattack if normed and check_attack(model, x, y) >= 4 else multi_attack(
-        apgd, random_search)
-    if left.any():
-        out[left] = long_way(model, x[left], y[left], threat, generator)
+    left = ~_mask(len(x), near[fallen], x.device)
+    if not left.any(): return out
+    if normed and check_attack(model, x, y) >= 4:
+        long_way = autoattack
+    else:
+        long_way = multi_attack(apgd, random_search)
+    out[left] = long_way(model, x[left], y[left], threat, generator)
     return out
 
 # %% ../../nbs/api/attacks/90_standard.ipynb #e5426117
+class _Climbed:
+    "Images on their way: what came nearest (`out`), its margin (`height`), and that of the clean image"
+    def __init__(self, x, y, threat, logits):
+        self.x, self.y, self.threat, self.logits = x, y, threat, logits
+        self.out = x.clone()
+        self.clean = margin(logits, y)
+        self.height = self.clean.clone()
+        # sparse steps need more
+        self.pace = 12 if isinstance(threat, L1) else 1
+
+    def run(self, rows, look, labels, steps, judge=None, start=None):
+        "Climb, keep what came nearest, and tell which of `rows` survive"
+        start = self.x if start is None else start
+        found, at, fallen = climb(look, self.x[rows], labels, self.threat, start[rows],
+                                  self.pace*steps, judge)
+        better = fallen | (at > self.height[rows])
+        self.out[rows[better]] = found[better]
+        self.height[rows[better]] = at[better]
+        return rows[~fallen]
+
+    def towards(self, targets, left, look, judge):
+        "Climb to one wrong class after the other, those in reach; tell which rows survive"
+        order = self.logits.scatter(1, self.y[:, None], -torch.inf)
+        wanted = order.sort(dim=1, descending=True, stable=True).indices
+        for k in range(min(targets, wanted.shape[1]-1)):
+            both = torch.stack([self.y[left], wanted[left, k]], 1)
+            gained = (self.height-self.clean)[left]
+            hope = margin_to(self.logits[left], both) + 5*gained > 0
+            if hope.any():
+                survivors = self.run(left[hope], look, both[hope], 6, judge)
+                left = torch.cat([left[~hope], survivors])
+        return left
+
+# %% ../../nbs/api/attacks/90_standard.ipynb #e5426119
 def cascade(
     model:nn.Module,       # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,              # Clean images (N,C,H,W), float, pixels in [0,1]
     y:Tensor,              # True labels (N,), int64
     threat,                # Threat model, e.g. `Linf(8/255)`
     generator:torch.Generator|None=None, # For the sentinel and the long way; None stands for seed 0
-    targets:int=9,         # Wrong classes to try one by one, the likeliest first; 0 for a quick look
+    targets:int=9,         # Wrong classes to try one by one, the likeliest first; 0: fast cascade
     batch_size:int=125,    # Images the model sees at a time
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "Cheap attacks first, survivors only, low precision for the search and full precision for every verdict."
@@ -101,34 +138,17 @@ def cascade(
     generator = generator or make_generator(0)
     judge = lambda x, y: margin(is_correct(model, x, y, batch_size)[1], y) > 0
     left, logits = is_correct(model, x, y, batch_size)
-    out = x.clone()
-    clean = margin(logits, y)
-    height = clean.clone()
-    pace = 12 if isinstance(threat, L1) else 1
-    def run(rows, ask, labels, steps, judge=None, start=x):
-        "Climb, keep what came nearest, and tell which rows stand"
-        found, at, fallen = climb(ask, x[rows], labels, threat, start[rows], pace*steps, judge)
-        better = fallen | (at > height[rows])
-        out[rows[better]] = found[better]
-        height[rows[better]] = at[better]
-        return ~fallen
+    s = _Climbed(x, y, threat, logits)
     search = search_copy(model, x[:32], y[:32])
     if len(left):
-        left = left[run(left, gradients(search, margin, batch_size), y[left], 5, judge)]
-    wanted = logits.scatter(1, y[:, None], -torch.inf).sort(
-        dim=1, descending=True, stable=True).indices[:, :min(targets, logits.shape[1]-1)]
-    for k in range(wanted.shape[1]):
-        both = torch.stack([y[left], wanted[left, k]], 1)
-        hope = margin_to(logits[left], both) + 5*(height-clean)[left] > 0
-        if hope.any():
-            left = torch.cat([left[~hope], left[hope][run(
-                left[hope], gradients(search, margin_to, batch_size), both[hope], 6, judge)]])
-    near = -height[left] < .1*(height-clean)[left]
+        left = s.run(left, gradients(search, margin, batch_size), y[left], 5, judge)
+    left = s.towards(targets, left, gradients(search, margin_to, batch_size), judge)
+    near = -s.height[left] < .1*(s.height-s.clean)[left]
     if near.any():
-        left = torch.cat([left[~near],
-                          left[near][run(left[near], gradients(model, margin, batch_size),
-                                         y[left[near]], 10+targets, start=out)]])
+        survivors = s.run(left[near], gradients(model, margin, batch_size), y[left[near]],
+                          10+targets, start=s.out)
+        left = torch.cat([left[~near], survivors])
     if len(left) and threat.eps > 0:
-        out[left] = _confirm(model, x[left], y[left], threat, generator, out[left],
-                             height[left], clean[left])
-    return out
+        s.out[left] = _confirm(model, x[left], y[left], threat, generator, s.out[left],
+                               s.height[left], s.clean[left])
+    return s.out

@@ -12,11 +12,14 @@ from torch import nn, Tensor
 from ..core import check_model, draw, image_generators
 from .gradient import check_attack, cross_entropy, loss_and_grad
 
-# %% ../../nbs/api/attacks/70_transferable.ipynb #e386dcd4
-def mean_normalized(grad):
+# %% ../../nbs/api/attacks/70_transferable.ipynb #bb5b1136
+def mean_normalized(
+    grad:Tensor,    # Gradients (N,C,H,W)
+)->Tensor:          # Like `grad`, of mean absolute value 1 for each image, or zero
     "The gradient divided by its mean absolute value, image by image."
     return grad/grad.abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-30)
 
+# %% ../../nbs/api/attacks/70_transferable.ipynb #e386dcd4
 def _scale(threat, x):
     "How far each pixel moves when all move alike and spend the budget (N,1,1,1)."
     return threat.eps/threat.distance(torch.zeros_like(x), torch.ones_like(x)).view(-1, 1, 1, 1)
@@ -65,21 +68,25 @@ def ni_fgsm(
     return _follow(_plain(model, x, y, threat), x, threat, steps, decay, ahead=1)
 
 # %% ../../nbs/api/attacks/70_transferable.ipynb #1e42fad0
-def resize_matrix(n, size, start):
-    """Matrices (N,n,n) that bring a line of `n` pixels to `size` by linear interpolation and put it
-    at `start`, both (N,1)."""
+def resize_matrix(
+    n:int,           # Pixels of a line
+    size:Tensor,     # New lengths (N,1), in pixels, at most `n`
+    start:Tensor,    # Where they begin (N,1), in pixels, from 0
+)->Tensor:           # Matrices (N,n,n): times a line (n,) they give the shorter one, on black
+    "Bring a line of pixels to another length, by linear interpolation, and put it somewhere."
     i = torch.arange(n).to(size)
     at = ((i - start + .5)*n/size - .5).clamp(0, n-1)
     inside = (i >= start) & (i < start+size)
     return (1 - (at[..., None] - i).abs()).clamp_min(0)*inside[..., None]
 
+# %% ../../nbs/api/attacks/70_transferable.ipynb #a94a7594
 def _diverse(gradient, own, probability):
     "At images that are, with a probability, smaller and elsewhere."
     def at(x):
-        often, share, *where = draw(torch.rand, own, 4, 1, like=x).unbind(1)
+        often, small, *where = draw(torch.rand, own, 4, 1, like=x).unbind(1)
         lines = []
         for n, u in zip(x.shape[2:], where):
-            size = torch.where(often < probability, (n*(.9 + .1*share)).round().clamp_min(1), n)
+            size = torch.where(often < probability, (n*(.9 + .1*small)).round().clamp_min(1), n)
             lines.append(resize_matrix(n, size, (u*(n-size+1)).floor())[:, None])
         rows, columns = lines
         return rows.mT @ gradient(rows @ x @ columns.mT) @ columns
@@ -89,8 +96,8 @@ def _smooth(gradient, kernel):
     "Under a Gaussian window whose border lies at three standard deviations."
     def at(x):
         radius = kernel//2
-        line = torch.exp(-.5*(3*torch.arange(-radius, radius+1, dtype=x.dtype,
-                                             device=x.device)/max(radius, 1))**2)
+        i = torch.arange(-radius, radius+1, dtype=x.dtype, device=x.device)
+        line = torch.exp(-.5*(3*i/max(radius, 1))**2)
         window = (line[:, None]*line/line.sum()**2).expand(x.shape[1], 1, -1, -1)
         return F.conv2d(gradient(x), window, padding=radius, groups=x.shape[1])
     return at
@@ -108,9 +115,10 @@ def di_fgsm(
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "Diverse inputs with momentum (Xie et al. 2019, arXiv:1803.06978)."
     gradient = _plain(model, x, y, threat)
-    if not 0 <= probability <= 1: raise ValueError(f"`probability` must be in [0, 1]; got {probability}.")
-    return _follow(_diverse(gradient, image_generators(generator, x), probability), x, threat,
-                   steps, decay)
+    if not 0 <= probability <= 1:
+        raise ValueError(f"`probability` must be in [0, 1]; got {probability}.")
+    diverse = _diverse(gradient, image_generators(generator, x), probability)
+    return _follow(diverse, x, threat, steps, decay)
 
 def ti_fgsm(
     model:nn.Module,       # Surrogate: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
@@ -139,8 +147,8 @@ def _steady(gradient, own, width):
     def at(x):
         nonlocal correction
         here = gradient(x)
-        around = sum(gradient(x + width*(2*draw(torch.rand, own, *x.shape[1:], like=x) - 1))
-                     for _ in range(20))/20
+        noise = lambda: 2*draw(torch.rand, own, *x.shape[1:], like=x) - 1
+        around = sum(gradient(x + width*noise()) for _ in range(20))/20
         told = here + correction
         correction = around - here
         return told
@@ -174,9 +182,10 @@ def vmi_fgsm(
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "Variance tuning with momentum, 20 neighbours (Wang and He 2021, arXiv:2103.15571)."
     gradient = _plain(model, x, y, threat)
-    if not 0 <= beta < float('inf'): raise ValueError(f"`beta` must be finite and not negative; got {beta}.")
-    return _follow(_steady(gradient, image_generators(generator, x), beta*_scale(threat, x)),
-                   x, threat, steps, decay)
+    if not 0 <= beta < float('inf'):
+        raise ValueError(f"`beta` must be finite and not negative; got {beta}.")
+    steady = _steady(gradient, image_generators(generator, x), beta*_scale(threat, x))
+    return _follow(steady, x, threat, steps, decay)
 
 # %% ../../nbs/api/attacks/70_transferable.ipynb #ed7f7b0e
 class _Ensemble(nn.Module):
@@ -198,8 +207,9 @@ class _Chorus(_Ensemble):
     def loss_and_grad(self, x, y, loss):
         with torch.no_grad():
             logits = self(x)
-        return loss(logits, y), sum(w*mean_normalized(loss_and_grad(m, x, y, loss)[1])
-                                    for w, m in zip(self.weights, self.models)), logits
+        gradient_of = lambda model: mean_normalized(loss_and_grad(model, x, y, loss)[1])
+        grad = sum(w*gradient_of(m) for w, m in zip(self.weights, self.models))
+        return loss(logits, y), grad, logits
 
 def ensemble(
     models:list,            # Classifiers in eval mode with the same classes
@@ -211,9 +221,9 @@ def ensemble(
     weights = [1.]*len(models) if weights is None else [float(w) for w in weights]
     if not models: raise ValueError("`models` must hold at least one model; got none.")
     if len(weights) != len(models) or not all(0 < w < float('inf') for w in weights):
-        raise ValueError(
-            f"`weights` must be {len(models)} positive numbers, one for each model; got {weights}.")
+        raise ValueError(f"`weights` must be {len(models)} positive numbers, one for each model; "
+                         f"got {weights}.")
     if combine not in ('logits', 'gradients'):
         raise ValueError(f"`combine` must be 'logits' or 'gradients'; got {combine!r}.")
-    return (_Chorus if combine == 'gradients' else _Ensemble)(
-        models, [w/sum(weights) for w in weights]).eval()
+    kind = _Chorus if combine == 'gradients' else _Ensemble
+    return kind(models, [w/sum(weights) for w in weights]).eval()

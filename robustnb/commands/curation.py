@@ -22,7 +22,7 @@ from .common import (
 @_command
 @_readable
 def build_set_command(
-    plan:str,              # One of the recipes, e.g. mission, kanra, tenth
+    plan:str,              # A published set, e.g. lyx3911, kanra, tenth
     weights:str,           # Networks to attack and to ask, separated by commas
     data:str='cifar10',    # Clean images: 'digits', 'cifar10', or a folder or zip
     split:str='train',     # Which of them: train, or test where the rules allow it
@@ -66,13 +66,25 @@ def validate_set_command(
     if (table.verdict == 'broken').any():
         sys.exit(1)
 
+# %% ../../nbs/api/commands/60_curation.ipynb #74a30214
+def _hidden_images(out, data, surrogates, n):
+    "The hidden set of `out`, made at the first call; refused if it was made of something else"
+    files = _listed(surrogates, 'surrogates')
+    nets = _networks(files)
+    pool = _images(data, 'test')
+    made_with = {k: _mark(Path(o).read_bytes()) for k, o in zip(nets, files)}
+    _continue(out, dict(surrogates=made_with, images=_mark_of(pool), n=n))
+    if (out/'hidden'/'data.npy').exists(): return load_training_set(out/'hidden')
+    hidden = hidden_set(pool, nets, n)
+    hidden.save(out/'hidden')
+    return hidden
+
 # %% ../../nbs/api/commands/60_curation.ipynb #f73303c0
 @_command
 @_readable
 def score_set_command(
     sets:str,              # Folders of training sets, separated by commas
-    # Networks that tamper with the hidden images, separated by commas; not those the sets were made
-    # with
+    # Networks that tamper with the hidden images, separated by commas; not those that made the sets
     surrogates:str,
     data:str='cifar10',    # Test images to tamper with: 'digits', 'cifar10', or a folder or zip
     n:int=20_000,          # Hidden images
@@ -85,24 +97,15 @@ def score_set_command(
 
     Example:
 
-        robustnb_score_set sets/clean,sets/mission runs/alexnet/weights.pt --data cifar10 --epochs 20 --out scores"""
+        robustnb_score_set sets/clean,sets/lyx3911 runs/alexnet/weights.pt --epochs 20 --out scores"""
     out = Path(out)
     folders = [Path(o) for o in _listed(sets, 'sets')]
-    files = _listed(surrogates, 'surrogates')
     named = {f.name: load_npy(f) for f in folders}
     if len(named) < len(folders):
         raise ValueError(f"`sets` must be folders with different names; got {sets}.")
     if not seeds >= 1: raise ValueError(f"`seeds` must be at least 1; got {seeds}.")
     trained = proxy_networks(2, width, epochs)
-    nets = _networks(files)
-    pool = _images(data, 'test')
-    _continue(out, dict(surrogates={k: _mark(Path(o).read_bytes()) for k, o in zip(nets, files)},
-                        images=_mark_of(pool), n=n))
-    if (out/'hidden'/'data.npy').exists():
-        hidden = load_training_set(out/'hidden')
-    else:
-        hidden = hidden_set(pool, nets, n)
-        hidden.save(out/'hidden')
+    hidden = _hidden_images(out, data, surrogates, n)
     rows = score_training_sets(named, hidden, *trained, seeds=range(seeds), folder=out/'runs')
     table = rank_training_sets(rows)
     _write(rows, out/'answers.csv')

@@ -96,14 +96,37 @@ def _name(*sources):
         h.update(o.encode() if o.startswith(('http://', 'https://')) else Path(o).read_bytes())
     return h.hexdigest()
 
-def _answers(ask, images, book):
-    """Descriptors (N,D) of uint8 images, asked in batches and kept in the file `book`; rows without
-    an answer are NaN"""
-    oracle = BlackBox(ask, 2**31, book, batch_size=100)
+def _answers(box, images, cache):
+    """Descriptors (N,D) of uint8 images, queried in batches and kept in the file `cache`; rows
+    without an answer are NaN"""
+    oracle = BlackBox(box, 2**31, cache, batch_size=100)
     try:
         return torch.cat([oracle(to_float(images[s])) for s in batches(len(images), 1000)])
     except RuntimeError as e:
         raise ValueError(f"`box` must answer. {e}") from e
+
+# %% ../../nbs/api/commands/70_descriptors.ipynb #aa6558d3
+def _student_recipes(models, width, size, epochs):
+    "Recipe by architecture; what is wrong with one is said before the box is queried"
+    recipes = {}
+    for name in _listed(models, 'models'):
+        descriptor_model(name, width=width, size=size)
+        recipes[name] = replace(student_recipes.get(name, DescriptorRecipe()), epochs=epochs)
+    return recipes
+
+def _students(out, recipes, images, answers, held, width):
+    "Train and save a student for each recipe; its fidelity on the images `held` back, by name"
+    fit, held = held
+    rows = {}
+    for name, recipe in recipes.items():
+        # not the weights that a teacher of one's own began with
+        seed = subseed(0, 'student', name)
+        student = descriptor_model(name, answers.shape[1], width, images.shape[1], seed)
+        student, _ = distill_descriptor(student, images[fit], answers[fit], recipe=recipe,
+                                        checkpoint=out/f'{name}-checkpoint.pt', resume=True)
+        save_descriptor(student, out/f'{name}.pt')
+        rows[name] = fidelity(student, images[held], answers[held])
+    return pd.DataFrame(rows).T.rename_axis('student')
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #6733a5dc
 @_command
@@ -124,32 +147,17 @@ def distill_command(
 
     Example:
 
-        robustnb_distill teacher/descriptor.pt 'faces.zip[0:30]' --models ResNet_18,DenseNet --out students"""
+        robustnb_distill teacher/descriptor.pt 'faces.zip[0:30]' --models ResNet_18,DenseNet"""
     started = time.time()
     out = Path(out)
     images = _named(data)
-    recipes = {k: replace(student_recipes.get(k, DescriptorRecipe()), epochs=epochs)
-               for k in _listed(models, 'models')}
-    for k in recipes:
-        # what is wrong with them is said before anything is asked
-        descriptor_model(k, width=width, size=images.images.shape[1])
+    recipes = _student_recipes(models, width, images.images.shape[1], epochs)
     asked = views(images.images, copies, noise=noise)
     said = _answers(_box(box), asked, out/f'asked-{_name(box)}.db')
     known = said.isfinite().all(1).numpy()
     if not known.any(): raise ValueError("`box` must answer; it did not once.")
-    asked = asked[known]
-    said = said[known]
-    rows = {}
-    fit, held = split_groups(np.tile(np.arange(len(images)), copies)[known])
-    for k, recipe in recipes.items():
-        # not the weights that a teacher of one's own began with
-        student = descriptor_model(k, said.shape[1], width, images.images.shape[1],
-                                   subseed(0, 'student', k))
-        student, _ = distill_descriptor(student, asked[fit], said[fit], recipe=recipe,
-                                        checkpoint=out/f'{k}-checkpoint.pt', resume=True)
-        save_descriptor(student, out/f'{k}.pt')
-        rows[k] = fidelity(student, asked[held], said[held])
-    table = pd.DataFrame(rows).T.rename_axis('student')
+    parts = split_groups(np.tile(np.arange(len(images)), copies)[known])
+    table = _students(out, recipes, asked[known], said[known], parts, width)
     _write(table.reset_index(), out/'fidelity.csv')
     save_json(manifest(box=box, data=data, models=models, width=width, epochs=epochs,
                        copies=copies, noise=noise, asked=len(known), answered=int(known.sum()),
@@ -158,8 +166,31 @@ def distill_command(
     print(table.round(4).to_string(),
           f'\n\nOn images held back; {known.sum()} of {len(known)} answered. Written to {out}/')
 
-# %% ../../nbs/api/commands/70_descriptors.ipynb #43c092c1
+# %% ../../nbs/api/commands/70_descriptors.ipynb #5001f1b3
 _TOGETHER = 10     # images attacked at a time, whose answers teach the same students
+
+def _some_pairs(pairs, images, n, seed):
+    "The pairs of a file, or at most `n` drawn from all ordered pairs of identities"
+    if pairs: return read_pairs(pairs, images)
+    people = len(set(images.y))
+    limit = min(n, people*(people-1)) if people > 1 else None
+    return make_pairs(images, seed=seed, limit=limit)
+
+def _wanted_descriptors(ask, images, pairs, cache):
+    "Descriptors of the targets of each image to change, `(images, targets, D)`"
+    goals = images.at(pairs.targets)
+    shown, place = np.unique(goals, return_inverse=True)
+    answers = _answers(ask, images.images[shown], cache)
+    each = images.at(pairs.sources).shape[1]
+    return answers[place.reshape(goals.shape)].repeat_interleave(each, 0)
+
+def _attacked(ask, students, plan, x, targets, seed, folder):
+    "Rows and changed images of an attack, which goes on where it stopped in `folder`"
+    attack = partial(attack_descriptor, students=students, plan=plan)
+    oracle = lambda: BlackBox(ask, plan.queries*_TOGETHER)
+    rows = compare_attacks(dict(attack=attack), oracle, x, targets, SSIM(.95 + 2e-6), seed, folder,
+                           _TOGETHER)
+    return rows, attacked_images(folder, 'attack')
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #5665c727
 @_command
@@ -168,9 +199,9 @@ def attack_descriptors_command(
     box:str,               # As for robustnb_distill
     students:str,          # Files of robustnb_distill, separated by commas
     data:str,              # Images of the pairs, e.g. faces.zip[30:40]
-    pairs:str='',          # Pairs file; without one, pairs of different persons are drawn
+    pairs:str='',          # Pairs file; without one, pairs of different identities are drawn
     n_pairs:int=10,        # How many are drawn at most, five images to change and five to imitate in each
-    queries:int=100,       # Questions about each image
+    queries:int=100,       # Queries for each image
     out:str='attacked',    # Folder for pairs.csv, rows.csv, submission.zip, manifest.json
     seed:int=0,            # Pairs and attack
 ):
@@ -178,7 +209,7 @@ def attack_descriptors_command(
 
     Example:
 
-        robustnb_attack_descriptors teacher/descriptor.pt students/ResNet_18.pt,students/DenseNet.pt 'faces.zip[30:40]' --queries 100 --out attacked"""
+        robustnb_attack_descriptors teacher/descriptor.pt students/ResNet_18.pt 'faces.zip[30:40]'"""
     started = time.time()
     out = Path(out)
     plan = Plan(queries)
@@ -186,30 +217,21 @@ def attack_descriptors_command(
     nets = [load_descriptor(o) for o in files]
     images = _named(data, nets[0].made['size'])
     ask = _box(box)
-    book = out/f'asked-{_name(box)}.db'
-    people = len(set(images.y))
-    wanted = read_pairs(pairs, images) if pairs else make_pairs(
-        images, seed=seed, limit=min(n_pairs, people*(people-1)) if people > 1 else None)
+    cache = out/f'asked-{_name(box)}.db'
+    wanted = _some_pairs(pairs, images, n_pairs, seed)
     write_pairs(wanted, out/'pairs.csv')
     at = images.at(wanted.sources)
-    goals = images.at(wanted.targets)
-    shown, place = np.unique(goals, return_inverse=True)
-    targets = _answers(ask, images.images[shown],
-                       book)[place.reshape(goals.shape)].repeat_interleave(at.shape[1], 0)
-    x = images.x[at.ravel()]
-    attack = partial(attack_descriptor, students=nets, plan=plan)
-    runs = out/f"runs-{_name(*files)}"
-    rows = compare_attacks(dict(attack=attack), lambda: BlackBox(ask, queries*_TOGETHER), x,
-                           targets, SSIM(.95 + 2e-6), seed, runs, _TOGETHER)
-    changed = attacked_images(runs, 'attack')
+    targets = _wanted_descriptors(ask, images, wanted, cache)
+    folder = out/f"runs-{_name(*files)}"
+    rows, changed = _attacked(ask, nets, plan, images.x[at.ravel()], targets, seed, folder)
     write_submission(out/'submission.zip', wanted.files, changed, images.images[at.ravel()],
-                     _answers(ask, changed, book))
+                     _answers(ask, changed, cache))
     _write(rows, out/'rows.csv')
     save_json(manifest(box=box, students=students, data=data, pairs=pairs, n_pairs=len(wanted),
                        queries=queries, seed=seed, seconds=round(time.time()-started)),
               out/'manifest.json')
-    print(attack_table(rows)[['images', 'before', 'after', 'lowest_ssim', 'queries', 'seconds']]
-          .round(4).to_string(),
+    shown = ['images', 'before', 'after', 'lowest_ssim', 'queries', 'seconds']
+    print(attack_table(rows)[shown].round(4).to_string(),
           f'\n\nWritten to {out}/submission.zip')
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #99a12dae

@@ -23,17 +23,32 @@ def _measured(folder, name='runs'):
             f"`{name}` must name folders with a report_table.csv; there is none in {folder}. "
             f"Run robustnb_assess{' with --test' if name == 'runs' else ''} first.")
     with explain_errors(file, 'the report_table.csv of an assessment'):
-        return pd.read_csv(file).drop(columns='network',
-                                      errors='ignore').assign(model=Path(folder).name)
+        table = pd.read_csv(file).drop(columns='network', errors='ignore')
+    return table.assign(model=Path(folder).name)
+
+# %% ../../nbs/api/commands/40_fit_predictor.ipynb #f284a5bc
+_PREDICTED = (('loss', '', 'transfer_lomo'), ('robust_loss', 'robust_', 'robust_lomo'))
+
+def _written(predictor, left_out, name, kind, path):
+    "Write the rows predicted with each network left out; how good the predictions are"
+    t = left_out.rename(columns=dict(predicted=f'predicted_{name}'))
+    first = ['model', 'dataset', 'format', *(['eps'] if kind else []),
+             f'predicted_{name}', f'measured_{name}', *predictor.features]
+    _write(t.assign(dataset=t.get('dataset', ''))[first].round(6), path)
+    truth = t[f'measured_{name}']
+    said = t[f'predicted_{name}']
+    mid = mid_range(truth)
+    return dict(loss=kind + 'accuracy', networks=t.model.nunique(), rows=len(t),
+                r2=r2(truth, said), r2_mid_range=r2(truth[mid], said[mid]),
+                mae=mae(truth, said), interval_log_odds=predictor.spread)
 
 # %% ../../nbs/api/commands/40_fit_predictor.ipynb #75a92936
 @_command
 @_readable
 def fit_predictor_command(
-    # Folders of robustnb_assess --test or benchmarks/transfer/study.py, one per network, separated
-    # by commas
-    runs:str,
-    out:str='predictor',    # Folder for predictors.json, transfer_lomo.csv, robust_lomo.csv, manifest.json
+    runs:str,               # Folders of robustnb_assess --test, one per network, separated by commas
+    # Folder for predictors.json, transfer_lomo.csv, robust_lomo.csv, manifest.json
+    out:str='predictor',
     apply:str='',           # Folder of an assessment to predict anew; none by default
 ):
     """Fit what predicts the loss to measured networks, and say how well it does on each when it is
@@ -41,7 +56,7 @@ def fit_predictor_command(
 
     Example:
 
-        robustnb_fit_predictor assessments/resnet,assessments/vgg,assessments/alexnet --apply assessments/mine --out predictor"""
+        robustnb_fit_predictor runs/resnet,runs/vgg,runs/alexnet --apply runs/mine --out predictor"""
     out = Path(out)
     folders = [Path(o) for o in _listed(runs, 'runs')]
     if len({f.name for f in folders}) < len(folders):
@@ -49,27 +64,16 @@ def fit_predictor_command(
             f"`runs` must be folders with different names, those of the networks; got {runs}.")
     rows = pd.concat(map(_measured, folders), ignore_index=True)
     mine = _measured(apply, 'apply') if apply else None
-    links, left_out = fit_predictors(rows)
-    save_json(dict(links={k: asdict(v) for k, v in links.items()}, manifest=manifest(
-        networks=[f.name for f in folders], rows={k: len(v) for k, v in left_out.items()})),
-              out/'predictors.json')
-    scores = []
-    for name, kind, file in (('loss', '', 'transfer_lomo'),
-                             ('robust_loss', 'robust_', 'robust_lomo')):
-        t = left_out[name].rename(columns=dict(model='network', predicted=f'predicted_{name}'))
-        first = ['network', 'dataset', 'format', *(['eps'] if kind else []),
-                 f'predicted_{name}', f'measured_{name}', *links[name].features]
-        _write(t.assign(dataset=t.get('dataset', ''))[first].round(6), out/f'{file}.csv')
-        truth = t[f'measured_{name}']
-        said = t[f'predicted_{name}']
-        mid = mid_range(truth)
-        scores.append(dict(loss=kind + 'accuracy', networks=t.network.nunique(), rows=len(t),
-                           r2=r2(truth, said), r2_mid_range=r2(truth[mid], said[mid]),
-                           mae=mae(truth, said), interval_log_odds=links[name].spread))
+    predictors, left_out = fit_predictors(rows)
+    facts = manifest(networks=[f.name for f in folders],
+                     rows={k: len(v) for k, v in left_out.items()})
+    fitted = {k: asdict(v) for k, v in predictors.items()}
+    save_json(dict(links=fitted, manifest=facts), out/'predictors.json')
+    scores = [_written(predictors[name], left_out[name], name, kind, out/f'{file}.csv')
+              for name, kind, file in _PREDICTED]
     save_json(manifest(runs=[f.name for f in folders], scores=scores), out/'manifest.json')
     print(pd.DataFrame(scores).round(3).to_string(index=False),
-          '\n\nEach network predicted from the others; links for `predict_losses`: '
-          f'{out}/predictors.json')
+          f'\n\nEach network predicted from the others; for `predict_losses`: {out}/predictors.json')
     if mine is not None:
         table = predict_losses(mine.drop(columns='model'), out/'predictors.json')
         _write(table, out/'predicted.csv')

@@ -42,13 +42,32 @@ def _changes(before, after):
     return [k for k in before | after
             if k not in before or k not in after or not same(before[k], after[k])]
 
-# %% ../../nbs/api/evaluation/20_checks.ipynb #61ac3160
+# %% ../../nbs/api/evaluation/20_checks.ipynb #9776187f
 @dataclass(frozen=True)
-class _Case:
-    "What is in doubt; answers that several checks need are asked for once."
+class _Answers:
+    "What a model says of some images, asked once."
     model:nn.Module
     x:Tensor
     y:Tensor
+
+    @torch.no_grad()
+    def logits(self, x):
+        return torch.cat([self.model(x[s]) for s in batches(len(x), 125)])
+
+    def right(self, x, on=slice(None)): return self.logits(x).argmax(1) == self.y[on]
+
+    @cached_property
+    def clean(self): return self.logits(self.x)
+
+    @cached_property
+    def noise(self):
+        "How much the logits change when the same question is put again, as a fraction of their spread"
+        return ((self.logits(self.x) - self.clean).abs().max()/self.clean.std()).item()
+
+# %% ../../nbs/api/evaluation/20_checks.ipynb #61ac3160
+@dataclass(frozen=True)
+class _Case(_Answers):
+    "What is in doubt; what several checks need is attacked once."
     threat:object
     attack:Callable
     seed:int
@@ -59,21 +78,18 @@ class _Case:
         threat = threat or self.threat
         x = self.x[on]
         y = self.y[on]
-        x_adv = torch.cat([attack(self.model, x[s], y[s], threat, generator=make_generator(
-            self.seed, start)) for s in batches(len(x), 125)])
-        if not threat.allows(x, x_adv).all(): raise ValueError(f'the attack left its threat model {threat}')
+        draws = lambda: make_generator(self.seed, start)
+        parts = [attack(self.model, x[s], y[s], threat, generator=draws())
+                 for s in batches(len(x), 125)]
+        x_adv = torch.cat(parts)
+        if not threat.allows(x, x_adv).all():
+            raise ValueError(f'the attack left its threat model {threat}')
         return x_adv
 
-    @torch.no_grad()
-    def logits(self, x): return torch.cat([self.model(x[s]) for s in batches(len(x), 125)])
-    def right(self, x, on=slice(None)): return self.logits(x).argmax(1) == self.y[on]
-    @cached_property
-    def clean(self): return self.logits(self.x)
-    @cached_property
-    def noise(self): return ((self.logits(self.x) - self.clean).abs().max()/self.clean.std()).item()
     @cached_property
     def left(self):
-        return ((self.clean.argmax(1) == self.y) & self.right(self.attacked[0])).nonzero().flatten()
+        was_right = self.clean.argmax(1) == self.y
+        return (was_right & self.right(self.attacked[0])).nonzero().flatten()
 
     @cached_property
     def attacked(self):

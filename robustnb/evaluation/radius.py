@@ -142,6 +142,26 @@ def _norm(layer, before, steps, generator):
     start = torch.randn(1, *before, generator=generator).to(layer.weight.device)
     return 'conv', _largest_singular_value(plain, start, steps)
 
+# %% ../../nbs/api/evaluation/30_radius.ipynb #d34ac1dd
+def _linear_calls(net, shape):
+    "Name, layer, input shape and output shape of each call of a linear layer, in order"
+    calls = []
+
+    def note(name):
+        def hook(layer, args, out):
+            calls.append((name, layer, tuple(args[0].shape[1:]), tuple(out.shape[1:])))
+        return hook
+    kinds = (Normalize, _BatchNorm, nn.Linear, _ConvNd)
+    hooks = [m.register_forward_hook(note(n)) for n, m in net.named_modules() if isinstance(m, kinds)]
+    like = next(net.parameters(), torch.zeros(()))
+    try:
+        with torch.no_grad():
+            net(torch.zeros(1, *shape, device=like.device, dtype=like.dtype))
+    finally:
+        for h in hooks:
+            h.remove()
+    return calls
+
 # %% ../../nbs/api/evaluation/30_radius.ipynb #ac10b2ab
 def spectral_norms(
     model:nn.Module,     # Takes images (N,C,H,W); in eval mode; quantised ones too; not changed
@@ -149,8 +169,8 @@ def spectral_norms(
     # Products with each convolution and its transpose, >= 1; more come closer to the norm
     steps:int=50,
     seed:int=0,          # Start vectors
-    # One row per call of a linear layer: name, kind, in_shape, out_shape, norm, log10_product (of
-    # this row and all above)
+    # One row per call of a linear layer: name, kind, in_shape, out_shape, norm, log10_product
+    # (of this row and all above)
 )->pd.DataFrame:
     """Spectral norms of convolutions and linear layers as operators, and their product: an
     estimate, not a bound."""
@@ -160,21 +180,9 @@ def spectral_norms(
         net = model if isinstance(model, fx.GraphModule) else fold_batchnorm(model)
     except TypeError:
         net = model
-    calls = []
     g = make_generator(seed, 'spectral_norms')
-    note = lambda name: lambda layer, args, out: calls.append((
-        name, layer, tuple(args[0].shape[1:]), tuple(out.shape[1:])))
-    hooks = [m.register_forward_hook(note(n)) for n, m in net.named_modules()
-             if isinstance(m, (Normalize, _BatchNorm, nn.Linear, _ConvNd))]
-    like = next(net.parameters(), torch.zeros(()))
-    try:
-        with torch.no_grad():
-            net(torch.zeros(1, *shape, device=like.device, dtype=like.dtype))
-    finally:
-        for h in hooks:
-            h.remove()
     rows = []
-    for name, layer, before, after in calls:
+    for name, layer, before, after in _linear_calls(net, shape):
         if not all(p.isfinite().all() for p in layer.parameters()):
             raise ValueError(f"`model` must have finite weights; {name} holds NaN or infinity.")
         found = _norm(layer, before, steps, g)
@@ -182,5 +190,5 @@ def spectral_norms(
             rows.append(dict(name=name, kind=found[0], in_shape=before, out_shape=after,
                              norm=found[1]))
     table = pd.DataFrame(rows, columns=['name', 'kind', 'in_shape', 'out_shape', 'norm'])
-    return table.assign(log10_product=torch.tensor(
-        table.norm.to_list(), dtype=torch.float64).log10().cumsum(0).numpy())
+    norms = torch.tensor(table.norm.to_list(), dtype=torch.float64)
+    return table.assign(log10_product=norms.log10().cumsum(0).numpy())

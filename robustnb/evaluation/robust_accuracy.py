@@ -272,9 +272,8 @@ def robustness_curve(
     eps = [getattr(t, 'eps', None) for t in threats]
     if (not eps or None in eps or len({type(t) for t in threats}) > 1
         or not all(a < b for a, b in zip([0, *eps], eps))):
-        raise ValueError("`threats` must be balls of one kind, their eps positive and "
-                         "growing, such as `[Linf(k/255) for k in (1, 2, "
-                         f"4)]`; got {threats}.")
+        raise ValueError("`threats` must be balls of one kind, their eps positive and growing, "
+                         f"such as `[Linf(k/255) for k in (1, 2, 4)]`; got {threats}.")
     now = evaluate(model, x, y, {}, threats[0], seed, batch_size)
     table = [now.assign(eps=0.)]
     for threat in progress(threats, 'budgets'):
@@ -297,14 +296,14 @@ def plot_curve(
     kind = rows.threat[rows.threat != 'none'].iloc[0].partition('(')[0]
     unit, factor = dict(Linf=('Linf budget, grey levels', 255),
                         SSIM=('1 - SSIM', 1)).get(kind, (f'{kind} budget, pixels in [0, 1]', 1))
+    named = rows.assign(curve=rows[by] if by else 'accuracy')
     lines = []
-    for (name, eps), g in rows.assign(**{by or 'curve': rows[by] if by else 'accuracy'}).groupby(
-            [by or 'curve', 'eps'], sort=False):
-        share = (g.correct.mean(), *wilson(int(g.correct.sum()), len(g)))
-        lines.append({'curve': name, unit: factor*eps}
-                     | dict(zip(('accuracy, %', 'lo', 'hi'), (100*o for o in share))))
-    caption = ', '.join(o for o in (f'n = {rows.image.nunique():,} images, 95 % intervals',
-                                    caption) if o)
+    for (name, eps), g in named.groupby(['curve', 'eps'], sort=False):
+        lo, hi = wilson(int(g.correct.sum()), len(g))
+        lines.append({'curve': name, unit: factor*eps, 'accuracy, %': 100*g.correct.mean(),
+                      'lo': 100*lo, 'hi': 100*hi})
+    n = f'n = {rows.image.nunique():,} images, 95 % intervals'
+    caption = ', '.join(o for o in (n, caption) if o)
     return plot_lines(pd.DataFrame(lines), unit, 'accuracy, %', 'curve', ('lo', 'hi'),
                       (100/rows.label.nunique(), 'chance'), caption, ax)
 

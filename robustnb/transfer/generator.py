@@ -168,11 +168,49 @@ def match_energy(
             low = generator.contrast.item()
     return energy(generator, model, seed=seed)
 
+# %% ../../nbs/api/transfer/10_generator.ipynb #10191a95
+@contextmanager
+def _frozen(model, device):
+    "The model on `device`, its weights without gradient; as it was on leaving"
+    home = next(model.parameters()).device
+    flags = [p.requires_grad for p in model.parameters()]
+    model.to(device).requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.to(home)
+        for p, flag in zip(model.parameters(), flags):
+            p.requires_grad_(flag)
+
+def _fresh(model, size, width, seed):
+    "A generator for the classes and pixels of `model`, with random weights"
+    embedding = last_linear(model).weight.flatten(1).cpu()
+    mean = model.normalize.mean.flatten().cpu()
+    std = model.normalize.std.flatten().cpu()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(subseed(seed, 'weights'))
+        return Generator(embedding, mean, std, size, width)
+
+# %% ../../nbs/api/transfer/10_generator.ipynb #7095063e
+def _generator_step(model, net, optimizer, targets, noise, fraction):
+    "One step of the optimiser; cross-entropy, batch-norm distance and agreement of the whole batch"
+    device = targets.device
+    with (torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)),
+          bn_inputs(model) as seen, whole_batch(net)):
+        logits = model(net(targets, noise))
+    entropy = F.cross_entropy(logits.float(), targets)*fraction
+    unusual = _distance(seen, moments)
+    optimizer.zero_grad(set_to_none=True)
+    (entropy + unusual/processes()).backward()
+    all_sum_gradients_(net)
+    optimizer.step()
+    agreement = (logits.argmax(1) == targets.argmax(1)).float().mean()*fraction
+    return dict(cross_entropy=all_sum(entropy.detach()).item(), bn_distance=unusual.item(),
+                agreement=all_sum(agreement).item())
+
 # %% ../../nbs/api/transfer/10_generator.ipynb #03750c1c
 def train_generator(
-    # Classifier with normalisation inside (`normalize.mean`, `normalize.std`), in eval mode; not
-    # changed
-    model:nn.Module,
+    model:nn.Module,      # Classifier with `normalize.mean` and `.std`, in eval mode; not changed
     steps:int=300,        # Optimiser steps, >= 0
     batch_size:int=64,    # Images in a step
     size:int=32,          # Height and width of the images, a multiple of 4
@@ -181,54 +219,30 @@ def train_generator(
     seed:int=0,           # Weights, classes and noise
     device=None,          # Where to train; None takes CUDA if there is one
 )->tuple[Generator, pd.DataFrame]:  # Generator in eval mode on the CPU; history, one row per step
-    """A conditional generator from the model alone, with data-free losses as in Xu et al. 2020
-    (GDFQ, arXiv:2003.03603)."""
+    "A generator from the model alone, with the losses of Xu et al. 2020 (GDFQ, arXiv:2003.03603)."
     if not hasattr(check_model(model), 'normalize'):
         raise TypeError("`model` must have its normalisation inside; this "
                         f"{type(model).__name__} has none. Use `wrap_model`.")
     if steps < 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
     device = init_distributed(device)
-    g = make_generator(seed, 'generator')
     if batch_size < processes():
         raise ValueError("`batch_size` must be at least the number of processes, "
                          f"{processes()}; got {batch_size}.")
-    home = next(model.parameters()).device
-    flags = [p.requires_grad for p in model.parameters()]
-    embedding = last_linear(model).weight.flatten(1)
-    normalize = model.normalize
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(subseed(seed, 'weights'))
-        net = Generator(embedding.cpu(), normalize.mean.flatten().cpu(),
-                        normalize.std.flatten().cpu(), size, width)
-    net = net.to(device).train()
+    g = make_generator(seed, 'generator')
+    net = _fresh(model, size, width, seed).to(device).train()
     own = part(batch_size)
     as_main_(net)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, betas=(.5, .999))
+    n_classes, features = net.embedding.shape
     history = []
-    model.to(device).requires_grad_(False)
-    try:
+    with _frozen(model, device):
         for step in progress(range(steps), 'generator'):
             for group in optimizer.param_groups:
                 group['lr'] = 1e-3 if step < .75*steps else 2e-4
-            targets = draw_targets(batch_size, len(embedding), boundary, g)[own].to(device)
-            noise = torch.randn(batch_size, embedding.shape[1], generator=g)[own].to(device)
-            with (torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)),
-                  bn_inputs(model) as seen, whole_batch(net)):
-                logits = model(net(targets, noise))
-            entropy = F.cross_entropy(logits.float(), targets)*(share := len(targets)/batch_size)
-            unusual = _distance(seen, moments)
-            optimizer.zero_grad(set_to_none=True)
-            (entropy + unusual/processes()).backward()
-            all_sum_gradients_(net)
-            optimizer.step()
-            history.append(dict(
-                step=step+1, cross_entropy=all_sum(entropy.detach()).item(),
-                bn_distance=unusual.item(), agreement=all_sum(
-                    (logits.argmax(1) == targets.argmax(1)).float().mean()*share).item()))
-    finally:
-        model.to(home)
-        for p, flag in zip(model.parameters(), flags):
-            p.requires_grad_(flag)
+            targets = draw_targets(batch_size, n_classes, boundary, g)[own].to(device)
+            noise = torch.randn(batch_size, features, generator=g)[own].to(device)
+            said = _generator_step(model, net, optimizer, targets, noise, len(targets)/batch_size)
+            history.append(dict(step=step+1) | said)
     net = net.eval().cpu()
     net.knows = ('batch-norm statistics' if batchnorms(model)
                  else 'channel mean and deviation only: the network has no batch norm')

@@ -168,12 +168,20 @@ def _solve(single, between, pushed, wanted):
     best = (miss + 1e-6*(a+b)).argmin()
     return round(b[best].item(), 2), round(a[best].item(), 2)
 
+# %% ../../nbs/api/transfer/40_probe_quality.ipynb #d09d6c9d
+def _next_composition(of, now, change, single, wanted):
+    "The composition that hits `wanted` if what `of` says of the kinds of images adds up"
+    spread = now.spread*change.get('spread', 1)
+    push = now.push*change.get('push', 1)
+    between = of(Composition(1., 0., spread, push))
+    pushed = of(Composition(0., 1., spread, push))
+    return Composition(*_solve(single, between, pushed, wanted), spread, push)
+
 # %% ../../nbs/api/transfer/40_probe_quality.ipynb #b48d8465
 def adjust(
     generator:Generator,   # Generator in eval mode
     model:nn.Module,       # Classifier it was trained from, in eval mode
-    # Unlabelled images (N,C,H,W); or (clean accuracy, robust accuracy); or None, the batch-norm
-    # layers
+    # Unlabelled images (N,C,H,W), or (clean accuracy, robust accuracy); None: the batch-norm layers
     target=None,
     eps:float=1/255,       # Linf budget of the robust accuracy
     rounds:int=8,          # Compositions to try at most, >= 1
@@ -182,33 +190,33 @@ def adjust(
     # Composition for `compose`; history, one row per round: the composition, its miss (root mean
     # square) and whether it is kept
 )->tuple[Composition, pd.DataFrame]:
-    """Choose the composition of a generated set so that it agrees with unlabelled images, with two
-    accuracies or with the batch-norm layers."""
+    "Choose the composition of a generated set so that it agrees with `target`."
     if not rounds >= 1: raise ValueError(f"`rounds` must be at least 1; got {rounds}.")
     check_model(model)
     value, wanted = _statistic(model, target, eps, seed)
+
     def of(shares, *names):
         x, targets = compose(generator, model, n, shares, subseed(seed, 'adjust', *names))
         return value(x, targets.argmax(1))
+
     single = of(Composition(0.))
     rows = []
     best = None
     untried = [dict(), dict(spread=.5), dict(push=2.)]
     while untried and len(rows) < rounds:
         now = Composition() if best is None else best
-        spread = getattr(now, 'spread')*untried[0].get('spread', 1)
-        push = getattr(now, 'push')*untried[0].get('push', 1)
-        between = of(Composition(1., 0., spread, push))
-        pushed = of(Composition(0., 1., spread, push))
-        shares = Composition(*_solve(single, between, pushed, wanted), spread, push)
+        shares = _next_composition(of, now, untried[0], single, wanted)
         measured = of(shares, 'fresh', len(rows))
         miss = (measured-wanted).square().mean().sqrt().item()
         better = not rows or miss < min(r['miss'] for r in rows) - 1e-3
-        rows.append(dict(round=len(rows)+1) | asdict(shares) | dict(miss=miss, kept=better) | (dict(
-            accuracy=measured[0].item(), robust=measured[1].item()) if len(wanted) == 2 else {}))
+        row = dict(round=len(rows)+1) | asdict(shares) | dict(miss=miss, kept=better)
+        if len(wanted) == 2:
+            row |= dict(accuracy=measured[0].item(), robust=measured[1].item())
+        rows.append(row)
         if better:
             best = shares
-        untried = untried[1:] if not (better and untried[0]) else untried
+        if not (better and untried[0]):
+            untried = untried[1:]
     return best, pd.DataFrame(rows)
 
 # %% ../../nbs/api/transfer/40_probe_quality.ipynb #1104094a
@@ -257,8 +265,8 @@ def feature_pca(
     # Name -> (images (N,C,H,W), class mixtures (N,K) or class numbers (N,)); 'real', else the
     # first, gives the projection
     sets:dict,
-    # One row per image: set, label, pc1, pc2, and the shares of the variance that each axis
-    # explains (share1, share2)
+    # One row per image: set, label, pc1, pc2 and what part of the variance each axis explains:
+    # share1 and share2
 )->pd.DataFrame:
     "Features of several sets in one projection."
     if not sets: raise ValueError("`sets` must hold at least one set of images; got none.")
@@ -271,11 +279,14 @@ def feature_pca(
                          "gives the projection.")
     axes = axes[:2]*axes[:2].gather(1, axes[:2].abs().argmax(1, keepdim=True)).sign()
     share = (scale.square()/scale.square().sum().clamp_min(1e-30))[:2].tolist()
+
     def rows(name):
         y = sets[name][1]
         at = ((f[name]-centre) @ axes.T).numpy()
-        return pd.DataFrame(dict(set=name, label=(y.argmax(1) if y.ndim == 2 else y).numpy(),
-                                 pc1=at[:, 0], pc2=at[:, 1], share1=share[0], share2=share[1]))
+        label = (y.argmax(1) if y.ndim == 2 else y).numpy()
+        return pd.DataFrame(dict(set=name, label=label, pc1=at[:, 0], pc2=at[:, 1],
+                                 share1=share[0], share2=share[1]))
+
     return pd.concat([rows(k) for k in sets], ignore_index=True)
 
 # %% ../../nbs/api/transfer/40_probe_quality.ipynb #43bffc61

@@ -9,14 +9,13 @@ from torch import nn
 
 foolbox = pytest.importorskip('foolbox', reason='foolbox is not installed')
 
-from robustnb.attacks.gradient import adapters
+from robustnb.attacks import adapters
 from robustnb.attacks.adapters import brendel_bethge, from_foolbox, hop_skip_jump, pointwise
 from robustnb.attacks.gradient import margin
-from robustnb.attacks.threat_models import L0
-from robustnb.core import image_generators, make_generator
-from robustnb.attacks.threat_models import L1, L2, Linf
+from robustnb.attacks.threat_models import L0, L1, L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
-from test_gradient import Ten, make_batch, make_net, same, snapshot, wrong_uses
+from robustnb.core import image_generators, make_generator
+from helpers_attacks import Ten, make_batch, make_net, same, snapshot, wrong_uses
 
 fa = foolbox.attacks
 blended = fa.LinearSearchBlendedUniformNoiseAttack(steps=20)
@@ -254,9 +253,9 @@ def test_names_choose_the_attack_of_the_norm(monkeypatch):
         assert threat.allows(x[:2], brendel_bethge(model, x[:2], y[:2], threat, steps=7)).all()
     for threat in (Linf(.05), L2(.3)):
         hop_skip_jump(model, x[:2], y[:2], threat, steps=8)
-    assert made == [(f'{n}BrendelBethgeAttack', dict(steps=7)) for n in (
-        'Linfinity', 'L2', 'L1',
-        'L0')] + [('HopSkipJumpAttack', dict(steps=8, constraint=n)) for n in ('linf', 'l2')]
+    walks = [(f'{n}BrendelBethgeAttack', dict(steps=7)) for n in ('Linfinity', 'L2', 'L1', 'L0')]
+    jumps = [('HopSkipJumpAttack', dict(steps=8, constraint=n)) for n in ('linf', 'l2')]
+    assert made == walks + jumps
 
 
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float64))
@@ -315,7 +314,7 @@ def test_wrong_use_is_refused(use):
     (lambda *a: from_foolbox(fa.LinfPGD().repeat(2)), 'use `restarts`'),
     (lambda *a: from_foolbox(fa.SpatialAttack()), 'changes pixel values'),
     (lambda *a: hop_skip_jump(*a, L1(3.)), 'must be Linf or L2'),
-    (lambda *a: brendel_bethge(*a, SSIM(.9)), 'must be Linf, L2, L1 or Pixels')))
+    (lambda *a: brendel_bethge(*a, SSIM(.9)), 'must be Linf, L2, L1 or L0')))
 def test_wrong_settings_are_refused(call, words):
     model = make_net()
     with pytest.raises(TypeError, match=words):

@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from test_gradient import make_batch, make_net
 from torch import nn
 
 from robustnb.attacks.adaptive_pgd import apgd, apgd_targeted, climb, gradients
@@ -12,6 +11,7 @@ from robustnb.attacks.gradient import cross_entropy, dlr, dlr_to, margin, margin
 from robustnb.core import make_generator
 from robustnb.attacks.threat_models import L1, L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
+from helpers_attacks import make_batch, make_net
 
 
 def slow_apgd(model, x, y, eps, norm, loss, steps):

@@ -29,11 +29,12 @@ def make_net(hidden=(), dtype=torch.float64, classes=5, seed=0):
     layers = [o for i in range(len(sizes)-1)
               for o in (nn.Linear(sizes[i], sizes[i+1]), nn.Tanh())][:-1]
     for layer in layers[::2]:
-        layer.weight.data = 2*torch.randn(
-            layer.weight.shape,
-            generator=g)/sizes[0]**.5*torch.linspace(.5, 2, len(layer.weight))[:, None]
-        layer.bias.data = .1*torch.randn(
-            layer.bias.shape, generator=g) - .5*layer.weight.data.sum(1)*(layer is layers[0])
+        weight = torch.randn(layer.weight.shape, generator=g)
+        sizes_of_rows = torch.linspace(.5, 2, len(weight))[:, None]
+        layer.weight.data = 2*weight/sizes[0]**.5*sizes_of_rows
+        layer.bias.data = .1*torch.randn(layer.bias.shape, generator=g)
+        if layer is layers[0]:
+            layer.bias.data -= .5*layer.weight.data.sum(1)
     return nn.Sequential(nn.Flatten(), *layers).eval().to(dtype)
 
 
@@ -47,12 +48,18 @@ def make_batch(model, n=8, lo=-.2, hi=1.2, dtype=torch.float64):
 def programme(x, grad, gain, norm):
     """The shortest change with that gain by linear programming, or for L2 by bisection; its length,
     or None where out of reach"""
-    x, grad = x.flatten().numpy(), grad.flatten().numpy()
+    x = x.flatten().numpy()
+    grad = grad.flatten().numpy()
     if (np.where(grad*np.sign(gain) > 0, 1-x, -x)*grad).sum()*np.sign(gain) < abs(gain): return None
     if norm == 'L2':
-        change, lo, hi = lambda t: (x + t*np.sign(gain)*grad).clip(0, 1)-x, 0., 1e6
+        change = lambda t: (x + t*np.sign(gain)*grad).clip(0, 1)-x
+        lo, hi = 0., 1e6
         for _ in range(200):
-            lo, hi = ((lo+hi)/2, hi) if abs(grad@change((lo+hi)/2)) < abs(gain) else (lo, (lo+hi)/2)
+            mid = (lo+hi)/2
+            if abs(grad@change(mid)) < abs(gain):
+                lo = mid
+            else:
+                hi = mid
         return np.linalg.norm(change(hi))
     linprog = pytest.importorskip('scipy.optimize').linprog
     n = len(x)
@@ -72,9 +79,11 @@ def exact(model, x, y, norm):
     z = model(x).detach()
     order = [[k for k in z[i].argsort(descending=True).tolist() if k != y[i]]
              for i in range(len(x))]
-    return torch.tensor([[programme(x[i], w[k]-w[y[i]], (z[i, y[i]]-z[i, k]).item(), norm)
-                          or np.nan for k in order[i]] for i in range(len(x))],
-                        dtype=x.dtype)
+    def to_border(i, k):
+        length = programme(x[i], w[k]-w[y[i]], (z[i, y[i]]-z[i, k]).item(), norm)
+        return length or np.nan
+    rows = [[to_border(i, k) for k in order[i]] for i in range(len(x))]
+    return torch.tensor(rows, dtype=x.dtype)
 
 
 @pytest.mark.parametrize('dtype', (torch.float64, torch.float32), ids=str)
@@ -85,12 +94,12 @@ def test_the_step_onto_a_plane_is_the_shortest(norm, dtype):
     g = make_generator(4)
     x = (1.4*torch.rand(n, *shape, generator=g)-.2).clamp(0, 1)
     grad = torch.randn(n, *shape, generator=g)
-    share = torch.rand(n, generator=g)
+    fraction = torch.rand(n, generator=g)
     grad[::3] = grad[::3]*(torch.rand(grad[::3].shape, generator=g) < .6)
     grad[1::5], grad[0], x[2] = grad[1::5].sign(), 0, .5
     sign = torch.where(torch.rand(n, generator=g) < .5, -1, 1)
     ends = torch.where(grad*sign.view(-1, 1, 1, 1) > 0, 1-x, -x)*(grad != 0)
-    gain = (grad*ends).flatten(1).sum(1)*share*1.3 + 1e-3*sign
+    gain = (grad*ends).flatten(1).sum(1)*fraction*1.3 + 1e-3*sign
     x = x.to(dtype)
     grad = grad.to(dtype)
     gain = gain.to(dtype)
@@ -103,14 +112,13 @@ def test_the_step_onto_a_plane_is_the_shortest(norm, dtype):
     assert (x+change <= 1+close).all()
     best = [programme(x[i].double(), grad[i].double(), gain[i].item(), norm) for i in range(n)]
     out = torch.tensor([b is None for b in best])
-    assert out[0], 'every pixel is at its end where the plane is out of reach'
-    assert 5 < out.sum() < 20, 'every pixel is at its end where the plane is out of reach'
-    assert torch.allclose(change[out],
-                          ends[out]), 'every pixel is at its end where the plane is out of reach'
+    assert out[0]
+    assert 5 < out.sum() < 20, 'some planes are out of reach'
+    assert torch.allclose(change[out], ends[out]), 'there every pixel is at its end'
     assert ((grad*change).flatten(1).sum(1)-gain)[~out].abs().max() < 10*close
-    assert torch.allclose(threat.distance(x, x+change)[~out].double(),
-                          torch.tensor([b for b in best if b is not None], dtype=torch.float64),
-                          rtol=0, atol=10*close)
+    length = threat.distance(x, x+change)[~out].double()
+    shortest = torch.tensor([b for b in best if b is not None], dtype=torch.float64)
+    assert torch.allclose(length, shortest, rtol=0, atol=10*close)
     assert (onto_plane(x, grad, 0*gain, threat) == 0).all()
     assert torch.equal(onto_plane(x, grad, gain, SSIM(.9)), onto_plane(x, grad, gain, L2(.1)))
 
@@ -124,8 +132,8 @@ def test_the_nearest_wrong_image_of_an_affine_model(norm, edge):
     borders = exact(model, x, y, norm)
     gap = model(x)[torch.arange(len(x)), y][:, None]-model(x)
     w = model[1].weight[y][:, None]-model[1].weight
-    free = (gap/w.norm(p=dict(Linf=1, L2=2, L1=torch.inf)[norm], dim=2)).scatter(
-        1, y[:, None], torch.inf).amin(1)
+    dual = dict(Linf=1, L2=2, L1=torch.inf)[norm]
+    free = (gap/w.norm(p=dual, dim=2)).scatter(1, y[:, None], torch.inf).amin(1)
     if not edge:
         assert torch.allclose(free[free < .3], borders[free < .3].nan_to_num(9).amin(1)), (
             'the textbook holds where no pixel stops')
@@ -133,20 +141,21 @@ def test_the_nearest_wrong_image_of_an_affine_model(norm, edge):
     nearest = borders.nan_to_num(torch.inf).amin(1)
     assert edge or (nearest < .95*borders[:, 0].nan_to_num(torch.inf)).any(), (
         'the likeliest class is not always the nearest')
-    share = lambda out: (threat.distance(x, out)/nearest).detach()
-    within = lambda out, least, most: ((share(out) >= least) & (
-        share(out) <= most) & (margin(model(out), y) > 0) & threat.allows(x, out)).all()
+    ratio = lambda out: (threat.distance(x, out)/nearest).detach()
+    def within(out, least, most):
+        near = (ratio(out) >= least) & (ratio(out) <= most)
+        return (near & (margin(model(out), y) > 0) & threat.allows(x, out)).all()
     assert within(deepfool(model, x, y, threat, steps=1, overshoot=0), 1, 1+5e-4)
     assert within(deepfool(model, x, y, threat, steps=1), 1.015 if not edge else 1, 1.0205)
     assert within(fab(model, x, y, threat, steps=25), 1, 1.002)
     if norm == 'L2' and not edge:
         out = carlini_wagner(model, x, y, threat, steps=150)
         assert within(out, 1, 1.03*borders[:, 0]/nearest)
-        assert (share(out) < 1.01).sum() > 9
+        assert (ratio(out) < 1.01).sum() > 9
     likeliest = borders[:, 0].isfinite()
     for attack in (partial(deepfool, candidates=1, overshoot=0), partial(fab, targets=1, steps=25)):
-        ratio = threat.distance(x, attack(model, x, y, threat))/borders[:, 0]
-        assert (ratio[likeliest] < 1.002).all()
+        far = threat.distance(x, attack(model, x, y, threat))
+        assert (far[likeliest]/borders[likeliest, 0] < 1.002).all()
         assert likeliest.sum() > 3
 
 
@@ -335,10 +344,10 @@ def test_no_further_than_foolbox():
         ours = deepfool(model, x, y, norms[norm])
         assert (theirs-x).abs().amax() > .01
         assert (ours-theirs).abs().max() < 3e-4
-    theirs = foolbox.attacks.L2CarliniWagnerAttack(
-        steps=100, stepsize=.01, abort_early=False)(bounded, x, y, epsilons=None)[0]
-    ratio = threat.distance(
-        x, carlini_wagner(model, x, y, threat, steps=100))/threat.distance(x, theirs)
+    reference = foolbox.attacks.L2CarliniWagnerAttack(steps=100, stepsize=.01, abort_early=False)
+    theirs = reference(bounded, x, y, epsilons=None)[0]
+    ours = carlini_wagner(model, x, y, threat, steps=100)
+    ratio = threat.distance(x, ours)/threat.distance(x, theirs)
     assert (ratio < 1.02).all()
     assert ratio.median() > .8
 
@@ -354,8 +363,8 @@ def test_fab_is_as_near_as_that_of_the_authors(norm):
     with torch.random.fork_rng(devices=[]):
         other = theirs(model, norm=norm, n_iter=20, eps=1e4, targeted=True, n_target_classes=1,
                        device='cpu').perturb(x, y)
-    ratio = threat.distance(
-        x, fab(model, x, y, threat, steps=20, targets=1))/threat.distance(x, other)
+    ours = fab(model, x, y, threat, steps=20, targets=1)
+    ratio = threat.distance(x, ours)/threat.distance(x, other)
     both = (margin(model(other), y) > 0) & ratio.isfinite()
     assert both.sum() > 9
     assert (ratio[both] < 1.001).all()

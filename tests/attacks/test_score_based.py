@@ -1,5 +1,5 @@
-"""Attacks that only ask: closed forms, an independent Square and an evolution by scipy, honest
-counts of questions, and what must not succeed."""
+"""Black-box attacks: closed forms, slow loops, an independent Square and an evolution by scipy,
+honest counts of queries, and what must not succeed."""
 import random
 from functools import partial
 
@@ -8,18 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from robustnb.attacks.gradient import score_based as blackbox
-from robustnb.attacks.gradient import cross_entropy, fgsm, margin, pgd
-from robustnb.attacks.threat_models import L0
-from robustnb.attacks.score_based import one_pixel, random_search, square
-from robustnb.core import draw, image_generators, make_generator
-from robustnb.attacks.threat_models import L1, L2, Linf
+from robustnb.attacks import score_based
+from robustnb.attacks.gradient import cross_entropy, margin, pgd
+from robustnb.attacks.score_based import one_pixel, random_search, square, square_side
 from robustnb.attacks.ssim_rule import SSIM
-from test_gradient import Ten, make_batch, make_net, same, snapshot, wrong_uses
+from robustnb.attacks.threat_models import L0, L1, L2, Linf
+from robustnb.core import draw, image_generators, make_generator
+from helpers_attacks import Ten, grey, linear, make_batch, make_net, same, snapshot, wrong_uses
 
 
 class Counter(nn.Module):
-    "How often each image was asked about; images are told apart by the one nearest to the question"
+    "How often each image was asked about; images are told apart by the one nearest to the query"
     def __init__(self, net, x):
         super().__init__()
         self.net = net
@@ -32,21 +31,6 @@ class Counter(nn.Module):
         self.asked += who.bincount(minlength=len(self.x))
         self.seen.append((who.clone(), x.clone()))
         return self.net(x)
-
-
-def linear(bias=1000., shape=(3, 6, 6), seed=0):
-    "Two classes, far from the border with the default bias; the weights of the margin"
-    model = nn.Sequential(nn.Flatten(), nn.Linear(np.prod(shape), 2)).double().eval()
-    with torch.no_grad():
-        model[1].weight.copy_(torch.randn(2, np.prod(shape),
-                                          generator=make_generator(seed, 'weights')))
-        model[1].bias.copy_(torch.tensor([bias, 0.]))
-    return model, (model[1].weight[1]-model[1].weight[0]).detach().view(shape)
-
-
-def grey(n=10, shape=(3, 6, 6)):
-    return .3 + .4*torch.rand(n, *shape, generator=make_generator(0, 'grey'),
-                              dtype=torch.float64), torch.zeros(n, dtype=torch.int64)
 
 
 attacks = dict(random_search=random_search, square=partial(square, queries=60),
@@ -126,8 +110,8 @@ def test_no_image_is_asked_about_more_often_than_granted(threat, queries):
     model = Counter(linear()[0], x).eval()
     out = square(model, x, y, threat, queries=queries)
     assert (model.asked[1:] == queries-1).all(), (
-        'the first image is looked at once more, at the door')
-    assert model.asked[0] == queries, 'the first image is looked at once more, at the door'
+        'the first image is looked at once more, by `check_attack`')
+    assert model.asked[0] == queries, 'the first image is looked at once more'
     if queries == 2:
         assert torch.equal(out, x)
     elif queries > 40:
@@ -138,7 +122,7 @@ def test_no_image_is_asked_about_more_often_than_granted(threat, queries):
     (partial(random_search, tries=150), L2(.8)), (partial(square, queries=150), Linf(.03)),
     (partial(square, queries=150), L2(.4)), (partial(square, queries=150), L1(3.)),
     (partial(one_pixel, population=10, generations=10), L0(2))),
-                         ids=('random', 'Linf', 'L2', 'L1', 'Pixels'))
+                         ids=('random', 'Linf', 'L2', 'L1', 'L0'))
 def test_an_image_that_fell_is_left_alone(attack, threat):
     x, y = grey(20)
     w = linear()[1]
@@ -173,11 +157,11 @@ def test_one_pixel_and_random_search_count_as_documented():
         assert (model.asked[1:] == 1).all(), 'images that are wrong need no more than a look'
 
 
-@pytest.mark.parametrize('threat, exact, share', (
+@pytest.mark.parametrize('threat, exact, least', (
     (Linf(.03), lambda w: .03*w.abs().sum(), .98), (L2(.4), lambda w: .4*w.norm(), .55),
     (L1(2.), lambda w: 2*w.abs().max(), .5)),
                          ids=('Linf', 'L2', 'L1'))
-def test_square_comes_near_the_closed_form(threat, exact, share):
+def test_square_comes_near_the_closed_form(threat, exact, least):
     model, w = linear()
     x, y = grey()
     reached = [(margin(model(square(model, x, y, threat, queries=q)), y) - margin(model(x), y))
@@ -185,7 +169,7 @@ def test_square_comes_near_the_closed_form(threat, exact, share):
     assert (reached[2] <= 1+1e-6).all()
     assert (reached[0] <= reached[1]).all()
     assert reached[1].mean() < .9*reached[2].mean()
-    assert reached[2].mean() > share
+    assert reached[2].mean() > least
     assert (margin(model(square(model, x, 1-y, threat)), y) == margin(model(x), y)).all()
 
 
@@ -200,7 +184,6 @@ def test_the_first_image_has_stripes_and_the_second_differs_by_a_square():
     assert torch.equal(d[0].sign(), d[0, :, :, :1].sign().expand_as(d[0]))
     assert len(d[0].sign().flatten(1).unique(dim=0)) == 4
     model = linear()[0]
-    threat = Linf(.1)
     seen = []
     best = asked[0]
     height = margin(model(asked[0]), y)
@@ -233,19 +216,109 @@ def test_squares_reach_every_corner():
     x, y = grey(2)
     model = Counter(linear()[0], x).eval()
     square(model, x, y, Linf(.1), queries=900)
-    moved = (model.seen[-1][1] - torch.stack([o[1] for o in model.seen[500:]])).abs().amax((
-        0, 1, 2))
+    late = torch.stack([o[1] for o in model.seen[500:]])
+    moved = (model.seen[-1][1]-late).abs().amax((0, 1, 2))
     assert (moved[[0, 0, -1, -1], [0, -1, 0, -1]] > 0).all()
 
 
 def test_squares_shrink_on_the_paper_schedule():
     x = torch.zeros(1, 3, 32, 32)
-    sides = [blackbox._side(at, 10_000, .8, x)
+    sides = [square_side(at, 10_000, .8, x)
              for at in (1, 10, 11, 50, 51, 201, 501, 1001, 2001, 4001, 6001, 8001, 9999)]
     assert sides == [round((.8/2**k*1024)**.5) for k in (0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9)]
-    assert [blackbox._side(at, 500, .8, x) for at in (0, 3, 11, 26)] == [
-        blackbox._side(20*at, 10_000, .8, x) for at in (0, 3, 11, 26)]
-    assert blackbox._side(1, 100, 1., torch.zeros(1, 1, 4, 40)) == 4
+    assert [square_side(at, 500, .8, x) for at in (0, 3, 11, 26)] == [
+        square_side(20*at, 10_000, .8, x) for at in (0, 3, 11, 26)]
+    assert square_side(1, 100, 1., torch.zeros(1, 1, 4, 40)) == 4
+
+
+def sides(queries, p, pixels):
+    marks = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+    return lambda at: max(
+        1, round((p*pixels/2**len([m for m in marks if at*10_000//queries > m]))**.5))
+
+
+@pytest.mark.parametrize('queries', (12, 120, 240))
+@pytest.mark.parametrize('eps', (.004, .02, .05))
+def test_linf_squares_follow_a_slow_loop(eps, queries):
+    model = make_net()
+    side_at = sides(queries, .8, 64)
+    x, y = make_batch(model=model)
+    out = square(model, x, y, Linf(eps), make_generator(7), queries=queries)
+    fell = 0
+    for i, g in enumerate(image_generators(make_generator(7), x)):
+        ask = lambda image: margin(model(image[None]), y[i:i+1]).item()
+        clean = x[i]
+        signs = draw(torch.rand, [g], 192, like=x)[0]
+        best = clean.clone()
+        for c in range(3):
+            for col in range(8):
+                best[c, :, col] = (
+                    (clean[c, :, col] + (eps if signs[8*c+col] >= .5 else -eps)).clamp(0, 1))
+        height = ask(best)
+        for at in range(1, queries-2):
+            if at % 100 == 1:
+                numbers = draw(torch.rand, [g], 100, 8, like=x)[0]
+            if height > 0: break
+            u = numbers[(at-1) % 100].tolist()
+            side = min(side_at(at), 8)
+            new = best.clone()
+            top = int(u[0]*(9-side))
+            left = int(u[1]*(9-side))
+            for c in range(3):
+                for row in range(top, top+side):
+                    for col in range(left, left+side):
+                        new[c, row, col] = min(
+                            max(clean[c, row, col].item() + (eps if u[5+c] >= .5 else -eps), 0), 1)
+            value = ask(new)
+            if value > height:
+                best, height = new, value
+        fell += height > 0
+        assert (out[i] - (best if height > ask(clean) else clean)).abs().max() < 1e-12
+    assert eps > .01 or fell < 12
+
+
+@pytest.mark.parametrize('side', (1, 2, 3, 4, 6, 8))
+@pytest.mark.parametrize('threat', (L2(.2), L1(1.5)), ids=repr)
+def test_proposals_spend_the_budget_and_touch_two_windows(threat, side):
+    x = .4 + .2*torch.rand(20, 3, 8, 8, generator=make_generator(0), dtype=torch.float64)
+    u = torch.rand(20, 192, generator=make_generator(1), dtype=torch.float64)
+    best = score_based._first(threat, x, u)
+    assert (threat.distance(x, best) - threat.eps).abs().max() < 1e-6
+    for k in range(5):
+        u = torch.rand(20, 8, generator=make_generator(2, k), dtype=torch.float64)
+        new = score_based._propose(threat, x, best, side, u)
+        assert (threat.distance(x, new) - threat.eps).abs().max() < 1e-6
+        assert threat.allows(x, new).all()
+        assert ((new-best).abs().flatten(1).amax(1) > 1e-6).float().mean() > .5, (
+            'two empty windows have nothing to give')
+        size = min(max(side + 1 - side % 2, 3), 8)
+        outside = torch.ones(20, 1, 8, 8, dtype=torch.bool)
+        for i in range(20):
+            for a in (0, 2):
+                row = int(u[i, a+0]*(9-size))
+                col = int(u[i, a+1]*(9-size))
+                outside[i, :, row:row+size, col:col+size] = False
+        old = (best-x)*outside
+        now = (new-x)*outside
+        if isinstance(threat, L2):
+            length = lambda d: d.flatten(1).norm(dim=1)
+            cosine = (old*now).flatten(1).sum(1)/(length(old)*length(now)).clamp_min(1e-12)
+            assert (cosine[length(old) > 1e-9] > 1-1e-9).all(), 'elsewhere it is scaled at most'
+        best = new
+
+
+@pytest.mark.parametrize('power', (1, 2))
+@pytest.mark.parametrize('side', (3, 5, 7))
+def test_a_bump_is_two_opposite_halves_of_equal_length(power, side):
+    bump = score_based._bump(side, power, torch.zeros(1, dtype=torch.float64))
+    upper = bump[:side//2]
+    lower = bump[side//2:]
+    length = lambda o: o.abs().pow(power).sum()**(1/power)
+    assert bump.shape == (side, side)
+    assert (upper > 0).all()
+    assert (lower < 0).all()
+    assert abs(length(bump)-1) < 1e-6
+    assert abs(length(upper)-length(lower)) < 1e-6
 
 
 @pytest.mark.parametrize('threat, norm', ((Linf(.03), 'Linf'), (L2(.4), 'L2'), (L1(4.), 'L1')),
@@ -263,12 +336,13 @@ def test_square_succeeds_as_often_as_an_independent_one(threat, norm):
         model[-1].weight.mul_(5)
     x = torch.rand(100, 3, 16, 16, generator=make_generator(0))
     y = model(x).argmax(1)
-    share = lambda x_adv: (model(x_adv).argmax(1) != y).float().mean().item()
-    ours = share(square(model, x, y, threat, queries=202))
+    wrong = lambda x_adv: (model(x_adv).argmax(1) != y).float().mean().item()
+    ours = wrong(square(model, x, y, threat, queries=202))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        other = share(theirs(model, norm=norm, eps=threat.eps, n_queries=200, p_init=.8,
-                             seed=0, resc_schedule=True, device='cpu').perturb(x, y))
-    floor = share(random_search(model, x, y, threat, tries=50))
+        attack = theirs(model, norm=norm, eps=threat.eps, n_queries=200, p_init=.8, seed=0,
+                        resc_schedule=True, device='cpu')
+        other = wrong(attack.perturb(x, y))
+    floor = wrong(random_search(model, x, y, threat, tries=50))
     assert .1 < other < .95
     assert abs(ours-other) < .08
     assert floor < other-.1
@@ -298,7 +372,10 @@ def test_square_sees_through_a_masked_gradient(wrap):
     x, y = make_batch(torch.float32, n=30, model=net)
     with torch.no_grad():
         keep = margin(net(x), y) < -.3
-    x, y, model, threat = x[keep], y[keep], wrap(net).eval(), Linf(8/255)
+    x = x[keep]
+    y = y[keep]
+    model = wrap(net).eval()
+    threat = Linf(8/255)
     wrong = lambda m, x_adv: (m(x_adv).argmax(1) != y).sum().item()
     found = wrong(model, square(model, x, y, threat, queries=300))
     assert found >= .8*wrong(net, pgd(net, x, y, threat, loss=margin)) > 3
@@ -323,56 +400,6 @@ def test_random_search_finds_what_its_samples_hold():
     assert (out - torch.stack(samples)[heights.argmax(0), torch.arange(12)]).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize('n', (0, 1, 3, 36, 50))
-def test_projection_to_few_pixels_is_the_nearest(n):
-    x, _ = grey()
-    far = x + .6*torch.randn(x.shape, generator=make_generator(1), dtype=x.dtype)
-    threat = L0(n)
-    near = threat.project(x, far)
-    changed = ((near-x).abs() > 0).any(1).flatten(1)
-    assert (threat.distance(x, near) == changed.sum(1)).all()
-    assert (changed.sum(1) == min(n, 36)).all()
-    assert threat.allows(x, near).all()
-    size = (far.clamp(0, 1)-x).square().sum(1).flatten(1)
-    for i in range(len(x)):
-        assert set(changed[i].nonzero().flatten().tolist()) == set(sorted(
-            range(36), key=lambda k: -size[i, k].item())[:n])
-    assert torch.equal(near, torch.where(changed.view(-1, 1, 6, 6), far.clamp(0, 1), x))
-    assert torch.equal(threat.project(x, near), near)
-    assert threat.allows(x, x + 2e-8).all(), 'rounding is no change'
-    if n < 36:
-        assert not threat.allows(x, far.clamp(0, 1)).any()
-        assert not L0(n).allows(x, L0(n+1).project(x, far)).any()
-    for bad in (1.2, -.1, torch.nan):
-        assert not threat.allows(x, near.index_fill(1, torch.tensor(0), bad)).any()
-
-
-def test_random_pixels_are_uniform():
-    x = torch.full((4000, 1, 3, 3),
-                   .5) + 1e-5*torch.rand(4000, 1, 3, 3, generator=make_generator(9))
-    threat = L0(2)
-    changed = ((threat.sample(x, make_generator(0))-x).abs() > 1e-4).flatten(1)
-    assert (changed.sum(1) <= 2).all()
-    assert (changed.double().mean(0)-2/9).abs().max() < .03
-    colours = threat.sample(x, make_generator(0)).flatten(1)[changed]
-    for q in (.1, .5, .9):
-        assert abs(colours.double().quantile(q)-q) < .02
-
-
-@pytest.mark.parametrize('n', (1, 2, 5))
-def test_one_step_is_exact_where_few_pixels_may_change(n):
-    model, w = linear()
-    x, y = grey()
-    best = torch.where(w > 0, 1-x, x).mul(w.abs()).sum(1).flatten(1).sort(
-        1, descending=True).values[:, :n].sum(1)
-    gain = lambda x_adv: (margin(model(x_adv), y)-margin(model(x), y)).detach()
-    assert torch.allclose(gain(fgsm(model, x, y, L0(n), loss=margin)), best)
-    assert (gain(pgd(model, x, y, L0(n), loss=margin)) > .7*best).all()
-    assert (gain(one_pixel(model, x, y, L0(n), population=10, generations=2)) < best).all()
-    assert torch.equal(L0(n).steepest(w.expand(4, 3, 6, 6)),
-                       w.sign()*L0(n)._top(w.abs().sum(0)[None]).expand(4, -1, -1, -1))
-
-
 class Curved(nn.Module):
     """Far from the border; what a pixel adds to the margin is known, and greatest at black, at
     white or between"""
@@ -391,7 +418,7 @@ class Curved(nn.Module):
 
 def test_one_pixel_finds_the_best_single_pixel():
     x, y = grey(20)
-    for shape, share, found in (((3, 6, 6), .85, 6), ((1, 6, 6), .97, 16)):
+    for shape, least, found in (((3, 6, 6), .85, 6), ((1, 6, 6), .97, 16)):
         x = x[:, :shape[0]]
         model = Curved(linear(shape=shape)[1]).eval()
         best = model.best(x).flatten(1)
@@ -400,7 +427,7 @@ def test_one_pixel_finds_the_best_single_pixel():
         assert (where.sum(1) == 1).all()
         gain = margin(model(out), y)-margin(model(x), y)
         assert (gain <= best.amax(1)+1e-6).all()
-        assert (gain/best.amax(1)).mean() > share
+        assert (gain/best.amax(1)).mean() > least
         assert (where.int().argmax(1) == best.argmax(1)).sum() >= found
 
 
@@ -472,8 +499,8 @@ def test_wrong_use_is_refused(name, use):
 
 @pytest.mark.parametrize('call, words', (
     (lambda *a: square(*a, SSIM(.9)), 'must be Linf, L2 or L1 .* Use `random_search`'),
-    (lambda *a: square(*a, L0(1)), 'got Pixels'),
-    (lambda *a: one_pixel(*a, Linf(.1)), r'e.g. `Pixels\(1\)`; got Linf'),
+    (lambda *a: square(*a, L0(1)), 'got L0'),
+    (lambda *a: one_pixel(*a, Linf(.1)), r'e.g. `L0\(1\)`; got Linf'),
     (lambda *a: square(*a, Linf(.1), queries=1), '`queries` must be at least 2'),
     (lambda *a: square(*a, Linf(.1), p=0.), 'got 5000 and 0'),
     (lambda *a: square(*a, Linf(.1), p=float('nan')), 'got 5000 and nan'),

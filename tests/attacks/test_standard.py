@@ -1,5 +1,5 @@
 "The cascade against the long way, on honest models and on models that hide their gradient."
-import copy, importlib
+import copy
 from functools import partial
 
 import pytest
@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from robustnb.attacks.adaptive_pgd import apgd, apgd_targeted
-from robustnb.attacks.gradient import multi_attack, margin, pgd
+from robustnb.attacks import standard
+from robustnb.attacks.gradient import margin, multi_attack, pgd
 from robustnb.attacks.standard import autoattack, cascade, search_copy
 from robustnb.core import make_generator, predict
 from robustnb.data import digits, subset
@@ -15,9 +16,6 @@ from robustnb.models.zoo import build_model
 from robustnb.attacks.threat_models import L1, L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
 from robustnb.models.training import Recipe, train
-
-# the package has a function of the same name
-module = importlib.import_module('robustnb.attacks.standard')
 
 
 @pytest.fixture(scope='module')
@@ -35,10 +33,10 @@ def short(monkeypatch):
     "The standard evaluation with a tenth of its iterations"
     for name, kw in dict(apgd=dict(steps=10), apgd_targeted=dict(steps=10), fab=dict(steps=10),
                          square=dict(queries=300)).items():
-        monkeypatch.setattr(module, name, partial(getattr(module, name), **kw))
+        monkeypatch.setattr(standard, name, partial(getattr(standard, name), **kw))
 
 
-def stands(model, x_adv, y): return predict(model, x_adv).argmax(1) == y
+def survives(model, x_adv, y): return predict(model, x_adv).argmax(1) == y
 
 
 threats = (Linf(4/255), Linf(16/255), L2(.8), L1(8.), SSIM(.9))
@@ -51,9 +49,9 @@ def test_the_cascade_reaches_the_answer_of_the_long_way(trained, threat):
                             partial(apgd_targeted, steps=30))(net, x, y, threat)
     found = cascade(net, x, y, threat)
     assert threat.allows(x, found).all()
-    a = stands(net, found, y)
-    b = stands(net, long_way, y)
-    clean = stands(net, x, y)
+    a = survives(net, found, y)
+    b = survives(net, long_way, y)
+    clean = survives(net, x, y)
     assert (a & ~b).sum() <= 1, 'images that only the long way finds'
     assert not (a & ~clean).any()
     assert b.sum() < clean.sum()
@@ -69,26 +67,24 @@ def test_sparse_steps_get_enough_iterations():
     y = torch.as_tensor(test.y)
     long_way = multi_attack(partial(apgd, steps=50),
                             partial(apgd_targeted, steps=20, targets=4))(net, x, y, L1(8.))
-    left = stands(net, long_way, y).sum()
-    assert stands(net, cascade(net, x, y, L1(8.)), y).sum() <= left + 1 < stands(net, x, y).sum()
+    left = survives(net, long_way, y).sum()
+    assert survives(net, cascade(net, x, y, L1(8.)), y).sum() <= left + 1 < survives(net, x, y).sum()
 
 
-def test_the_cascade_asks_for_a_small_share_of_the_gradients(trained):
+def test_the_cascade_asks_for_a_fraction_of_the_gradients(trained, monkeypatch):
     net = trained[0]
     x = trained[1][:10]
     y = trained[2][:10]
     def gradients_of(attack):
         seen = []
         counted = copy.deepcopy(net)
-        counted.register_forward_pre_hook(lambda m, args: seen.append(len(args[0]))
-                                                          if args[0].requires_grad else None)
-        original = module.search_copy
-        module.search_copy = lambda model, x, y: model
-        try:
-            attack(counted, x, y, Linf(4/255))
-        finally:
-            module.search_copy = original
+        def count(m, args):
+            if args[0].requires_grad:
+                seen.append(len(args[0]))
+        counted.register_forward_pre_hook(count)
+        attack(counted, x, y, Linf(4/255))
         return sum(seen)
+    monkeypatch.setattr(standard, 'search_copy', lambda model, x, y: model)
     assert gradients_of(cascade)*15 < gradients_of(multi_attack(apgd, apgd_targeted))
 
 
@@ -99,12 +95,12 @@ def test_batches_order_and_seeds(trained, threat):
     y = trained[2][:20]
     whole = cascade(net, x, y, threat)
     assert torch.equal(cascade(net, x, y, threat), whole)
-    pieces = torch.cat(
-        [cascade(net, x[i:i+7], y[i:i+7], threat, batch_size=3) for i in range(0, 20, 7)])
+    pieces = [cascade(net, x[i:i+7], y[i:i+7], threat, batch_size=3) for i in range(0, 20, 7)]
+    pieces = torch.cat(pieces)
     order = torch.randperm(20, generator=make_generator(0))
-    assert torch.equal(stands(net, pieces, y), stands(net, whole, y))
-    assert torch.equal(stands(net, cascade(net, x[order], y[order], threat), y[order]),
-                       stands(net, whole, y)[order])
+    assert torch.equal(survives(net, pieces, y), survives(net, whole, y))
+    shuffled = cascade(net, x[order], y[order], threat)
+    assert torch.equal(survives(net, shuffled, y[order]), survives(net, whole, y)[order])
 
 
 class Wrapped(nn.Module):
@@ -118,11 +114,11 @@ class Wrapped(nn.Module):
 def test_scaling_the_logits_changes_nothing(trained, short):
     net, x, y = trained
     threat = Linf(16/255)
-    honest = stands(net, cascade(net, x, y, Linf(16/255)), y).sum()
+    honest = survives(net, cascade(net, x, y, Linf(16/255)), y).sum()
     for scale in (100, 1000):
         loud = Wrapped(net, after=lambda z: scale*z).eval()
-        assert stands(loud, cascade(loud, x, y, threat),
-                      y).sum() == honest < stands(loud, pgd(loud, x, y, threat), y).sum() - 5
+        assert survives(loud, cascade(loud, x, y, threat), y).sum() == honest
+        assert honest < survives(loud, pgd(loud, x, y, threat), y).sum() - 5
 
 
 hidden = dict(logits_in_bf16=dict(after=lambda z: (50*z).bfloat16().float()),
@@ -137,8 +133,10 @@ def test_models_that_hide_their_gradient_are_taken_the_long_way(trained, short, 
     threat = Linf(24/255)
     found = cascade(model, x, y, threat)
     assert threat.allows(x, found).all()
-    left, by_gradient, clean = (int(stands(model, o, y).sum())
-                                for o in (found, pgd(model, x, y, threat), x))
+    count = lambda o: survives(model, o, y).sum().item()
+    left = count(found)
+    by_gradient = count(pgd(model, x, y, threat))
+    clean = count(x)
     assert left <= by_gradient
     assert left < .7*clean
     if 'rounded' in name:
@@ -148,7 +146,7 @@ def test_models_that_hide_their_gradient_are_taken_the_long_way(trained, short, 
 def test_the_long_way_is_not_taken_without_need(trained, short, monkeypatch):
     net, x, y = trained
     def never(*args): raise AssertionError('the long way')
-    monkeypatch.setattr(module, 'autoattack', never)
+    monkeypatch.setattr(standard, 'autoattack', never)
     for threat in (Linf(2/255), L2(.3), Linf(0)):
         cascade(net, x, y, threat)
     with pytest.raises(AssertionError, match='the long way'):
@@ -170,11 +168,11 @@ def test_the_copy_never_judges(trained, monkeypatch):
     keep = y != 0
     x = x[keep]
     y = y[keep]
-    monkeypatch.setattr(module, 'search_copy', lambda model, x, y: Liar(y).eval())
-    monkeypatch.setattr(module, '_confirm',
+    monkeypatch.setattr(standard, 'search_copy', lambda model, x, y: Liar(y).eval())
+    monkeypatch.setattr(standard, '_confirm',
                         lambda model, x, y, threat, generator, out, height, clean: out)
     found = cascade(net, x, y, Linf(1/255))
-    assert stands(net, found, y).sum() >= stands(net, x, y).sum() - 6, 'the liar claims all of them'
+    assert survives(net, found, y).sum() >= survives(net, x, y).sum() - 6, 'the liar claims all of them'
 
 
 def test_the_copy_is_faithful_or_not_used(trained):
@@ -193,8 +191,8 @@ def test_the_copy_is_faithful_or_not_used(trained):
 def test_a_model_that_cannot_be_traced_is_attacked_all_the_same(trained):
     net, x, y = trained
     branch = Wrapped(net, before=lambda x: x if x.sum() > 0 else 1-x).eval()
-    assert torch.equal(stands(branch, cascade(branch, x, y, Linf(8/255)), y),
-                       stands(net, cascade(net, x, y, Linf(8/255)), y))
+    found = survives(branch, cascade(branch, x, y, Linf(8/255)), y)
+    assert torch.equal(found, survives(net, cascade(net, x, y, Linf(8/255)), y))
 
 
 def test_the_standard_evaluation_is_the_worst_of_its_four(trained, short):
@@ -203,9 +201,9 @@ def test_the_standard_evaluation_is_the_worst_of_its_four(trained, short):
     y = y[:8]
     threat = Linf(4/255)
     found = autoattack(net, x, y, threat)
-    one = stands(net, module.apgd(net, x, y, threat, make_generator(0)), y)
+    one = survives(net, standard.apgd(net, x, y, threat, make_generator(0)), y)
     assert threat.allows(x, found).all()
-    assert not (stands(net, found, y) & ~one).any()
+    assert not (survives(net, found, y) & ~one).any()
     assert torch.equal(autoattack(net, x, y, threat), found)
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from test_gradient import make_batch, make_net, same, snapshot, wrong_uses
 
 from robustnb.attacks.gradient import cross_entropy, dlr, loss_and_grad, margin, margin_to, pgd
 from robustnb.core import image_generators, make_generator
@@ -16,6 +15,7 @@ from robustnb.attacks.transferable import (
     di_fgsm, ensemble, mi_fgsm, ni_fgsm, si_fgsm, ti_fgsm, vmi_fgsm)
 from robustnb.attacks.threat_models import L1, L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
+from helpers_attacks import make_batch, make_net, same, snapshot, wrong_uses
 
 family = dict(mi=mi_fgsm, ni=ni_fgsm, di=di_fgsm, ti=ti_fgsm, si=si_fgsm, vmi=vmi_fgsm)
 threats = (Linf(8/255), L2(.4), L1(6), SSIM(.95))
@@ -87,8 +87,8 @@ def slow(name, model, image, label, threat, seed, steps, decay, kernel=5, copies
         else:
             new = slow_gradient(model, at, label)
         g = decay*g + new*new.numel()/new.abs().sum()
-        now = threat.project(
-            image[None], now[None] + alpha*threat.steepest(g[None], image[None], now[None]))[0]
+        step = alpha*threat.steepest(g[None], image[None], now[None])
+        now = threat.project(image[None], now[None] + step)[0]
     return now
 
 
@@ -116,7 +116,9 @@ def test_changed_images_of_other_shapes(shape):
             return torch.stack([(w*x).sin().flatten(1).mean(1), (w*x).cos().flatten(1).mean(1)], 1)
     w = torch.rand(1, 2, *shape, generator=make_generator(0, 1), dtype=torch.float64)
     x = torch.rand(5, 2, *shape, generator=make_generator(0, 5), dtype=torch.float64)
-    w, y, model = 5*w, torch.arange(5) % 2, Weighted().eval()
+    w = 5*w
+    y = torch.arange(5) % 2
+    model = Weighted().eval()
     ours = di_fgsm(model, x, y, L2(1.), make_generator(1), steps=3, probability=1)
     theirs = torch.stack([slow('di', model, x[i], y[i].item(), L2(1.), 1, 3, 1., probability=1)
                           for i in range(5)])
@@ -131,10 +133,10 @@ def test_without_memory_it_is_the_basic_iterative_method(threat, reference):
     model = make_net()
     x, y = make_batch(model=model)
     for steps in (1, 4, 10):
-        attack = getattr(foolbox.attacks, reference)(
-            abs_stepsize=threat.eps/steps, steps=steps, random_start=False)
-        theirs = attack(foolbox.PyTorchModel(model, bounds=(0, 1), device='cpu'), x, y,
-                        epsilons=threat.eps)[1]
+        kind = getattr(foolbox.attacks, reference)
+        attack = kind(abs_stepsize=threat.eps/steps, steps=steps, random_start=False)
+        bounded = foolbox.PyTorchModel(model, bounds=(0, 1), device='cpu')
+        theirs = attack(bounded, x, y, epsilons=threat.eps)[1]
         for attack in (mi_fgsm, ni_fgsm):
             assert (attack(model, x, y, threat, steps=steps, decay=0)-theirs).abs().max() < 1e-9
     assert (mi_fgsm(model, x, y, threat)-theirs).abs().max() > 1e-3
@@ -301,7 +303,8 @@ def test_gradients_of_an_ensemble(loss):
 
 
 def test_attacks_follow_an_ensemble():
-    nets, (x, y) = members(), make_batch()
+    nets = members()
+    x, y = make_batch()
     for combine in ('logits', 'gradients'):
         model = ensemble(nets, weights, combine)
         before = snapshot(model)
@@ -326,10 +329,12 @@ def test_a_loud_member_leads_the_logits_but_not_the_gradients():
         def forward(self, x):
             s = self.k*(x[:, 0]-x[:, 2]).flatten(1).mean(1)
             return torch.stack([s, -s], 1)
-    x, y = make_batch()[0]*.5 + .25, torch.zeros(12, dtype=torch.int64)
+    x = make_batch()[0]*.5 + .25
+    y = torch.zeros(12, dtype=torch.int64)
     nets = [Pull(-10.).eval(), Pull(1.).eval(), Pull(1.).eval()]
-    shift = lambda combine: (mi_fgsm(ensemble(nets, combine=combine), x, y, Linf(.05),
-                                     steps=2) - x)[:, 0].mean()
+    def shift(combine):
+        x_adv = mi_fgsm(ensemble(nets, combine=combine), x, y, Linf(.05), steps=2)
+        return (x_adv-x)[:, 0].mean()
     assert shift('logits') > .04
     assert shift('gradients') < -.04
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustnb.descriptors.attack import attack as D
+from robustnb.descriptors import attack as D
 from robustnb.core import make_generator
 from robustnb.descriptors.attack import (
     allows_saved, attack_descriptor, baseline, fgsm_masked, fgvm, fit_eight_bit, Plan,

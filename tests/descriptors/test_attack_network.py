@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from robustnb.descriptors.attack import attack_network as E
+from robustnb.descriptors import attack_network as E
 from robustnb.core import make_generator, to_uint8
 from robustnb.descriptors.attack_network import (
     AttackerRecipe, network_attack, LinkNetAttacker, train_attacker)

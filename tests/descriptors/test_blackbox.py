@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustnb.descriptors.attack import blackbox as module
+from robustnb.descriptors import blackbox as module
 from robustnb.core import make_generator, to_float, to_uint8
 from robustnb.core import round_to_8bit
 from robustnb.descriptors.blackbox import descriptor_distance, http_blackbox, BlackBox

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from robustnb.attacks.gradient import score_based as blackbox
-from robustnb.descriptors.attack import query_attacks as ds
+from robustnb.attacks import score_based as blackbox
+from robustnb.descriptors import query_attacks as ds
 from robustnb.core import make_generator, to_uint8
 from robustnb.descriptors.query_attacks import nes_descriptor, pixel_evolution, square_descriptor
 from robustnb.descriptors.attack import fit_eight_bit

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from robustnb.models.zoo import training as T
+from robustnb.models import training as T
 from robustnb.core import make_generator, predict
 from robustnb.files import load_state, save_state
 from robustnb.data import digits, ImageSet, subset

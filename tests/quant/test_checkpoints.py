@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustnb.quant.formats import checkpoints as store
+from robustnb.quant import checkpoints as store
 from robustnb.core import make_generator, predict
 from robustnb.files import load_state, save_state
 from robustnb.transfer.generator import generate, Generator, train_generator

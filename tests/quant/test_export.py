@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from robustnb.quant.formats import export
+from robustnb.quant import export
 from robustnb.core import make_generator, predict
 from robustnb.quant.export import check_export, engine_ops, export_onnx, OnnxModel, run_onnx
 from robustnb.models.wrapping import Normalized, wrap_model

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from robustnb.quant.formats import formats as quant
+from robustnb.quant import formats as quant
 from robustnb.core import make_generator
 from robustnb.quant.formats import (
     all_formats, choose_scale, fake_quantize, levels, number_format, quant_spec, to_levels)

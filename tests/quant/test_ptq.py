@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from robustnb.quant.formats import ptq
+from robustnb.quant import ptq
 from robustnb.core import make_generator, predict
 from robustnb.data import digits
 from robustnb.models.wrapping import Normalized, wrap_model

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from robustnb.quant.formats import reconstruction as refine
+from robustnb.quant import reconstruction as refine
 from robustnb.core import make_generator, predict
 from robustnb.models.wrapping import wrap_model
 from robustnb.models.zoo import build_model, model_names

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustnb.transfer.study import generator as G
+from robustnb.transfer import generator as G
 from robustnb.core import make_generator
 from robustnb.transfer.generator import (
     bn_distance, bn_inputs, draw_targets, energy, generate, Generator, match_energy,

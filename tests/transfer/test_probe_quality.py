@@ -8,7 +8,7 @@ import torch
 from scipy.stats import spearmanr, wasserstein_distance
 from torch import nn
 
-from robustnb.transfer.study import probe_quality as Q
+from robustnb.transfer import probe_quality as Q
 from robustnb.attacks.gradient import margin, pgd
 from robustnb.core import make_generator, predict
 from robustnb.data import ImageSet
