@@ -94,17 +94,20 @@ def test_folders_and_zip_files_hold_the_same_members(tmp_path):
 @pytest.mark.parametrize('reader', (open_zip, open_members))
 def test_what_is_not_there_or_not_a_zip_file(reader, tmp_path):
     with pytest.raises(FileNotFoundError, match='there is none at .*nowhere'):
-        with reader(tmp_path/'nowhere'): pass
+        with reader(tmp_path/'nowhere'):
+            pass
     whole = packed(tmp_path/'a.zip', [('a', b'1'*500)]).read_bytes()
     for damaged in (b'', b'not a zip file', whole[:len(whole)//2], whole[:-5]):
         (tmp_path/'a.zip').write_bytes(damaged)
         with pytest.raises(ValueError, match='zip file.*damaged'):
-            with reader(tmp_path/'a.zip'): pass
+            with reader(tmp_path/'a.zip'):
+                pass
 
 
 def test_open_zip_wants_a_file(tmp_path):
     with pytest.raises(FileNotFoundError, match='must be a zip file of images'):
-        with open_zip(tmp_path): pass
+        with open_zip(tmp_path):
+            pass
 
 
 @pytest.mark.parametrize('array', (

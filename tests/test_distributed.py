@@ -71,8 +71,12 @@ def _in_both(out):
     def then_killed(state, path):
         save(state, path)
         raise Killed
+    def then_gone():
+        distributed.wait()
+        raise Killed
     start = network()
-    if distributed.init_distributed('cpu') and distributed.rank():       # the main process's start is everybody's
+    # the main process's start is everybody's
+    if distributed.init_distributed('cpu') and distributed.rank():
         for t in (start.normalize.mean, start.net[0].weight):
             nn.init.constant_(t, .3)
     with patch.object(training, 'save_state', counted):
@@ -80,8 +84,7 @@ def _in_both(out):
                              device='cpu')
     try:
         with (patch.object(training, 'save_state', then_killed),
-              patch.object(training, 'wait', lambda: distributed.wait() or (_ for _ in ()).throw(Killed()))
-              if distributed.rank() else nullcontext()):
+              patch.object(training, 'wait', then_gone) if distributed.rank() else nullcontext()):
             train(recipe, network(), data(), checkpoint=out/'cut.pt', device='cpu')
     except Killed:
         pass
