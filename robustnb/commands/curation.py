@@ -22,7 +22,7 @@ from .common import (
 @_command
 @_readable
 def build_set_command(
-    plan:str,              # A published set, e.g. lyx3911, kanra, tenth
+    plan:str,              # One of the published sets, e.g. lyx3911, kanra, tenth
     weights:str,           # Networks to attack and to ask, separated by commas
     data:str='cifar10',    # Clean images: 'digits', 'cifar10', or a folder or zip
     split:str='train',     # Which of them: train, or test where the rules allow it
