@@ -25,7 +25,7 @@ _NAMES = {
     'evaluation.robust_accuracy': 'evaluate summarize',
     'evaluation.checks': 'red_flags',
     'transfer.generator': 'generate train_generator',
-    'transfer.study': 'assess',
+    'transfer.study': 'assess Study',
     'curation.training_sets': 'attacked build_training_set',
     'curation.hidden': 'hidden_set rank_training_sets score_training_sets',
     'curation.contest': 'validate_set',
@@ -77,4 +77,4 @@ if TYPE_CHECKING:
     from .quant.formats import number_format, quant_spec
     from .quant.ptq import quantize
     from .transfer.generator import generate, train_generator
-    from .transfer.study import assess
+    from .transfer.study import assess, Study

@@ -106,11 +106,13 @@ def test_numbers_begin_anew_in_each_room(tmp_path):
     lower = book(tmp_path, 'models/90_zoo.ipynb', 'models.zoo')
     upper = book(tmp_path, 'attacks/10_gradient.ipynb', 'attacks.gradient')
     cells = json.loads(upper.read_text())
-    cells['cells'].append(dict(cell_type='code', source=['#| export\n', 'from robustnb.models.zoo import _f']))
+    below = 'from robustnb.models.zoo import _f'
+    cells['cells'].append(dict(cell_type='code', source=['#| export\n', below]))
     upper.write_text(json.dumps(cells))
     assert breaches([lower, upper]) == []
     cells = json.loads(lower.read_text())
-    cells['cells'].append(dict(cell_type='code', source=['#| export\n', 'from robustnb.attacks.gradient import _f']))
+    above = 'from robustnb.attacks.gradient import _f'
+    cells['cells'].append(dict(cell_type='code', source=['#| export\n', above]))
     lower.write_text(json.dumps(cells))
     found = breaches([lower, upper])
     assert len(found) == 1

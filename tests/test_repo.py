@@ -61,14 +61,15 @@ def test_one_set_of_facts():
 
 
 def test_no_public_name_hides_a_module():
-    inside = {f.stem for f in (root/'robustnb').glob('*.py')} | {f.parent.name for f in (root/'robustnb').glob('*/*.py')}
+    inside = {f.stem for f in (root/'robustnb').glob('*.py')}
+    inside |= {f.parent.name for f in (root/'robustnb').glob('*/*.py')}
     assert not inside & set(robustnb.__all__)
 
 
 def test_the_names_for_type_checkers_are_those_of_the_table():
     tree = ast.parse((root/'robustnb/__init__.py').read_text(encoding='utf-8'))
-    said = {o.name: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level
-            for o in node.names}
+    imports = [o for o in ast.walk(tree) if isinstance(o, ast.ImportFrom) and o.level]
+    said = {o.name: node.module for node in imports for o in node.names}
     assert said == robustnb._HOME
 
 

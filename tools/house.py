@@ -123,8 +123,9 @@ def exported_cell(cell, tree):
                 yield f'{name}: {arg} has no comment of its own'
         if isinstance(node, ast.ClassDef) and is_decorated(node, 'dataclass'):
             for o in node.body:
-                if (isinstance(o, ast.AnnAssign) and not o.target.id.startswith('_')
-                    and o.end_lineno not in comments):
+                if not isinstance(o, ast.AnnAssign) or o.target.id.startswith('_'): continue
+                above = comments.get(o.lineno - 1, ('', False))
+                if o.end_lineno not in comments and not above[1]:
                     yield f'{node.name}: {o.target.id} has no comment of its own'
 
 

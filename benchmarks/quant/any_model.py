@@ -39,9 +39,11 @@ sizes = {'inception_v3': 299, 'swin_v2_t': 256, 'maxvit_nano_rw_256': 256}
 
 def build(library, name, x):
     torch.manual_seed(0)
-    net = timm.create_model(name, pretrained=False) if library == 'timm' else getattr(
-        torchvision.models, name)(weights=None, **(
-            {'init_weights': True} if name in ('googlenet', 'inception_v3') else {}))
+    if library == 'timm':
+        net = timm.create_model(name, pretrained=False)
+    else:
+        given = {'init_weights': True} if name in ('googlenet', 'inception_v3') else {}
+        net = getattr(torchvision.models, name)(weights=None, **given)
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for m in norms:
         m.momentum = None
@@ -61,14 +63,14 @@ def row(library, name):
     size = sizes.get(name, 224)
     x = torch.rand(2, 3, size, size, generator=make_generator(0, 'any model'))
     model = build(library, name, x)
-    found = dict(library=library, network=name, pixels=size,
+    found = dict(library=library, model=name, pixels=size,
                  parameters=sum(p.numel() for p in model.parameters()))
     began = time.process_time()
     try:
         seen = calibrate(model, x)
     except TypeError as e:
-        return found | dict(outcome='refused', reason=str(
-            e).partition(';')[2].partition(': symbolically')[0].partition('. Its')[0].strip())
+        reason = str(e).partition(';')[2].partition(': symbolically')[0].partition('. Its')[0].strip()
+        return found | dict(outcome='refused', reason=reason)
     q = quantize(model, 'INT8', seen)
     took = time.process_time()-began
     logits = predict(model, x)
@@ -78,7 +80,7 @@ def row(library, name):
                if any(n == o or n.startswith(o + '.') for o in q.left_float))
     return found | dict(
         outcome=outcome, rounded=sum(isinstance(m, FakeQuantize) for m in q.modules()),
-        left=len(q.left_float), left_share=kept/found['parameters'], opaque=len(q.opaque),
+        left=len(q.left_float), left_fraction=kept/found['parameters'], opaque=len(q.opaque),
         noise_int8=noise(q, x, logits),
         noise_int16=noise(quantize(model, 'INT16', seen), x, logits),
         gmacs=model_complexity(model, (3, size, size)).macs.sum()/1e9, seconds=round(took, 2))

@@ -3,7 +3,7 @@
     python benchmarks/quant/export.py runs/ResNet_18/weights.pt ... --data PHOTOS
 
 Each file of `robustnb_train` is quantised with ranges from 300 training photographs, exported,
-and asked about test photographs. Seconds are wall clock of one thread, the median of --repeats
+and run on test photographs. Seconds are wall clock of one thread, the median of --repeats
 passes over the same images by the engine, with the full-precision and the INT8 file in turn.
 Rows go to results/export_cifar10.csv with a manifest beside them.
 """
@@ -42,7 +42,7 @@ def measure(path, test, args, folder):
     engines = [OnnxModel(f['path'], threads=1) for f in facts.values()]
     correct = lambda m: (predict(m, test.x).argmax(1) == right).float().mean().item()
     full, whole = seconds(engines, test.x, args.repeats)
-    return dict(network=name, width=model.width, format=args.format,
+    return dict(model=name, width=model.width, format=args.format,
                 **{k: found[k] for k in ('images', 'agreement', 'max_logit_difference',
                                          'mean_logit_difference', 'fused', 'convolutions_fused')},
                 convolutions=sum(isinstance(m, torch.nn.Conv2d) for m in q.modules()),
@@ -63,8 +63,8 @@ if __name__ == '__main__':
     p.add_argument('--out', type=Path, default=Path('results/export_cifar10.csv'))
     args = p.parse_args()
     torch.set_num_threads(1)
-    test, args.calibration = subset(load_data(args.data, 'test'), args.n_test,
-                                    seed=0), subset(load_data(args.data, 'train'), 300, seed=0).x
+    test = subset(load_data(args.data, 'test'), args.n_test, seed=0)
+    args.calibration = subset(load_data(args.data, 'train'), 300, seed=0).x
     with tempfile.TemporaryDirectory() as folder:
         rows = [measure(path, test, args, Path(folder)) for path in args.weights]
     table = pd.DataFrame(rows).round(5)

@@ -2,7 +2,8 @@
 rounding, mixed precision.
 
     robustnb_train --data PHOTOS --model ResNet_18 --width .25 --out runs/ResNet_18 ...
-    python benchmarks/quant/reconstruction.py PHOTOS --models runs/ResNet_18/weights.pt,runs/MobileNetV2/weights.pt,...
+    python benchmarks/quant/reconstruction.py PHOTOS \\
+        --models runs/ResNet_18/weights.pt,runs/MobileNetV2/weights.pt,...
 
 One row per network, source of the calibration images, format and option: accuracy on test
 photographs, and how far the answers are from those of the original there. Calibration, corrected
@@ -40,18 +41,20 @@ def options(net, images, fmt):
     channel = quant_spec(fmt, per_channel=True)
     level = quantize(net, channel, images)
     equal = cross_layer_equalization(net)
-    (yield 'min-max per tensor',
-     lambda: quantize(net, quant_spec(fmt, per_channel=False, rule='minmax'), images))
+    minmax = quant_spec(fmt, per_channel=False, rule='minmax')
+    yield 'min-max per tensor', lambda: quantize(net, minmax, images)
     yield 'mse per tensor', lambda: quantize(net, tensor, images)
     yield 'mse per tensor, equalised', lambda: quantize(equal, tensor, images)
     yield 'mse per channel', lambda: quantize(net, channel, images)
     yield 'mse per channel, equalised', lambda: quantize(equal, channel, images)
     yield 'mse per channel, biases corrected', lambda: correct_bias(net, level, images)
     rounded = []
-    (yield 'mse per channel, learnt rounding',
-     lambda: rounded.append(adaround(net, level, images)) or rounded[0])
-    (yield 'mse per channel, learnt rounding, biases corrected',
-     lambda: correct_bias(net, rounded[0], images))
+    def learnt():
+        rounded.append(adaround(net, level, images))
+        return rounded[0]
+    yield 'mse per channel, learnt rounding', learnt
+    both = lambda: correct_bias(net, rounded[0], images)
+    yield 'mse per channel, learnt rounding, biases corrected', both
 
 
 def mixed_options(net, images, fmt, noise):
@@ -62,8 +65,8 @@ def mixed_options(net, images, fmt, noise):
     mixed = quantize_mixed(net, table, 'INT8', images)
     yield 'mse per channel', lambda: quantize(net, fmt, images)
     yield 'mixed precision', lambda: quantize_mixed(net, table, 'INT8', images)
-    (yield 'mse per channel, learnt rounding',
-     lambda: adaround(net, quantize(net, fmt, images), images))
+    learnt = lambda: adaround(net, quantize(net, fmt, images), images)
+    yield 'mse per channel, learnt rounding', learnt
     yield 'mixed precision, learnt rounding', lambda: adaround(net, mixed, images)
 
 
@@ -91,7 +94,7 @@ def run(args):
         keep = lambda name: args.work/f'{net.name}-{name}.csv'
         plain = [('full precision', lambda: net)]
         if not keep('full').exists():
-            save(keep('full'), measure(args, net, test, logits, plain), network=net.name,
+            save(keep('full'), measure(args, net, test, logits, plain), model=net.name,
                  source='', format='FP32')
         for source in ('photographs', 'generated'):
             todo = [f for f in args.formats + args.mixed
@@ -104,7 +107,7 @@ def run(args):
                 found = mixed_options(net, images, fmt,
                                       noise) if fmt in args.mixed else options(net, images, fmt)
                 save(keep(f'{source}-{fmt.replace("/", "_")}'),
-                     measure(args, net, test, logits, found), network=net.name, source=source,
+                     measure(args, net, test, logits, found), model=net.name, source=source,
                      format=fmt)
     return time.process_time() - started
 

@@ -58,7 +58,7 @@ def main():
         name, width = network.split(':')
         model = build_model(name, width=float(width))
         note = lambda what, rep, s: rows.append(dict(
-            version=args.version, network=name, width=float(width), pass_of=what,
+            version=args.version, model=name, width=float(width), pass_of=what,
             repetition=rep, n=args.n, seconds=round(s, 4)))
         copies = dict(network=model, folded=fold_batchnorm(model))
         s, found = seconds(lambda: calibrate(model, x[:100]))
@@ -76,7 +76,7 @@ def main():
     save_json(manifest(n=args.n, repeats=args.repeats, clock='process_time'),
               path.with_suffix('.json'))
     table = pd.DataFrame(rows)
-    median = table.pivot_table(index=['version', 'network', 'width'], columns='pass_of',
+    median = table.pivot_table(index=['version', 'model', 'width'], columns='pass_of',
                                values='seconds', aggfunc='median')
     print(median.div(median.network, axis=0).round(2).T.to_string(), '\n',
           median.div(median.folded, axis=0).round(2).T.to_string())

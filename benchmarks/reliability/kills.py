@@ -40,7 +40,7 @@ data = subset(digits('train'), 60, seed=0)
 
 def train(out):
     cli.train_command.__wrapped__(data='digits', model='AlexNet_BN', width=.0625, epochs=4,
-                                  lr=.05, no_mirror=True, out=str(out))
+                                  lr=.05, no_flip=True, out=str(out))
 
 
 def with_weights(command, out, **given):

@@ -1,7 +1,7 @@
 """Old and new versions of what the package stands on: does it install, run its demonstration and
 pass its unit tests?
 
-    python benchmarks/reliability/versions.py                                             # python3.10 to python3.13 must be on the path; about 40 minutes and 6 GB at a time
+    python benchmarks/reliability/versions.py    # about 40 minutes and 6 GB at a time; python3.10 to 3.13 on the path
     python benchmarks/reliability/versions.py "python3.12 torch==2.9.1 numpy<2" --tests tests/test_core.py
 
 Each argument is an interpreter and what pip is to hold. Every one gets a clone and a virtual

@@ -26,9 +26,9 @@ def train_command(
     width:float=1.,           # Multiplier of the channels
     epochs:int=200,           # Passes over the data; the milestones keep their shares of the run
     lr:float=.1,              # Learning rate after the warm-up
-    # Never mirror an image: for digits, letters and everything else with a handedness
-    no_mirror:bool=False,
-    seed:int=0,               # Weights, order, crops and mirrors
+    # Never flip an image: for digits, letters and everything else with a handedness
+    no_flip:bool=False,
+    seed:int=0,               # Weights, order, crops and flips
 ):
     """Train one of the nine networks and write it to `out`.
 
@@ -42,17 +42,17 @@ def train_command(
     std, mean = torch.std_mean(images[::1 + len(images)//10_000].x, (0, 2, 3))
     rounded = lambda t: [round(o, 4) for o in t.tolist()]
     net = build_model(model, len(images.classes), width, rounded(mean), rounded(std), seed=seed)
-    recipe = Recipe(lr=lr, flip=not no_mirror).shortened(epochs)
+    recipe = Recipe(lr=lr, flip=not no_flip).shortened(epochs)
     net, history = train(recipe, net, images, val, seed=seed, checkpoint=out/'checkpoint.pt',
                          resume=True)
     if not is_main(): return
     net.classes = images.classes
     save_model(net, out/'weights.pt')
     _write(history, out/'history.csv')
-    save_json(manifest(
-        data=str(data), images=len(images), model=model, width=width, recipe=repr(recipe),
-        seed=seed, parameters=sum(p.numel() for p in net.parameters()),
-        test_accuracy=history.val_accuracy.iloc[-1], seconds=round(time.time()-started)),
-              out/'manifest.json')
-    print(f'{model}: test accuracy {history.val_accuracy.iloc[-1]:.4f} after {epochs} epochs; '
-          f'written to {out}/')
+    accuracy = history.val_accuracy.iloc[-1]
+    facts = manifest(data=str(data), images=len(images), model=model, width=width,
+                     recipe=repr(recipe), seed=seed,
+                     parameters=sum(p.numel() for p in net.parameters()),
+                     test_accuracy=accuracy, seconds=round(time.time()-started))
+    save_json(facts, out/'manifest.json')
+    print(f'{model}: test accuracy {accuracy:.4f} after {epochs} epochs; written to {out}/')

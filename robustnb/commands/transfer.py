@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['assess_command', 'cost_command', 'generate_command', 'quantize_command']
 
-# %% ../../nbs/api/commands/30_transfer.ipynb #bcf2945e
+# %% ../../nbs/api/commands/30_transfer.ipynb #ff7004b2
 import json, sys, time
 from fractions import Fraction
 from pathlib import Path
@@ -27,11 +27,12 @@ from ..quant.checkpoints import load_quantized, save_quantized
 from ..attacks.threat_models import L2, Linf
 from ..transfer.generator import (
     energy, generate, load_generator, save_generator, train_generator)
-from ..transfer.study import default_formats, _study
-from .common import (
-    _command, _continue, _images, _listed, _mark, _mark_of, _networks, _readable, _specs, _write)
+from ..transfer.study import default_formats, Probes, Study
+from robustnb.commands.common import (
+    _command, _continue, _images, _layer_rows, _listed, _mark, _mark_of, _networks, _readable,
+    _specs, _write)
 
-# %% ../../nbs/api/commands/30_transfer.ipynb #f35f3aec
+# %% ../../nbs/api/commands/30_transfer.ipynb #0523aa23
 def _threat(norm, eps):
     "A threat model from what was typed."
     if norm not in ('Linf', 'L2'): raise ValueError(f"`norm` must be Linf or L2; got {norm!r}.")
@@ -48,15 +49,18 @@ def _kept_generator(net, file, seed):
         save_generator(train_generator(net, seed=seed)[0], file)
     return load_generator(file)
 
+# %% ../../nbs/api/commands/30_transfer.ipynb #f35f3aec
 def _once(file, job, *args):
-    "What the job returned when it was first done, from the file"
+    "What the job returned when it was first done, a list of dicts, from the file"
     if not file.exists():
         save_json(job(*args), file)
+    damaged = "{} is damaged ({}). Delete it, and the format is assessed again."
     try:
-        return dict(json.loads(file.read_text(encoding='utf-8')))
+        found = [dict(o) for o in json.loads(file.read_text(encoding='utf-8'))]
     except (ValueError, TypeError) as e:
-        raise ValueError(
-            f"{file} is damaged ({e}). Delete it, and the format is assessed again.") from e
+        raise ValueError(damaged.format(file, e)) from e
+    if not found: raise ValueError(damaged.format(file, 'it is empty'))
+    return found
 
 def _deliver(report, out):
     "Write the report and its manifest, and print the table."
@@ -64,8 +68,8 @@ def _deliver(report, out):
     save_json(report.facts, Path(out)/'manifest.json')
     columns = dict(predicted_loss='predicted', measured_loss='measured',
                    predicted_robust_loss='robust predicted', measured_robust_loss='robust measured')
-    table = report.table.set_index('format')[[c for c in columns if c in report.table]].mul(
-        100).round(1).rename(columns=columns)
+    shown = report.table.set_index('format')[[c for c in columns if c in report.table]]
+    table = shown.mul(100).round(1).rename(columns=columns)
     known = {k: report.facts[k] for k in ('accuracy', 'robust_accuracy') if k in report.facts}
     print('\nAccuracy lost, percent of what the original has', known or '', '\n')
     print(table.to_string(), f'\n\nIntervals, layers and figures: {out}/report.html')
@@ -99,11 +103,16 @@ def assess_command(
     out = Path(out)
     _continue(out, dict(network=_mark(Path(weights).read_bytes()), threat=repr(threat),
                         seed=seed, test=_mark_of(images) if test else None))
-    study = _study(model, list(specs), threat, images, None,
-                   _kept_generator(model, out/'generator.pt', seed), 500, seed)[1]
-    _deliver(study.report([_once(out/'formats'/f"{name.replace('/', '-')}.json", study.one,
-                                 spec) for name, spec in specs.items()]),
-             out)
+    generator = _kept_generator(model, out/'generator.pt', seed)
+    study = Study(model, Probes.generated(model, 500, generator, seed), (threat,), images,
+                  seed=seed)
+    rows = []
+    layers = []
+    for name, spec in specs.items():
+        file = f"{name.replace('/', '-')}.json"
+        rows += _once(out/'formats'/file, study.rows, spec)
+        layers += _once(out/'layers'/file, _layer_rows, study, spec)
+    _deliver(study.report(rows, pd.DataFrame(layers)), out)
 
 # %% ../../nbs/api/commands/30_transfer.ipynb #9fe96ce1
 def _costs(net, specs, size):
@@ -220,8 +229,32 @@ def generate_command(
 def _some(images, n, seed):
     "At most `n` images of a source, shuffled; labels are not looked at"
     data = _images(images, None if (Path(images)/'data.npy').is_file() else 'train')
-    return (
-        data[torch.randperm(len(data), generator=make_generator(seed, 'calibration'))[:n].numpy()])
+    order = torch.randperm(len(data), generator=make_generator(seed, 'calibration'))
+    return data[order[:n].numpy()]
+
+# %% ../../nbs/api/commands/30_transfer.ipynb #d734702a
+def _copy_row(net, name, spec, x, answers, file):
+    "Write a quantized copy; what is worth knowing of it"
+    q = quantize(net, spec, x)
+    save_quantized(q, file)
+    flips = output_change(answers, predict(q, x)).flip
+    return dict(format=name, file=file.name, size_kb=model_bytes(q, spec.weights.bits)/1000,
+                agreement=(~flips).mean(), n=len(x), left_float=' '.join(q.left_float))
+
+def _write_copies(net, specs, x, table):
+    "A file for each format beside `table`, which is kept; copies that are there are read and kept"
+    rows = {}
+    if table.exists():
+        rows = {r['format']: r for r in pd.read_csv(table, keep_default_na=False).to_dict('records')}
+    answers = predict(net, x)
+    for name, spec in specs.items():
+        file = table.parent/f"{name.replace('/', '-')}.pt"
+        if name in rows and file.exists():
+            load_quantized(file)
+            continue
+        rows[name] = _copy_row(net, name, spec, x, answers, file)
+        _write(pd.DataFrame(rows.values()), table)
+    return rows
 
 # %% ../../nbs/api/commands/30_transfer.ipynb #7b5f421f
 @_command
@@ -230,19 +263,19 @@ def quantize_command(
     weights:str,             # File of robustnb_train or `save_model`
     # Number formats, separated by commas, as INT8, POT4, FLOAT6_E3, INT4/INT8
     formats:str=','.join(default_formats),
-    # Calibration images: as --data of robustnb_train, or a folder of robustnb_generate; none draws
-    # them from the network
+    # Calibration images: as --data of robustnb_train, or a folder of robustnb_generate;
+    # none draws them from the network
     images:str='',
     n:int=300,               # Calibration images at most
     steps:int=300,           # Optimiser steps of the generator, where no images are named
-    out:str='quantised',     # Folder for a file per format, quantised.csv, manifest.json
+    out:str='quantized',     # Folder for a file per format, quantized.csv, manifest.json
     seed:int=0,              # Everything random
 ):
     """Write quantised copies of a network.
 
     Example:
 
-        robustnb_quantize runs/resnet/weights.pt --formats INT8,POT4 --images generated --out quantised"""
+        robustnb_quantize runs/resnet/weights.pt --formats INT8,POT4 --images generated"""
     started = time.time()
     out = Path(out)
     specs = _specs(formats)
@@ -253,24 +286,7 @@ def quantize_command(
         images='generated', n=n, steps=steps, seed=seed)
     _continue(out, dict(network=_mark(Path(weights).read_bytes())) | asked)
     x = (data or _drawn(net, out/'images', n, .5, seed, steps=steps)[1]).x
-    table = out/'quantised.csv'
-    rows = {}
-    clean = predict(net, x)
-    if table.exists():
-        rows = {r['format']: r
-                for r in pd.read_csv(table, keep_default_na=False).to_dict('records')}
-    for name, spec in specs.items():
-        file = out/f"{name.replace('/', '-')}.pt"
-        if name in rows and file.exists():
-            load_quantized(file)
-            continue
-        q = quantize(net, spec, x)
-        save_quantized(q, file)
-        rows[name] = dict(format=name, file=file.name,
-                          size_kb=model_bytes(q, spec.weights.bits)/1000,
-                          agreement=(~output_change(clean, predict(q, x)).flip).mean(),
-                          n=len(x), left_float=' '.join(q.left_float))
-        _write(pd.DataFrame(rows.values()), table)
+    rows = _write_copies(net, specs, x, out/'quantized.csv')
     save_json(manifest(weights=weights, formats=list(rows), images=images or 'generated',
                        n=len(x), seed=seed, seconds=round(time.time()-started)),
               out/'manifest.json')

@@ -7,50 +7,86 @@ __all__ = ['conv_layers', 'Residual', 'joined', 'resnet', 'he_init']
 
 # %% ../../nbs/api/models/20_blocks.ipynb #ea47b364
 from collections import OrderedDict
-from torch import nn
+import torch
+from torch import nn, Tensor
 
 # %% ../../nbs/api/models/20_blocks.ipynb #b6003edb
-def conv_layers(i, o, k=3, stride=1, groups=1, bias=False, bn=True, act=nn.ReLU):
-    """A `k`x`k` convolution that keeps the size (at stride 1), batch normalisation, activation: a
-    list of layers"""
-    conv = nn.Conv2d(i, o, k, stride, k//2, groups=groups, bias=bias)
-    return [conv] + ([nn.BatchNorm2d(o)] if bn else []) + ([act()] if act else [])
+def conv_layers(
+    inputs:int,       # Channels that come in
+    outputs:int,      # Channels that go out
+    kernel_size:int=3,# Side of the kernel in pixels, odd
+    stride:int=1,     # 2 halves the maps
+    groups:int=1,     # Groups of channels; `inputs` makes the convolution depthwise
+    bias:bool=False,  # Whether the convolution has biases; batch normalisation makes them useless
+    bn:bool=True,     # Whether batch normalisation follows
+    act=nn.ReLU,      # Class of the activation; None for no activation
+)->list:              # The layers, in order
+    "A convolution that keeps the size (at stride 1), batch normalisation, activation."
+    layers = [nn.Conv2d(inputs, outputs, kernel_size, stride, kernel_size//2, groups=groups, bias=bias)]
+    if bn:
+        layers.append(nn.BatchNorm2d(outputs))
+    if act:
+        layers.append(act())
+    return layers
 
+# %% ../../nbs/api/models/20_blocks.ipynb #5e2ac55d
 class Residual(nn.Module):
-    "`act(body(x) + shortcut(x))`; no layers is the identity"
-    def __init__(self, body, shortcut=(), act=()):
+    "`act(body(x) + shortcut(x))` (He et al. 2015, arXiv:1512.03385)."
+    def __init__(self,
+        body,         # Layers that make the change
+        shortcut=(),  # Layers beside them; none is the identity
+        act=(),       # Layers behind the sum; none is the identity
+    ):
         super().__init__()
         self.body = nn.Sequential(*body)
         self.shortcut = nn.Sequential(*shortcut)
         self.act = nn.Sequential(*act)
 
-    def forward(self, x): return self.act(self.body(x) + self.shortcut(x))
+    def forward(self,
+        x:Tensor,     # Maps `(N,C,H,W)`
+    )->Tensor:        # Maps of the shape that `body` makes
+        "Body and shortcut, added."
+        return self.act(self.body(x) + self.shortcut(x))
 
-def joined(features, *classifier):
-    return nn.Sequential(OrderedDict(features=nn.Sequential(*features),
-                                     classifier=nn.Sequential(*classifier)))
+def joined(
+    features,         # Layers from images to maps
+    *classifier,      # Layers from maps to logits
+)->nn.Sequential:     # With the two parts `features` and `classifier`
+    "A network in two parts with names."
+    parts = OrderedDict(features=nn.Sequential(*features), classifier=nn.Sequential(*classifier))
+    return nn.Sequential(parts)
 
 # %% ../../nbs/api/models/20_blocks.ipynb #df5a4420
-def resnet(k, c, depths, bottleneck):
-    """He et al. 2015, arXiv:1512.03385: 3x3 stem, no first pooling; the stride of a bottleneck sits
-    on its 3x3 convolution"""
-    i = c(64)
+def resnet(
+    n_classes:int,    # Number of logits
+    channels,         # Function of a published number of channels: the number that is built, >= 1
+    depths,           # Blocks in each of the four stages
+    bottleneck:bool,  # Blocks of three convolutions (50 layers and more) rather than two
+)->nn.Sequential:     # Takes normalised images `(N,3,H,W)`; weights are not drawn after `he_init` yet
+    """He et al. 2015 (arXiv:1512.03385) for small images; the stride of a bottleneck sits on its 3x3
+    convolution."""
+    i = channels(64)
     layers = conv_layers(3, i)
-    for n, w, s in zip(depths, map(c, (64, 128, 256, 512)), (1, 2, 2, 2)):
+    for n, w, s in zip(depths, map(channels, (64, 128, 256, 512)), (1, 2, 2, 2)):
         o = 4*w if bottleneck else w
         for j in range(n):
             stride = 1 if j else s
-            body = [*conv_layers(i, w, 1), *conv_layers(w, w, 3, stride),
-                    *conv_layers(w, o, 1, act=None)] if bottleneck else [
-                        *conv_layers(i, w, 3, stride), *conv_layers(w, o, act=None)]
+            if bottleneck:
+                body = [*conv_layers(i, w, 1), *conv_layers(w, w, 3, stride), *conv_layers(w, o, 1, act=None)]
+            else:
+                body = [*conv_layers(i, w, 3, stride), *conv_layers(w, o, act=None)]
             changed = not j and (bottleneck or s > 1)
-            layers.append(Residual(
-                body, conv_layers(i, o, 1, stride, act=None) if changed else (), [nn.ReLU()]))
+            shortcut = conv_layers(i, o, 1, stride, act=None) if changed else ()
+            layers.append(Residual(body, shortcut, [nn.ReLU()]))
             i = o
-    return joined(layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(i, k))
+    return joined(layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(i, n_classes))
 
 # %% ../../nbs/api/models/20_blocks.ipynb #2b8c95b2
-def he_init(net, generator):
+def he_init(
+    net:nn.Module,              # Network whose weights are drawn anew, in place
+    generator:torch.Generator,  # Source of the weights
+)->None:
+    "Weights after He et al. 2015 (arXiv:1502.01852), biases zero, batch normalisation as if new."
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(m.weight, nonlinearity='relu', generator=generator)

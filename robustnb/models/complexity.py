@@ -20,8 +20,8 @@ _kinds = dict(conv=_ConvNd, linear=nn.Linear, bn=_BatchNorm,
               pool=(_MaxPoolNd, _AvgPoolNd, _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd))
 
 def _count(kind, layer, before, after):
-    """(MACs, MACs as ptflops counts them) of one call of `layer`, which took `before` and returned
-    `after` elements"""
+    """(MACs, MACs as ptflops counts them) of one call of `layer`, which took `before` and returned `after`
+    elements"""
     if kind in ('conv', 'linear'):
         reach = before if getattr(layer, 'transposed', False) else after
         macs = reach*layer.weight[0].numel()
@@ -30,32 +30,32 @@ def _count(kind, layer, before, after):
     if kind == 'pool': return after, before
     return (after, after) if kind == 'relu' else (0, 0)
 
+def _call_row(name, layer, args, out, first):
+    "The row of one call; a layer that is called again has no parameters of its own"
+    kind = next((k for k, types in _kinds.items() if isinstance(layer, types)), 'other')
+    params = sum(p.numel() for p in layer.parameters()) if first else 0
+    macs, ptflops = (0, 0) if kind == 'other' else _count(kind, layer, args[0].numel(), out.numel())
+    return dict(name=name, kind=kind, params=params, macs=macs, ptflops=ptflops,
+                out_shape=tuple(getattr(out, 'shape', ()))[1:])
+
+# %% ../../nbs/api/models/70_complexity.ipynb #7be94005
 def model_complexity(
-    # Takes images `(N,C,H,W)`; in evaluation mode, on any device (also `meta`); not changed
-    model:nn.Module,
+    model:nn.Module,     # Takes images `(N,C,H,W)`; in eval mode, on any device (also `meta`); not changed
     shape=(3, 32, 32),   # One image, without the batch dimension
-    # One row per call of a layer: `name`, `kind`, `params`, `macs`, `ptflops`, `out_shape` (without
-    # the batch)
-)->pd.DataFrame:
+)->pd.DataFrame:         # A row per call of a layer: name, kind, params, macs, ptflops, out_shape
     "Parameters and multiply-accumulates for one image; kinds: conv, linear, bn, relu, pool, other."
     check_model(model)
     if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(
-            f"`shape` must be channels, height and width, each at least 1; got {tuple(shape)}.")
+        raise ValueError("`shape` must be channels, height and width, each at least 1; got "
+                         f"{tuple(shape)}.")
     rows = []
     seen = set()
     def note(name, layer, args, out):
-        kind = next((k for k, types in _kinds.items() if isinstance(layer, types)), 'other')
-        params = sum(p.numel() for p in layer.parameters()) if layer not in seen else 0
+        rows.append(_call_row(name, layer, args, out, layer not in seen))
         seen.add(layer)
-        macs, ptflops = _count(kind, layer, args[0].numel(),
-                               out.numel()) if kind != 'other' else (0, 0)
-        rows.append(dict(name=name, kind=kind, params=params, macs=macs, ptflops=ptflops,
-                         out_shape=tuple(getattr(out, 'shape', ()))[1:]))
     layers = [(n, m) for n, m in model.named_modules()
               if not any(True for _ in m.children()) and not isinstance(m, nn.Sequential)]
-    hooks = [m.register_forward_hook(lambda m, args, out, n=n: note(n, m, args, out))
-             for n, m in layers]
+    hooks = [m.register_forward_hook(lambda m, args, out, n=n: note(n, m, args, out)) for n, m in layers]
     like = next(model.parameters(), torch.zeros(()))
     try:
         with torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from ..files import load_state, explain_errors, save_state
 from .wrapping import last_linear, Normalized
-from .zoo import _blank, _builders, _cifar_mean, _cifar_std, _fixed_size, model_names
+from .zoo import blank_model, model_names
 
 # %% ../../nbs/api/models/40_loading.ipynb #e219b15f
 _format = 'robustnb.model/1'
@@ -22,34 +22,33 @@ def save_model(
 )->None:
     "Write a model with all that `load_model` needs."
     name = getattr(model, 'name', None)
-    if name not in _builders:
+    if name not in model_names:
         raise ValueError("`model` must be one of the networks of `build_model`; got a "
-                         f"{type(getattr(model, 'net', model)).__name__}, whose construction "
-                         "this library does not know. Store its weights with "
-                         "`core.save_state(net.state_dict(), path)`.")
+                         f"{type(getattr(model, 'net', model)).__name__}, whose construction this "
+                         "library does not know. Store its weights with "
+                         "`files.save_state(net.state_dict(), path)`.")
     classes = tuple(map(str, classes or model.classes or ())) or None
     if classes and len(classes) != model.n_classes:
-        raise ValueError(
-            f"`classes` must hold {model.n_classes} names, one per logit; got {len(classes)}.")
+        raise ValueError(f"`classes` must hold {model.n_classes} names, one per logit; got {len(classes)}.")
     stats = {k: getattr(model.normalize, k).flatten().tolist() for k in ('mean', 'std')}
-    save_state(dict(format=_format, name=name, n_classes=model.n_classes,
-                    width=float(model.width), **stats, classes=classes,
-                    state_dict={k: v.detach().cpu() for k, v in model.net.state_dict().items()}),
-               path)
+    state = {k: v.detach().cpu() for k, v in model.net.state_dict().items()}
+    save_state(dict(format=_format, name=name, n_classes=model.n_classes, width=float(model.width), **stats,
+                    classes=classes, state_dict=state), path)
 
 # %% ../../nbs/api/models/40_loading.ipynb #ab6381dd
-def strip_prefixes(state):
-    """Names as in the network itself: without the prefixes of DataParallel, torch.compile and
-    `Normalized`; the normalisation beside"""
+def strip_prefixes(
+    state:dict,  # Name -> tensor, as in a file
+)->tuple:        # The same tensors under the names of the network; `mean` and `std`, where they are stored
+    "Names without the prefixes of DataParallel, torch.compile and `Normalized`."
     for prefix in ('module.', '_orig_mod.', 'module.'):
         if all(k.startswith(prefix) for k in state):
             state = {k[len(prefix):]: v for k, v in state.items()}
-    inside = all(k.startswith(('net.', 'normalize.')) for k in state)
+    if not all(k.startswith(('net.', 'normalize.')) for k in state): return state, {}
     stats = {k: state[f'normalize.{k}'].flatten().tolist() for k in ('mean', 'std')
-             if inside and f'normalize.{k}' in state}
-    return (({k[4:]: v for k, v in state.items() if k.startswith('net.')} if inside else state),
-            stats)
+             if f'normalize.{k}' in state}
+    return {k[4:]: v for k, v in state.items() if k.startswith('net.')}, stats
 
+# %% ../../nbs/api/models/40_loading.ipynb #3b7996a6
 def _read_checkpoint(path):
     "What the file at `path` says; None for what it does not"
     held = load_state(path)
@@ -58,20 +57,20 @@ def _read_checkpoint(path):
         if isinstance(held, dict) and isinstance(held.get(key), dict):
             held = held[key]
     if not (isinstance(held, dict) and held and all(isinstance(v, Tensor) for v in held.values())):
-        what = f"a dict with {list(held)[:4]}" if isinstance(
-            held, dict) else f"a {type(held).__name__}"
-        raise ValueError("`path` must hold a model written by `save_model` or a state_dict "
-                         f"(named tensors); {path} holds {what}. "
-                         "Write `net.state_dict()` alone.")
+        what = f"a dict with {list(held)[:4]}" if isinstance(held, dict) else f"a {type(held).__name__}"
+        raise ValueError("`path` must hold a model written by `save_model` or a state_dict (named "
+                         f"tensors); {path} holds {what}. Write `net.state_dict()` alone.")
     state, stats = strip_prefixes(held)
-    return {**dict.fromkeys(('name', 'n_classes', 'width', 'mean', 'std', 'classes')), **stats,
-            'state_dict': state}
+    unknown = dict.fromkeys(('name', 'n_classes', 'width', 'mean', 'std', 'classes'))
+    return {**unknown, **stats, 'state_dict': state}
 
+# %% ../../nbs/api/models/40_loading.ipynb #7db6de69
 def _count_classes(state, name, width):
     "The number of rows of the last layer in `state`; 2 if it has no such layer"
-    net = _blank(name, 2, width)
+    net = blank_model(name, 2, width).net
     last = last_linear(net, 2)
-    return len(state.get(next(k for k, m in net.named_modules() if m is last) + '.weight', (0, 0)))
+    layer = next(k for k, m in net.named_modules() if m is last)
+    return len(state.get(f'{layer}.weight', (0, 0)))
 
 def _misfits(state, net):
     "What keeps `state` from being loaded into `net`, in words; empty if nothing does"
@@ -82,42 +81,43 @@ def _misfits(state, net):
     shape = [f"{k} {tuple(state[k].shape)} instead of {tuple(v.shape)}" for k, v in own.items()
              if k in state and state[k].shape != v.shape]
     lists = (('other shapes', shape), ('missing', lost), ('unexpected', extra))
-    return '; '.join(f"{len(v)} {k}: {', '.join(v[:2])}{', ...' if v[2:] else ''}"
-                     for k, v in lists if v)
+    return '; '.join(f"{len(v)} {k}: {', '.join(v[:2])}{', ...' if v[2:] else ''}" for k, v in lists if v)
 
-# %% ../../nbs/api/models/40_loading.ipynb #c282cfb0
+# %% ../../nbs/api/models/40_loading.ipynb #46c107f6
+def _check_agreement(held, path, **told):
+    "Refuse arguments that contradict the file"
+    for key, value in told.items():
+        if value is not None and held[key] is not None and value != held[key]:
+            raise ValueError(f"`{key}` must agree with the file: got {value!r}, but {path} holds "
+                             f"{held['name']} with {held['n_classes']} classes and width "
+                             f"{held['width']:g}. Leave `{key}` out, or give the file of the network "
+                             "you want.")
+
 def _built(held, path, name, n_classes, width, mean, std):
     "The model that the file and the caller describe"
-    for key, told in (('name', name), ('n_classes', n_classes), ('width', width)):
-        if told is not None and held[key] is not None and told != held[key]:
-            raise ValueError(f"`{key}` must agree with the file: got {told!r}, but {path} "
-                             f"holds {held['name']} with {held['n_classes']} classes and "
-                             f"width {held['width']:g}. Leave `{key}` out, or give the file "
-                             "of the network you want.")
+    _check_agreement(held, path, name=name, n_classes=n_classes, width=width)
     name = name or held['name']
     width = width or held['width'] or 1.
     state = held['state_dict']
     if name is None:
-        raise ValueError(f"`name` must be given: {path} is a state_dict, which does not say "
-                         f"its network. One of {', '.join(model_names)}.")
+        raise ValueError(f"`name` must be given: {path} is a state_dict, which does not say its network. "
+                         f"One of {', '.join(model_names)}.")
     n_classes = n_classes or held['n_classes'] or _count_classes(state, name, width)
-    net = _blank(name, n_classes, width)
-    if misfits := _misfits(state, net):
-        raise ValueError(f"`name` must be the network in the file: {path} does not fit {name} "
-                         f"with {n_classes} classes and width {width:g} ({misfits}). Give the "
-                         "`name`, `n_classes` and `width` it was trained with.")
-    zero = {k: torch.tensor(0) for k in net.state_dict() if k not in state}
-    net.load_state_dict({**state, **zero})
-    mean = (held['mean'] or _cifar_mean) if mean is None else mean
-    std = (held['std'] or _cifar_std) if std is None else std
-    model = Normalized(net, mean, std, _fixed_size.get(name), name, n_classes, width)
+    model = blank_model(name, n_classes, width, held['mean'] if mean is None else mean,
+                        held['std'] if std is None else std)
+    if misfits := _misfits(state, model.net):
+        raise ValueError(f"`name` must be the network in the file: {path} does not fit {name} with "
+                         f"{n_classes} classes and width {width:g} ({misfits}). Give the `name`, "
+                         "`n_classes` and `width` it was trained with.")
+    zero = {k: torch.tensor(0) for k in model.net.state_dict() if k not in state}
+    model.net.load_state_dict({**state, **zero})
     model.classes = held['classes']
-    return model.eval()
+    return model
 
+# %% ../../nbs/api/models/40_loading.ipynb #c282cfb0
 def load_model(
-    name:str=None,      # One of `model_names`; None is what the file says
-    # File written by `save_model`, or a state_dict; `load_model(path)` alone works for the former
-    path=None,
+    name:str=None,      # One of `model_names`; None is what the file says. `load_model(path)` alone works too
+    path=None,          # File written by `save_model`, or a state_dict
     n_classes:int=None, # Number of logits; None is what the file says
     width:float=None,   # Multiplier of the channels; None is what the file says, 1 for a state_dict
     mean=None,          # Mean per channel; None is what the file says, that of CIFAR-10 for a state_dict

@@ -16,7 +16,7 @@ from .formats import number_format, NumberFormat, QuantSpec
 from .ptq import FakeQuantize
 
 # %% ../../nbs/api/quant/70_checkpoints.ipynb #c8b98361
-_quantised = 'robustnb.quantised/1'
+_format = 'robustnb.quantised/1'
 
 def _skeleton(held):
     "The graph that the facts in `held` describe, with weights and scales still to come"
@@ -24,55 +24,60 @@ def _skeleton(held):
     q = fold_batchnorm(build_model(**{k: network[k] for k in ('name', 'n_classes', 'width')}))
     spec = QuantSpec(**{k: number_format(v) if k in ('weights', 'activations') else v
                         for k, v in held['spec'].items()})
-    for r in held['rounders']:
-        node = {n.name: n for n in q.graph.nodes}[r['after']]
-        rounder = FakeQuantize(spec, torch.zeros(1))
-        rounder.fmt = number_format(r['fmt'])
-        rounder.signed = r['signed']
-        rounder.on = r['on']
-        q.add_submodule(r['name'], rounder)
+    for point in held['rounders']:
+        node = {n.name: n for n in q.graph.nodes}[point['after']]
+        layer = FakeQuantize(spec, torch.zeros(1))
+        layer.fmt = number_format(point['fmt'])
+        layer.signed = point['signed']
+        layer.on = point['on']
+        q.add_submodule(point['name'], layer)
         with q.graph.inserting_after(node):
-            new = q.graph.call_module(r['name'], (node,))
+            new = q.graph.call_module(point['name'], (node,))
         node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
     q.recompile()
     return keep_facts(q, spec=spec, left_float=tuple(held['left_float']), opaque=(),
                       classes=network['classes'])
 
+def _describe(q):
+    "All that `_skeleton` needs, and the state"
+    spec = {f.name: getattr(q.spec, f.name) for f in fields(q.spec)}
+    points = [(n, q.get_submodule(n.target)) for n in q.graph.nodes if n.op == 'call_module']
+    return dict(format=_format,
+                network={k: getattr(q, k) for k in ('name', 'n_classes', 'width', 'classes')},
+                spec={k: str(v) if isinstance(v, NumberFormat) else v for k, v in spec.items()},
+                rounders=[dict(name=n.target, after=n.args[0].name, fmt=str(m.fmt), signed=m.signed, on=m.on)
+                          for n, m in points if isinstance(m, FakeQuantize)],
+                left_float=list(q.left_float), code=q.code,
+                state_dict={k: v.detach().cpu() for k, v in q.state_dict().items()})
+
 # %% ../../nbs/api/quant/70_checkpoints.ipynb #f2afcc6c
-def save_quantized(
-    quantised:fx.GraphModule,  # From `quantize`, of a network of `build_model`
-    path,                      # File to write; an existing one is replaced only once the new one is complete
-)->None:
-    "Write a quantised copy with all that `load_quantized` needs."
-    name = getattr(quantised, 'name', None)
-    spec = getattr(quantised, 'spec', None)
-    if not isinstance(quantised, fx.GraphModule) or spec is None:
-        raise TypeError("`quantised` must be a copy made by `quantize`; got "
-                        f"{type(quantised).__name__}. For the original use `save_model`.")
-    if name not in model_names:
-        raise ValueError("`quantised` must be a copy of one of the networks of `build_model`; "
-                         f"got one of {name or 'another network'}, which cannot be built "
-                         "again from a name. Store its `state_dict()` and quantise again with "
-                         "the same images.")
-    network = {k: getattr(quantised, k) for k in ('name', 'n_classes', 'width', 'classes')}
-    words = {f.name: getattr(spec, f.name) for f in fields(spec)}
-    calls = [(n, quantised.get_submodule(n.target)) for n in quantised.graph.nodes
-             if n.op == 'call_module']
-    rounders = [dict(name=n.target, after=n.args[0].name, fmt=str(m.fmt), signed=m.signed,
-                     on=m.on) for n, m in calls if isinstance(m, FakeQuantize)]
-    held = dict(format=_quantised, network=network,
-                spec={k: str(v) if isinstance(v, NumberFormat) else v for k, v in words.items()},
-                rounders=rounders, left_float=list(quantised.left_float), code=quantised.code,
-                state_dict={k: v.detach().cpu() for k, v in quantised.state_dict().items()})
+def _comes_back(held, q):
+    "Does `held` describe the graph of `q`?"
     try:
         twin = _skeleton(held)
     except KeyError:
-        twin = None
-    if (not twin or twin.code != quantised.code
-        or twin.state_dict().keys() != quantised.state_dict().keys()):
-        raise ValueError("`quantised` must be as `quantize` made it; the graph of this "
-                         f"{name} cannot be built again from its formats and rounding points. "
-                         "Save before changing it.")
+        return False
+    return twin.code == q.code and twin.state_dict().keys() == q.state_dict().keys()
+
+# %% ../../nbs/api/quant/70_checkpoints.ipynb #c6f53d56
+def save_quantized(
+    quantized:fx.GraphModule,  # From `quantize`, of a network of `build_model`
+    path,                      # File to write; an existing one is replaced only once the new one is complete
+)->None:
+    "Write a quantised copy with all that `load_quantized` needs."
+    name = getattr(quantized, 'name', None)
+    if not isinstance(quantized, fx.GraphModule) or getattr(quantized, 'spec', None) is None:
+        raise TypeError("`quantized` must be a copy made by `quantize`; got "
+                        f"{type(quantized).__name__}. For the original use `save_model`.")
+    if name not in model_names:
+        raise ValueError("`quantized` must be a copy of one of the networks of `build_model`; got one of "
+                         f"{name or 'another network'}, which cannot be built again from a name. Store its "
+                         "`state_dict()` and quantise again with the same images.")
+    held = _describe(quantized)
+    if not _comes_back(held, quantized):
+        raise ValueError(f"`quantized` must be as `quantize` made it; the graph of this {name} cannot "
+                         "be built again from its formats and quantization points. Save before "
+                         "changing it.")
     save_state(held, path)
 
 def load_quantized(
@@ -80,14 +85,13 @@ def load_quantized(
 )->fx.GraphModule:   # The copy, on the CPU: logits are those of the one saved, to the last bit
     "Read a quantised copy."
     held = load_state(path)
-    if not isinstance(held, dict) or held.get('format') != _quantised:
-        raise ValueError(f"`path` must be a file of `save_quantized`; {path} is something "
-                         "else. For a network in full precision use `load_model`.")
+    if not isinstance(held, dict) or held.get('format') != _format:
+        raise ValueError(f"`path` must be a file of `save_quantized`; {path} is something else. For a "
+                         "network in full precision use `load_model`.")
     with explain_errors(path, 'a file of `save_quantized`'):
         q = _skeleton(held)
         if q.code != held['code']:
             raise ValueError("`path` was written by a version of this library that built "
-                             f"{held['network']['name']} differently; "
-                             f"quantise again ({path}).")
+                             f"{held['network']['name']} differently; quantise again ({path}).")
         fill(q, held['state_dict'], path)
     return q.requires_grad_(False).eval()

@@ -11,71 +11,53 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from ..core import check_model
-from ..models.graph import fold_batchnorm, keep_facts
+from ..models.graph import calls, check_finite, fold_batchnorm, keep_facts, weighted_kinds
 
 # %% ../../nbs/api/quant/40_equalization.ipynb #5b1704a6
-_weighted = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_elementwise = (nn.ReLU, nn.LeakyReLU, nn.Dropout, nn.Dropout2d, nn.Identity, F.relu,
-                F.leaky_relu, F.dropout, torch.relu, 'relu', 'contiguous')
-_pools = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, F.max_pool2d,
-          F.avg_pool2d, F.adaptive_avg_pool2d)
+_elementwise = (nn.ReLU, nn.LeakyReLU, nn.Dropout, nn.Dropout2d, nn.Identity,
+                F.relu, F.leaky_relu, F.dropout, torch.relu, 'relu', 'contiguous')
+_pools = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
+          F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d)
 _six = (nn.ReLU6, F.relu6)
-_flat = (nn.Flatten, torch.flatten, 'flatten')
-
-def _is(node, model, kinds):
-    "Does `node` call one of `kinds`: module classes, functions or method names?"
-    if node.op == 'call_module':
-        return isinstance(model.get_submodule(node.target),
-                          tuple(k for k in kinds if isinstance(k, type)))
-    return node.op in ('call_function', 'call_method') and node.target in kinds
 
 def _flattens_all(node, model):
     "Does `node` flatten everything behind the first dimension?"
-    if not _is(node, model, _flat): return False
+    if not calls(node, model, (nn.Flatten, torch.flatten, 'flatten')): return False
     if node.op == 'call_module':
-        return (lambda m: (m.start_dim, m.end_dim) == (1, -1))(model.get_submodule(node.target))
-    return (tuple(node.args[1:]) in ((1,), (1, -1)) and not node.kwargs
-            or not node.args[1:] and node.kwargs == dict(start_dim=1))
+        layer = model.get_submodule(node.target)
+        return (layer.start_dim, layer.end_dim) == (1, -1)
+    if node.kwargs: return not node.args[1:] and node.kwargs == dict(start_dim=1)
+    return tuple(node.args[1:]) in ((1,), (1, -1))
 
+# %% ../../nbs/api/quant/40_equalization.ipynb #557771b1
 def _reader(node, model):
-    """The only layer that reads the layer at `node`, with the ReLU6 nodes in between; None if a
-    factor would not get there"""
-    spatial = not _is(node, model, (nn.Linear,))
+    """The only layer that reads the layer at `node`, with the ReLU6 nodes in between; None if a factor would
+    not get there"""
+    spatial = not calls(node, model, (nn.Linear,))
     flat = False
     sixes = []
     while len(node.users) == 1:
         before, node = node, next(iter(node.users))
         if before not in node.args[:1]: return None
-        if _is(node, model, _weighted):
-            return (node,
-                    sixes) if _is(node, model, (nn.Linear,)) == (flat or not spatial) else None
-        if _is(node, model, _six) and not flat:
+        if calls(node, model, weighted_kinds):
+            rows = calls(node, model, (nn.Linear,))
+            return (node, sixes) if rows == (flat or not spatial) else None
+        if calls(node, model, _six) and not flat:
             sixes.append(node)
         elif spatial and not flat and _flattens_all(node, model):
             flat = True
-        elif not (_is(node, model, _elementwise)
-                  or spatial and not flat and _is(node, model, _pools)):
+        elif not (calls(node, model, _elementwise) or spatial and not flat and calls(node, model, _pools)):
             return None
     return None
 
 def _pairs(model):
-    """(first layer, second layer, ReLU6 nodes) that may share factors: each called once, with
-    weights of its own"""
-    nodes = [n for n in model.graph.nodes if _is(n, model, _weighted)]
-    calls = Counter(model.get_submodule(n.target).weight for n in nodes)
+    "(first layer, second layer, ReLU6 nodes) that may share factors: each called once, its weights its own"
+    nodes = [n for n in model.graph.nodes if calls(n, model, weighted_kinds)]
+    times = Counter(model.get_submodule(n.target).weight for n in nodes)
     apart = {n.target.rpartition('.')[0] for n in model.graph.nodes if n.op == 'get_attr'}
-    alone = lambda n: calls[model.get_submodule(n.target).weight] == 1 and n.target not in apart
+    alone = lambda n: times[model.get_submodule(n.target).weight] == 1 and n.target not in apart
     found = [(n, *(_reader(n, model) or (None, ()))) for n in nodes if alone(n)]
     return [(a.target, b.target, sixes) for a, b, sixes in found if b is not None and alone(b)]
-
-# %% ../../nbs/api/quant/40_equalization.ipynb #a90adbca
-def _check_weights(model):
-    "Refuse weights that are not finite"
-    for name, p in model.named_parameters():
-        if not p.isfinite().all():
-            raise ValueError(f"`model` must have finite weights; {int((~p.isfinite()).sum())} "
-                             f"of {p.numel()} in {name} are not. Did its training diverge?")
-    return model
 
 # %% ../../nbs/api/quant/40_equalization.ipynb #8b8d3263
 class _Clip(nn.Module):
@@ -86,8 +68,7 @@ class _Clip(nn.Module):
     def forward(self, x): return x.relu().clamp(max=self.top)
 
 def _by_input(layer, channels):
-    """Weights as (groups, outputs, channel in the group, rest), so that `channels` input channels
-    stand in dimensions 0 and 2"""
+    "Weights as (groups, outputs, channel in the group, rest): input channels in dimensions 0 and 2"
     groups = getattr(layer, 'groups', 1)
     return layer.weight.view(groups, len(layer.weight)//groups, channels//groups, -1)
 
@@ -107,15 +88,23 @@ def _equal_ranges(first, second):
     return s
 
 # %% ../../nbs/api/quant/40_equalization.ipynb #575369f9
+def _clip_channels(model, name, factor, nodes):
+    "Each ReLU6 among `nodes`, behind the layer `name`, clips every channel at six over its factor"
+    top = (6/factor).view(-1, *[1]*(model.get_submodule(name).weight.ndim-2))
+    for node in nodes:
+        model.add_submodule(f'clip_{node.name}', _Clip(top))
+        with model.graph.inserting_before(node):
+            new = model.graph.call_module(f'clip_{node.name}', node.args[:1])
+        node.replace_all_uses_with(new)
+        model.graph.erase_node(node)
+
 @torch.no_grad()
 def cross_layer_equalization(
     model:nn.Module,     # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode; not changed
     rounds:int=50,       # Passes over all pairs, at most; it stops when no channel moves by 0.1%
-    # A folded copy with the same logits, to be given to `quantize`; `equalised` names the pairs of
-    # layers
-)->fx.GraphModule:
+)->fx.GraphModule:       # A folded copy with the same logits; `equalized` names the pairs of layers
     "Cross-layer equalisation (Nagel et al. 2019, arXiv:1906.04721)."
-    _check_weights(check_model(model))
+    check_finite(check_model(model))
     if not rounds >= 1: raise ValueError(f"`rounds` must be at least 1; got {rounds}.")
     model = fold_batchnorm(model)
     pairs = _pairs(model)
@@ -128,13 +117,7 @@ def cross_layer_equalization(
             moved = max(moved, s.log().abs().max().item())
         if moved < 1e-3: break
     for a, _, sixes in pairs:
-        for node in sixes:
-            model.add_submodule(f'clip_{node.name}', _Clip(
-                (6/factors[a]).view(-1, *[1]*(model.get_submodule(a).weight.ndim-2))))
-            with model.graph.inserting_before(node):
-                node.replace_all_uses_with(model.graph.call_module(
-                    f'clip_{node.name}', node.args[:1]))
-            model.graph.erase_node(node)
+        _clip_channels(model, a, factors[a], sixes)
     model.delete_all_unused_submodules()
     model.recompile()
-    return keep_facts(model.eval(), equalised=tuple((a, b) for a, b, _ in pairs))
+    return keep_facts(model.eval(), equalized=tuple((a, b) for a, b, _ in pairs))

@@ -10,13 +10,11 @@ import pandas as pd
 import torch
 from torch import fx, nn, Tensor
 from ..core import check_images, check_model, predict, progress
-from ..models.graph import fold_batchnorm, keep_facts
+from ..models.graph import check_finite, fold_batchnorm, keep_facts, weighted_layers
 from ..models.complexity import model_complexity
 from .formats import choose_scale, fake_quantize, number_format, quant_spec
-from .ptq import quantize, _whole_biases
+from .ptq import quantize, round_biases_
 from .sensitivity import noise_ratio
-from .equalization import _check_weights
-from .reconstruction import _layers
 
 # %% ../../nbs/api/quant/60_mixed_precision.ipynb #3b6ae9ea
 _formats = ('INT8', 'INT7', 'INT6', 'INT5', 'INT4', 'INT3', 'INT2')
@@ -32,28 +30,27 @@ def weight_noise(
     images:Tensor,       # Images (N,C,H,W), float, pixels in [0,1], real or generated; some dozens are enough
     formats=_formats,    # Names of weight formats
     spec='INT8',         # How scales are chosen: per channel or not, and the rule; its formats are not used
-    # One row per layer and format: layer, format, bits, params (weights), macs (of one image),
-    # noise (over the variance of the logits)
+    # One row per layer and format: layer, format, bits, params (weights), macs (of one image), noise (over
+    # the variance of the logits)
 )->pd.DataFrame:
     "First-order logit noise of the weights of each layer in each format."
-    _check_weights(check_model(model))
+    check_finite(check_model(model))
     check_images(images, 'images')
     formats = [number_format(f) for f in formats]
     spec = quant_spec(spec)
     clean = fold_batchnorm(model)
     if not formats:
-        raise ValueError(
-            "`formats` must name at least one number format, such as 'INT8'; got none.")
+        raise ValueError("`formats` must name at least one number format, such as 'INT8'; got none.")
     macs = model_complexity(clean, tuple(images.shape[1:])).groupby('name').macs.sum()
     signal = predict(clean, images)
     rows = []
-    for name, layer in progress(_layers(clean).items(), 'layers'):
+    for name, layer in progress(weighted_layers(clean).items(), 'layers'):
         exact = layer.weight.clone()
         for fmt in formats:
             layer.weight.copy_(_round_weights(layer, fmt, spec)[0])
+            noise = noise_ratio(signal, predict(clean, images))
             rows.append(dict(layer=name, format=str(fmt), bits=fmt.bits, params=exact.numel(),
-                             macs=int(macs[name]),
-                             noise=noise_ratio(signal, predict(clean, images))))
+                             macs=int(macs[name]), noise=noise))
             layer.weight.copy_(exact)
     return pd.DataFrame(rows)
 
@@ -62,13 +59,13 @@ def _choices(noise, each):
     """By layer: list of rows from wide to narrow, each with the `use` of the budget, in bits or bit
     operations; of equally wide formats the one with the least noise"""
     noise = noise.assign(use=noise.bits*noise[each])
-    narrow = noise.sort_values(['bits', 'noise'], ascending=[False, True],
-                               kind='stable').drop_duplicates(['layer', 'bits'])
+    narrow = noise.sort_values(['bits', 'noise'], ascending=[False, True], kind='stable')
+    narrow = narrow.drop_duplicates(['layer', 'bits'])
     return {name: narrow[narrow.layer == name].to_dict('records') for name in noise.layer.unique()}
 
 def _best_step(choices, at, room, down):
-    """(layer, index) of the step with the least extra noise per use saved, or with `down=False` the
-    most noise removed per use within `room`; None if there is none"""
+    """(layer, index) of the step with the least extra noise per use saved, or with `down=False` the most
+    noise removed per use within `room`; None if there is none"""
     steps = []
     for name, options in choices.items():
         now = options[at[name]]
@@ -92,50 +89,47 @@ def _greedy(choices, budget):
 
 def _other_bits(clean):
     "Bits of everything in a folded model that is not a weight of a layer"
-    weights = {m.weight for m in _layers(clean).values()}
+    weights = {m.weight for m in weighted_layers(clean).values()}
     running = sum(b.numel() for n, b in clean.named_buffers()
                   if n.endswith(('running_mean', 'running_var')))
-    return 32*(
-        sum(p.numel() for p in clean.parameters()) - sum(w.numel() for w in weights) + running)
+    parameters = sum(p.numel() for p in clean.parameters())
+    return 32*(parameters - sum(w.numel() for w in weights) + running)
 
 # %% ../../nbs/api/quant/60_mixed_precision.ipynb #f3ff7487
-def allocate_bits(
-    # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode; not changed
-    model:nn.Module,
-    images:Tensor,            # Images (N,C,H,W), float, pixels in [0,1]: real or generated
-    # Size of the whole model, in units of 1000 bytes, as `model_bytes` counts it; or
-    budget_kb:float=None,
-    # million bit operations of one image: MACs x bits of a weight x bits of an activation
-    budget_mbops:float=None,
-    formats=_formats,         # Names of weight formats to choose from
-    # Format of the activations and how scales are chosen; its weight format is not used
-    spec='INT8',
-    noise:pd.DataFrame=None,  # From `weight_noise`, in place of `formats`; None measures it
-)->pd.DataFrame:              # One row per layer: layer, format, bits, params, macs, noise, kb, mbops
-    """Weight formats under a budget, by sensitivity as in Dong et al. 2019 (HAWQ,
-    arXiv:1905.03696), here greedily by logit noise."""
-    given = {k: v for k, v in dict(budget_kb=budget_kb, budget_mbops=budget_mbops).items()
-             if v is not None}
-    if len(given) != 1:
-        raise ValueError(
-            f"one of `budget_kb` and `budget_mbops` must be given; got {given or 'neither'}.")
-    spec, noise = (quant_spec(spec),
-                   weight_noise(model, images, formats, spec) if noise is None else noise)
-    name, budget = given.popitem()
-    by = spec.activations.bits
-    clean = fold_batchnorm(check_model(model))
-    if odd := sorted(set(_layers(clean)) ^ set(noise.layer)):
-        raise ValueError(f"`noise` must be that of `model`; {odd[:3]} are in one of the two "
-                         "only. Measure it with `weight_noise`.")
+def _check_budget(name, budget, choices, other, by):
+    "The budget in bits of weights, or in bit operations a bit of activations; refused below the least"
     in_bytes = name == 'budget_kb'
-    choices = _choices(noise, 'params' if in_bytes else 'macs')
-    other = _other_bits(clean) if in_bytes else 0
     least = sum(options[-1]['use'] for options in choices.values())
     least = -(-(least+other)//8)/1000 if in_bytes else least*by/1e6
     if not budget >= least:
-        raise ValueError(f"`{name}` must be at least {least}, what the narrowest formats "
-                         f"take; got {budget}. Allow more, or give narrower `formats`.")
-    room = (budget*1000 + 1e-6)//1*8 - other if in_bytes else budget*1e6/by*(1 + 1e-12)
+        raise ValueError(f"`{name}` must be at least {least}, what the narrowest formats take; got "
+                         f"{budget}. Allow more, or give narrower `formats`.")
+    return (budget*1000 + 1e-6)//1*8 - other if in_bytes else budget*1e6/by*(1 + 1e-12)
+
+def allocate_bits(
+    model:nn.Module,          # Classifier: images (N,C,H,W) in [0,1] -> logits; in eval mode; not changed
+    images:Tensor,            # Images (N,C,H,W), float, pixels in [0,1]: real or generated
+    budget_kb:float=None,     # Size of the whole model in 1000 bytes, as `model_bytes` counts it; or
+    budget_mbops:float=None,  # million bit operations of an image: MACs x bits of weight x bits of activation
+    formats=_formats,         # Names of weight formats to choose from
+    spec='INT8',              # Format of the activations, and how scales are chosen
+    noise:pd.DataFrame=None,  # From `weight_noise`, in place of `formats`; None measures it
+)->pd.DataFrame:              # One row per layer: layer, format, bits, params, macs, noise, kb, mbops
+    "Weight formats by sensitivity as in HAWQ (Dong et al. 2019, arXiv:1905.03696), greedily by logit noise."
+    given = {k: v for k, v in dict(budget_kb=budget_kb, budget_mbops=budget_mbops).items() if v is not None}
+    if len(given) != 1:
+        raise ValueError(f"one of `budget_kb` and `budget_mbops` must be given; got {given or 'neither'}.")
+    spec = quant_spec(spec)
+    noise = weight_noise(model, images, formats, spec) if noise is None else noise
+    name, budget = given.popitem()
+    by = spec.activations.bits
+    clean = fold_batchnorm(check_model(model))
+    if odd := sorted(set(weighted_layers(clean)) ^ set(noise.layer)):
+        raise ValueError(f"`noise` must be that of `model`; {odd[:3]} are in one of the two only. "
+                         "Measure it with `weight_noise`.")
+    in_bytes = name == 'budget_kb'
+    choices = _choices(noise, 'params' if in_bytes else 'macs')
+    room = _check_budget(name, budget, choices, _other_bits(clean) if in_bytes else 0, by)
     at = _greedy(choices, room)
     table = pd.DataFrame([options[at[k]] for k, options in choices.items()]).drop(columns='use')
     return table.assign(kb=table.bits*table.params/8000, mbops=table.bits*table.macs*by/1e6)
@@ -144,30 +138,27 @@ def allocate_bits(
 @torch.no_grad()
 def quantize_mixed(
     model:nn.Module,      # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode; not changed
-    # Columns layer and format, as `allocate_bits` gives them: every layer with weights, once
-    table:pd.DataFrame,
+    table:pd.DataFrame,   # Columns layer and format, as from `allocate_bits`: every layer with weights, once
     spec,                 # Format of the activations and how scales are chosen, as for `allocate_bits`
     images:Tensor,        # Calibration images (N,C,H,W), float, pixels in [0,1]: real or generated
-    # A model with the same contract; `layer_formats` holds the weight format of each layer
-)->fx.GraphModule:
+)->fx.GraphModule:        # A model with the same contract; `layer_formats` holds the format of each layer
     "Post-training quantisation with a weight format for each layer."
     spec = quant_spec(spec)
-    clean = fold_batchnorm(_check_weights(check_model(model)))
-    layers = _layers(clean)
+    layers = weighted_layers(fold_batchnorm(check_finite(check_model(model))))
     formats = {k: number_format(f) for k, f in zip(table.layer, table.format)}
     odd = sorted(set(layers) ^ set(formats))
     if odd or len(table) != len(formats):
-        raise ValueError(f"`table` must name every layer of `model` once; got {len(table)} "
-                         f"rows for {len(layers)} layers, {odd[:3] or 'some twice'} in one of "
-                         "the two only. Was it made for another model?")
+        raise ValueError(f"`table` must name every layer of `model` once; got {len(table)} rows for "
+                         f"{len(layers)} layers, {odd[:3] or 'some twice'} in one of the two only. Was "
+                         "it made for another model?")
     q = quantize(model, spec, images)
     scales = {}
-    for name, layer in _layers(q).items():
+    for name, layer in weighted_layers(q).items():
         rounded, scale = _round_weights(layers[name], formats[name], spec)
         layer.weight.copy_(rounded)
         if layer.bias is not None:
             layer.bias.copy_(layers[name].bias)
         if formats[name].kind == 'INT':
             scales[f'{name}.weight'] = scale
-    _whole_biases(q, scales)
+    round_biases_(q, scales)
     return keep_facts(q, layer_formats=formats)

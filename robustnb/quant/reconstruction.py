@@ -11,14 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn, Tensor
 from ..core import batches, check_images, check_model, make_generator
-from ..models.graph import fold_batchnorm
+from ..models.graph import calls, check_finite, fold_batchnorm, weighted_kinds, weighted_layers
 from .formats import choose_scale, levels, NumberFormat
-from .equalization import _check_weights, _is, _six, _weighted
 
 # %% ../../nbs/api/quant/50_reconstruction.ipynb #7a972eb4
 def _around(w, fmt, spec):
-    """The values on the grid next to each weight, below and above, and where the weight lies in
-    between (0 to 1)"""
+    "The values on the grid below and above each weight, and where the weight lies in between (0 to 1)"
     scale = choose_scale(w, fmt, spec.rule, spec.per_channel)
     positive = levels(fmt).to(w.device)
     grid = torch.cat([-positive[1:].flip(0), positive])
@@ -28,53 +26,53 @@ def _around(w, fmt, spec):
     high = grid[i+1]
     return low.to(w.dtype)*scale, high.to(w.dtype)*scale, ((v-low)/(high-low)).to(w.dtype)
 
-def _layers(graph):
-    "Layers with weights by name, in the order of their first call"
-    return {n.target: graph.get_submodule(n.target) for n in graph.graph.nodes
-            if _is(n, graph, _weighted)}
-
-def _format_of(quantised, name)->NumberFormat:
+def _format_of(quantized, name)->NumberFormat:
     "Weight format of a layer: its own in mixed precision, else that of the whole network"
-    return getattr(quantised, 'layer_formats', {}).get(name, quantised.spec.weights)
+    return getattr(quantized, 'layer_formats', {}).get(name, quantized.spec.weights)
 
-def _twins(model, quantised, images):
-    "The folded original, and a copy of `quantised`, once it is certain that they belong together"
-    _check_weights(check_model(model))
-    check_images(images, 'images')
-    if not (isinstance(quantised, fx.GraphModule) and hasattr(quantised, 'spec')):
-        raise TypeError(f"`quantised` must come from `quantize`; got {type(quantised).__name__}.")
-    clean = fold_batchnorm(model)
-    q = copy.deepcopy(quantised)
-    ours = _layers(clean)
-    theirs = _layers(q)
-    shapes = lambda layers: {k: tuple(m.weight.shape) for k, m in layers.items()}
-    odd = next((k for k in [*ours, *theirs] if shapes(ours).get(k) != shapes(theirs).get(k)), None)
+# %% ../../nbs/api/quant/50_reconstruction.ipynb #8229f69e
+def _check_same_layers(ours, theirs):
+    "Refuse two models of which one has a layer that the other has not"
+    here = {k: tuple(m.weight.shape) for k, m in ours.items()}
+    there = {k: tuple(m.weight.shape) for k, m in theirs.items()}
+    odd = next((k for k in [*here, *there] if here.get(k) != there.get(k)), None)
     if odd:
-        raise ValueError(f"`quantised` must have the layers of `model`; {odd} is "
-                         f"{shapes(theirs).get(odd)} there and {shapes(ours).get(odd)} here. "
-                         "Quantise this very model.")
-    for name, layer in ours.items():
+        raise ValueError(f"`quantized` must have the layers of `model`; {odd} is {there.get(odd)} "
+                         f"there and {here.get(odd)} here. Quantise this very model.")
+
+def _twins(model, quantized, images):
+    "The folded original, and a copy of `quantized`, once it is certain that they belong together"
+    check_finite(check_model(model))
+    check_images(images, 'images')
+    if not (isinstance(quantized, fx.GraphModule) and hasattr(quantized, 'spec')):
+        raise TypeError(f"`quantized` must come from `quantize`; got {type(quantized).__name__}.")
+    clean = fold_batchnorm(model)
+    q = copy.deepcopy(quantized)
+    theirs = weighted_layers(q)
+    _check_same_layers(weighted_layers(clean), theirs)
+    for name, layer in weighted_layers(clean).items():
         low, high, _ = _around(layer.weight, _format_of(q, name), q.spec)
         w = theirs[name].weight
         near = 1e-4*(high-low)
         off = ((w-low).abs() > near) & ((w-high).abs() > near)
         if off.any():
-            raise ValueError(f"`quantised` must be a rounded copy of `model`; in {name} "
-                             f"{int(off.sum())} of {off.numel()} weights are not one of the "
-                             "two levels around those of `model`. Give the very model that "
-                             "was quantised: the equalised one, if it was equalised.")
+            raise ValueError(f"`quantized` must be a rounded copy of `model`; in {name} "
+                             f"{int(off.sum())} of {off.numel()} weights are not one of the two levels "
+                             "around those of `model`. Give the very model that was quantised: the "
+                             "equalised one, if it was equalised.")
     return clean, q
 
 # %% ../../nbs/api/quant/50_reconstruction.ipynb #5d73e19e
 class _Walk(fx.Interpreter):
-    """Runs a graph; a layer with weights is handed to `visit(name, layer, input)` at its first
-    call, which returns its output"""
+    """Runs a graph; a layer with weights is handed to `visit(name, layer, input)` at its first call, which
+    returns its output"""
     def __init__(self, graph, visit):
         super().__init__(graph)
-        self.visit, self.met = visit, set()
+        self.visit = visit
+        self.met = set()
     def call_module(self, target, args, kwargs):
         layer = self.fetch_attr(target)
-        if target in self.met or not isinstance(layer, _weighted):
+        if target in self.met or not isinstance(layer, weighted_kinds):
             return super().call_module(target, args, kwargs)
         self.met.add(target)
         return self.visit(target, layer, *args, *kwargs.values())
@@ -82,28 +80,28 @@ class _Walk(fx.Interpreter):
 # %% ../../nbs/api/quant/50_reconstruction.ipynb #91b2fa67
 def _channel_mean(layer, out):
     "Mean of each output channel over images and places"
-    return out.mean([d for d in range(out.ndim)
-                     if d != (out.ndim-1 if isinstance(layer, nn.Linear) else 1)])
+    channels = out.ndim-1 if isinstance(layer, nn.Linear) else 1
+    return out.mean([d for d in range(out.ndim) if d != channels])
 
 @torch.no_grad()
 def correct_bias(
     model:nn.Module,            # The model that was quantised, in eval mode; not changed
-    quantised:fx.GraphModule,   # Its copy from `quantize`; not changed
-    # Images (N,C,H,W), float, pixels in [0,1]: real or generated; all are held at once
-    images:Tensor,
-)->fx.GraphModule:              # A copy of `quantised` with other biases
+    quantized:fx.GraphModule,   # Its copy from `quantize`; not changed
+    images:Tensor,              # Images (N,C,H,W), float, pixels in [0,1], real or generated; held at once
+)->fx.GraphModule:              # A copy of `quantized` with other biases
     "Empirical bias correction (Nagel et al. 2019, arXiv:1906.04721, section 4.2)."
-    clean, q = _twins(model, quantised, images)
+    clean, q = _twins(model, quantized, images)
     images = images.to(next(clean.parameters()).device)
     means = {}
     def note(name, layer, x):
-        means[name] = _channel_mean(layer, out := layer(x))
+        out = layer(x)
+        means[name] = _channel_mean(layer, out)
         return out
     def correct(name, layer, x):
         out = layer(x)
         shift = means[name] - _channel_mean(layer, out)
-        layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift,
-                                  requires_grad=False)
+        bias = shift if layer.bias is None else layer.bias + shift
+        layer.bias = nn.Parameter(bias, requires_grad=False)
         return out + shift.view(-1, *[1]*(0 if isinstance(layer, nn.Linear) else out.ndim-2))
     _Walk(clean, note).run(images)
     _Walk(q, correct).run(images)
@@ -111,48 +109,51 @@ def correct_bias(
 
 # %% ../../nbs/api/quant/50_reconstruction.ipynb #cfb61934
 def _places(layer, out, n, generator):
-    """Which outputs to look at: rows of a linear layer, places in the maps of a convolution; at
-    most `n` of them, as indices into the flattened batch"""
+    """Which outputs to look at: rows of a linear layer, places in the maps of a convolution; at most `n` of
+    them, as indices into the flattened batch"""
     total = out[..., 0].numel() if isinstance(layer, nn.Linear) else out[:, 0].numel()
     return torch.randperm(total, generator=generator)[:n].to(out.device)
 
 def _outputs(layer, out, places):
     "Outputs (P,O) at these places"
-    return (out if isinstance(layer, nn.Linear) else out.movedim(1, -1)).reshape(
-        -1, len(layer.weight))[places]
+    rows = out if isinstance(layer, nn.Linear) else out.movedim(1, -1)
+    return rows.reshape(-1, len(layer.weight))[places]
 
 def _patches(layer, x, shape, places):
     "Inputs (G,P,K) that make the outputs at these places of maps of size `shape`, for each group of channels"
     if isinstance(layer, nn.Linear): return x.reshape(-1, x.shape[-1])[places][None]
-    x = F.pad(x, layer._reversed_padding_repeated_twice,
-              mode='constant' if layer.padding_mode == 'zeros' else layer.padding_mode)
+    mode = 'constant' if layer.padding_mode == 'zeros' else layer.padding_mode
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
     batch, *at = torch.unravel_index(places, (len(x), *shape))
     d = len(at)
-    index = [(p*s)[:, None] + torch.arange(k, device=x.device)*l
-             for p, s, k, l in zip(at, layer.stride, layer.kernel_size, layer.dilation)]
-    index = [i.view(len(places), *[-1 if j == m else 1 for j in range(d)])
-             for m, i in enumerate(index)]
+    index = []
+    for m, (p, s, k, l) in enumerate(zip(at, layer.stride, layer.kernel_size, layer.dilation)):
+        along = (p*s)[:, None] + torch.arange(k, device=x.device)*l
+        index.append(along.view(len(places), *[-1 if j == m else 1 for j in range(d)]))
     found = x.movedim(1, -1)[(batch.view(-1, *[1]*d), *index)].movedim(-1, 1)
     return found.reshape(len(places), layer.groups, -1).movedim(1, 0)
 
 def _after(graph, name):
     "The activation that follows a layer: ReLU, ReLU6 or none"
     users = list(next(n for n in graph.graph.nodes if n.target == name).users)
-    if len(users) != 1: return lambda v: v
-    if _is(users[0], graph, _six): return F.relu6
-    return F.relu if _is(users[0], graph, (nn.ReLU, F.relu, torch.relu, 'relu')) else lambda v: v
+    if len(users) == 1:
+        if calls(users[0], graph, (nn.ReLU6, F.relu6)): return F.relu6
+        if calls(users[0], graph, (nn.ReLU, F.relu, torch.relu, 'relu')): return F.relu
+    return lambda v: v
 
 # %% ../../nbs/api/quant/50_reconstruction.ipynb #3ea49a49
-_batch, _rate, _push = 256, .1, 10.
+_batch = 256
+_rate = .1
+_push = 10.
 
 def _soft(v): return (1.2*v.sigmoid() - .1).clamp(0, 1)
 
-def _learn(low, high, share, error, steps, n):
-    """Which weights take the upper level: (G,O,K) bool. `error(w, rows)` is the error of each
-    output (G,O) on a slice of `n` patches"""
-    v = torch.logit((share.clamp(.001, .999)+.1)/1.2).requires_grad_()
+def _learn(low, high, place, error, steps, n):
+    """Which weights take the upper level: (G,O,K) bool. `place` says where each weight lies between its
+    levels; `error(w, rows)` is the error of each output (G,O) on a slice of `n` patches"""
+    v = torch.logit((place.clamp(.001, .999)+.1)/1.2).requires_grad_()
     with torch.no_grad():
-        unit = error(torch.where(share >= .5, high, low), slice(None)).mean().clamp_min(1e-30)
+        unit = error(torch.where(place >= .5, high, low), slice(None)).mean().clamp_min(1e-30)
     optimizer = torch.optim.Adam([v], _rate, fused=True)
     step_size = high-low
     parts = batches(n, _batch)
@@ -169,22 +170,24 @@ def _learn(low, high, share, error, steps, n):
 
 # %% ../../nbs/api/quant/50_reconstruction.ipynb #40ef059d
 def _errors(layer, x, target, act):
-    """A function of weights (G,O,K) and a slice of places: mean square error (G,O) of the outputs
-    there against `target` (P,O)"""
+    """A function of weights (G,O,K) and a slice of places: mean square error (G,O) of the outputs there
+    against `target` (P,O)"""
     wanted = target.view(len(target), len(x), -1).movedim(1, 0)
     bias = 0 if layer.bias is None else layer.bias.view(len(x), 1, -1)
-    return lambda w, rows: (
-        act(x[:, rows] @ w.transpose(1, 2) + bias) - wanted[:, rows]).square().mean(1)
+    def error(w, rows):
+        out = act(x[:, rows] @ w.transpose(1, 2) + bias)
+        return (out - wanted[:, rows]).square().mean(1)
+    return error
 
 def _choose(layer, around, inputs, target, act, steps):
     "Weights of a layer on the levels that suit these inputs and targets; a quarter of them judges each row"
     keep = inputs.shape[1]//4
     nearest = layer.weight.view(len(inputs), len(layer.weight)//len(inputs), -1)
-    low, high, share = (o.view_as(nearest) for o in around)
-    error, judge = (_errors(layer, inputs[:, s], target[s], act)
-                    for s in (slice(keep, None), slice(keep)))
+    low, high, place = (o.view_as(nearest) for o in around)
+    error = _errors(layer, inputs[:, keep:], target[keep:], act)
+    judge = _errors(layer, inputs[:, :keep], target[:keep], act)
     with torch.enable_grad():
-        up = _learn(low, high, share, error, steps, inputs.shape[1]-keep)
+        up = _learn(low, high, place, error, steps, inputs.shape[1]-keep)
     learnt = torch.where(up, high, low)
     better = judge(learnt, slice(None)) < judge(nearest, slice(None))
     return torch.where(better[..., None], learnt, nearest).view_as(layer.weight)
@@ -192,20 +195,19 @@ def _choose(layer, around, inputs, target, act, steps):
 # %% ../../nbs/api/quant/50_reconstruction.ipynb #9e89cb47
 def adaround(
     model:nn.Module,            # The model that was quantised, in eval mode; not changed
-    quantised:fx.GraphModule,   # Its copy from `quantize`; not changed
-    # Images (N,C,H,W), float, pixels in [0,1]: real or generated; all are held at once
-    images:Tensor,
+    quantized:fx.GraphModule,   # Its copy from `quantize`; not changed
+    images:Tensor,              # Images (N,C,H,W), float, pixels in [0,1], real or generated; held at once
     steps:int=100,              # Optimiser steps for each layer; 0 rounds to the nearest
-    # Outputs looked at in each layer, at most; a quarter of them chooses between learnt and nearest
-    places:int=2048,
+    places:int=2048,            # Outputs looked at in each layer, at most; a quarter of them judges
     seed:int=0,                 # Which places, and in which order
-)->fx.GraphModule:              # A copy of `quantised` with some weights on the other of their two levels
+)->fx.GraphModule:              # A copy of `quantized` with some weights on the other of their two levels
     "Adaptive rounding (AdaRound, Nagel et al. 2020, arXiv:2004.10568)."
     if not (steps >= 0 and places >= 8):
-        raise ValueError(
-            f"`steps` must be at least 0 and `places` at least 8; got {steps} and {places}.")
-    clean, q = _twins(model, quantised, images)
+        raise ValueError(f"`steps` must be at least 0 and `places` at least 8; got {steps} and {places}.")
+    clean, q = _twins(model, quantized, images)
     images = images.to(next(clean.parameters()).device)
+    layers = weighted_layers(clean)
+    act_of = {name: _after(clean, name) for name in layers}
     wanted = {}
     def note(name, layer, x):
         out = layer(x)
@@ -215,10 +217,9 @@ def adaround(
     def choose(name, layer, x):
         at, target, shape = wanted[name]
         inputs = _patches(layer, x, shape, at)
-        around = _around(clean.get_submodule(name).weight.detach(), _format_of(q, name), q.spec)
+        around = _around(layers[name].weight.detach(), _format_of(q, name), q.spec)
         layer.weight.copy_(_choose(layer, around, inputs, target, act_of[name], steps))
         return layer(x)
-    act_of = {name: _after(clean, name) for name in _layers(clean)}
     with torch.no_grad():
         _Walk(clean, note).run(images)
         _Walk(q, choose).run(images)

@@ -45,7 +45,7 @@ def _odds(loss, cap):
 # %% ../../nbs/api/transfer/30_predictor.ipynb #877d83c7
 @dataclass(frozen=True)
 class LossPredictor:
-    "Coefficients that turn measured change into a share of accuracy lost; make one with `fit_predictor`."
+    "What turns measured change into a share of accuracy lost; made by `fit_predictor`."
     features:tuple          # Columns it reads
     coefficients:tuple      # Intercept, then one slope per feature, of the log-odds
     # Half width of the 95% interval in log-odds, from models that a bootstrap left out
@@ -65,7 +65,7 @@ class LossPredictor:
                                  outside=(z < self.seen[0]) | (z > self.seen[1])),
                             index=rows.index)
 
-# %% ../../nbs/api/transfer/30_predictor.ipynb #052ad1c3
+# %% ../../nbs/api/transfer/30_predictor.ipynb #6b626e7f
 def _left_out(f, cap, loss, models, keep):
     "Rows whose model is not in `keep`, and their log-odds as predicted from the models in it"
     out = ~np.isin(models, keep)
@@ -73,14 +73,30 @@ def _left_out(f, cap, loss, models, keep):
     b = _fit(f[drawn], cap[drawn], loss[drawn])
     return out, b[0] + f[out] @ b[1:]
 
+def _bootstrap_errors(f, cap, loss, models, resamples, seed):
+    "Errors in log-odds on the models that each sample of the models (drawn with replacement) leaves out"
+    names = tuple(dict.fromkeys(models))
+    rng = np.random.default_rng(seed)
+    errors = []
+    for _ in range(resamples):
+        keep = rng.choice(names, len(names))
+        while len(set(keep)) == len(names):
+            keep = rng.choice(names, len(names))
+        out, z = _left_out(f, cap, loss, models, keep)
+        said = _odds(cap[out]/(1+np.exp(-z)), cap[out])
+        errors.append(abs(said - _odds(loss[out], cap[out])))
+    return np.concatenate(errors)
+
+# %% ../../nbs/api/transfer/30_predictor.ipynb #052ad1c3
 def fit_predictor(
     rows:pd.DataFrame,   # One row per model and format: model, n_classes, `features`, `target`
     features:tuple,      # Columns of measured change
     target:str,          # Column of measured loss, as a share of the accuracy
     resamples:int=50,    # Bootstrap samples of models, >= 1
     seed:int=0,          # Which models they hold
-)->tuple[LossPredictor, pd.DataFrame]:  # The link; each row's loss as predicted with its model left out
-    """Fit the link; its interval holds 95% of the errors on models that a bootstrap sample (Efron
+    # The predictor; each row's loss as predicted with its model left out
+)->tuple[LossPredictor, pd.DataFrame]:
+    """Fit a predictor; its interval holds 95% of the errors on models that a bootstrap sample (Efron
     1979, doi:10.1214/aos/1176344552) does not hold."""
     models = rows.model.to_numpy()
     names = tuple(dict.fromkeys(models))
@@ -95,21 +111,12 @@ def fit_predictor(
         out, z_out = _left_out(f, cap, loss, models, [k for k in names if k != name])
         z[out] = z_out
     left_out = rows.assign(predicted=cap/(1+np.exp(-z)))
-    errors = []
-    rng = np.random.default_rng(seed)
-    odds = lambda z: _odds(cap/(1+np.exp(-z)), cap)
-    for _ in range(resamples):
-        keep = rng.choice(names, len(names))
-        while len(set(keep)) == len(names):
-            keep = rng.choice(names, len(names))
-        out, z_out = _left_out(f, cap, loss, models, keep)
-        z[out] = z_out
-        errors.append(abs(odds(z) - _odds(loss, cap))[out])
+    errors = _bootstrap_errors(f, cap, loss, models, resamples, seed)
     b = _fit(f, cap, loss)
     inside = b[0] + f @ b[1:]
-    return LossPredictor(tuple(features), tuple(b.tolist()),
-                         float(np.quantile(np.concatenate(errors), .95)),
-                         (float(inside.min()), float(inside.max())), names), left_out
+    spread = float(np.quantile(errors, .95))
+    seen = (float(inside.min()), float(inside.max()))
+    return LossPredictor(tuple(features), tuple(b.tolist()), spread, seen, names), left_out
 
 # %% ../../nbs/api/transfer/30_predictor.ipynb #444e3375
 _links = (Path(__file__).parent/'predictors.json' if '__file__' in globals()
@@ -128,37 +135,41 @@ def load_predictor(
 
 # %% ../../nbs/api/transfer/30_predictor.ipynb #bb0bcfb7
 def predict_losses(
-    table:pd.DataFrame,   # Rows with n_classes and what `probe` gives
+    table:pd.DataFrame,   # Rows with n_classes and what `Study.change` gives
     # JSON file of other links, as robustnb_fit_predictor writes it; None takes those of the package
     path=None,
     # The rows with predicted_loss and predicted_robust_loss, each with _lo, _hi and _outside
 )->pd.DataFrame:
     "Losses from measured change."
+    columns = {'': 'predicted', '_lo': 'lo', '_hi': 'hi', '_outside': 'outside'}
     for name in ('loss', 'robust_loss'):
-        p = (load_predictor(name) if path is None else load_predictor(name, path)).predict(table)
-        table = table.assign(**{f'predicted_{name}{k}': p[c] for k, c in (
-            ('', 'predicted'), ('_lo', 'lo'), ('_hi', 'hi'), ('_outside', 'outside'))})
+        link = load_predictor(name) if path is None else load_predictor(name, path)
+        found = link.predict(table)
+        table = table.assign(**{f'predicted_{name}{end}': found[c] for end, c in columns.items()})
     return table
 
 # %% ../../nbs/api/transfer/30_predictor.ipynb #b9dbd50d
 _reads = dict(loss=('flips', 'noise'), robust_loss=('flips', 'noise', 'activation_noise'))
 
 def fit_predictors(
-    # model, format, n_classes, what `probe` gives, measured_loss, measured_robust_loss; any number
-    # of budgets
+    # model, format, n_classes, what `Study.change` gives, measured_loss, measured_robust_loss; any
+    # number of budgets
     rows:pd.DataFrame,
     # Name -> `LossPredictor`; name -> the rows it was fitted on, each with the loss `predicted`
     # with its model left out
 )->tuple[dict, dict]:
     "The links for accuracy and for robust accuracy, from measured networks."
-    short = [c for c in dict.fromkeys(('model', 'format', 'n_classes', *_reads['loss'],
-                                       *_reads['robust_loss'], 'measured_loss',
-                                       'measured_robust_loss')) if c not in rows]
+    needed = ('model', 'format', 'n_classes', *_reads['robust_loss'],
+              *(f'measured_{k}' for k in _reads))
+    short = [c for c in needed if c not in rows]
     if short:
         raise ValueError("`rows` must have the columns of an assessment with a test set; "
                          f"{', '.join(short)} are missing. Use `assess(model, test=...)`.")
-    tables = dict(loss=rows.drop_duplicates(['model', 'format']), robust_loss=rows)
-    fitted = {k: fit_predictor(t.dropna(subset=[*_reads[k], f'measured_{k}']), _reads[k],
-                               f'measured_{k}') for k, t in tables.items()}
-    return ({k: link for k, (link, _) in fitted.items()},
-            {k: left for k, (_, left) in fitted.items()})
+    links = {}
+    left_out = {}
+    for name, features in _reads.items():
+        target = f'measured_{name}'
+        known = rows if name == 'robust_loss' else rows.drop_duplicates(['model', 'format'])
+        known = known.dropna(subset=[*features, target])
+        links[name], left_out[name] = fit_predictor(known, features, target)
+    return links, left_out

@@ -184,7 +184,7 @@ def test_the_copy_is_faithful_or_not_used(trained):
         exact = margin(net(x), y)
         low = margin(lowered(x), y)
     assert 0 < (exact-low).abs().max() < .05*exact.abs().max()
-    chaotic = Wrapped(net, after=lambda z: z + 10*torch.sin(3e3*z)).eval()
+    chaotic = Wrapped(net, after=lambda z: z + 10*torch.sin(1e6*z)).eval()
     assert search_copy(chaotic, x, y) is chaotic
 
 

@@ -10,7 +10,7 @@ from robustnb.commands import common as cli
 from robustnb.data import load_data
 from robustnb.models.zoo import build_model
 from robustnb.models.loading import save_model
-from robustnb.transfer.study import _Study
+from robustnb.transfer.study import Study
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 assess = cli.assess_command.__wrapped__
@@ -27,13 +27,13 @@ def weights(tmp_path, monkeypatch):
 @pytest.fixture
 def asked(monkeypatch):
     "The formats that are really assessed, in turn; the power fails at POT4 as long as 'dark' is among them"
-    one = _Study.one
+    rows = Study.rows
     asked = []
     def watched(self, spec):
         if 'dark' in asked and str(spec) == 'POT4': raise KeyboardInterrupt
         asked.append(str(spec))
-        return one(self, spec)
-    monkeypatch.setattr(_Study, 'one', watched)
+        return rows(self, spec)
+    monkeypatch.setattr(Study, 'rows', watched)
     return asked
 
 
@@ -81,11 +81,13 @@ def test_an_assessment_keeps_to_its_question(weights, asked, tmp_path):
     assert not (tmp_path/'new').exists()
 
 
-@pytest.mark.parametrize('content', ['', '[1, 2]', '{"row": '])
-def test_a_damaged_file_is_named(weights, asked, tmp_path, content):
+@pytest.mark.parametrize('folder, content', [
+    ('formats', ''), ('formats', '[1, 2]'), ('formats', '{"row": {}, "layers": []}'),
+    ('layers', '[]'), ('layers', '[{"format": ')])
+def test_a_damaged_file_is_named(weights, asked, tmp_path, folder, content):
     out = tmp_path/'out'
     assess(weights, formats='INT8', out=str(out))
-    (out/'formats'/'INT8.json').write_text(content)
+    (out/folder/'INT8.json').write_text(content)
     with pytest.raises(SystemExit, match='INT8.json is damaged .*Delete it'):
         assess(weights, formats='INT8', out=str(out))
     assert asked == ['INT8']

@@ -16,7 +16,7 @@ from robustnb.models.loading import load_model, save_model
 from robustnb.models.training import Recipe, train
 from robustnb.models.zoo import build_model
 from robustnb.quant.ptq import quantize
-from robustnb.transfer.study import measure_one, _original
+from robustnb.transfer.study import measure_one, study_of
 
 run_sweep = sweep_cli.sweep_command.__wrapped__
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -37,17 +37,17 @@ def weights(tmp_path_factory):
 def test_one_job(weights):
     row = measure_one(weights, 'INT4', 'fgsm', seed=3, n=80, eps=4/255)
     model = load_model(weights)
-    test, x = _original(weights, 'fgsm', 3, 'digits', '', 80, 4/255)[2:4]
+    study = study_of(weights, 'fgsm', 3, 'digits', '', 80, 4/255)
+    test = study.test
+    x = study.probes.x
     pool = load_data('digits', 'train').x
     assert len(x) == 300
     assert all((pool == o).flatten(1).all(1).any() for o in x[:5])
     assert len(test) == 80
     assert np.bincount(test.y).tolist() == [8]*10
-    other = _original(weights, 'fgsm', 4, 'digits', '', 80, 4/255)
-    assert torch.equal(other[2].x,
-                       test.x), 'the seed chooses calibration images, never those that measure'
-    assert not torch.equal(other[3],
-                           x), 'the seed chooses calibration images, never those that measure'
+    other = study_of(weights, 'fgsm', 4, 'digits', '', 80, 4/255)
+    assert torch.equal(other.test.x, test.x), 'the seed does not choose the test images'
+    assert not torch.equal(other.probes.x, x), 'the seed chooses the calibration images'
     q = quantize(model, 'INT4', x)
     y = torch.as_tensor(test.y)
     of = lambda m: summarize(evaluate(m, test.x, y, dict(fgsm=fgsm),

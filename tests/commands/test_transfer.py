@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 def weights(tmp_path_factory):
     "A network that two epochs of digits have shown what digits are"
     out = tmp_path_factory.mktemp('net')/'run'
-    train_command.__wrapped__(model='AlexNet_BN', width=.125, epochs=2, lr=.05, no_mirror=True,
+    train_command.__wrapped__(model='AlexNet_BN', width=.125, epochs=2, lr=.05, no_flip=True,
                               out=str(out))
     return str(out/'weights.pt')
 
@@ -76,7 +76,7 @@ def test_from_a_shell(weights, tmp_path):
     assert failed.returncode == 1
     assert failed.stderr.startswith('ValueError: `name` must be INT2')
     assert failed.stderr.count('\n') == 1
-    assert not (tmp_path/'quantised').exists()
+    assert not (tmp_path/'quantized').exists()
 
 
 def test_cost_of_one_file_and_of_all(weights, tmp_path, capsys):
@@ -244,10 +244,10 @@ def test_a_question_that_is_refused_leaves_the_folder_free(weights, tmp_path, ca
 def test_quantised_copies(weights, tmp_path, capsys):
     out = tmp_path/'q'
     run_quantize(weights, 'INT8,INT3/INT8,POT4', 'digits', 60, out=str(out))
-    table = pd.read_csv(out/'quantised.csv')
+    table = pd.read_csv(out/'quantized.csv')
     net = load_model(weights)
     assert names(out) == ['INT3-INT8.pt', 'INT8.pt', 'POT4.pt', 'manifest.json',
-                          'quantised.csv', 'question.json']
+                          'quantized.csv', 'question.json']
     assert list(table) == ['format', 'file', 'size_kb', 'agreement', 'n', 'left_float']
     assert table.format.tolist() == ['INT8', 'INT3/INT8', 'POT4']
     pool = digits('train')
@@ -289,7 +289,7 @@ def test_an_interrupted_run_is_continued(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(transfer_cli, 'quantize', dies)
     with pytest.raises(KeyboardInterrupt):
         ask('INT8,INT4,POT4,INT2')
-    assert names(out) == ['INT4.pt', 'INT8.pt', 'quantised.csv', 'question.json']
+    assert names(out) == ['INT4.pt', 'INT8.pt', 'quantized.csv', 'question.json']
     assert made == ['INT8', 'INT4']
     monkeypatch.setattr(transfer_cli, 'quantize', counted)
     first = (out/'INT8.pt').stat().st_mtime_ns
@@ -302,18 +302,18 @@ def test_an_interrupted_run_is_continued(weights, tmp_path, monkeypatch):
     ask('INT8,INT4,POT4,INT2')
     assert made == ['INT8', 'INT4', 'POT4', 'POT4', 'INT2']
     assert (out/'INT8.pt').stat().st_mtime_ns == first
-    rows = pd.read_csv(out/'quantised.csv')
+    rows = pd.read_csv(out/'quantized.csv')
     ask('INT2,INT8')
     assert len(made) == 5
-    assert pd.read_csv(out/'quantised.csv').equals(rows)
+    assert pd.read_csv(out/'quantized.csv').equals(rows)
     assert rows.format.tolist() == ['INT8', 'INT4', 'POT4', 'INT2']
     (out/'INT4.pt').unlink()
     ask('INT4')
     assert made[5:] == ['INT4'], 'a file that is gone is made again, the rows of the others stay'
-    assert pd.read_csv(out/'quantised.csv').equals(rows), (
+    assert pd.read_csv(out/'quantized.csv').equals(rows), (
         'a file that is gone is made again, the rows of the others stay')
     run_quantize(weights, 'INT8,INT4,POT4,INT2', 'digits', 30, out=str(tmp_path/'whole'))
-    assert pd.read_csv(tmp_path/'whole'/'quantised.csv').equals(rows), (
+    assert pd.read_csv(tmp_path/'whole'/'quantized.csv').equals(rows), (
         'in one go or in pieces, the rows are the same')
 
 
@@ -334,7 +334,7 @@ def test_images_from_a_folder_and_from_nothing(weights, tmp_path, monkeypatch):
         run_quantize(weights, formats, n=20, steps=2, out=str(tmp_path/'b'), seed=3)
     assert trained == [dict(seed=3, steps=2)]
     assert names(tmp_path/'b') == ['INT4.pt', 'INT8.pt', 'images', 'manifest.json',
-                                   'quantised.csv', 'question.json']
+                                   'quantized.csv', 'question.json']
     x = load_data(tmp_path/'b'/'images').x
     assert len(x) == 20
     assert torch.equal(predict(load_quantized(tmp_path/'b'/'INT4.pt'), x),

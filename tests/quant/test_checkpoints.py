@@ -70,19 +70,19 @@ def test_every_format(spec, tmp_path):
     assert torch.equal(predict(again, x), predict(q, x))
     assert again.spec == q.spec
     assert (again.left_float, again.opaque) == (q.left_float, q.opaque)
-    rounders = [(n, m.fmt, m.signed, m.on, m.scale) for n, m in again.named_modules()
+    points = [(n, m.fmt, m.signed, m.on, m.scale) for n, m in again.named_modules()
                 if isinstance(m, FakeQuantize)]
-    assert rounders == [(n, m.fmt, m.signed, m.on, m.scale) for n, m in q.named_modules()
+    assert points == [(n, m.fmt, m.signed, m.on, m.scale) for n, m in q.named_modules()
                         if isinstance(m, FakeQuantize)]
-    assert q.spec.activations.kind != 'INT' or {r[2] for r in rounders} == {True, False}
+    assert q.spec.activations.kind != 'INT' or {r[2] for r in points} == {True, False}
 
 
 def test_mixed_formats_come_back(tmp_path):
-    "Rounders may differ from the specification, one by one"
+    "Rounded tensors may differ from the specification, one by one"
     q = quantize(net_of('AlexNet'), 'INT8', images())
     x = images()
-    rounders = [m for m in q.modules() if isinstance(m, FakeQuantize)]
-    rounders[2].fmt, rounders[3].on, rounders[4].signed = (quant_spec('INT4').activations,
+    points = [m for m in q.modules() if isinstance(m, FakeQuantize)]
+    points[2].fmt, points[3].on, points[4].signed = (quant_spec('INT4').activations,
                                                            False, True)
     save_quantized(q, tmp_path/'q.pt')
     again = load_quantized(tmp_path/'q.pt')
@@ -139,7 +139,7 @@ def test_what_cannot_be_built_again_is_refused(tmp_path):
     altered.delete_all_unused_submodules()
     save_quantized(altered, path)
     assert torch.equal(predict(load_quantized(path), x),
-                       predict(altered, x)), 'with a rounder fewer it can be built again'
+                       predict(altered, x)), 'with a rounded tensor fewer it can be built again'
     path.unlink()
     last = next(n for n in altered.graph.nodes if n.op == 'output')
     with altered.graph.inserting_before(last):

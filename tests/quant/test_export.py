@@ -389,7 +389,7 @@ def test_levels_survive_a_clip_in_the_middle(tmp_path):
 
 
 def test_a_fallback_to_float_is_seen(tmp_path):
-    "Rounders switched off, the layers behind them are computed in float, and the report names them"
+    "Rounding switched off, the layers behind them are computed in float, and the report names them"
     x = images(32, 8)
     q = quantize(model_of(seeded(lambda: nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 6)))),

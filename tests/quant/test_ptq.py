@@ -15,8 +15,8 @@ from robustnb.core import make_generator, predict
 from robustnb.data import digits
 from robustnb.models.wrapping import Normalized, wrap_model
 from robustnb.models.zoo import build_model, model_names
-from robustnb.models.graph import fold_batchnorm
-from robustnb.quant.ptq import calibrate, quantize, FakeQuantize, quantization_points
+from robustnb.models.graph import calls, fold_batchnorm
+from robustnb.quant.ptq import calibrate, FakeQuantize, model_bytes, quantization_points, quantize
 from robustnb.models.complexity import model_complexity
 from robustnb.quant.formats import (
     choose_scale, fake_quantize, levels, number_format, quant_spec, to_levels)
@@ -172,7 +172,7 @@ def test_nothing_of_the_nine_networks_stays_in_full_precision(name):
     assert points[0] == 'normalize'
     assert sum(isinstance(m, FakeQuantize) for m in q.modules()) == len(points)
     sums = sum(hasattr(m, 'body') and bool(len(m.shortcut) or 1) for m in model.modules()
-               if type(m).__name__ == '_Residual')
+               if type(m).__name__ == 'Residual')
     joins = sum(type(m).__name__ == '_Branches' for m in model.modules())
     weighted = sum(isinstance(m, layers) for m in q.modules())
     pools = name in ('Inception_BN', 'MobileNetV2') or name.startswith('ResNet')
@@ -217,9 +217,9 @@ class Attention(nn.Module):
 
 def source(node, model):
     "What a tensor was before it was moved or clipped"
-    while not (isinstance(model.get_submodule(node.target), FakeQuantize)
-               if node.op == 'call_module'
-               else False) and (ptq._moves_only(node, model) or ptq._is(node, model, ptq._clips)):
+    def rounds(node):
+        return node.op == 'call_module' and isinstance(model.get_submodule(node.target), FakeQuantize)
+    while not rounds(node) and (ptq._keeps_levels(node, model) or calls(node, model, ptq._clips)):
         node = node.all_input_nodes[0]
     return node
 
@@ -383,7 +383,7 @@ def test_weights_given_to_functions_are_rounded(per_channel):
     assert {'net.kernel', 'net.linear', 'net.head'} <= set(layer_sensitivity(model, q, x).layer)
 
 
-class Standardised(nn.Conv2d):
+class Standardized(nn.Conv2d):
     def forward(self, x):
         return self._conv_forward(x, (self.weight-self.weight.mean())/self.weight.std(), self.bias)
 
@@ -393,7 +393,7 @@ class Padded(nn.Conv2d):
 
 
 def test_layers_that_compute_with_another_weight_are_named():
-    net = seeded(lambda: nn.Sequential(Padded(3, 4, 3), nn.ReLU(), Standardised(4, 4, 3), nn.ReLU(),
+    net = seeded(lambda: nn.Sequential(Padded(3, 4, 3), nn.ReLU(), Standardized(4, 4, 3), nn.ReLU(),
                                        nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)),
                                        nn.Flatten(), nn.Linear(4*27*27, 5)))
     q = quantize(model_of(net), 'INT2', images(4))
@@ -478,11 +478,11 @@ def test_a_network_without_normalisation_inside_gets_its_input_rounded():
                                        nn.Linear(4*30*30, 5)))
     q = quantize(net, 'INT2', images())
     stored = []
-    rounders = {n: m for n, m in q.named_modules() if isinstance(m, FakeQuantize)}
-    assert list(rounders) == ['round_input_1', 'round__1']
-    rounders['round_input_1'].register_forward_hook(lambda m, a, out: stored.append(out))
+    points = {n: m for n, m in q.named_modules() if isinstance(m, FakeQuantize)}
+    assert list(points) == ['round_input_1', 'round__1']
+    points['round_input_1'].register_forward_hook(lambda m, a, out: stored.append(out))
     predict(q, images())
-    assert not rounders['round_input_1'].signed
+    assert not points['round_input_1'].signed
     assert len(stored[0].unique()) == 4
 
 
@@ -800,3 +800,8 @@ def test_a_copy_is_not_rounded_again():
         with pytest.raises(ValueError,
                            match='`model` must be in full precision.*Give the original'):
             make(quantize(small(), 'INT8', images()))
+
+
+def test_the_bytes_of_a_shared_layer_are_counted_once():
+    conv = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+    assert model_bytes(nn.Sequential(conv, conv), 4) == -(-81*4//8)

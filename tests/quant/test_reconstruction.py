@@ -1,5 +1,5 @@
-"""Equalised channels against closed forms, corrected biases against means taken by hooks, learnt
-rounding against all choices; what does not belong together is refused."""
+"""Corrected biases against means taken by hooks, learnt rounding against all choices; what does not belong
+together is refused."""
 import copy
 import itertools
 import pickle
@@ -9,266 +9,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from robustnb.quant import reconstruction as refine
+from helpers_quant import images, layers, model_of, outputs, small, untouched, Ways
 from robustnb.core import make_generator, predict
-from robustnb.models.wrapping import wrap_model
-from robustnb.models.zoo import build_model, model_names
 from robustnb.models.graph import fold_batchnorm, keep_facts
-from robustnb.quant.ptq import quantize, FakeQuantize, quantization_points
-from robustnb.quant.formats import choose_scale, levels, number_format, quant_spec
+from robustnb.models.wrapping import wrap_model
+from robustnb.models.zoo import build_model
+from robustnb.quant import reconstruction
 from robustnb.quant.equalization import cross_layer_equalization
-from robustnb.quant.reconstruction import correct_bias, adaround
+from robustnb.quant.formats import choose_scale, levels, number_format, quant_spec
+from robustnb.quant.ptq import quantize
+from robustnb.quant.reconstruction import adaround, correct_bias
 
-layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-
-
-def images(n=16, size=32, seed=0):
-    return torch.rand(n, 3, size, size, generator=make_generator(seed, 'test images'))
-
-
-def seeded(make, seed=0):
-    "A module whose weights come from a seed; batch norm is no identity"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = make()
-        for m in net.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                (nn.init.uniform_(m.weight, .2, 2), nn.init.uniform_(m.bias, -.5, .5),
-                 nn.init.uniform_(m.running_var, .5, 2), nn.init.normal_(m.running_mean))
-        if any(isinstance(m, nn.modules.lazy.LazyModuleMixin) for m in net.modules()):
-            net(images(2))
-    return net.eval()
-
-
-def model_of(make, seed=0): return wrap_model(seeded(make, seed), (.5,)*3, (.25,)*3)
-
-
-def small():
-    "A convolution with batch norm, a depthwise one without a bias, a strided grouped one, two linear layers"
-    return model_of(lambda: nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8),
-                                          nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8, bias=False),
-                                          nn.ReLU6(), nn.Conv2d(8, 12, 3, 2, groups=2),
-                                          nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-                                          nn.Linear(48, 10), nn.ReLU(), nn.Linear(10, 7)))
-
-
-def outputs(model, x):
-    "Inputs and outputs of each layer with weights at its first call, in the order of the calls"
-    found = {}
-    hooks = [m.register_forward_hook(lambda m, a, out, n=n: found.setdefault(
-        n, (a[0], out)) and None) for n, m in model.named_modules() if isinstance(m, layers)]
-    predict(model, x, batch_size=len(x))
-    for h in hooks:
-        h.remove()
-    return found
-
-
-def untouched(before, module):
-    return (all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
-            and before.keys() == module.state_dict().keys())
-
-
-# ---- equal channels
-
-@pytest.mark.parametrize('name', model_names)
-def test_the_nine_networks_answer_as_before(name):
-    model = build_model(name, width=.0625).double()
-    for i, m in enumerate(model.modules()):
-        if isinstance(m, nn.BatchNorm2d):
-            m.weight.data.mul_(10**(torch.rand(len(m.weight), generator=make_generator(i)) - .5))
-    before = copy.deepcopy(model.state_dict())
-    x = images(4).double()
-    e = cross_layer_equalization(model)
-    assert untouched(before, model)
-    assert not e.training
-    assert (e.name, e.n_classes) == (name, 10)
-    a = predict(model, x)
-    b = predict(e, x)
-    assert (a-b).abs().max() < 1e-5*a.std()
-    folded = fold_batchnorm(model)
-    assert all((e.get_submodule(n).weight - folded.get_submodule(n).weight).abs().max() > 1e-3
-               for n, _ in e.equalised)
-    convs = sum(isinstance(m, layers) for m in e.modules())
-    many = dict(AlexNet=convs-1, AlexNet_BN=convs-1, VGG_16=convs-1, VGG_19=convs-1,
-                ResNet_18=8, ResNet_50=32, ResNet_152=100, MobileNetV2=38)
-    assert len(e.equalised) == many.get(name, 19)
-    assert len(set(e.equalised)) == len(e.equalised)
-    again = copy.deepcopy(e)
-    assert again.equalised == e.equalised
-    assert torch.equal(predict(again, x), b)
-
-
-def test_two_layers_meet_at_the_geometric_mean():
-    model = model_of(lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 3),
-                                           nn.Flatten(), nn.Linear(5*900, 2)))
-    a = model.net[0]
-    b = model.net[2]
-    made = a.weight.detach().abs().amax((1, 2, 3))
-    read = b.weight.detach().abs().amax((0, 2, 3))
-    e = cross_layer_equalization(model, rounds=1)
-    first = e.get_submodule(f'net.{0}')
-    second = e.get_submodule(f'net.{2}')
-    assert e.equalised == (('net.0', 'net.2'), ('net.2', 'net.4'))
-    assert torch.allclose(first.weight.abs().amax((1, 2, 3)), (made*read).sqrt())
-    assert torch.allclose(first.bias, a.bias*(read/made).sqrt())
-    linear = e.get_submodule('net.4').weight.view(2, 5, -1).abs().amax((0, 2))
-    assert torch.allclose(second.weight.abs().amax((1, 2, 3)),
-                          linear), 'a channel is all its places in the linear layer'
-
-
-def test_three_layers_with_a_depthwise_one_share_one_range():
-    model = model_of(lambda: nn.Sequential(
-        nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.ReLU6(),
-        nn.Conv2d(4, 5, 1), nn.Tanh(), nn.Flatten(), nn.Linear(5*900, 2)))
-    a = model.net[0].weight.detach()
-    b = model.net[2].weight.detach()
-    c = model.net[4].weight.detach()
-    third = (a.abs().amax((1, 2, 3))*b.abs().amax((1, 2, 3))*c.abs().amax((0, 2, 3)))**(1/3)
-    e = cross_layer_equalization(model)
-    assert e.equalised == (('net.0', 'net.2'), ('net.2', 'net.4')), 'a tanh lets no factor through'
-    for i, dims in ((0, (1, 2, 3)), (2, (1, 2, 3)), (4, (0, 2, 3))):
-        assert torch.allclose(e.get_submodule(f'net.{i}').weight.abs().amax(dims), third, rtol=2e-3)
-
-
-class Ways(nn.Module):
-    "Where a factor gets through and where it does not, in functions and methods"
-    def __init__(self):
-        super().__init__()
-        for k in 'abcdefg':
-            setattr(self, k, nn.Conv2d(4 if k != 'a' else 3, 4, 3, padding=1))
-        self.tied = nn.Conv2d(4, 4, 3, padding=1)
-        self.tied.weight = self.g.weight
-        self.one = nn.Linear(4*16, 6)
-        self.two = nn.Linear(6, 6)
-        self.three = nn.Linear(6, 6)
-        self.four = nn.Linear(6, 3)
-
-    def forward(self, x):
-        x = F.relu6(self.a(x))
-        x = F.max_pool2d(F.leaky_relu(self.b(x), .1), 2)
-        x = self.c(x)
-        x = torch.relu(self.d(x)) + x
-        x = self.e(self.e(x).relu())
-        x = torch.sigmoid(self.f(x))
-        x = self.tied(self.g(x).relu())
-        x = torch.flatten(F.adaptive_avg_pool2d(F.dropout(x, .5, self.training), 4), 1)
-        x = F.relu(self.two(F.hardtanh(self.one(x))))
-        return self.four(F.relu(self.three(x))) + self.four.weight.sum()
-
-
-def test_a_factor_stops_at_sums_shared_layers_and_other_activations():
-    model = model_of(Ways).double()
-    e = cross_layer_equalization(model)
-    x = images(4).double()
-    assert e.equalised == (('net.a', 'net.b'), ('net.b', 'net.c'), ('net.two', 'net.three'))
-    assert (predict(e, x)-predict(model, x)).abs().max() < 1e-6*predict(model, x).std()
-
-
-@pytest.mark.parametrize('end', (
-    (lambda: nn.Flatten(2), lambda: nn.Linear(36, 5), lambda: nn.Flatten(1),
-     lambda: nn.LazyLinear(3)),
-    (lambda: nn.Linear(6, 5), lambda: nn.Flatten(), lambda: nn.LazyLinear(3)),
-    (lambda: nn.Flatten(0, 1), lambda: nn.Flatten(1), lambda: nn.Linear(36, 3),
-     lambda: nn.Unflatten(0, (-1, 8)), lambda: nn.Flatten(), lambda: nn.LazyLinear(3))),
-                         ids=('from 2', 'along a row', 'with the batch'))
-def test_flattening_something_else_stops_it(end):
-    model = model_of(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(6),
-                                           *[o() for o in end]))
-    e = cross_layer_equalization(model)
-    assert ('net.0', 'net.2') not in e.equalised
-    assert ('net.0', 'net.3') not in e.equalised
-    assert torch.allclose(predict(e, images()), predict(model, images()), atol=1e-5)
-
-
-def test_linear_layers_over_tokens_are_a_pair():
-    model = model_of(lambda: nn.Sequential(nn.Flatten(2), nn.Linear(1024, 6), nn.ReLU(),
-                                           nn.Linear(6, 4), nn.Flatten(), nn.Linear(12, 3)))
-    e = cross_layer_equalization(model)
-    assert e.equalised == (('net.1', 'net.3'),)
-    assert torch.allclose(predict(e, images()), predict(model, images()), atol=1e-5)
-
-
-def test_clipping_at_six_is_kept_exactly_and_adds_no_rounding():
-    model = small().double()
-    x = images().double()
-    with torch.no_grad():
-        model.net[3].weight.mul_(40)
-    depthwise = outputs(fold_batchnorm(model), x)['net.3'][1]
-    assert .1 < (depthwise > 6).float().mean() < .9, 'the limit matters'
-    e = cross_layer_equalization(model)
-    assert e.equalised == (('net.0', 'net.3'), ('net.3', 'net.5'), ('net.5', 'net.9'),
-                           ('net.9', 'net.11'))
-    assert (predict(e, x)-predict(model, x)).abs().max() < 1e-6*predict(model, x).std()
-    assert len(quantization_points(fold_batchnorm(e))) == len(
-        quantization_points(fold_batchnorm(model)))
-    a = predict(quantize(model, 'INT12', x), x)
-    b = predict(quantize(e, 'INT12', x), x)
-    assert quantize(e, 'INT12', x).left_float == ()
-    assert (a-b).abs().max() < .05*a.std()
-    assert cross_layer_equalization(e).equalised == (('net.0', 'net.3'), ('net.5', 'net.9'), (
-        'net.9', 'net.11')), 'a limit for each channel is a limit that stays'
-
-
-def test_dead_channels_stay_and_nothing_overflows():
-    model = small()
-    with torch.no_grad():
-        model.net[1].weight[2], model.net[3].weight[4], model.net[1].weight[5] = 0, 0, 1e-30
-    e = cross_layer_equalization(model)
-    assert all(p.isfinite().all() for p in e.parameters())
-    assert torch.allclose(predict(e, images()), predict(model, images()), atol=1e-4)
-    assert torch.equal(e.get_submodule('net.0').bias[2],
-                       fold_batchnorm(model).get_submodule('net.0').bias[2])
-
-
-class ByName(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Conv2d(3, 4, 3)
-        self.six = nn.ReLU6()
-        self.b = nn.Conv2d(4, 4, 3)
-        self.c = nn.Conv2d(4, 4, 3)
-        self.d = nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.d(self.c(input=self.b(self.six(input=self.a(x))).relu()).mean((2, 3)))
-
-
-def test_inputs_given_by_name_stop_it():
-    model = model_of(ByName)
-    x = images()
-    e = cross_layer_equalization(model)
-    assert e.equalised == ()
-    assert torch.equal(predict(e, x), predict(fold_batchnorm(model), x))
-    q = quantize(model, 'INT3', x)
-    assert predict(adaround(model, q, x, steps=5), x).isfinite().all()
-    assert predict(correct_bias(model, q, x), x).isfinite().all()
-
-
-def test_a_dead_channel_with_a_bias_does_not_take_the_range():
-    model = small()
-    x = images()
-    with torch.no_grad():
-        model.net[1].weight[3], model.net[1].bias[3] = 1e-8, .5
-    e = cross_layer_equalization(model)
-    assert e.get_submodule('net.0').bias[3] == .5
-    assert e.get_submodule('net.0').bias.abs().max() < 10
-    error = lambda m: (predict(quantize(m, 'INT8', x), x)-predict(model, x)).square().mean()
-    assert error(e) < 2*error(model)
-
-
-def test_equal_channels_help_one_scale_for_all():
-    model = small()
-    x = images(64)
-    with torch.no_grad():
-        s = 10**torch.linspace(-1.5, 1.5, 8)
-        (model.net[1].weight.mul_(s), model.net[1].bias.mul_(s),
-         model.net[3].weight.div_(s.view(-1, 1, 1, 1)))
-    error = lambda m: (predict(quantize(m, quant_spec('INT6/INT16', per_channel=False), x),
-                               x)-predict(model, x)).square().mean()
-    assert error(cross_layer_equalization(model)) < .1*error(model)
-
-
-# ---- corrected biases
 
 @pytest.mark.parametrize('name', ('INT3', 'POT4', 'FLOAT4/INT8', 'INT2/INT6'))
 def test_the_means_of_all_layers_become_those_of_the_original(name):
@@ -333,8 +84,6 @@ def test_a_layer_called_twice_is_corrected_at_its_first_call():
                               now[n][1].transpose(0, 1).flatten(1).mean(1), atol=1e-5)
 
 
-# ---- learnt rounding
-
 @pytest.mark.parametrize('layer, shape', (
     (nn.Conv2d(4, 6, 3), (4, 9, 8)),
     (nn.Conv2d(4, 6, (3, 2), (2, 3), padding=(1, 2), groups=2), (4, 9, 8)),
@@ -348,16 +97,16 @@ def test_patches_make_the_outputs(layer, shape):
     x = torch.randn(3, *shape, generator=make_generator(0))
     with torch.no_grad():
         out = layer(x)
-        at = refine._places(layer, out, 20, make_generator(1))
+        at = reconstruction._places(layer, out, 20, make_generator(1))
         assert len(at) == len(at.unique()) == min(20, out.numel()//len(layer.weight))
-        patches = refine._patches(layer, x, out.shape[2:], at)
-        target = refine._outputs(layer, out, at)
+        patches = reconstruction._patches(layer, x, out.shape[2:], at)
+        target = reconstruction._outputs(layer, out, at)
         w = layer.weight.view(len(patches), len(layer.weight)//len(patches), -1)
         bias = 0 if layer.bias is None else layer.bias
         assert torch.allclose((patches @ w.transpose(1, 2)).movedim(0, 1).flatten(1) + bias,
                               target, atol=1e-5)
-        assert refine._errors(layer, patches, target, lambda v: v)(w, slice(None)).max() < 1e-10
-        off = refine._errors(layer, patches, target+2, lambda v: v)(w, slice(1, 3))
+        assert reconstruction._errors(layer, patches, target, lambda v: v)(w, slice(None)).max() < 1e-10
+        off = reconstruction._errors(layer, patches, target+2, lambda v: v)(w, slice(1, 3))
         assert off.shape == w.shape[:2]
         assert torch.allclose(off, torch.full_like(off, 4.), atol=1e-3)
 
@@ -431,7 +180,7 @@ def test_close_to_the_best_of_all_choices(fmt):
     r = adaround(model, q, x, steps=400)
     w = model.net[1].weight.detach()
     flat = x.flatten(1).double()
-    low, high, _ = refine._around(w, number_format(fmt), q.spec)
+    low, high, _ = reconstruction._around(w, number_format(fmt), q.spec)
     choices = torch.tensor(list(itertools.product((False, True), repeat=8)))
     error = lambda o, row: ((o-row).double() @ flat.T).square().mean(-1)
     best = torch.stack(
@@ -472,7 +221,7 @@ def test_learnt_rounding_brings_the_logits_closer(name):
 
 
 def test_the_activation_behind_a_layer():
-    find = lambda make: refine._after(fold_batchnorm(model_of(make)),
+    find = lambda make: reconstruction._after(fold_batchnorm(model_of(make)),
                                       'net.0')(torch.tensor([-1., 3., 9.])).tolist()
     flat = lambda *o: lambda: nn.Sequential(nn.Conv2d(3, 2, 1), *o, nn.Flatten(), nn.LazyLinear(2))
     assert find(flat(nn.ReLU())) == [0, 3, 9]
@@ -480,9 +229,9 @@ def test_the_activation_behind_a_layer():
     assert find(flat(nn.Tanh())) == find(flat()) == [-1, 3, 9]
     two = fold_batchnorm(model_of(Ways))
     v = torch.tensor([-1., 9.])
-    assert refine._after(two, 'net.a')(v).tolist() == [0, 6]
-    assert refine._after(two, 'net.d')(v).tolist() == [0, 9]
-    assert refine._after(two, 'net.c')(v).tolist() == [-1, 9]
+    assert reconstruction._after(two, 'net.a')(v).tolist() == [0, 6]
+    assert reconstruction._after(two, 'net.d')(v).tolist() == [0, 9]
+    assert reconstruction._after(two, 'net.c')(v).tolist() == [-1, 9]
 
 
 def test_formats_of_single_layers_are_followed():
@@ -495,8 +244,6 @@ def test_formats_of_single_layers_are_followed():
     assert all(len(w.unique()) <= 7 for w in r.get_submodule('net.9').weight)
     assert len(r.get_submodule('net.11').weight[0].unique()) > 7
 
-
-# ---- what is refused
 
 def test_what_does_not_belong_together():
     model = small()
@@ -534,24 +281,3 @@ def test_what_does_not_belong_together():
         adaround(model, q, x, steps=-1)
     with pytest.raises(ValueError, match='`places` at least 8; got 100 and 4'):
         adaround(model, q, x, places=4)
-
-
-def test_equalise_refuses_what_it_cannot_do():
-    model = small()
-    with pytest.raises(ValueError, match='at least 1; got 0'):
-        cross_layer_equalization(model, rounds=0)
-    with pytest.raises(ValueError, match='evaluation mode'):
-        cross_layer_equalization(model.train())
-    model.eval()
-    for bad in (torch.nan, torch.inf):
-        with torch.no_grad():
-            model.net[9].weight[0, 1] = bad
-        with pytest.raises(ValueError, match='finite weights; 1 of 480 in net.net.9|finite '
-                                             'weights; 1 of 480 in net.9.weight'):
-            cross_layer_equalization(model)
-        with pytest.raises(ValueError, match='finite weights'):
-            correct_bias(model, quantize(small(), 'INT4', images(4)), images(4))
-    plain = model_of(lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 2)))
-    assert cross_layer_equalization(plain).equalised == ()
-    assert torch.equal(predict(cross_layer_equalization(plain), images()), predict(plain, images()))
-    assert not any(isinstance(m, FakeQuantize) for m in cross_layer_equalization(small()).modules())

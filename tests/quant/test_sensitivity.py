@@ -1,84 +1,24 @@
-"The link between change and loss: known curves, models left out, intervals that hold"
-from dataclasses import replace
-
-import numpy as np
-import pandas as pd
+"The change of the answers: what is no pair of logits is refused (values are checked on the page)"
 import pytest
 import torch
-from scipy.optimize import curve_fit
-from scipy.special import expit
 
-from robustnb.quant.sensitivity import output_change
-from robustnb.transfer.predictor import fit_predictor, LossPredictor, load_predictor
+from robustnb.quant.sensitivity import layer_sensitivity, noise_ratio, output_change
 
 
-def made_up(models='abcdef', n=30, shift=0., seed=0):
-    rng = np.random.default_rng(seed)
-    f = 10**rng.uniform(-3.5, -.2, n*len(models))
-    own = np.repeat(rng.normal(size=len(models))*shift, n)
-    return pd.DataFrame(dict(model=np.repeat([*models], n), n_classes=10, change=f,
-                             loss=.9*expit(4 + 3*np.log10(f) + own)))
+@pytest.mark.parametrize('before, after', ((torch.zeros(3, 2), torch.zeros(4, 2)),
+                                           (torch.zeros(3), torch.zeros(3))))
+def test_logits_of_other_images_are_refused(before, after):
+    with pytest.raises(ValueError, match='must be logits .* of the same images'):
+        output_change(before, after)
 
 
-def test_coefficients_are_those_of_least_squares():
-    rows = made_up(shift=.3)
-    link, _ = fit_predictor(rows, ('change',), 'loss', resamples=2)
-    b, _ = curve_fit(lambda x, a, b: .9*expit(a + b*x), np.log10(rows.change), rows.loss, p0=(1, 1))
-    assert np.allclose(link.coefficients, b, atol=.02)
+def test_noise_is_counted_over_the_variance_and_a_constant_signal_divides_nothing():
+    a = torch.tensor([1., 3.])
+    assert noise_ratio(a, a+2) == 4
+    assert noise_ratio(a, a) == 0
+    assert noise_ratio(torch.ones(3), torch.ones(3)) == 0
 
 
-def test_a_model_left_out_has_no_say_in_its_prediction():
-    rows = made_up(shift=.3)
-    _, left = fit_predictor(rows, ('change',), 'loss', resamples=2)
-    spoilt = rows.assign(loss=np.where(rows.model == 'c', .9-rows.loss, rows.loss))
-    _, again = fit_predictor(spoilt, ('change',), 'loss', resamples=2)
-    c = rows.model == 'c'
-    assert np.allclose(left.predicted[c], again.predicted[c])
-    assert not np.allclose(left.predicted[~c], again.predicted[~c], atol=.01)
-
-
-def test_the_interval_widens_with_the_difference_between_models_and_holds_for_new_ones():
-    alike = fit_predictor(made_up('abcdefghijkl', 10, .05), ('change',), 'loss')[0]
-    unlike = fit_predictor(made_up('abcdefghijkl', 10, .8), ('change',), 'loss')[0]
-    assert unlike.spread > 3*alike.spread
-    new = made_up([str(k) for k in range(40)], 10, .8, 5)
-    p = unlike.predict(new)
-    assert ((p.lo <= new.loss) & (new.loss <= p.hi)).mean() > .8
-    assert (p.hi-p.lo).max() < .9
-
-
-def test_the_link_is_monotone_and_knows_its_range():
-    rows = made_up()
-    link, _ = fit_predictor(rows.assign(loss=.9-rows.loss), ('change',), 'loss', resamples=2)
-    # more change never means less loss, whatever the rows say
-    assert link.coefficients[1] >= 0
-    link, _ = fit_predictor(rows, ('change',), 'loss', resamples=2)
-    p = link.predict(pd.DataFrame(dict(
-        change=[1e-4, rows.change.min(), .01, rows.change.max(), 1.], n_classes=10)))
-    assert p.outside.tolist() == [True, False, False, False, True]
-    assert p.predicted.is_monotonic_increasing
-    assert (p.lo < p.predicted).all()
-    assert (p.predicted < p.hi).all()
-    many = link.predict(pd.DataFrame(dict(change=[1.], n_classes=[1000])))
-    assert many.predicted[0] == pytest.approx(p.predicted[4]/.9*.999)
-
-
-def test_same_seed_same_interval_and_two_models_are_enough():
-    rows = made_up('ab', shift=.3)
-    a = fit_predictor(rows, ('change',), 'loss', 9, 0)[0]
-    b = fit_predictor(rows, ('change',), 'loss', 9, 0)[0]
-    c = fit_predictor(rows, ('change',), 'loss', 9, 1)[0]
-    assert a == b
-    assert a.spread > 0
-    assert replace(c, spread=0) == replace(a, spread=0)
-    with pytest.raises(ValueError, match='at least 2 models'):
-        fit_predictor(rows[rows.model == 'a'], ('change',), 'loss')
-
-
-def test_what_ships():
-    for name in ('loss', 'robust_loss'):
-        assert isinstance(load_predictor(name), LossPredictor)
-    with pytest.raises(ValueError, match='robust_loss'):
-        load_predictor('speed')
-    with pytest.raises(ValueError, match='same images'):
-        output_change(torch.zeros(3, 2), torch.zeros(4, 2))
+def test_images_that_are_none_are_refused():
+    with pytest.raises(ValueError, match=r'pixels in \[0, 1\]'):
+        layer_sensitivity(None, None, torch.full((1, 3, 8, 8), 2.))

@@ -5,12 +5,11 @@ import torch
 from torch import nn
 
 from robustnb.core import make_generator, predict
-from robustnb.evaluation.robust_accuracy import evaluate
 from robustnb.models.zoo import build_model
 from robustnb.transfer.features import noise_sum, relative_margin, softmax_js
 from robustnb.quant.ptq import quantize
+from robustnb.transfer.study import Probes, Study
 from robustnb.attacks.threat_models import Linf
-from robustnb.transfer.study import probe
 
 x = torch.rand(12, 3, 8, 8, generator=make_generator(0, 'x'))
 
@@ -93,10 +92,8 @@ def test_the_margin_is_that_of_numpy():
 def test_a_report_puts_noise_over_the_margin():
     net = two_layers()
     q = quantize(net, 'INT4', x)
-    threat = Linf(1/255)
-    attack = dict(stay=lambda model, x, y, threat, generator=None: x)
-    found = probe(net, q, x, threat,
-                  evaluate(net, x, predict(net, x).argmax(1), attack, threat), attack)
+    def stay(model, x, y, threat, generator=None): return x
+    found = Study(net, Probes.of(x), (Linf(1/255),), attack=stay).change('INT4')[0]
     noise = noise_sum(net, q, x)
     margin = relative_margin(predict(net, x))
     assert margin != pytest.approx(1, abs=.05)

@@ -1,0 +1,159 @@
+"Graphs and folded batch normalisation: other libraries' networks, shared weights, attention"
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import fx, nn
+
+from helpers_models import images, imagenet, randomize, same
+from robustnb.models.graph import fold_batchnorm, trace
+from robustnb.models.wrapping import batchnorms, last_linear, wrap_model
+from robustnb.models.zoo import build_model, model_names
+
+
+@pytest.mark.parametrize('name', model_names)
+@torch.no_grad()
+def test_folding_keeps_the_logits(name):
+    model = randomize(build_model(name, n_classes=5, width=.125))
+    x = images()
+    before = model(x)
+    weights = copy.deepcopy(model.state_dict())
+    folded = fold_batchnorm(model)
+    assert same(folded(x), before)
+    assert not batchnorms(folded)
+    assert not folded.training
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model(x), before)
+    assert last_linear(folded).weight.shape[0] == 5
+    assert same(fx.symbolic_trace(model)(x), before, 1e-6), "the plain tracer must do as well"
+
+
+@pytest.mark.parametrize('name', ('mobilenet_v2', 'densenet121', 'shufflenet_v2_x0_5'))
+@torch.no_grad()
+def test_torchvision_networks(name):
+    model = randomize(wrap_model(getattr(torchvision.models, name)(weights=None, num_classes=6),
+                                 **imagenet))
+    folded = fold_batchnorm(model)
+    x = images(2, 64)
+    assert model.n_classes == 6
+    assert same(folded(x), model(x))
+    left = len(batchnorms(folded))
+    had = len(batchnorms(model))
+    assert 0 < left < had if name == 'densenet121' else left == 0 < had
+
+
+@torch.no_grad()
+def test_timm_normalisation_with_activation_is_folded_too():
+    timm = pytest.importorskip('timm', reason='timm is not installed')
+    model = randomize(
+        wrap_model(timm.create_model('mobilenetv3_small_050', pretrained=False, num_classes=4)))
+    x = images(2, 64)
+    folded = fold_batchnorm(model)
+    assert same(trace(model)(x), model(x), 1e-6)
+    assert same(folded(x), model(x))
+    assert len(batchnorms(model)) == len(batchnorms(trace(model))) == 34
+    assert not batchnorms(folded)
+    assert same(trace(model.double())(x.double()), model(x.double()), 1e-12)
+
+
+class Residues(nn.Module):
+    "A linear layer with batch normalisation, and one whose weight is read a second time"
+    def __init__(self, tied):
+        super().__init__()
+        self.a = nn.Linear(12, 12)
+        self.b = nn.BatchNorm1d(12)
+        self.tied = tied
+
+    def forward(self, x):
+        z = self.b(self.a(x.flatten(1)))
+        return z + x.flatten(1) @ self.a.weight if self.tied else z
+
+
+@pytest.mark.parametrize('tied', (False, True))
+@torch.no_grad()
+def test_linear_pairs_and_tied_weights(tied):
+    model = randomize(wrap_model(Residues(tied), (.5,)*3, (.2,)*3))
+    x = images(4, 2)
+    folded = fold_batchnorm(model)
+    assert same(folded(x), model(x))
+    assert any(isinstance(m, nn.BatchNorm1d) for m in folded.modules()) == tied
+
+
+@torch.no_grad()
+def test_weights_recomputed_at_every_call_are_not_folded():
+    conv = nn.Conv2d(3, 4, 3)
+    model = randomize(wrap_model(
+        nn.Sequential(nn.utils.parametrizations.weight_norm(conv), nn.BatchNorm2d(4)), (.5,)*3,
+        (.2,)*3))
+    folded = fold_batchnorm(model)
+    assert same(folded(images()), model(images()))
+    assert len(batchnorms(folded)) == 1
+    no_statistics = wrap_model(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
+        (.5,)*3, (.2,)*3)
+    assert same(fold_batchnorm(no_statistics)(images()), no_statistics(images()))
+    assert not batchnorms(no_statistics)
+
+
+def test_trace_leaves_a_training_model_in_training():
+    model = build_model('AlexNet', width=.125).train()
+    assert not trace(model).training
+    assert model.training
+    assert all(m.training for m in model.modules())
+
+
+class Attending(nn.Module):
+    "One attention module called twice"
+    def __init__(self, **how):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, **{'batch_first': True, **how})
+        self.head = nn.Linear(8, 4)
+        self.again = self.attention
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        y, weights = self.attention(x, x, x)
+        z, each = self.again(y, x, x, average_attn_weights=False)
+        assert self.attention.embed_dim == self.attention.num_heads*self.attention.head_dim == 8
+        return self.head(z.mean(1)) + weights[:, 0, :4] + each[:, 1, 0, :4]
+
+
+def test_attention_becomes_layers_that_say_the_same():
+    torch.manual_seed(0)
+    model = wrap_model(Attending().eval(), (.5,)*3, (.25,)*3)
+    x = torch.rand(3, 3, 32, 32)
+    nn.init.normal_(model.net.attention.in_proj_bias)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    graph = trace(model)
+    assert torch.allclose(graph(x), model(x), atol=1e-5)
+    calls = [n.target for n in graph.graph.nodes if n.op == 'call_module']
+    assert not any(isinstance(m, nn.MultiheadAttention)
+                   for m in graph.modules()), 'shared as before'
+    assert calls.count('net.attention.q') == 2, 'shared as before'
+    assert torch.equal(torch.cat([getattr(graph.net.attention, k).weight for k in 'qkv']),
+                       model.net.attention.in_proj_weight)
+    assert model.state_dict().keys() == before.keys()
+    assert isinstance(model.net.attention, nn.MultiheadAttention)
+    graph.net.attention.q.weight.data.zero_(), graph.net.attention.out_proj.weight.data.zero_()
+    assert all(torch.equal(v, before[k])
+               for k, v in model.state_dict().items()), 'the original is left as it is'
+
+
+@pytest.mark.parametrize('how', (dict(add_bias_kv=True), dict(add_zero_attn=True)))
+def test_attention_with_learned_keys_or_zeros_stays_one_call(how):
+    model = wrap_model(Attending(**how).eval(), (.5,)*3, (.25,)*3)
+    x = torch.rand(2, 3, 32, 32)
+    graph = trace(model)
+    assert isinstance(graph.net.attention, nn.MultiheadAttention)
+    assert torch.allclose(graph(x), model(x), atol=1e-5)
+
+
+def test_a_transformer_layer_of_torch_keeps_its_own_attention():
+    net = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Flatten(2), nn.Linear(16, 8),
+                        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(),
+                        nn.Linear(64, 3)).eval()
+    model = wrap_model(net, (.5,)*3, (.25,)*3)
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.allclose(trace(model)(x), model(x), atol=1e-5)

@@ -1,0 +1,303 @@
+"The Study: each part once, the same answers one by one and together; losses counted by hand."
+import json
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from robustnb.transfer import study as module
+from robustnb.attacks.gradient import fgsm, multi_attack, pgd
+from robustnb.core import make_generator, predict
+from robustnb.data import ImageSet
+from robustnb.evaluation.robust_accuracy import transfer_attack, evaluate, robustness_curve
+from robustnb.quant.ptq import quantize
+from robustnb.quant.formats import quant_spec
+from robustnb.transfer.study import assess, measure_one, Probes, relative_loss, Study, study_of
+from robustnb.attacks.threat_models import L2, Linf
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+quick = partial(pgd, steps=2)
+budgets = (Linf(.25/255), Linf(1/255), Linf(4/255))
+
+
+@pytest.fixture(scope='module')
+def net():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 4)
+    return nn.Sequential(*layers).eval()
+
+
+@pytest.fixture(scope='module')
+def probes(): return Probes.of(torch.rand(60, 3, 8, 8, generator=make_generator(0, 'probes')))
+
+
+@pytest.fixture(scope='module')
+def labelled(net):
+    "Images with the labels that the network gives them, but for every fifth"
+    images = np.random.default_rng(0).integers(0, 256, (80, 8, 8, 3), dtype=np.uint8)
+    labels = predict(net, ImageSet(images, np.zeros(80, int), 4).x).argmax(1).numpy()
+    labels[::5] = (labels[::5] + 1) % 4
+    return ImageSet(images, labels, 4)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    "How often each part is computed, by name"
+    counts = dict.fromkeys(('predict', 'calibrate', 'quantize', 'evaluate', 'transfer_attack'), 0)
+    def counted(name, function):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+        return call
+    for name in counts:
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    return counts
+
+
+def test_nothing_is_computed_before_it_is_asked_for(net, probes, calls):
+    study = Study(net, probes, budgets[:1])
+    assert set(calls.values()) == {0}
+    study.ranges
+    assert calls['calibrate'] == 1
+    assert calls['evaluate'] == 0
+
+
+def test_what_no_format_changes_is_computed_once(net, probes, labelled, calls):
+    study = Study(net, probes, budgets[:1], labelled, quick)
+    start = dict(calls)
+    study.rows('INT8')
+    first = {k: n - start[k] for k, n in calls.items()}
+    assert first == dict(predict=2, calibrate=1, quantize=1, evaluate=4, transfer_attack=2)
+    study.rows('INT4')
+    study.original
+    study.layers('INT4')
+    study.copy('INT4')
+    second = {k: n - start[k] - first[k] for k, n in calls.items()}
+    assert second == dict(predict=1, calibrate=0, quantize=1, evaluate=2, transfer_attack=0)
+
+
+def test_losses_are_those_counted_by_hand(net, probes, labelled):
+    study = Study(net, probes, budgets[1:2], labelled, quick, seed=3)
+    row = study.rows('INT3')[0]
+    copy = quantize(net, 'INT3', probes.x)
+    y = torch.as_tensor(labelled.y)
+    def right(model, attack):
+        generator = make_generator(3, 'attacked')
+        x_adv = attack(model, labelled.x, y, budgets[1], generator=generator)
+        clean = predict(model, labelled.x).argmax(1) == y
+        return clean, clean & (predict(model, x_adv).argmax(1) == y)
+    made = transfer_attack(net, quick)
+    clean, robust = right(net, made)
+    clean_copy, robust_copy = right(copy, multi_attack(made, quick))
+    assert row['accuracy'] == pytest.approx(clean_copy.double().mean().item())
+    assert row['robust_accuracy'] == pytest.approx(robust_copy.double().mean().item())
+    assert row['measured_loss'] == pytest.approx(1 - clean_copy.sum().item()/clean.sum().item())
+    robust_loss = 1 - robust_copy.sum().item()/robust.sum().item()
+    assert row['measured_robust_loss'] == pytest.approx(robust_loss)
+    assert study.original[0]['accuracy'] == .8
+    assert study.original[0]['robust_accuracy'] == pytest.approx(robust.double().mean().item())
+    assert row['measured_loss'] > 0
+    assert row['measured_robust_loss'] > 0
+
+
+def test_a_test_set_changes_nothing_that_is_predicted(net, probes, labelled):
+    with_test = Study(net, probes, budgets[1:2], labelled, quick).rows('INT3')[0]
+    without = Study(net, probes, budgets[1:2], attack=quick).rows('INT3')[0]
+    assert not any('measured' in k for k in without)
+    assert without == {k: with_test[k] for k in without}
+    assert {'predicted_loss', 'predicted_robust_loss', 'robust_flips'} <= without.keys()
+
+
+def test_the_order_of_questions_changes_nothing(net, probes, labelled):
+    forth = Study(net, probes, budgets[1:2], labelled, quick)
+    back = Study(net, probes, budgets[1:2], labelled, quick)
+    first = [forth.change('INT3'), forth.loss('INT3'), forth.loss('INT4')]
+    last = [back.loss('INT4'), back.loss('INT3'), back.change('INT3')][::-1]
+    assert first == last
+
+
+def test_the_same_seed_gives_the_same_rows(net, probes, labelled):
+    make = partial(Study, net, probes, budgets[1:2], labelled, quick)
+    assert make(seed=1).rows('INT3') == make(seed=1).rows('INT3')
+    assert make(seed=1).answers.equal(make(seed=2).answers)
+
+
+def test_several_budgets_agree_with_each_alone(net, probes, labelled):
+    "FGSM draws nothing, and on a linear network an image that is lost stays lost"
+    torch.manual_seed(1)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval()
+    labels = predict(linear, labelled.x).argmax(1).numpy()
+    ours = ImageSet(labelled.images, labels, 4)
+    several = Study(linear, probes, budgets, ours, fgsm).rows('INT8')
+    alone = [Study(linear, probes, (t,), ours, fgsm).rows('INT8')[0] for t in budgets]
+    same = ['format', 'n_classes', 'eps', 'size_kb', 'js', 'flips', 'noise', 'activation_noise']
+    same += ['measured_loss', 'accuracy', 'predicted_loss']
+    for one, other in zip(several, alone):
+        assert {k: one[k] for k in same} == {k: other[k] for k in same}
+        assert one['robust_accuracy'] <= other['robust_accuracy'] + 1/80
+    accuracies = [r['robust_accuracy'] for r in several]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert accuracies[2] < accuracies[0]
+    assert [r['eps'] for r in several] == [t.eps for t in budgets]
+
+
+def test_several_budgets_are_those_of_robustness_curve(net, probes, labelled):
+    study = Study(net, probes, budgets, labelled, quick, attacked=50, seed=2)
+    x = labelled.x[:50]
+    y = torch.as_tensor(labelled.y)[:50]
+    curve = robustness_curve(net, x, y, transfer_attack(net, quick), list(budgets), seed=2)
+    by_eps = curve.groupby('eps').correct.mean()
+    found = [o['robust_accuracy'] for o in study.original]
+    assert found == pytest.approx([by_eps[t.eps] for t in budgets])
+
+
+def test_only_the_first_images_are_attacked(net, probes, labelled):
+    study = Study(net, probes, budgets[1:2], labelled, quick, attacked=30)
+    all_of_them = Study(net, probes, budgets[1:2], labelled, quick)
+    few = Study(net, Probes.of(probes.x[:30]), budgets[1:2], labelled[:30], quick)
+    assert study.original[0]['accuracy'] == all_of_them.original[0]['accuracy'] == .8
+    assert study.original[0]['robust_accuracy'] == few.original[0]['robust_accuracy']
+    assert study.original[0]['survivors_among_probes'] == few.original[0]['survivors_among_probes']
+    row = study.rows('INT3')[0]
+    whole = all_of_them.rows('INT3')[0]
+    for name in ('accuracy', 'measured_loss', 'measured_loss_lo', 'js', 'flips', 'noise'):
+        assert row[name] == whole[name], name
+    assert row['robust_accuracy'] != whole['robust_accuracy']
+
+
+def test_rows_are_plain_and_survive_a_file(net, probes, labelled):
+    rows = Study(net, probes, budgets[1:2], labelled, quick).rows('INT4')
+    assert {type(v) for v in rows[0].values()} <= {int, float, str, bool}
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_too_few_survivors_say_nothing(net, probes, labelled):
+    study = Study(net, probes, (Linf(.5),), labelled, quick)
+    assert study.original[0]['robust_accuracy'] < .25
+    row = study.rows('INT4')[0]
+    nothing = [row[k] for k in ('robust_flips', 'measured_robust_loss', 'measured_robust_loss_lo')]
+    assert np.isnan(nothing).all()
+    assert np.isfinite(row['measured_loss'])
+    notes = ' '.join(study.report([row], study.layers('INT4')).facts['notes'])
+    assert 'fewer than 20 attacked probes' in notes
+    assert 'less than twice as often as by chance' in notes
+
+
+def test_a_copy_is_that_of_quantize(net, probes):
+    study = Study(net, probes, budgets[:1])
+    spec = quant_spec('INT3', per_channel=False)
+    expected = predict(quantize(net, spec, probes.x), probes.x)
+    assert predict(study.copy(spec), probes.x).equal(expected)
+    assert not predict(study.copy('INT3'), probes.x).equal(expected)
+    assert study.copy('INT3') is study.copy('INT3')
+
+
+def test_the_report_is_made_of_rows(net, probes, labelled):
+    study = Study(net, probes, budgets[1:2], labelled, quick, seed=7)
+    rows = study.rows('INT8') + study.rows('INT3')
+    stale = [r | dict(predicted_loss=.5) for r in rows]
+    report = study.report(stale, study.layers('INT3'))
+    assert report.table.format.tolist() == ['INT8', 'INT3']
+    fresh = [r['predicted_loss'] for r in rows]
+    assert report.table.predicted_loss.tolist() == pytest.approx(fresh)
+    assert report.facts['threat'] == 'Linf 1/255'
+    assert report.facts['seed'] == 7
+    assert report.facts['accuracy'] == .8
+    assert report.facts['probes'] == '60 unlabelled real images'
+    assert 'projected gradient descent' in ' '.join(report.facts['notes'])
+    other = Study(net, probes, budgets[:1], attack=fgsm).report(rows, report.layers)
+    assert 'survives fgsm' in ' '.join(other.facts['notes'])
+
+
+def test_the_page_shows_layers_of_the_worst_format_it_knows(net, probes, tmp_path):
+    study = Study(net, probes, budgets[:1], attack=quick)
+    rows = study.rows('INT8') + study.rows('INT2')
+    study.report(rows, study.layers('INT8')).save(tmp_path/'report.html')
+    assert 'Each tensor rounded alone, INT8' in (tmp_path/'report.html').read_text()
+
+
+def test_assess_is_a_study_in_a_loop(net, probes, labelled):
+    report = assess(net, 'INT8,INT3', budgets[1], labelled, probes.x, n=40, seed=5)
+    study = Study(net, Probes.of(probes.x[:40]), budgets[1:2], labelled, seed=5)
+    rows = study.rows('INT8') + study.rows('INT3')
+    layers = pd.concat([study.layers(f) for f in ('INT8', 'INT3')], ignore_index=True)
+    expected = study.report(rows, layers)
+    pd.testing.assert_frame_equal(report.table, expected.table, check_exact=True)
+    pd.testing.assert_frame_equal(report.layers, expected.layers, check_exact=True)
+    assert report.probes.equal(expected.probes)
+
+
+@pytest.mark.parametrize('threats', [budgets[::-1], (Linf(1/255), L2(1.)), (budgets[0],)*2])
+def test_budgets_that_do_not_grow_are_refused(net, probes, threats):
+    with pytest.raises(ValueError, match='`threats` must be .* balls of one kind with growing eps'):
+        Study(net, probes, threats)
+
+
+def test_what_a_study_refuses(net, probes, labelled):
+    def refused(kind, said, *args, **kw):
+        with pytest.raises(kind, match=said):
+            Study(*args, **kw)
+    refused(TypeError, '`threats` must be a tuple of threat models', net, probes, budgets[0])
+    refused(TypeError, '`threats` must be a tuple of threat models', net, probes, ())
+    refused(TypeError, '`threat` must be a threat model', net, probes, (.03,))
+    refused(TypeError, '`test` must be an ImageSet', net, probes, budgets, (labelled.x, labelled.y))
+    strange = ImageSet(labelled.images[:2], np.array([0, 4]), 5)
+    refused(ValueError, r'class numbers in \[0, 4\)', net, probes, budgets, strange)
+    for bad in (0, float('nan')):
+        refused(ValueError, '`attacked` must be at least 1', net, probes, budgets, attacked=bad)
+    learning = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).train()
+    refused(ValueError, r'Call `model.eval\(\)`', learning, probes, budgets)
+
+
+def test_what_its_methods_refuse(net, probes, labelled):
+    study = Study(net, probes, budgets[:1], attack=quick)
+    with pytest.raises(ValueError, match='where a loss is measured; got None'):
+        study.loss('INT8')
+    for method in (study.copy, study.change, study.rows, study.layers):
+        with pytest.raises(ValueError, match="'INT99'"):
+            method('INT99')
+    rows = study.rows('INT8')
+    with pytest.raises(ValueError, match='`layers` must be .* formats INT8; got those of INT4'):
+        study.report(rows, study.layers('INT4'))
+    several = Study(net, probes, budgets, attack=quick)
+    with pytest.raises(ValueError, match='one threat model where a report is made; got 3'):
+        several.report(rows, study.layers('INT8'))
+    with pytest.raises(AttributeError):
+        study.seed = 1
+
+
+def test_probes(net, probes):
+    assert probes.words == '60 unlabelled real images'
+    assert Probes.of(probes.x[:3], 'photographs').words == '3 photographs'
+    assert probes.facts == {}
+    with pytest.raises(ValueError, match='`images`.*the model normalises'):
+        Probes.of(probes.x*255)
+    for bad in (0, float('nan')):
+        with pytest.raises(ValueError, match=f'`n` must be at least 1; got {bad}'):
+            Probes.generated(net, bad)
+
+
+def test_a_job_is_refused_before_its_files_are_read():
+    with pytest.raises(ValueError, match='`attack` must be one of fgsm, pgd, apgd'):
+        study_of('nowhere.pt', 'PGD')
+    with pytest.raises(ValueError, match='`n` must be at least 1'):
+        study_of('nowhere.pt', n=0)
+    with pytest.raises(ValueError, match="'INT99'"):
+        measure_one('nowhere.pt', 'INT99')
+
+
+def test_share_lost_needs_twenty():
+    x = torch.rand(40, 3, 4, 4, generator=make_generator(0))
+    y = torch.zeros(40, dtype=torch.int64)
+    class First(nn.Module):
+        "Right on the first `n` images that it sees"
+        def __init__(self, n):
+            super().__init__()
+            self.n = n
+        def forward(self, x): return torch.eye(2)[(torch.arange(len(x)) >= self.n).long()]
+    def rows(n): return evaluate(First(n).eval(), x, y, {}, Linf(.1))
+    assert relative_loss(rows(20), rows(15), 'clean')[0] == pytest.approx(.25)
+    assert np.isnan(relative_loss(rows(19), rows(15), 'clean')).all()
