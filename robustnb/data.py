@@ -288,12 +288,13 @@ def decode_image(
     return np.asarray(rgb)
 
 # %% ../nbs/api/20_data.ipynb #f7f56d9d
-def _read(names, open_file, size, source):
-    "Images `names` of `source` as one array (N,H,W,3)"
+def _read(names, open_file, size, source, prepare=None):
+    "Images `names` of `source` as one array (N,H,W,3), each through `prepare(image, name)`"
     if size is not None and not size >= 1:
         raise ValueError(f"`size` must be at least 1 pixel; got {size}.")
     wh = lambda shape: f'{shape[1]}x{shape[0]}'
     images = None
+    shape = None
     for i,name in enumerate(progress(names, f'reading {Path(source).name}')):
         try:
             with open_file(name) as f:
@@ -301,15 +302,17 @@ def _read(names, open_file, size, source):
         except Exception as e:
             raise ValueError(f"{name!r} in {source} cannot be read as an image: {e}. Replace "
                              "or remove it.") from e
+        shape = shape or a.shape
+        if a.shape != shape:
+            way = 'Bring them to one size first.' if prepare else 'Give `size` to resize.'
+            raise ValueError(f"all images must have one size; in {source}, {names[0]!r} is "
+                             f"{wh(shape)} and {name!r} is {wh(a.shape)}. {way}")
+        if prepare: a = prepare(a, name)
         if images is None:
             if len(names)*a.nbytes > _MAX_SET:
                 raise ValueError(f"`size` must be given: {len(names)} images of {wh(a.shape)} "
                                  f"pixels need {len(names)*a.nbytes/2**30:.0f} GiB.")
             images = np.empty((len(names), *a.shape), np.uint8)
-        if a.shape != images.shape[1:]:
-            raise ValueError(f"all images must have one size; in {source}, {names[0]!r} is "
-                             f"{wh(images.shape[1:])} and {name!r} is {wh(a.shape)}. Give "
-                             "`size` to resize.")
         images[i] = a
     return images
 
@@ -332,6 +335,7 @@ def load_zip(
     path,                 # Zip file with split/class/image or class/image
     split:str|None=None,  # Name of the split; None where there are only class folders
     size:int|None=None,   # Height and width to resize to; None wants all images alike
+    prepare=None,         # (image (H,W,3), its name in the file) -> uint8 image; None leaves them
 )->ImageSet:              # Images (N,H,W,3), grey repeated over the channels; classes sorted by name
     "Images from a zip file, read in memory: nothing is extracted."
     with open_zip(path) as z:
@@ -344,7 +348,7 @@ def load_zip(
         files = [o for o, e in entries.items() if not e.is_dir()]
         names, y, classes = class_folders(files, split, path)
         open_entry = lambda o: io.BytesIO(z.read(entries[o]))
-        return ImageSet(_read(names, open_entry, size, path), y, classes)
+        return ImageSet(_read(names, open_entry, size, path, prepare), y, classes)
 
 # %% ../nbs/api/20_data.ipynb #4dd2f678
 def _load_npy(path):

@@ -22,8 +22,8 @@ def write_row(
 )->None:
     "A row under its checksum, completely or not at all."
     path = Path(path)
-    tmp = path.with_name(
-        f'.{path.name}.{platform.node()}.{os.getpid()}.{threading.get_ident()}.tmp')
+    writer = f'{platform.node()}.{os.getpid()}.{threading.get_ident()}'
+    tmp = path.with_name(f'.{path.name}.{writer}.tmp')
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(tmp, 'w', encoding='utf-8') as f:
@@ -66,8 +66,8 @@ def plain(
 def _answer(found, arguments):
     "What a job returned, as it is kept"
     if not isinstance(found, dict):
-        raise TypeError(
-            f"`job` must return a dict from names to numbers or words; got {type(found).__name__}.")
+        raise TypeError("`job` must return a dict from names to numbers or words; got "
+                        f"{type(found).__name__}.")
     taken = [k for k in map(str, found) if k in arguments or k in facts]
     if taken:
         raise ValueError("`job` must return names that are not those of its arguments, nor "
@@ -85,8 +85,8 @@ def run_job(
     row = dict(job=name, arguments=arguments, tries=tries, host=platform.node())
     try:
         module, function = name.split(':')
-        row |= dict(status='done', error='', values=_answer(
-            getattr(importlib.import_module(module), function)(**arguments), arguments))
+        job = getattr(importlib.import_module(module), function)
+        row |= dict(status='done', error='', values=_answer(job(**arguments), arguments))
     except (Exception, SystemExit) as e:
         row |= dict(status='failed', error=f'{type(e).__name__}: {e}', values={},
                     traceback=traceback.format_exc())
@@ -122,6 +122,7 @@ def serve(
 def worker_command(
 )->list:          # For `subprocess.Popen`
     "What starts a worker, without the package around it."
-    boot = ("import importlib.util as u; s = u.spec_from_file_location('robustnb_jobs', "
-            "{!r}); m = u.module_from_spec(s); s.loader.exec_module(m); m.serve()")
-    return [sys.executable, '-u', '-c', boot.format(__file__)]
+    boot = ("import importlib.util as u; "
+            f"s = u.spec_from_file_location('robustnb_jobs', {__file__!r}); "
+            "m = u.module_from_spec(s); s.loader.exec_module(m); m.serve()")
+    return [sys.executable, '-u', '-c', boot]

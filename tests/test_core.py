@@ -1,14 +1,12 @@
-"""Images, labels, models, seeds and files at the door: what is wrong is refused by name, and a file
-is whole or not there."""
-import errno, json, os, pickle, random, resource, signal, subprocess, sys
+"Images, labels, models and seeds: what is wrong is refused by name, what is drawn belongs to the image."
+import os, subprocess, sys
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from robustnb.core import (
     batches, check_images, check_labels, check_model, draw, image_generators, make_generator,
-    pick_device, predict, progress, subseed, to_float, to_uint8)
-from robustnb.files import atomic_path, load_state, manifest, save_json, save_state
+    memory_layout, pick_device, predict, progress, some_of, subseed, to_float, to_uint8)
 
 good = torch.linspace(0, 1, 2*3*4*4).view(2, 3, 4, 4)
 
@@ -133,165 +131,6 @@ def test_predict_keeps_nothing():
         predict(net, good*255)
 
 
-class Payload:
-    "What a hostile file would hold"
-    def __init__(self, path): self.path = str(path)
-    def __reduce__(self): return open, (self.path, 'w')
-
-
-@pytest.mark.parametrize('wrap', (lambda o: o, lambda o: dict(w=torch.ones(2), extra=o),
-                                  lambda o: [o], lambda o: {o: 1}),
-                         ids=('bare', 'in a dict', 'in a list', 'as a key'))
-@pytest.mark.parametrize('write', (
-    torch.save, lambda o, f: torch.save(o, f, _use_new_zipfile_serialization=False),
-    lambda o, f: f.write_bytes(pickle.dumps(o, 2))),
-                         ids=('zip', 'legacy', 'pickle'))
-def test_reading_weights_never_runs_code(tmp_path, write, wrap):
-    mark = tmp_path/'ran'
-    write(wrap(Payload(mark)), tmp_path/'w.pt')
-    with pytest.raises(ValueError, match='w.pt is damaged or holds other objects'):
-        load_state(tmp_path/'w.pt')
-    assert not mark.exists()
-    (torch.load(tmp_path/'w.pt', weights_only=False) if write is torch.save
-     else pickle.loads(pickle.dumps(Payload(mark))))
-    assert mark.exists(), 'the payload would have worked'
-
-
-def test_whole_modules_are_refused(tmp_path):
-    torch.save(nn.Linear(2, 2), tmp_path/'w.pt')
-    with pytest.raises(ValueError, match='Save `model.state_dict'):
-        load_state(tmp_path/'w.pt')
-
-
-@pytest.mark.parametrize('kind', ('zip', 'legacy'))
-@pytest.mark.filterwarnings('ignore')
-def test_damaged_files_are_named_whatever_the_damage(tmp_path, kind):
-    state = dict(w=torch.randn(50, 20, generator=make_generator(0)), names=['a', 'b'], epoch=3)
-    f = tmp_path/'w.pt'
-    rng = random.Random(0)
-    torch.save(state, f, _use_new_zipfile_serialization=kind == 'zip')
-    whole, refused = f.read_bytes(), 0
-    damaged = ([whole[:n] for n in (0, 1, 3, 10, 100, len(whole)//2, len(whole)-30, len(whole)-1)]
-               + [b'PK\x03\x04' + bytes(100), b'hello', bytes(5000)])
-    for _ in range(1500):
-        b = bytearray(whole)
-        i = rng.randrange(len(b))
-        b[i:i + rng.choice((1, 1, 40))] = bytes([rng.randrange(256)])
-        damaged.append(bytes(b))
-    for b in damaged:
-        f.write_bytes(b)
-        try:
-            load_state(f)
-        except ValueError as e:
-            assert 'w.pt is damaged' in str(e)
-            refused += 1
-    assert refused > 500
-    f.write_bytes(whole)
-    back = load_state(f)
-    assert torch.equal(back['w'], state['w'])
-    assert back['names'] == ['a', 'b']
-    assert back['epoch'] == 3
-
-
-def test_what_is_not_a_file_is_named(tmp_path):
-    for path in (tmp_path/'none.pt', tmp_path):
-        with pytest.raises(FileNotFoundError, match='there is none at'):
-            load_state(path)
-
-
-@pytest.mark.parametrize('fault', (OSError(errno.ENOSPC, 'No space left on device'),
-                                   ValueError('a bug'), KeyboardInterrupt(), SystemExit(1)),
-                         ids=repr)
-def test_a_failed_write_changes_nothing(tmp_path, fault):
-    f = tmp_path/'deep/er/table.csv'
-    with atomic_path(f) as tmp:
-        assert tmp.parent == f.parent
-        tmp.write_text('old')
-    with pytest.raises(type(fault)) as e:
-        with atomic_path(f) as tmp:
-            tmp.write_text('new and half')
-            raise fault
-    assert f.read_text() == 'old'
-    assert [o.name for o in f.parent.iterdir()] == ['table.csv']
-    if isinstance(fault, OSError):
-        assert e.value.errno == errno.ENOSPC
-        assert str(f) in str(e.value)
-        assert 'Nothing was left half written' in str(e.value)
-
-
-def test_whoever_is_reading_keeps_the_old_file(tmp_path):
-    f = tmp_path/'table.csv'
-    f.write_text('old'*100_000)
-    with open(f) as reader:
-        assert reader.read(3) == 'old'
-        with atomic_path(f) as tmp:
-            tmp.write_text('new')
-        assert reader.read() == 'old'*99_999
-        assert f.read_text() == 'new'
-
-
-def test_a_write_cut_off_by_the_system_changes_nothing(tmp_path):
-    f = tmp_path/'w.pt'
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    save_state(dict(w=torch.zeros(10)), f)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        with pytest.raises(OSError, match='w.pt.*Nothing was left half written'):
-            save_state(dict(w=torch.zeros(100_000)), f)
-        with pytest.raises(OSError, match='facts.json'):
-            save_json(dict(text='x'*50_000), tmp_path/'facts.json')
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [o.name for o in tmp_path.iterdir()] == ['w.pt']
-    assert load_state(f)['w'].shape == (10,)
-
-
-def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
-    f = tmp_path/'table.csv'
-    f.write_text('old')
-    script = ('import os, signal\nfrom robustnb.core import atomic_path\nwith '
-              f'atomic_path({str(f)!r}) as tmp:\n    tmp.write_text("half"); '
-              'os.kill(os.getpid(), signal.SIGKILL)')
-    assert subprocess.run([sys.executable, '-c', script]).returncode == -signal.SIGKILL
-    assert f.read_text() == 'old'
-    with atomic_path(f) as tmp:
-        tmp.write_text('new')
-    assert f.read_text() == 'new'
-
-
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path/'file').write_text('')
-    with pytest.raises(OSError, match='could not write .*file/table.csv'):
-        with atomic_path(tmp_path/'file/table.csv') as tmp:
-            tmp.write_text('')
-    (tmp_path/'folder/inner').mkdir(parents=True)
-    with pytest.raises(OSError, match='could not write .*folder'):
-        with atomic_path(tmp_path/'folder') as tmp:
-            tmp.write_text('')
-    assert sorted(o.name for o in tmp_path.iterdir()) == ['file', 'folder']
-
-
-def test_new_files_have_the_usual_permissions(tmp_path):
-    old = os.umask(0o027)
-    try:
-        save_json({}, tmp_path/'a.json')
-    finally:
-        os.umask(old)
-    assert (tmp_path/'a.json').stat().st_mode & 0o777 == 0o640
-
-
-def test_manifest_is_readable_json(tmp_path):
-    read = json.loads(save_json(manifest(seed=0, torch='mine', path=tmp_path),
-                                tmp_path/'m.json').read_text())
-    assert read['seed'] == 0
-    assert read['torch'] == 'mine'
-    assert read['path'] == str(tmp_path)
-    assert read['python'] == sys.version.split()[0]
-    assert read['numpy'] == np.__version__
-    assert read['threads'] == torch.get_num_threads()
-    assert '/' not in read['command'].split()[0], 'the name of the program, not where it lies'
-
-
 def test_random_numbers_belong_to_the_image():
     x = torch.rand(9, 3, 4, 4, generator=make_generator(0))
     numbers = lambda x, seed=5, kind=torch.rand: draw(
@@ -314,7 +153,37 @@ def test_random_numbers_belong_to_the_image():
     assert torch.equal(numbers(x, None), numbers(x, 0))
     one = make_generator(5)
     many = make_generator(5)
-    image_generators(one, x[:1]), image_generators(many, x)
+    image_generators(one, x[:1])
+    image_generators(many, x)
     assert torch.equal(one.get_state(), many.get_state()), (
-        'the caller\'s generator moves on by one number, whatever the batch')
+        "the caller's generator moves on by one number, whatever the batch")
     assert numbers(x, kind=torch.randn).min() < 0 <= whole.min()
+
+
+def test_lists_in_messages_stop_after_five():
+    assert some_of('abcde') == "'a', 'b', 'c', 'd', 'e'"
+    assert some_of('abcdef') == "'a', 'b', 'c', 'd', 'e' and 1 more"
+    assert some_of(iter(range(100))) == '0, 1, 2, 3, 4 and 95 more'
+
+
+def test_narrow_convolutions_keep_the_ordinary_layout():
+    wide = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Linear(4, 2))
+    assert memory_layout(wide) == torch.channels_last
+    assert memory_layout(nn.Sequential(wide, nn.Conv2d(16, 15, 1))) == torch.contiguous_format
+
+
+def imported_by(statement):
+    "Which of torch and imgaug a fresh Python has imported after `statement`"
+    job = f'{statement}\nimport sys\nprint([o for o in ("torch", "imgaug") if o in sys.modules])'
+    done = subprocess.run([sys.executable, '-c', job], capture_output=True, text=True,
+                          env=os.environ | dict(OMP_NUM_THREADS='1'))
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_is_cheap():
+    assert imported_by('import robustnb') == '[]'
+    assert imported_by('import robustnb.augmentation.transforms') == "['torch']"
+    assert imported_by('import robustnb.curation.published') == "['torch']"
+    called = 'from robustnb.augmentation.transforms import imgaug_pipeline\nimgaug_pipeline()'
+    assert imported_by(called) == "['torch', 'imgaug']"

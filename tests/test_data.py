@@ -122,22 +122,22 @@ def test_digits_split_is_fixed_and_disjoint():
     with pytest.raises(ValueError, match='`size`'):
         digits(size=0)
 
-@pytest.mark.parametrize('share', [.1, 1/3, .5, .9])
-def test_split_is_stratified_and_complete(share):
+@pytest.mark.parametrize('fraction', [.1, 1/3, .5, .9])
+def test_split_is_stratified_and_complete(fraction):
     data = random_set(101, 4, 3)
-    a, b = split_data(data, share, seed=1)
+    a, b = split_data(data, fraction, seed=1)
     rows = lambda d: sorted((im.tobytes(), k) for im,k in zip(d.images, d.y))
     assert rows(data) == sorted(rows(a)+rows(b))
-    assert len(a) == round(101*share)
-    quota = np.bincount(data.y)*share
+    assert len(a) == round(101*fraction)
+    quota = np.bincount(data.y)*fraction
     assert (abs(np.bincount(a.y, minlength=4)-quota) < 1).all()
-    same(a, split_data(data, share, seed=1)[0])
-    assert rows(a) != rows(split_data(data, share, seed=2)[0])
+    same(a, split_data(data, fraction, seed=1)[0])
+    assert rows(a) != rows(split_data(data, fraction, seed=2)[0])
 
-def test_split_refuses_shares_that_leave_nothing():
-    for share in (0, 1, 1.5, float('nan')):
+def test_split_refuses_fractions_that_leave_nothing():
+    for fraction in (0, 1, 1.5, float('nan')):
         with pytest.raises(ValueError, match=r'inside \(0, 1\)'):
-            split_data(random_set(), share, 0)
+            split_data(random_set(), fraction, 0)
     with pytest.raises(ValueError, match='leaves one part empty'):
         split_data(random_set(), .01, 0)
 
@@ -251,7 +251,7 @@ def test_large_jpegs_keep_their_detail_when_resized(tmp_path):
 def test_zip_entries_that_leave_their_folder_are_refused(tmp_path, monkeypatch, name):
     path = pack(tmp_path/'a.zip',
                 tree(random_set()) | {name: encode(np.zeros((6, 6, 3), np.uint8))})
-    monkeypatch.setattr(D, '_decode', lambda *_: pytest.fail('an image was read'))
+    monkeypatch.setattr(D, 'decode_image', lambda *_: pytest.fail('an image was read'))
     with pytest.raises(ValueError, match='points outside its folder. Nothing was read') as e:
         load_zip(path, 'test')
     assert repr(name) in str(e.value)

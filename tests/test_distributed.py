@@ -9,17 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from robustnb.commands import common as cli
-from robustnb.transfer.study import generator
-from robustnb import distributed as team
-from robustnb.models import training
-from robustnb.commands import transfer as transfer_cli
-from robustnb.files import load_state
+from robustnb import distributed
+from robustnb.commands import train as train_cli, transfer as transfer_cli
 from robustnb.data import digits, subset
-from robustnb.transfer.generator import generate, train_generator
+from robustnb.files import load_state
+from robustnb.models import training
+from robustnb.models.training import Recipe, train
 from robustnb.models.wrapping import wrap_model
 from robustnb.models.zoo import build_model
-from robustnb.models.training import Recipe, train
+from robustnb.transfer import generator
+from robustnb.transfer.generator import generate, train_generator
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 recipe = Recipe(batch_size=20, lr=.02, flip=False, crop=1).shortened(2)
@@ -49,11 +48,11 @@ def gradients(n):
     d = data()
     x = d.x[:n]
     y = torch.as_tensor(d.y[:n])
-    own = team.part(n)
-    with team.whole_batch(net):
+    own = distributed.part(n)
+    with distributed.whole_batch(net):
         out = net(x[own])
     (nn.functional.cross_entropy(out, y[own], reduction='sum')/n).backward()
-    team.all_sum_gradients_(net)
+    distributed.all_sum_gradients_(net)
     return {k: p.grad
             for k, p in net.named_parameters()} | {k: b.clone() for k, b in net.named_buffers()}
 
@@ -72,8 +71,12 @@ def _in_both(out):
     def then_killed(state, path):
         save(state, path)
         raise Killed
+    def then_gone():
+        distributed.wait()
+        raise Killed
     start = network()
-    if team.init_distributed('cpu') and team.rank():       # the main process's start is everybody's
+    # the main process's start is everybody's
+    if distributed.init_distributed('cpu') and distributed.rank():
         for t in (start.normalize.mean, start.net[0].weight):
             nn.init.constant_(t, .3)
     with patch.object(training, 'save_state', counted):
@@ -81,13 +84,12 @@ def _in_both(out):
                              device='cpu')
     try:
         with (patch.object(training, 'save_state', then_killed),
-              patch.object(training, 'wait', lambda: team.wait() or (_ for _ in ()).throw(Killed()))
-              if team.rank() else nullcontext()):
+              patch.object(training, 'wait', then_gone) if distributed.rank() else nullcontext()):
             train(recipe, network(), data(), checkpoint=out/'cut.pt', device='cpu')
     except Killed:
         pass
-    if team.rank() == 0:
-        team.wait()       # the barrier that the kill left out
+    if distributed.rank() == 0:
+        distributed.wait()       # the barrier that the kill left out
         shutil.copy(out/'cut.pt', out/'half.pt')
     resumed, _ = train(recipe, network(), data(), checkpoint=out/'cut.pt', resume=True,
                        device='cpu')
@@ -100,25 +102,25 @@ def _in_both(out):
         train_generator(net, steps=1, batch_size=1)
     except ValueError as e:
         refused = str(e)
-    torch.save(dict(saved=saved, size=team.world_size(), part=str(team.part(5)),
+    torch.save(dict(saved=saved, size=distributed.world_size(), part=str(distributed.part(5)),
                     net=net.state_dict(), resumed=resumed.state_dict(),
                     apart=apart.state_dict(), alone=alone.state_dict(),
                     history=history.to_json(), gradients=[gradients(n) for n in (1, 3, 20)],
                     generator=images(made), steps=steps.to_json(), refused=refused),
-               out/f'{team.rank()}.pt')
-    with patch.object(cli, 'train',
+               out/f'{distributed.rank()}.pt')
+    with patch.object(train_cli, 'train',
                       lambda *args, **kw: (build_model('ResNet_18', width=.0625).eval(), history)):
-        cli.train_command.__wrapped__(model='ResNet_18', width=.0625, epochs=2, out=str(out/'run'))
-    team.wait()
+        train_cli.train_command.__wrapped__(model='ResNet_18', width=.0625, epochs=2, out=str(out/'run'))
+    distributed.wait()
     with patch.object(transfer_cli, 'train_generator', lambda net, **kw: (made, steps)):
         try:
             transfer_cli.generate_command.__wrapped__(
                 str(out/'run'/'weights.pt'), n=8, size=16, out=str(out/'images'))
         except SystemExit as e:
-            assert team.rank() == 1
+            assert distributed.rank() == 1
             assert not e.code
         else:
-            assert team.rank() == 0
+            assert distributed.rank() == 0
 
 
 @pytest.fixture(scope='module')
@@ -211,8 +213,8 @@ def test_a_command_speaks_once(both):
 def test_nothing_is_looked_for_without_a_launcher(monkeypatch):
     monkeypatch.delenv('WORLD_SIZE', raising=False)
     monkeypatch.setitem(sys.modules, 'accelerate', None)
-    assert (team.world_size(), team.rank(), team.is_main(), team.part(7),
-            str(team.init_distributed('cpu'))) == (1, 0, True, slice(0, 7), 'cpu')
+    assert (distributed.world_size(), distributed.rank(), distributed.is_main(), distributed.part(7),
+            str(distributed.init_distributed('cpu'))) == (1, 0, True, slice(0, 7), 'cpu')
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(ImportError, match=r'robustnb\[accelerate\]'):
         train(recipe, network(), data(), device='cpu')
@@ -223,9 +225,9 @@ def test_nothing_is_looked_for_without_a_launcher(monkeypatch):
 def test_parts_cover_a_batch(n, processes, monkeypatch):
     parts = []
     for r in range(processes):
-        monkeypatch.setattr(team, 'size', lambda: processes)
-        monkeypatch.setattr(team, 'rank', lambda: r)
-        parts.append(range(n)[team.part(n)])
+        monkeypatch.setattr(distributed, 'world_size', lambda: processes)
+        monkeypatch.setattr(distributed, 'rank', lambda: r)
+        parts.append(range(n)[distributed.part(n)])
     assert [i for p in parts for i in p] == list(range(n))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -236,15 +238,15 @@ def test_parts_cover_a_batch(n, processes, monkeypatch):
     (nn.BatchNorm2d(3, track_running_stats=False), (4, 3, 2, 2))))
 def test_whole_batch_norm_is_batch_norm(layer, shape, monkeypatch):
     "Three passes, one far from zero, one hardly varying, against torch's layer; in evaluation too"
-    monkeypatch.setattr(team, 'size', lambda: 2)
-    monkeypatch.setattr(team, 'total', lambda x: x)
+    monkeypatch.setattr(distributed, 'world_size', lambda: 2)
+    monkeypatch.setattr(distributed, 'all_sum', lambda x: x)
     ours = copy.deepcopy(layer)
     theirs = copy.deepcopy(layer)
     g = torch.Generator().manual_seed(0)
     for shift, scale in ((0, 1), (50, 1), (0, 3e-3)):
         x = (scale*torch.randn(shape, generator=g) + shift).requires_grad_()
         w = torch.randn(shape, generator=g)
-        with team.whole_batch(ours):
+        with distributed.whole_batch(ours):
             a = ours(x)
         b = theirs(x)
         ga = torch.autograd.grad((a*w).sum(), x)[0]
@@ -253,11 +255,11 @@ def test_whole_batch_norm_is_batch_norm(layer, shape, monkeypatch):
         assert torch.allclose(ga, gb, rtol=1e-3, atol=1e-4)
     for k, v in theirs.state_dict().items():
         assert torch.allclose(ours.state_dict()[k].float(), v.float(), atol=1e-4), k
-    with team.whole_batch(ours.eval()):
+    with distributed.whole_batch(ours.eval()):
         assert torch.allclose(ours(x), theirs.eval()(x), atol=1e-4)
     assert 'forward' not in vars(ours)
     if len(shape) == 2:
-        with pytest.raises(ValueError, match='more than one value'), team.whole_batch(ours.train()):
+        with pytest.raises(ValueError, match='more than one value'), distributed.whole_batch(ours.train()):
             ours(torch.zeros(1, 3))
 
 

@@ -1,10 +1,11 @@
 """The same sweep on a real Slurm of one node, started in a temporary folder: finished, failed,
 killed and interrupted jobs. Skipped with a reason where it cannot start."""
-import ctypes, importlib, os, shutil, signal, socket, subprocess, sys, time, warnings
+import ctypes, os, shutil, signal, socket, subprocess, sys, time, warnings
 from pathlib import Path
 
 import pytest
 
+from robustnb import sweeps
 from robustnb.jobs import read_row
 from robustnb.sweeps import grid, sweep, sweep_rows
 
@@ -198,8 +199,7 @@ def test_a_killed_sweep_waits_for_its_tasks(lab):
 def test_a_task_that_is_cancelled_has_another_chance(lab, monkeypatch):
     "Nothing is written and nothing is told: only the queue knows that the task is gone"
     folder, root = lab
-    module = importlib.import_module('robustnb.sweeps')
-    submit = module._submit
+    submit = sweeps._submit
     cancelled = []
     def then_cancel(*args):
         tasks = submit(*args)
@@ -208,7 +208,7 @@ def test_a_task_that_is_cancelled_has_another_chance(lab, monkeypatch):
             _waited(lambda: sum(calls(folder, 25)), 20, [])
             _answers('scancel', '--signal=KILL', *tasks)
         return tasks
-    monkeypatch.setattr(module, '_submit', then_cancel)
+    monkeypatch.setattr(sweeps, '_submit', then_cancel)
     found = sweep(root, [dict(x=25), dict(x=36)], folder/'cancelled',
                   slurm=dict(timeout_min=2, cpus_per_task=1), chunk=2, tries=4)
     assert (found.status == 'done').all(), found.error.tolist()
@@ -221,7 +221,7 @@ def test_a_task_that_is_cancelled_has_another_chance(lab, monkeypatch):
 
 def test_parameters_that_slurm_does_not_know(lab):
     folder, root = lab
-    for bad in (dict(memory=1), dict(slurm_colour='red'), dict(timeout_min='long')):
+    for bad in (dict(memory=1), dict(slurm_color='red'), dict(timeout_min='long')):
         with pytest.raises(ValueError, match='`slurm` must hold parameters of submitit'):
             sweep(root, grid(x=1), folder/'bad', slurm=bad)
     with pytest.raises(ValueError, match='it refused the jobs: .*partition'):

@@ -1,6 +1,6 @@
 """Sweeps on this machine: what runs, what runs again, what is refused; kill -9 at any moment loses
 nothing. The jobs mark each call, so that calls can be counted."""
-import importlib, json, os, signal, subprocess, sys, time, warnings
+import json, os, signal, subprocess, sys, time, warnings
 from functools import wraps
 from pathlib import Path
 
@@ -9,19 +9,10 @@ import pandas as pd
 import pytest
 import torch
 
-from robustnb.commands import sweep as sweep_cli
-from robustnb.data import load_data, subset
-from robustnb.evaluation.robust_accuracy import evaluate, summarize
-from robustnb.jobs import digest, read_row, run_job, worker_command, write_row
-from robustnb.models.zoo import build_model
-from robustnb.models.loading import load_model, save_model
-from robustnb.quant.ptq import quantize
-from robustnb.transfer.study import measure_one, study_of
+from robustnb import sweeps
+from robustnb.jobs import read_row, worker_command
 from robustnb.sweeps import _cores, _environment, grid, sweep, sweep_rows
-from robustnb.attacks.threat_models import Linf
-from robustnb.models.training import Recipe, train
 
-run_sweep = sweep_cli.sweep_command.__wrapped__
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
@@ -46,8 +37,12 @@ def root(x, wait=0.):
         os._exit(3)
     if x == 'flaky' and times == 1: raise OSError('the disk was away')
     time.sleep(wait)
-    return dict(root=math.sqrt(len(x) if isinstance(x, str) else x), process=os.getpid(), wide=np.float32(.1), threads=os.environ['OMP_NUM_THREADS'], group=os.environ.get('WORLD_SIZE', ''))
-def returns(kind): return dict(a_list=[1], taken={{'kind': 1}}, reserved={{'status': 1}}, large={{'x': [1]}}, nothing=None, nan={{'x': math.nan}})[kind]
+    return dict(root=math.sqrt(len(x) if isinstance(x, str) else x), process=os.getpid(),
+                wide=np.float32(.1), threads=os.environ['OMP_NUM_THREADS'],
+                group=os.environ.get('WORLD_SIZE', ''))
+def returns(kind):
+    return dict(a_list=[1], taken={{'kind': 1}}, reserved={{'status': 1}}, large={{'x': [1]}},
+                nothing=None, nan={{'x': math.nan}})[kind]
 def default(x, y=7): return dict(both=f'{{x}}{{y}}')
 class Holder:
     def method(self): return dict()
@@ -188,13 +183,12 @@ def test_kill_9_at_any_moment(lab, calls, tmp_path):
 
 
 def test_a_sweep_that_is_interrupted_stops_its_workers(lab, calls, tmp_path, monkeypatch):
-    module = importlib.import_module('robustnb.sweeps')
     _, jobs = lab
     def interrupt(bar_of, row): raise KeyboardInterrupt
     from contextlib import contextmanager
     @contextmanager
     def board(jobs): yield interrupt
-    monkeypatch.setattr(module, '_board', board)
+    monkeypatch.setattr(sweeps, '_board', board)
     began = time.time()
     with pytest.raises(KeyboardInterrupt):
         sweep(jobs.root, [dict(x=1), dict(x=2, wait=60.), dict(x=3, wait=60.)], tmp_path, workers=2)
@@ -308,7 +302,6 @@ def test_a_worker_is_like_its_parent_but_alone(monkeypatch):
 
 def test_the_live_table(lab, calls, tmp_path, monkeypatch):
     "A line per value of the first column, or one line where there would be too many"
-    module = importlib.import_module('robustnb.sweeps')
     _, jobs = lab
     class Bar:
         def __init__(self, items, desc, total):
@@ -318,7 +311,7 @@ def test_the_live_table(lab, calls, tmp_path, monkeypatch):
         def set_postfix(self, refresh, **said): self.said = said
         def close(self): self.open = False
     bars = []
-    monkeypatch.setattr(module, 'progress', Bar)
+    monkeypatch.setattr(sweeps, 'progress', Bar)
     sweep(jobs.root, [dict(x='exit'), dict(x=4), dict(x=4, wait=.0)], tmp_path, workers=1, tries=1)
     assert [(b.desc, b.total, b.n, b.said, b.open) for b in bars] == [
         ('exit', 1, 1, dict(failed=1), False), ('4', 2, 2, {}, False)]
@@ -327,39 +320,9 @@ def test_the_live_table(lab, calls, tmp_path, monkeypatch):
     assert [(b.desc, b.total, b.n) for b in bars] == [
         ('4', 2, 2), ('9', 1, 1)], 'what was finished before counts'
     bars.clear()
-    with module._board({str(i): dict(x=i) for i in range(25)}) as tell:
+    with sweeps._board({str(i): dict(x=i) for i in range(25)}) as tell:
         tell('3', dict(status='failed'))
     assert [(b.desc, b.total, b.n, b.said) for b in bars] == [('jobs', 25, 1, dict(failed=1))]
-
-
-def test_rows_and_workers(tmp_path):
-    assert digest(dict(a=1, b=2)) == digest(dict(b=2, a=1)) != digest(dict(a=1, b=3))
-    write_row(dict(x=float('nan'), y='ü'), tmp_path/'deep'/'row.json')
-    assert read_row(tmp_path/'deep'/'row.json')['y'] == 'ü'
-    assert read_row(tmp_path/'none.json') is None
-    run_job('nowhere:f', {}, tmp_path/'a.json', 3)
-    assert read_row(tmp_path/'a.json')['error'].startswith('ModuleNotFoundError')
-    assert read_row(tmp_path/'a.json')['tries'] == 3
-    run_job('math:nothing', {}, tmp_path/'a.json')
-    assert read_row(tmp_path/'a.json')['error'].startswith('AttributeError')
-    said = subprocess.run([*worker_command()[:-1], worker_command()[-1].replace(
-        'm.serve()', 'import sys; print("torch" in sys.modules, "numpy" in sys.modules)')],
-                          capture_output=True, text=True)
-    assert said.stdout == 'False False\n', 'a worker starts without what a job may not need'
-
-
-def test_a_row_is_whole_or_not_there(tmp_path, monkeypatch):
-    write_row(dict(x=1), tmp_path/'row.json')
-    with pytest.raises(TypeError):
-        write_row(dict(x=object()), tmp_path/'row.json')
-    def full(*args): raise OSError(28, 'No space left on device')
-    for name in ('replace', 'fsync'):
-        with monkeypatch.context() as m:
-            m.setattr(os, name, full)
-            with pytest.raises(OSError):
-                write_row(dict(x=2), tmp_path/'row.json')
-    assert read_row(tmp_path/'row.json') == dict(x=1)
-    assert [f.name for f in tmp_path.iterdir()] == ['row.json']
 
 
 def test_a_worker_ends_with_the_one_that_feeds_it(lab, tmp_path):
@@ -375,128 +338,3 @@ def test_a_worker_ends_with_the_one_that_feeds_it(lab, tmp_path):
         worker.stdin.close()
         assert worker.wait(20) == 0
         assert not (tmp_path/'row.json').exists()
-
-
-@pytest.fixture(scope='module')
-def weights(tmp_path_factory):
-    data = subset(load_data('digits', 'train'), 900, seed=0)
-    std, mean = torch.std_mean(data.x, (0, 2, 3))
-    net, _ = train(Recipe(flip=False, batch_size=25, lr=.02).shortened(10),
-                   build_model('AlexNet_BN', 10, .125, mean.tolist(), std.tolist()), data,
-                   device='cpu')
-    path = tmp_path_factory.mktemp('net')/'digits.pt'
-    save_model(net, path)
-    return str(path)
-
-
-def test_the_job_of_the_mission(weights):
-    row = measure_one(weights, 'INT4', 'fgsm', seed=3, n=80, eps=4/255)
-    model = load_model(weights)
-    study = study_of(weights, 'fgsm', 3, 'digits', '', 80, 4/255)
-    test = study.test
-    x = study.probes.x
-    pool = load_data('digits', 'train').x
-    assert len(x) == 300
-    assert all((pool == o).flatten(1).all(1).any() for o in x[:5])
-    assert len(test) == 80
-    assert np.bincount(test.y).tolist() == [8]*10
-    other = study_of(weights, 'fgsm', 4, 'digits', '', 80, 4/255)
-    assert torch.equal(other.test.x, test.x), 'the seed never chooses the images that measure'
-    assert not torch.equal(other.probes.x, x), 'the seed chooses calibration images'
-    from robustnb.attacks.gradient import fgsm
-    q = quantize(model, 'INT4', x)
-    y = torch.as_tensor(test.y)
-    of = lambda m: summarize(evaluate(m, test.x, y, dict(fgsm=fgsm),
-                                      Linf(4/255))).set_index('attack').accuracy
-    assert row['accuracy'] == of(q)['clean']
-    assert row['original_accuracy'] == pytest.approx(of(model)['clean'], abs=1e-4)
-    assert row['original_robust_accuracy'] == pytest.approx(of(model)['worst'], abs=1e-4)
-    assert row['robust_accuracy'] <= of(q)['worst']
-    assert row['measured_loss'] == pytest.approx(1 - row['accuracy']/of(model)['clean'], abs=1e-9)
-    assert row['n_test'] == 80
-    assert 0 < row['js']
-    assert 0 <= row['predicted_loss_lo'] <= row['predicted_loss'] <= row['predicted_loss_hi'] <= 1
-    assert repr(row) == repr(measure_one(weights, 'INT4', 'fgsm', seed=3, n=80,
-                                         eps=4/255)), 'the same question has the same answer'
-    with pytest.raises(ValueError, match='`attack` must be one of'):
-        measure_one(weights, 'INT4', 'PGD')
-    with pytest.raises(ValueError, match='`n` must be at least 1'):
-        measure_one(weights, 'INT4', n=0)
-
-
-def test_the_command(weights, tmp_path, capsys):
-    out = tmp_path/'out'
-    run_sweep(weights, 'INT8,POT3', 'fgsm', seeds=2, measure='n=40,eps=2/255', where='1',
-              out=str(out))
-    rows = pd.read_csv(out/'sweep.csv')
-    assert rows[['format', 'seed', 'status']].to_numpy().tolist() == [
-        [f, s, 'done'] for f in ('INT8', 'POT3') for s in (0, 1)]
-    assert rows.eps.to_numpy() == pytest.approx(2/255, rel=1e-12)
-    assert (rows.n == 40).all()
-    assert rows.weights.unique().tolist() == [weights]
-    assert {'measured_robust_loss', 'predicted_loss', 'size_kb'} <= set(rows)
-    said = capsys.readouterr().out
-    assert '4 of 4 jobs done' in said
-    assert 'POT3' in said
-    facts = json.loads((out/'manifest.json').read_text())
-    assert facts['jobs'] == 4
-    assert facts['failed'] == 0
-    assert facts['eps'] == 2/255
-    assert {'command', 'torch'} <= facts.keys()
-    files = {f: f.stat().st_mtime_ns for f in (out/'rows').iterdir()}
-    run_sweep(weights, 'INT8', 'fgsm', seeds=1, measure='n=40,eps=2/255', out=str(out))
-    assert {f: f.stat().st_mtime_ns for f in (out/'rows').iterdir()} == files
-    assert len(pd.read_csv(out/'sweep.csv')) == 1
-
-
-def test_what_the_command_refuses(weights, tmp_path, capsys):
-    out = str(tmp_path/'out')
-    def refused(said, *args, **kw):
-        with pytest.raises(SystemExit) as e:
-            run_sweep(*args, **dict(out=out) | kw)
-        assert said in str(e.value), e.value
-        assert '\n' not in str(e.value), e.value
-    refused('no', 'nowhere.pt')
-    refused('`name` must be', weights, 'INT99')
-    refused('got \'pgd20\'', weights, attacks='pgd20')
-    refused('`seeds` must be at least 1', weights, seeds=0)
-    refused('`where` must be a number of jobs', weights, where='many')
-    refused('`where` must be names and values', weights, where='timeout_min=3,gpu')
-    refused("got 'steps'", weights, measure='steps=3')
-    refused('a number for eps', weights, measure='eps=small')
-    refused('a whole number of at least 1 for n', weights, measure='n=1.5')
-    refused('a whole number of at least 1 for n', weights, measure='n=0')
-    refused('`eps` must be in', weights, measure='eps=2')
-    refused('`workers` must be a whole number', weights, where='0')
-    assert (not (tmp_path/'out').exists()
-            or not [*(tmp_path/'out').iterdir()]), 'a question that was refused is not kept'
-    sweep_cli._same_files(tmp_path/'q', dict(n=1), {'a': '1'})
-    sweep_cli._same_files(tmp_path/'q', dict(n=1), {'b': '2'})
-    assert json.loads((tmp_path/'q'/'question.json').read_text()) == dict(
-        facts=dict(n=1), files=dict(a='1', b='2'))
-    for facts, files, said in ((dict(n=2), {}, 'n is 1 there and 2 here'),
-                               (dict(n=1), {'a': '3'}, 'a has changed since')):
-        with pytest.raises(ValueError, match=said):
-            sweep_cli._same_files(tmp_path/'q', facts, files)
-    (tmp_path/'q'/'question.json').write_text('{')
-    with pytest.raises(ValueError, match='is damaged'):
-        sweep_cli._same_files(tmp_path/'q', dict(n=1), {})
-
-
-def test_a_command_with_failures_names_them(tmp_path, capsys):
-    rows = pd.DataFrame([dict(weights='a.pt', format='INT8', attack='pgd', seed=0,
-                              status='done', error='', measured_loss=.1),
-                         dict(weights='a.pt', format='INT4', attack='pgd', seed=1,
-                              status='failed', error='OSError: gone')])
-    with pytest.raises(SystemExit) as e:
-        sweep_cli._tell(rows, rows[rows.status == 'failed'], tmp_path)
-    assert e.value.code == 1
-    assert 'failed: a.pt INT4 pgd seed 1: OSError: gone' in capsys.readouterr().out
-    assert (sweep_cli._place(''), sweep_cli._place('3'),
-            sweep_cli._place('mem_gb=1.5,slurm_partition=gpu')) == (
-                dict(workers=None), dict(workers=3),
-                dict(slurm=dict(mem_gb=1.5, slurm_partition='gpu')))
-    settings = (Path(__file__).parent.parent/'settings.ini').read_text()
-    assert 'robustnb_sweep=robustnb.commands.sweep:sweep_command\n' in settings
-    assert 'slurm_requirements' in settings
-    assert 'accelerate_requirements' in settings

@@ -61,6 +61,8 @@ def forked(task, paths, n_workers=2, timeout=600):
     os.environ.update(COMPUTES | os.environ)
     for name in HEAVY:
         importlib.import_module(name)
+    # trainings go the same way on all processors, also on those with bfloat16 (`core.fast_bf16`)
+    sys.modules['torch'].cpu._is_avx512_bf16_supported = lambda: False
     gc.collect()
     gc.freeze()                                     # else each child searches all of it at its end
     waiting = [Path(o).resolve() for o in paths][::-1]

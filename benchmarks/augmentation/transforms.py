@@ -1,5 +1,5 @@
-"""The mission's augmentation of 50,000 images: this package's batches beside imgaug, one image at a
-time and otherwise.
+"""The augmentation of lyx3911/tianchi-AI-Challenger-sea8 on 50,000 images: this package's batches
+beside imgaug, one image at a time and otherwise.
 
     python benchmarks/augmentation/transforms.py cifar10-images.zip
 
@@ -23,14 +23,12 @@ from robustnb.augmentation.transforms import fast_pipeline, gaussian_noise
 
 
 def imgaug_classic():
-    return iaa.SomeOf((2, 3), [
-        iaa.OneOf([iaa.GaussianBlur((0, 3.)), iaa.AverageBlur((2, 7)), iaa.MedianBlur((3, 11))]),
-        iaa.AdditiveGaussianNoise(scale=(0, .05*255), per_channel=.5),
-        iaa.OneOf([iaa.Dropout((.01, .1), per_channel=.5),
-                   iaa.CoarseDropout((.03, .15), size_percent=(.02, .05), per_channel=.2)]),
-        iaa.AddElementwise((-10, -10)), iaa.Multiply((.5, 1.5), per_channel=.5),
-        iaa.SaltAndPepper(.1)],
-                      random_order=True)
+    blur = iaa.OneOf([iaa.GaussianBlur((0, 3.)), iaa.AverageBlur((2, 7)), iaa.MedianBlur((3, 11))])
+    lost = iaa.OneOf([iaa.Dropout((.01, .1), per_channel=.5),
+                      iaa.CoarseDropout((.03, .15), size_percent=(.02, .05), per_channel=.2)])
+    kinds = [blur, imgaug_noise(), lost, iaa.AddElementwise((-10, -10)),
+             iaa.Multiply((.5, 1.5), per_channel=.5), iaa.SaltAndPepper(.1)]
+    return iaa.SomeOf((2, 3), kinds, random_order=True)
 
 
 def imgaug_noise(): return iaa.AdditiveGaussianNoise(loc=0, scale=(0, .05*255), per_channel=.5)
@@ -40,8 +38,9 @@ def ours(transform):
     def run(images):
         out = np.empty_like(images)
         for k, s in enumerate(batches(len(images), 1000)):
-            out[s] = to_uint8(transform(to_float(images[s]), torch.ones(s.stop-s.start, 2)/2,
-                                        make_generator(0, k))[0])
+            x = to_float(images[s])
+            x, _ = transform(x, torch.ones(len(x), 2)/2, make_generator(0, k))
+            out[s] = to_uint8(x)
         return out
     return run
 

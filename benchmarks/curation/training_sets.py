@@ -156,7 +156,7 @@ def sources(nets):
     both = ensemble([*nets.values()])
     ten_steps = partial(pgd, steps=10)
     noise = [partial(gaussian_noise, sigma=(.02, .12), per_channel=1),
-             partial(salt_and_pepper, share=(.02, .3)), partial(uniform_noise, width=(.04, .2))]
+             partial(salt_and_pepper, amount=(.02, .3)), partial(uniform_noise, width=(.04, .2))]
     linf = (on(ten_steps, *(Linf(e/255) for e in (4, 8, 12)))
             + [attacked(mi_fgsm, both, Linf(e/255), 'both') for e in (8, 16)]
             + on(fgsm, Linf(12/255)))

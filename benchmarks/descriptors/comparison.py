@@ -1,13 +1,16 @@
 """Attacks on a black box that answers with descriptors, side by side on the same images, with the
-same number of questions.
+same number of queries.
 
     robustnb_train_descriptor PHOTOS:train[0:12000] --width .25 --epochs 8 --out cifar/teacher
-    robustnb_distill cifar/teacher/descriptor.pt PHOTOS:train[12000:24000] --models ResNet_18,... --width .25 --epochs 12 --copies 2 --noise 0 --out cifar/students
-    python benchmarks/descriptors/comparison.py compare PHOTOS:test --name cifar10 --teacher cifar/teacher/descriptor.pt --students cifar/students/ResNet_18.pt,...
-    python benchmarks/descriptors/comparison.py ablation ...     python benchmarks/descriptors/comparison.py pixels ...
+    robustnb_distill cifar/teacher/descriptor.pt PHOTOS:train[12000:24000] --models ResNet_18,... \\
+        --width .25 --epochs 12 --copies 2 --noise 0 --out cifar/students
+    python benchmarks/descriptors/comparison.py compare PHOTOS:test --name cifar10 \\
+        --teacher cifar/teacher/descriptor.pt --students cifar/students/ResNet_18.pt,...
+    python benchmarks/descriptors/comparison.py ablation ...
+    python benchmarks/descriptors/comparison.py pixels ...
 
 Images are named as for the commands. Each pair has five images to change and five to imitate, of
-two persons or classes. `compare` has one row per attack, budget and image; `ablation` switches
+two identities or classes. `compare` has one row per attack, budget and image; `ablation` switches
 each part of this project's attack off, `pixels` counts the calls of scipy's differential
 evolution beside ours. Rows go to results/descriptors_<part>_<name>.csv with a manifest beside
 them; finished groups are kept in --work.
@@ -25,7 +28,7 @@ from robustnb.files import manifest, save_json
 from robustnb.commands.descriptors import _named
 from robustnb.descriptors.query_attacks import nes_descriptor, pixel_evolution, square_descriptor
 from robustnb.descriptors.attack import (
-    allows_saved, attack_descriptor, baseline, fgsm_masked, fgvm, fit_eight_bit, _gradient, Plan)
+    allows_saved, attack_descriptor, baseline, fgsm_masked, fgvm, fit_8bit, Plan, student_gradient)
 from robustnb.attacks.transferable import mean_normalized
 from robustnb.descriptors.blackbox import descriptor_distance, BlackBox
 from robustnb.descriptors.students import load_descriptor, WeightedEnsemble
@@ -51,11 +54,11 @@ def begin(args):
 
 def noise(oracle, x, targets, threat, generator=None):
     "Random noise, as much as the rule allows"
-    return fit_eight_bit(x, x + torch.randn(x.shape, generator=generator), threat)
+    return fit_8bit(x, x + torch.randn(x.shape, generator=generator), threat)
 
 
 def second_place(oracle, x, targets, threat, generator=None, students=(), queries=500):
-    "Its gradient stage, then one-pixel stages for the questions that are left"
+    "Its gradient stage, then one-pixel stages for the queries that are left"
     now = fgvm(oracle, x, targets, threat, students=students, queries=queries)
     for _ in range(21):         # its four stages changed no more
         if oracle.left >= 750*len(x):
@@ -67,10 +70,10 @@ def white_box(oracle, x, targets, threat, generator=None, box=None, steps=300):
     "The box's own gradient, followed with momentum in ever shorter steps"
     now, total = x, torch.zeros_like(x)
     for k in range(steps):
-        total = .9*total + mean_normalized(_gradient(
-            [box], now, lambda d: descriptor_distance(d, targets)))
+        grad = student_gradient([box], now, lambda d: descriptor_distance(d, targets))
+        total = .9*total + mean_normalized(grad)
         now = threat.project(x, now - .2*.05**(k/steps)*threat.eps*threat.steepest(total, x, now))
-    return fit_eight_bit(x, now, threat)
+    return fit_8bit(x, now, threat)
 
 
 def deliver(args, rows, **facts):
@@ -89,7 +92,7 @@ def compare(args, attacks, queries, teacher, x, targets):
 
 
 def ours(args, q, students, *data):
-    "This project's attack; squares, which need no training, for more questions than it is worth"
+    "This project's attack; squares, which need no training, for more queries than it is worth"
     if q <= args.learned:
         return compare(args,
                        {'robustnb': partial(attack_descriptor, students=students, plan=Plan(q))},
@@ -195,7 +198,7 @@ def main():
     parser.add_argument('--budgets', type=lambda s: [int(o) for o in s.split(',')],
                         default=[50, 100, 500, 5000])
     parser.add_argument('--learned', type=int, default=500,
-                        help="questions of this project's attack; more go to squares")
+                        help="queries of this project's attack; more go to squares")
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--work', type=Path, default=Path('descriptors_work'))

@@ -5,8 +5,8 @@ pass its unit tests?
     python benchmarks/reliability/versions.py "python3.12 torch==2.9.1 numpy<2" --tests tests/test_core.py
 
 Without arguments python3.10 to python3.13 must be on the path; it takes about 40 minutes and 6 GB
-at a time. Each argument is an interpreter and what pip is to hold. Every one gets a clone and a virtual
-environment of its own, which are deleted afterwards. Left out are the tests of the project
+at a time. Each argument is an interpreter and what pip is to hold. Every one gets a clone and a
+virtual environment of its own, which are deleted afterwards. Left out are the tests of the project
 itself: they need the tools of its developers, who keep to one version of each. Rows go to
 results/versions.csv with a manifest beside them.
 """

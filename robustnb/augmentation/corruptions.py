@@ -111,6 +111,9 @@ def _smooth(x, sigma, truncate=4, mirror=False):
     rows, columns = (_gauss(n, s, truncate, mirror) for n,s in zip(x.shape[2:], sigma))
     return _apply(rows, x, columns)
 
+def _gaussian_blur(x, c, generator): return _smooth(x, (c, c))
+
+# %% ../../nbs/api/augmentation/20_corruptions.ipynb #f553fc9e
 def _zoom(n, factor, cut=True):
     """Matrix (n,n) that enlarges the centre of a row by linear interpolation; without the `cut` the
     result may be longer."""
@@ -121,20 +124,19 @@ def _zoom(n, factor, cut=True):
         at = at[(size-n)//2:][:n]
     return (1 - (at[:, None]-torch.arange(n)).abs()).clamp_min(0)
 
-def _boxes(n, share):
-    "Matrix (n,n) that replaces each pixel by the mean of its box, for `int(n*share)` boxes."
-    small = int(n*share)
+def _boxes(n, fraction):
+    "Matrix (n,n) that replaces each pixel by the mean of its box, for `int(n*fraction)` boxes."
+    small = int(n*fraction)
     middle = (torch.arange(small).double() + .5)*n/small
     offset = torch.arange(n) + .5 - middle[:, None]
     inside = ((offset > -.5*n/small) & (offset <= .5*n/small)).double()
     return (inside/inside.sum(1, keepdim=True))[((torch.arange(n).double() + .5)*small/n).long()]
 
-def _gaussian_blur(x, c, generator): return _smooth(x, (c, c))
-
 def _zoom_blur(x, c, generator):
     factors = np.arange(1, *c)
     h, w = x.shape[2:]
-    return (x + sum(_apply(_zoom(h, f), x, _zoom(w, f)) for f in factors))/(len(factors) + 1)
+    enlarged = sum(_apply(_zoom(h, f), x, _zoom(w, f)) for f in factors)
+    return (x + enlarged)/(len(factors) + 1)
 
 def _pixelate(x, c, generator): return _apply(_boxes(x.shape[2], c), x, _boxes(x.shape[3], c))
 
@@ -171,23 +173,28 @@ def _motion(x, radius, sigma, angle):
 
 def _motion_blur(x, c, generator): return _motion(x, *c, torch.pi/4*_uniform(x, generator, len(x)))
 
+# %% ../../nbs/api/augmentation/20_corruptions.ipynb #e8126c80
 def _glass_blur(x, c, generator):
     sigma, reach, rounds = c
     n, _, h, w = x.shape
-    x, source = _smooth(x, (sigma, sigma)), torch.arange(h*w, device=x.device)[:, None].repeat(1, n)
+    x = _smooth(x, (sigma, sigma))
+    pixel = torch.arange(h*w, device=x.device)[:, None]
+    image = torch.arange(n, device=x.device)
+    source = pixel.repeat(1, n)
     order = [i*w + j for i in range(h-reach, reach, -1) for j in range(w-reach, reach, -1)]
     for _ in range(rounds):
         down, right = torch.randint(-reach, reach, (2, h*w, n), generator=generator,
                                     device=generator.device).to(x.device)
-        other = ((torch.arange(h*w, device=x.device)[:, None] + down*w + right)*n
-                 + torch.arange(n, device=x.device))
+        other = (pixel + down*w + right)*n + image
         for k in order:
             source[k] = source.view(-1)[other[k]]
-    return _smooth(x.flatten(2).gather(2, source.T[:, None].expand(-1, x.shape[1], -1)).view_as(x),
-                   (sigma, sigma))
+    moved = x.flatten(2).gather(2, source.T[:, None].expand(-1, x.shape[1], -1)).view_as(x)
+    return _smooth(moved, (sigma, sigma))
 
 # %% ../../nbs/api/augmentation/20_corruptions.ipynb #cd6f5e40
-def _grey(x): return (x*torch.tensor([.299, .587, .114]).to(x).view(3, 1, 1)).sum(1, keepdim=True)
+def _grey(x):
+    "Luminance (N,1,H,W)"
+    return (x*torch.tensor([.299, .587, .114]).to(x).view(3, 1, 1)).sum(1, keepdim=True)
 
 def _snow(x, c, generator):
     mean, std, factor, least, radius, sigma, keep, cut = c
@@ -208,10 +215,10 @@ def _frost_pictures(scale, h, w):
     if spec is None:
         raise ImportError("`frost` needs the pictures of the package imagecorruptions. "
                           "Install it with `pip install imaug`, or leave this corruption out.")
+    folder = Path(spec.submodule_search_locations[0])/'frost'
     for name in ('frost1.png', 'frost2.png', 'frost3.png', 'frost4.jpg', 'frost5.jpg',
                  'frost6.jpg'):
-        picture = to_float(np.asarray(
-            Image.open(Path(spec.submodule_search_locations[0])/'frost'/name).convert('RGB'))[None])
+        picture = to_float(np.asarray(Image.open(folder/name).convert('RGB'))[None])
         size = picture.shape[2:]
         factor = max(scale, 1.1*h/size[0], 1.1*w/size[1])
         pictures.append(F.interpolate(picture, [round(factor*o) for o in size],
@@ -233,7 +240,8 @@ def _frost(x, c, generator):
 # %% ../../nbs/api/augmentation/20_corruptions.ipynb #5d9c4b3f
 def _landscape(x, size, decay, generator):
     "Random heights (N,1,size,size) in [0,1] by the diamond-square method."
-    z, step, scale = torch.zeros(len(x), size, size).to(x), size, 1.
+    z = torch.zeros(len(x), size, size).to(x)
+    step, scale = size, 1.
     near = lambda four: four/4 + scale*_uniform(x, generator, *four.shape)
     while step > 1:
         half = step//2
@@ -249,9 +257,10 @@ def _landscape(x, size, decay, generator):
 def _fog(x, c, generator):
     amount, decay = c
     h, w = x.shape[2:]
+    side = 1 << (max(h, w)-1).bit_length()
+    haze = amount*_landscape(x, side, decay, generator)[:, :, :h, :w]
     brightest = x.amax((1, 2, 3), keepdim=True)
-    return (x + amount*_landscape(x, 1 << (max(h, w)-1).bit_length(), decay,
-                                  generator)[:, :, :h, :w])*brightest/(brightest + amount)
+    return (x + haze)*brightest/(brightest + amount)
 
 # %% ../../nbs/api/augmentation/20_corruptions.ipynb #9c29c4d0
 def _shade(drops):
@@ -266,14 +275,14 @@ def _shade(drops):
 def _spatter(x, c, generator):
     mean, std, sigma, least, strength, mud = c
     drops = _smooth(mean + std*_normal(x, generator, len(x), 1, *x.shape[2:]), (sigma, sigma))
-    colour = torch.tensor([63., 42, 20] if mud else [175., 238, 238]).to(x).view(3, 1, 1)/255
+    color = torch.tensor([63., 42, 20] if mud else [175., 238, 238]).to(x).view(3, 1, 1)/255
     if mud:
         cover = _smooth((drops > least).to(x), (strength, strength))
         cover = torch.where(cover < .8, 0, cover)
-        return (1-cover)*x + cover*colour
+        return (1-cover)*x + cover*color
     levels = (255*torch.where(drops < least, 0, drops)).clamp(0, 255).byte().cpu().numpy()
-    return x + strength*torch.from_numpy(
-        np.stack([_shade(o) for o in levels[:, 0]]))[:, None].to(x)*colour
+    shades = torch.from_numpy(np.stack([_shade(o) for o in levels[:, 0]]))
+    return x + strength*shades[:, None].to(x)*color
 
 # %% ../../nbs/api/augmentation/20_corruptions.ipynb #0662176f
 def _contrast(x, c, generator):
@@ -319,28 +328,21 @@ def _elastic_transform(x, c, generator):
         moved = corners + jitter*h*_uniform(x, generator, n, 3, 2)
         back = torch.linalg.solve(torch.cat([moved, torch.ones_like(moved[..., :1])], -1),
                                   corners.expand(n, -1, -1))
-        x = _pull(
-            x, *(torch.stack([right, down, torch.ones_like(down)], -1) @ back[:, None]).unbind(-1),
-            True)
+        here = torch.stack([right, down, torch.ones_like(down)], -1)
+        x = _pull(x, *(here @ back[:, None]).unbind(-1), True)
     field = strength*h*_smooth(_uniform(x, generator, n, 2, h, w), (smooth*h, smooth*w),
                                truncate=3, mirror=True)
     return _pull(x, right + field[:, 0], down + field[:, 1], False)
 
-# %% ../../nbs/api/augmentation/20_corruptions.ipynb #2cca8954
-_work = dict(gaussian_noise=_gaussian_noise, shot_noise=_shot_noise, impulse_noise=_impulse_noise,
-             defocus_blur=_defocus_blur, glass_blur=_glass_blur, motion_blur=_motion_blur,
-             zoom_blur=_zoom_blur, snow=_snow, frost=_frost, fog=_fog, brightness=_brightness,
-             contrast=_contrast, elastic_transform=_elastic_transform, pixelate=_pixelate,
-             jpeg_compression=_jpeg_compression, speckle_noise=_speckle_noise,
-             gaussian_blur=_gaussian_blur, spatter=_spatter, saturate=_saturate)
+# %% ../../nbs/api/augmentation/20_corruptions.ipynb #e3d94a36
 _exact = {'defocus_blur', 'zoom_blur', 'brightness', 'contrast', 'pixelate',
           'jpeg_compression', 'gaussian_blur', 'saturate'}
 
 def _check_name(name, severity):
     if name not in corruption_names:
         raise ValueError(f"`name` must be one of {', '.join(corruption_names)}; got {name!r}.")
-    if isinstance(severity,
-                  bool) or not isinstance(severity, (int, np.integer)) or not 1 <= severity <= 5:
+    whole = isinstance(severity, (int, np.integer)) and not isinstance(severity, bool)
+    if not (whole and 1 <= severity <= 5):
         raise ValueError(f"`severity` must be an integer from 1 to 5; got {severity!r}. For "
                          "no corruption leave the transform out.")
     return name, int(severity)
@@ -355,6 +357,13 @@ def _check_batch(x, generator, name, side):
         raise TypeError(f"`generator` must be a torch.Generator, as {name} is random; got "
                         f"{type(generator).__name__}. Use `make_generator(seed)`.")
 
+# %% ../../nbs/api/augmentation/20_corruptions.ipynb #2cca8954
+_work = dict(gaussian_noise=_gaussian_noise, shot_noise=_shot_noise, impulse_noise=_impulse_noise,
+             defocus_blur=_defocus_blur, glass_blur=_glass_blur, motion_blur=_motion_blur,
+             zoom_blur=_zoom_blur, snow=_snow, frost=_frost, fog=_fog, brightness=_brightness,
+             contrast=_contrast, elastic_transform=_elastic_transform, pixelate=_pixelate,
+             jpeg_compression=_jpeg_compression, speckle_noise=_speckle_noise,
+             gaussian_blur=_gaussian_blur, spatter=_spatter, saturate=_saturate)
 @dataclass(frozen=True)
 class _Corruption:
     "A corruption that knows its name."
@@ -375,11 +384,10 @@ def corruption(
     name:str,                 # One of `corruption_names`
     severity:int,             # 1 to 5
     table:str='imagenet-c',   # Constants: 'imagenet-c', or the milder 'cifar10-c'
-    # Transform `(x, y, generator) -> (x, y)`: x (N,3,H,W) in [0,1], not rounded; labels as they
-    # came
-):
+):                            # Transform (x, y, generator) -> (x, y): (N,3,H,W) in [0,1], not rounded
     "One of the 19 common corruptions (Hendrycks and Dietterich 2019, arXiv:1903.12261)."
-    if table not in _tables: raise ValueError(f"`table` must be one of {', '.join(_tables)}; got {table!r}.")
+    if table not in _tables:
+        raise ValueError(f"`table` must be one of {', '.join(_tables)}; got {table!r}.")
     return _Corruption(*_check_name(name, severity), table)
 
 # %% ../../nbs/api/augmentation/20_corruptions.ipynb #4f12529f
@@ -393,8 +401,8 @@ class _Reference(_Corruption):
         _check_batch(x, generator, self.name, 32)
         seed = 0 if self.name in _exact else torch.randint(
             2**31, (), generator=generator, device=generator.device).item()
-        own = [dict(seed=(seed + i) % 2**31) if self.name in ('impulse_noise', 'glass_blur')
-               else {} for i in range(len(x))]
+        seeded = self.name in ('impulse_noise', 'glass_blur')
+        own = [dict(seed=(seed + i) % 2**31) if seeded else {} for i in range(len(x))]
         before = np.random.get_state()
         try:
             np.random.seed(seed)
@@ -409,9 +417,7 @@ class _Reference(_Corruption):
 def reference_corruption(
     name:str,       # One of `corruption_names`
     severity:int,   # 1 to 5
-    # Transform `(x, y, generator) -> (x, y)`: x (N,3,H,W) in [0,1], 8-bit values; labels as they
-    # came
-):
+):                  # Transform (x, y, generator) -> (x, y): (N,3,H,W) in [0,1], 8-bit values
     """The original of a corruption, constants 'imagenet-c' (imagecorruptions by Michaelis et al.
     2019, arXiv:1907.07484)."""
     return _Reference(*_check_name(name, severity), 'imagenet-c')

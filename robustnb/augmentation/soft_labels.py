@@ -16,7 +16,7 @@ def label_smoothing(
     x:Tensor,                         # Images (N,C,H,W), passed on
     y:Tensor,                         # Soft labels (N,K)
     generator:torch.Generator|None=None, # Not used: there is nothing random here
-    alpha:float=.1,                   # Share that leaves each class for the others, in [0,1]
+    alpha:float=.1,                   # Fraction that leaves each class for the others, in [0,1]
 )->tuple:                             # Images and labels
     "Label smoothing (Szegedy et al. 2016, arXiv:1512.00567)."
     if not 0 <= alpha <= 1: raise ValueError(f"`alpha` must be in [0, 1]; got {alpha}.")
@@ -24,7 +24,7 @@ def label_smoothing(
 
 # %% ../../nbs/api/augmentation/30_soft_labels.ipynb #843149ec
 def _portions(n, alpha, generator):
-    "Shares drawn from Beta(alpha, alpha) with the numbers of `generator`"
+    "Fractions drawn from Beta(alpha, alpha) with the numbers of `generator`"
     if not alpha > 0: raise ValueError(f"`alpha` must be above 0; got {alpha}.")
     rng = torch.randint(2**62, (), generator=generator).item()
     return torch.from_numpy(np.random.default_rng(rng).beta(alpha, alpha, n)).float()
@@ -36,10 +36,10 @@ def mixup(
     alpha:float=1.,              # Proportions come from Beta(alpha, alpha); small means nearly pure images
 )->tuple:                        # Images and labels
     "Mixup (Zhang et al. 2018, arXiv:1710.09412)."
-    share = _portions(len(x), alpha, generator)
+    own = _portions(len(x), alpha, generator)
     other = torch.randperm(len(x), generator=generator)
-    blend = lambda o, s: s*o + (1-s)*o[other]
-    return blend(x, share.view(-1, 1, 1, 1)), blend(y, share.view(-1, 1))
+    def blend(o, fraction): return fraction*o + (1-fraction)*o[other]
+    return blend(x, own.view(-1, 1, 1, 1)), blend(y, own.view(-1, 1))
 
 def cutmix(
     x:Tensor,                    # Images (N,C,H,W), pixels in [0,1]
@@ -55,8 +55,8 @@ def cutmix(
     inside = [((torch.arange(s)+.5 - s*m[:, None]).abs() <= s*side[:, None]/2)
               for s, m in zip((h, w), middle)]
     pasted = inside[0][:, None, :, None] & inside[1][:, None, None, :]
-    share = 1-pasted.float().mean((1, 2, 3)).view(-1, 1)
-    return torch.where(pasted, x[other], x), share*y + (1-share)*y[other]
+    own = 1-pasted.float().mean((1, 2, 3)).view(-1, 1)
+    return torch.where(pasted, x[other], x), own*y + (1-own)*y[other]
 
 # %% ../../nbs/api/augmentation/30_soft_labels.ipynb #b2531767
 def teacher_labels(
@@ -65,20 +65,20 @@ def teacher_labels(
     generator:torch.Generator|None=None, # Not used: there is nothing random here
     models=(),                   # Classifiers in eval mode, K logits each, at least one
     temperature:float=1,         # What logits are divided by, above 0
-    # Weight of the teachers' opinion, in [0,1]; the rest stays with the old label
-    share:float=1,
+    weight:float=1,              # Of the teachers' opinion, in [0,1]; the rest stays with the old label
     agree:bool=False,            # Change only rows whose class all teachers confirm
 )->tuple:                        # Images and labels
     "Labels from networks (Hinton et al. 2015, arXiv:1503.02531; Papernot et al. 2016, arXiv:1511.04508)."
     models = [models] if isinstance(models, torch.nn.Module) else list(models)
     if not models: raise ValueError("`models` must hold at least one classifier; got none.")
     if not temperature > 0: raise ValueError(f"`temperature` must be above 0; got {temperature}.")
-    if not 0 <= share <= 1: raise ValueError(f"`share` must be in [0, 1]; got {share}.")
+    if not 0 <= weight <= 1: raise ValueError(f"`weight` must be in [0, 1]; got {weight}.")
     logits = torch.stack([predict(m, x) for m in models])
     if logits.shape[2] != y.shape[1]:
-        raise ValueError(
-            f"`models` must have one logit per class, {y.shape[1]}; got {logits.shape[2]}.")
+        raise ValueError(f"`models` must have one logit per class, {y.shape[1]}; got "
+                         f"{logits.shape[2]}.")
     opinion = (logits/temperature).softmax(2).mean(0).to(y)
-    heard = (logits.argmax(2) == y.argmax(1)).all(0) if agree else torch.ones(
-        len(y), dtype=torch.bool)
-    return x, torch.where(heard[:, None], share*opinion + (1-share)*y, y)
+    mixed = weight*opinion + (1-weight)*y
+    if not agree: return x, mixed
+    confirmed = (logits.argmax(2) == y.argmax(1)).all(0)
+    return x, torch.where(confirmed[:, None], mixed, y)

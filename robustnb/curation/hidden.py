@@ -35,7 +35,7 @@ hidden_mixture = dict(clean=.05, noise=.20, corruption=.25, photometric=.10, lin
 def _noises():
     mild = [corruption(o, s) for o in ('shot_noise', 'impulse_noise', 'speckle_noise')
             for s in (1, 2)]
-    drawn = [partial(gaussian_noise, sigma=(.02, .12)), partial(salt_and_pepper, share=(.02, .30)),
+    drawn = [partial(gaussian_noise, sigma=(.02, .12)), partial(salt_and_pepper, amount=(.02, .30)),
              partial(uniform_noise, width=(.04, .2))]
     return drawn*2 + mild
 

@@ -13,8 +13,8 @@ import torch
 from ..core import make_generator, predict
 from ..data import ImageSet
 from robustnb.augmentation.transforms import (
-    affine, chain, fast_pipeline, from_imgaug, gamma, gaussian_noise, one_of, salt_and_pepper,
-    sometimes)
+    affine, chain, fast_pipeline, from_imgaug, gamma, gaussian_noise, imgaug_augmenters, one_of,
+    salt_and_pepper, sometimes)
 from ..augmentation.corruptions import corruption, corruption_names
 from ..augmentation.soft_labels import label_smoothing, mixup, teacher_labels
 from ..models.training import Recipe, train
@@ -120,7 +120,7 @@ def _lyx3911(nets, teacher, generated, k):
 # %% ../../nbs/api/curation/50_published.ipynb #01b8ee15
 def _imgaug_groups():
     "The four groups of the third or fourth place; weather and blur from `corruptions`"
-    import imgaug.augmenters as iaa
+    iaa = imgaug_augmenters()
     def group(*members):
         return one_of(*(from_imgaug(o) if isinstance(o, iaa.Augmenter) else o for o in members))
     return dict(
@@ -155,7 +155,7 @@ def _mixing_teams(nets, k):
                            attacked(shifted, both, L2(1.), 'ensemble')))
     eighth = dict(
         fgsm=_on(nets, fgsm, Linf(1.5/255)) + _on(nets, fgsm, Linf(15.5/255)),
-        salt=partial(salt_and_pepper, share=.6),
+        salt=partial(salt_and_pepper, amount=.6),
         noise=partial(gaussian_noise, sigma=.08), mixed=mixup)
     ciki000 = dict(
         pgd=_on(nets, partial(pgd, steps=k(40)), Linf(12/255)),

@@ -12,94 +12,22 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core import (batches, check_images, check_model, round_to_8bit, make_generator,
-                           progress)
+from ..core import batches, check_images, make_generator, progress
 from ..files import save_state
 from ..attacks.threat_models import Ball
-from ..attacks.transferable import resize_matrix
-from .blackbox import descriptor_distance
-from .students import _digest, _found
-from .attack import fit_eight_bit, _spent
-
-# %% ../../nbs/api/descriptors/60_attack_network.ipynb #8761b088
-def _begin(oracle, x, targets, threat, start):
-    """Clean 8-bit images, the targets beside them, the images to improve on and what the oracle
-    says about them; after a look at everything."""
-    check_images(x)
-    if not isinstance(threat, Ball):
-        raise TypeError(
-            f"`threat` must be a threat model such as SSIM(.95); got {type(threat).__name__}.")
-    if (not isinstance(targets, Tensor) or targets.ndim != 3 or len(targets) != len(x)
-        or targets.shape[1] < 1):
-        raise ValueError("`targets` must hold the wanted descriptors (N,T,D) of each of the "
-                         f"{len(x)} images; got {tuple(getattr(targets, 'shape', ()))}. One "
-                         "target per image needs `targets[:, None]`.")
-    if not targets.isfinite().all():
-        raise ValueError("`targets` must be finite; got NaN or infinity. Did the oracle leave "
-                         "a target image without an answer?")
-    if start is not None and check_images(start, 'start').shape != x.shape:
-        raise ValueError(
-            f"`start` must have the shape of `x`, {tuple(x.shape)}; got {tuple(start.shape)}.")
-    x, targets = round_to_8bit(x), targets.to(x)
-    best = x.clone() if start is None else fit_eight_bit(x, start, threat)
-    return x, targets, best, torch.full_like(
-        x[:, 0, 0, 0], torch.nan) if _spent(oracle) else _ask(oracle, best, targets)
-
-# %% ../../nbs/api/descriptors/60_attack_network.ipynb #920080c6
-def _ask(oracle, x, targets):
-    "Distances (N,) to the targets as the oracle sees them; NaN without an answer."
-    d = oracle(x).detach()
-    if d.shape != (len(x), targets.shape[2]):
-        raise ValueError("`targets` must be as long as the descriptors of `oracle`; got "
-                         f"{targets.shape[2]} numbers, and {tuple(d.shape)} from the oracle "
-                         f"for {len(x)} images.")
-    return descriptor_distance(d.to(targets), targets)
-
-def _offer(oracle, found, best, value, targets):
-    "Keep of `found` what the oracle likes better than `best`; the new best and its distances."
-    ask = (~value.isnan() & (found != best).flatten(1).any(1)).nonzero().flatten()
-    if not len(ask): return best, value
-    new = _ask(oracle, found[ask], targets[ask])
-    ask, new = ask[new < value[ask]], new[new < value[ask]]
-    return best.index_copy(0, ask, found[ask]), value.index_copy(0, ask, new)
-
-# %% ../../nbs/api/descriptors/60_attack_network.ipynb #f3b10bfe
-def _students(students):
-    "The students as a list, each one looked at."
-    students = [students] if isinstance(students, nn.Module) else list(students)
-    if not students:
-        raise ValueError("`students` must hold at least one network; got none. Train one on "
-                         "answers of the oracle.")
-    return [check_model(s) for s in students]
-
-def _distance(students, x, targets):
-    "Mean over students of the mean distance to the targets (N,)."
-    answers = [s(x) for s in students]
-    for d in answers:
-        if d.shape != (len(x), targets.shape[2]):
-            raise ValueError("`students` must answer with descriptors as long as the targets, "
-                             f"{targets.shape[2]} numbers; got {tuple(d.shape)} for {len(x)} "
-                             "images.")
-    return sum(descriptor_distance(d, targets) for d in answers)/len(answers)
-
-def _vary(x, u, share=.9):
-    """Images made smaller, to between `share` and all of their size, and put somewhere, for random
-    numbers `u` (N,3)."""
-    rows = []
-    columns = []
-    for lines, n, where in ((rows, x.shape[2], u[:, 1:2]), (columns, x.shape[3], u[:, 2:3])):
-        size = (n*(share + (1-share)*u[:, :1])).round().clamp_min(1)
-        lines.append(resize_matrix(n, size, (where*(n-size+1)).floor())[:, None])
-    return rows[0] @ x @ columns[0].mT
+from .blackbox import is_spent
+from .students import find_checkpoint, tensor_digest
+from .attack import (
+    begin_attack, check_students, fit_8bit, keep_better, shrink_and_place, student_distance)
 
 # %% ../../nbs/api/descriptors/60_attack_network.ipynb #4edb0885
 def _block(i, o):
     "A decoder block of LinkNet: narrow, twice the size, wide."
     m = max(4, i//4)
     layer = lambda conv, c: [conv, nn.GroupNorm(1, c), nn.ReLU()]
-    return nn.Sequential(*layer(nn.Conv2d(i, m, 1), m),
-                         *layer(nn.ConvTranspose2d(m, m, 4, 2, 1), m),
-                         *layer(nn.Conv2d(m, o, 1), o))
+    narrow = layer(nn.Conv2d(i, m, 1), m)
+    larger = layer(nn.ConvTranspose2d(m, m, 4, 2, 1), m)
+    return nn.Sequential(*narrow, *larger, *layer(nn.Conv2d(m, o, 1), o))
 
 def _stage(i, o):
     "Half the size, then a convolution more."
@@ -112,17 +40,19 @@ class _Encoder(nn.Module):
         super().__init__()
         stages = list(getattr(student, 'stages', ()))[:3] or [
             _stage(3, width), _stage(width, 2*width), _stage(2*width, 4*width)]
-        self.normalize, self.stages = copy.deepcopy((
-            getattr(student, 'normalize', nn.Identity()), nn.ModuleList(stages)))
+        own = getattr(student, 'normalize', nn.Identity()), nn.ModuleList(stages)
+        self.normalize, self.stages = copy.deepcopy(own)
         self.stages.requires_grad_(True)
 
     def forward(self, x):
         x = self.normalize(x)
         maps = []
         for stage in self.stages:
-            maps.append(x := stage(x))
+            x = stage(x)
+            maps.append(x)
         return maps
 
+# %% ../../nbs/api/descriptors/60_attack_network.ipynb #9b45235a
 def _head(i, m):
     "Twice the size, then a colour for each pixel."
     return nn.Sequential(nn.ConvTranspose2d(i, m, 4, 2, 1), nn.ReLU(),
@@ -131,37 +61,35 @@ def _head(i, m):
 def _sized(a, like):
     "`a` with the height and width of `like`: cut where it is a pixel too large, else interpolated."
     h, w = like.shape[2:]
-    return (a[:, :, :h, :w] if h <= a.shape[2] <= h+1 and w <= a.shape[3] <= w+1
-            else F.interpolate(a, size=(h, w), mode='bilinear', align_corners=False))
+    if h <= a.shape[2] <= h+1 and w <= a.shape[3] <= w+1: return a[:, :, :h, :w]
+    return F.interpolate(a, size=(h, w), mode='bilinear', align_corners=False)
 
 def _allowed(threat, x, raw):
-    "`raw` drawn back to the rule; in the gradient the share of the change that stays is a constant."
+    "`raw` drawn back to the rule; in the gradient the part of the change that stays is a constant."
     raw = raw.clamp(0, 1)
     with torch.no_grad():
         kept = threat.project(x, raw)
-        share = (kept-x).flatten(1).norm(dim=1)/(raw-x).flatten(1).norm(dim=1).clamp_min(1e-12)
-    moved = x + share.view(-1, 1, 1, 1)*(raw-x)
+        part = (kept-x).flatten(1).norm(dim=1)/(raw-x).flatten(1).norm(dim=1).clamp_min(1e-12)
+    moved = x + part.view(-1, 1, 1, 1)*(raw-x)
     return moved + (kept-moved).detach()
 
 # %% ../../nbs/api/descriptors/60_attack_network.ipynb #663b7525
 class LinkNetAttacker(nn.Module):
-    """Draws the change that brings an image to a wanted person (LinkNet: Chaurasia and Culurciello
-    2017, arXiv:1707.03718)."""
+    "Draws the change towards an identity (LinkNet: Chaurasia and Culurciello 2017, arXiv:1707.03718)."
     def __init__(self,
         width:int=32,      # Channels of the finest scale, >= 4; twice and four times as many follow
         k:float=.1,        # What the decoder's answer is multiplied with, in pixel units; 0 changes nothing
-        # A student with `stages`, at least three modules in a row; None starts from random weights
-        encoder=None,
+        encoder=None,      # A student with `stages`, at least three modules in a row; None is random weights
         seed:int=0,        # Random weights
     ):
         super().__init__()
         if not (width >= 4 and 0 <= k < math.inf):
             raise ValueError("`width` must be at least 4 channels and `k` finite and not "
                              f"negative; got {width} and {k}.")
-        if encoder is not None and (found := len(getattr(encoder, 'stages', ()))) < 3:
-            raise ValueError("`encoder` must have `stages`, at least three modules that "
-                             f"follow each other; got {type(encoder).__name__} with {found}. "
-                             "Use None for an encoder of its own.")
+        found = len(getattr(encoder, 'stages', ()))
+        if encoder is not None and found < 3:
+            raise ValueError("`encoder` must have `stages`, at least three modules in a row; got "
+                             f"{type(encoder).__name__} with {found}. Use None for its own.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(make_generator(seed, 'attacker').initial_seed())
             self.encoder = _Encoder(encoder, width).eval()
@@ -174,12 +102,13 @@ class LinkNetAttacker(nn.Module):
 
     def forward(self,
         x:Tensor,              # Source images (N,3,H,W), pixels in [0,1]
-        target_images:Tensor,  # Images of the wanted person of each (N,T,3,H,W), pixels in [0,1]
+        target_images:Tensor,  # Images of the wanted identity of each (N,T,3,H,W), pixels in [0,1]
         threat=None,           # Threat model that the answer keeps; None keeps none
     )->Tensor:                 # Images like `x`, pixels in [0,1]
         "The changed images."
-        pairs = [torch.cat([s, o.unflatten(0, target_images.shape[:2]).mean(1)], 1)
-                 for s, o in zip(self.encoder(x), self.encoder(target_images.flatten(0, 1)))]
+        theirs = [o.unflatten(0, target_images.shape[:2]).mean(1)
+                  for o in self.encoder(target_images.flatten(0, 1))]
+        pairs = [torch.cat([s, o], 1) for s, o in zip(self.encoder(x), theirs)]
         a = pairs[2]
         for up, skip in zip(self.up, pairs[1::-1]):
             a = _sized(up(a), skip) + skip
@@ -193,36 +122,35 @@ class AttackerRecipe:
     epochs:int=20          # Passes over the sources
     batch_size:int=20      # Sources in a step
     lr:float=3e-3          # Learning rate at the start
-    # Images are made smaller, down to this share, before a student sees them, in (0,1]; 1 leaves
-    # them
-    smallest:float=.9
-    shuffle:bool=True      # Sources meet other people in each epoch; False keeps the pairs as they are given
+    smallest:float=.9      # Least size of images that students see, as a part of the whole, in (0,1]
+    shuffle:bool=True      # Sources meet other identities in each epoch; False keeps the pairs as given
     seed:int=0             # Order, pairs and sizes
 
     def __post_init__(self):
-        if not (self.epochs >= 1 and self.batch_size >= 1 and 0 < self.lr < math.inf
-                and 0 < self.smallest <= 1):
+        counts = self.epochs >= 1 and self.batch_size >= 1
+        if not (counts and 0 < self.lr < math.inf and 0 < self.smallest <= 1):
             raise ValueError("`epochs` and `batch_size` must be at least 1, `lr` positive, "
                              f"`smallest` in (0, 1]; got {self}.")
 
 # %% ../../nbs/api/descriptors/60_attack_network.ipynb #7ead3b0b
 def _mark(attacker, students, sources, target_images, threat, recipe):
     "What a checkpoint must agree with before a run may continue from it."
+    weights = [v for s in students for v in s.state_dict().values()]
     return dict(format='robustnb.end_to_end/1',
-                attacker=_digest(*attacker.state_dict().values(), torch.tensor(attacker.k)),
-                students=_digest(*(v for s in students for v in s.state_dict().values())),
-                images=_digest(sources, target_images), threat=repr(threat), recipe=repr(recipe))
+                attacker=tensor_digest(*attacker.state_dict().values(), torch.tensor(attacker.k)),
+                students=tensor_digest(*weights), images=tensor_digest(sources, target_images),
+                threat=repr(threat), recipe=repr(recipe))
 
 def _check_pairs(x, target_images, name='x'):
-    "Raise unless these are RGB images and the images of the wanted person of each."
+    "Raise unless these are RGB images and the images of the wanted identity of each."
     if check_images(x, name).shape[1] != 3:
         raise ValueError(f"`{name}` must have three channels; got shape {tuple(x.shape)}. "
                          "Repeat a grey channel with `expand`.")
-    if (not isinstance(target_images, Tensor) or target_images.ndim != 5
-        or len(target_images) != len(x) or target_images.shape[2:] != x.shape[1:]):
+    fits = isinstance(target_images, Tensor) and target_images.ndim == 5
+    if not fits or len(target_images) != len(x) or target_images.shape[2:] != x.shape[1:]:
         raise ValueError("`target_images` must be (N,T,3,H,W), in number and size like "
                          f"`{name}`, {tuple(x.shape)}; got "
-                         f"{tuple(getattr(target_images, 'shape', ()))}. One image per person "
+                         f"{tuple(getattr(target_images, 'shape', ()))}. One image per identity "
                          "needs `[:, None]`.")
     check_images(target_images.flatten(0, 1), 'target_images')
 
@@ -233,12 +161,28 @@ def _wanted(students, target_images):
         return [s(target_images.flatten(0, 1)).unflatten(0, target_images.shape[:2])
                 for s in students]
 
+def _loss(attacker, students, x, people, u, threat, means):
+    """Loss of a batch, its sums (one minus the similarity, distance, inside the rule), and the
+    running means."""
+    raw = attacker(x, people)
+    seen = shrink_and_place(_allowed(threat, x, raw), *u)
+    far = threat.distance(x, raw)
+    distance = sum(student_distance([o], seen, t)
+                   for o, t in zip(students, _wanted(students, people)))/len(students)
+    now = torch.stack([far.mean(), distance.mean()]).detach()
+    means = now if means is None else .9*means + .1*now
+    a, b = means.flip(0)/means.sum().clamp_min(1e-12)
+    inside = far <= threat.eps
+    loss = torch.where(inside, distance, a*far + b*distance).mean()
+    return loss, torch.stack([far.sum(), distance.sum(), inside.sum()]).detach(), means
+
+# %% ../../nbs/api/descriptors/60_attack_network.ipynb #b69c34ad
 def _epoch(attacker, students, pairs, threat, recipe, epoch, optimizer, means):
-    """One pass; returns means of one minus the similarity, of the distance and of the share inside
+    """One pass; returns means of one minus the similarity, of the distance and of the images inside
     the rule, and the running means."""
     sources, target_images = pairs
     g = make_generator(recipe.seed, 'epoch', epoch)
-    n = len(pairs[0])
+    n = len(sources)
     order = torch.randperm(n, generator=g)
     device = next(attacker.parameters()).device
     partner = order[torch.randperm(n, generator=g)] if recipe.shuffle else order
@@ -249,68 +193,58 @@ def _epoch(attacker, students, pairs, threat, recipe, epoch, optimizer, means):
             group['lr'] = recipe.lr*(1 + math.cos(math.pi*(epoch + i/len(cuts))/recipe.epochs))/2
         x = sources[order[s]].to(device)
         people = target_images[partner[s]].to(device)
-        raw = attacker(x, people)
-        seen = _vary(_allowed(threat, x, raw), torch.rand(len(x), 3, generator=g).to(x),
-                     recipe.smallest)
-        far = threat.distance(x, raw)
-        distance = sum(_distance([o], seen, t)
-                       for o, t in zip(students, _wanted(students, people)))/len(students)
-        now = torch.stack([far.mean(), distance.mean()]).detach()
-        means = now if means is None else .9*means + .1*now
-        a, b = means.flip(0)/means.sum().clamp_min(1e-12)
-        inside = far <= threat.eps
-        loss = torch.where(inside, distance, a*far + b*distance).mean()
+        u = torch.rand(len(x), 3, generator=g).to(x), recipe.smallest
+        loss, sums, means = _loss(attacker, students, x, people, u, threat, means)
         if not loss.isfinite():
             raise FloatingPointError(
                 f"the loss is not finite in epoch {epoch+1}. Lower `lr` (now {recipe.lr}).")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        total += torch.stack([far.sum(), distance.sum(), inside.sum()]).detach()
+        total += sums
     return (total/n).tolist(), means
 
 # %% ../../nbs/api/descriptors/60_attack_network.ipynb #7c70b5b9
 def train_attacker(
     students,               # Network or networks in eval mode: images -> descriptors; not changed
     sources:Tensor,         # Source images (N,3,H,W), pixels in [0,1]
-    target_images:Tensor,   # Images of the wanted people (N,T,3,H,W), pixels in [0,1]
+    target_images:Tensor,   # Images of the wanted identities (N,T,3,H,W), pixels in [0,1]
     threat,                 # Threat model, normally `SSIM(.95)`
     recipe:AttackerRecipe=AttackerRecipe(), # How to train
-    # Where to start, not changed; None is a `LinkNetAttacker` with the seed of the recipe
-    attacker:LinkNetAttacker|None=None,
+    attacker:LinkNetAttacker|None=None, # Where to start, not changed; None is one with the seed of the recipe
     checkpoint=None,        # File written after every epoch; None for none
     resume:bool=False,      # Continue from `checkpoint` if it exists
-    # Trained, in eval mode, where the students are; one row per epoch: what the loss saw
-)->tuple[LinkNetAttacker, pd.DataFrame]:
+)->tuple[LinkNetAttacker, pd.DataFrame]: # Trained, in eval mode, where the students are; a row per epoch
     "Train an attacker against frozen students."
     _check_pairs(sources, target_images, 'sources')
     if not isinstance(threat, Ball):
-        raise TypeError(
-            f"`threat` must be a threat model such as SSIM(.95); got {type(threat).__name__}.")
-    students = [copy.deepcopy(s).requires_grad_(False) for s in _students(students)]
+        raise TypeError("`threat` must be a threat model such as SSIM(.95); "
+                        f"got {type(threat).__name__}.")
+    students = [copy.deepcopy(s).requires_grad_(False) for s in check_students(students)]
     device = next((p.device for p in students[0].parameters()), sources.device)
-    attacker = copy.deepcopy(LinkNetAttacker(seed=recipe.seed) if attacker is None
-                             else attacker).to(device).eval()
+    start = LinkNetAttacker(seed=recipe.seed) if attacker is None else attacker
+    attacker = copy.deepcopy(start).to(device).eval()
     mark = _mark(attacker, students, sources, target_images, threat, recipe)
     history = []
     means = None
     optimizer = torch.optim.Adam(attacker.parameters(), recipe.lr)
-    if state := _found(checkpoint, resume, device, mark):
+    state = find_checkpoint(checkpoint, resume, device, mark)
+    if state:
         attacker.load_state_dict(state['attacker'])
         optimizer.load_state_dict(state['optimizer'])
         history = state['history']
         means = state['means']
     for epoch in range(len(history), recipe.epochs):
         began = time.time()
-        (far, distance, inside), means = _epoch(attacker, students, (sources, target_images),
-                                                threat, recipe, epoch, optimizer, means)
-        history.append(dict(epoch=epoch+1, excess=far, distance=distance, inside=inside,
+        images = (sources, target_images)
+        seen, means = _epoch(attacker, students, images, threat, recipe, epoch, optimizer, means)
+        history.append(dict(zip(('excess', 'distance', 'inside'), seen), epoch=epoch+1,
                             seconds=time.time()-began))
         if checkpoint:
-            save_state(dict(mark=mark, history=history, means=means,
-                            attacker=attacker.state_dict(), optimizer=optimizer.state_dict()),
-                       checkpoint)
-    return attacker, pd.DataFrame(history)
+            weights = dict(attacker=attacker.state_dict(), optimizer=optimizer.state_dict())
+            save_state(dict(mark=mark, history=history, means=means) | weights, checkpoint)
+    columns = ['epoch', 'excess', 'distance', 'inside', 'seconds']
+    return attacker, pd.DataFrame(history, columns=columns)
 
 # %% ../../nbs/api/descriptors/60_attack_network.ipynb #cbe9502a
 @torch.no_grad()
@@ -322,9 +256,9 @@ def network_attack(
     generator:torch.Generator|None=None, # Not used: there is nothing random here
     start:Tensor|None=None, # Images of an earlier stage; None is `x`
     attacker:LinkNetAttacker|None=None,  # From `train_attacker`; must be given
-    # Images of the wanted people (N,T,3,H,W), pixels in [0,1]; must be given
+    # Images of the wanted identities (N,T,3,H,W), pixels in [0,1]; must be given
     target_images:Tensor|None=None,
-    # 8-bit images like `x`, allowed by `threat`; for the oracle never worse than `start`
+# 8-bit images like `x`, allowed by `threat`; for the oracle never worse than `start`
 )->Tensor:
     "The images of a trained attacker, where the oracle likes them better."
     if not isinstance(attacker, nn.Module):
@@ -332,9 +266,9 @@ def network_attack(
             f"`attacker` must be a network from `train_attacker`; got {type(attacker).__name__}.")
     check_images(x)
     _check_pairs(x, target_images)
-    x, targets, best, value = _begin(oracle, x, targets, threat, start)
-    if _spent(oracle): return best
+    x, targets, best, _, distances = begin_attack(oracle, x, targets, threat, start)
+    if is_spent(oracle): return best
     device = next(attacker.parameters()).device
     found = torch.cat([attacker(x[s].to(device), target_images[s].to(device), threat).to(x)
                        for s in batches(len(x), 50)])
-    return _offer(oracle, fit_eight_bit(x, found, threat), best, value, targets)[0]
+    return keep_better(oracle, fit_8bit(x, found, threat), best, distances, targets)[0]

@@ -14,30 +14,29 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from ..core import (batches, check_images, some_of, make_generator, progress, to_float,
-                           to_uint8)
+from ..core import (
+    batches, check_images, make_generator, progress, some_of, to_float, to_uint8)
 from ..files import load_state, save_state
 from ..metrics import bootstrap
 from ..attacks.ssim_rule import file_ssim
 from .blackbox import descriptor_distance
-from .students import _digest
+from .students import tensor_digest
 
-# %% ../../nbs/api/descriptors/90_comparison.ipynb #64dbdd1a
+# %% ../../nbs/api/descriptors/90_comparison.ipynb #35faa7a4
+def _plain(v):
+    "A setting as text; only its type where the text would differ in another process"
+    plain = isinstance(v, (int, float, str, bool, type(None), tuple, list, dict))
+    return repr(v) if plain and '0x' not in repr(v) else type(v).__name__
+
 def _describe(f):
     "A function and its plain settings, as text that is the same in another process"
-    plain = lambda v: repr(v) if isinstance(v, (int, float, str, bool, type(None), tuple, list,
-                                                dict)) and '0x' not in repr(v) else type(v).__name__
     if isinstance(f, partial):
-        return (
-            f"{_describe(f.func)}({', '.join([*map(plain, f.args), *(f'{k}={plain(v)}' for k,v in sorted(f.keywords.items()))])})")
+        settings = [f'{k}={_plain(v)}' for k, v in sorted(f.keywords.items())]
+        return f"{_describe(f.func)}({', '.join([*map(_plain, f.args), *settings])})"
     return getattr(f, '__qualname__', type(f).__name__)
 
-def _run_group(name, attack, make_oracle, x, targets, threat, seed):
-    "Columns of the rows, and the images (N,H,W,C)"
-    oracle = make_oracle()
-    began = time.perf_counter()
-    x_adv = attack(oracle, x, targets, threat, generator=make_generator(seed, 'compare'))
-    seconds = time.perf_counter()-began
+def _judge(name, x, x_adv, targets, threat, make_oracle):
+    "Columns of the rows that a fresh oracle gives, and the images (N,H,W,C)"
     got = tuple(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
     if got != tuple(x.shape):
         raise ValueError(
@@ -54,62 +53,88 @@ def _run_group(name, attack, make_oracle, x, targets, threat, seed):
     with torch.no_grad():
         before = descriptor_distance(make_oracle()(x8), targets).double().cpu().tolist()
         after = descriptor_distance(make_oracle()(x8_adv), targets).double().cpu().tolist()
-    return dict(before=before, after=after, ssim=file_ssim(images, changed).tolist(),
-                queries=[getattr(oracle, 'used', math.nan)/len(x)]*len(x),
-                seconds=[seconds/len(x)]*len(x)), changed
+    return dict(before=before, after=after, ssim=file_ssim(images, changed).tolist()), changed
+
+# %% ../../nbs/api/descriptors/90_comparison.ipynb #64dbdd1a
+def _run_group(name, attack, make_oracle, x, targets, threat, seed):
+    "Columns of the rows, and the images (N,H,W,C)"
+    oracle = make_oracle()
+    began = time.perf_counter()
+    x_adv = attack(oracle, x, targets, threat, generator=make_generator(seed, 'compare'))
+    n = len(x)
+    seconds = time.perf_counter()-began
+    queries = getattr(oracle, 'used', math.nan)
+    columns, changed = _judge(name, x, x_adv, targets, threat, make_oracle)
+    return columns | dict(queries=[queries/n]*n, seconds=[seconds/n]*n), changed
+
+# %% ../../nbs/api/descriptors/90_comparison.ipynb #c0786331
+_FORMAT = 'robustnb.verification/1'
 
 def _known(file, mark):
     "What an earlier run has left in `file`, or None"
     if not file.exists(): return None
     state = load_state(file)
-    theirs = state.get('mark', {}) if isinstance(
-        state, dict) and state.get('format') == 'robustnb.verification/1' else {}
-    differ = [f"{k} ({theirs.get(k)}, now {v})" for k,v in mark.items() if theirs.get(k) != v]
+    ours = isinstance(state, dict) and state.get('format') == _FORMAT
+    theirs = state.get('mark', {}) if ours else {}
+    differ = [f"{k} ({theirs.get(k)}, now {v})" for k, v in mark.items() if theirs.get(k) != v]
     if differ:
         raise ValueError(f"`folder` holds the answer to another question: in {file} differ "
                          f"{', '.join(differ)}. Take another folder, or delete the file.")
     return state
 
+def _group_of(file, mark, run, groups):
+    "The finished group in `file`; run and written if it is not there"
+    state = _known(file, mark) if file else None
+    if state is None:
+        rows, changed = run()
+        state = dict(format=_FORMAT, mark=mark, rows=rows, images=torch.from_numpy(changed),
+                     groups=groups)
+        if file:
+            save_state(state, file)
+    return state
+
 # %% ../../nbs/api/descriptors/90_comparison.ipynb #78004069
-def _check_comparison(attacks, make_oracle, x, targets, group):
-    "Raise unless a comparison can start"
+def _check_attacks(attacks):
+    "Raise unless these are attacks whose names can be names of folders"
     if not isinstance(attacks, dict) or not attacks:
         raise TypeError(f"`attacks` must be a dict from names to attacks; got {attacks!r:.80}.")
-    odd = [k for k,v in attacks.items() if not (isinstance(k, str) and re.fullmatch(
-        r'[\w+(][\w +.,=()-]{0,99}', k) and k == k.rstrip(' .') and callable(v))]
+    def is_name(k):
+        plain = isinstance(k, str) and re.fullmatch(r'[\w+(][\w +.,=()-]{0,99}', k)
+        return plain and k == k.rstrip(' .')
+    odd = [k for k, v in attacks.items() if not (is_name(k) and callable(v))]
     if odd:
         raise ValueError("`attacks` must be functions (oracle, x, targets, threat, generator) "
                          "with names of letters, digits and ' +.,=()-', which are names of "
                          f"folders; got {some_of(odd)}.")
+
+def _check_comparison(attacks, make_oracle, x, targets, group):
+    "Raise unless a comparison can start"
+    _check_attacks(attacks)
     check_images(x)
-    if not (isinstance(targets, Tensor) and targets.ndim == 3 and len(targets) == len(x)
-            and torch.isfinite(targets).all()):
-        raise ValueError(
-            f"`targets` must be finite descriptors (N,T,D) for {len(x)} images; got "
-            f"{tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__}. "
-            "Repeat those of a pair for each of its images.")
+    fits = isinstance(targets, Tensor) and targets.ndim == 3 and len(targets) == len(x)
+    if not fits or not torch.isfinite(targets).all():
+        got = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+        raise ValueError(f"`targets` must be finite descriptors (N,T,D) for {len(x)} images; got "
+                         f"{got}. Repeat those of a pair for each of its images.")
     if not (isinstance(group, (int, np.integer)) and group >= 1):
         raise ValueError(f"`group` must be a number of images, at least 1; got {group!r}.")
     left = getattr(make_oracle(), 'left', math.inf)
     if not left >= min(group, len(x)):
-        raise ValueError("`make_oracle` must give oracles with at least one question for each "
+        raise ValueError("`make_oracle` must give oracles with at least one query for each "
                          f"image of a group ({min(group, len(x))}), as such a one judges the "
                          f"result; got {left}.")
 
+# %% ../../nbs/api/descriptors/90_comparison.ipynb #e18a3741
 def compare_attacks(
     attacks:dict,          # Name -> attack: (oracle, x, targets, threat, generator) -> images
-    # () -> a fresh oracle, such as `lambda: Queries(box, 500)`; one for each group and attack
-    make_oracle:Callable,
+    make_oracle:Callable,  # () -> a fresh oracle, `lambda: BlackBox(box, 500)`; one for each group and attack
     x:Tensor,              # Originals (N,3,H,W), pixels in [0,1]
     targets:Tensor,        # Descriptors to come close to (N,T,D)
     threat,                # Threat model, such as `SSIM(.95 + 2e-6)`
     seed:int=0,            # Random numbers, the same for every attack
     folder=None,           # Where finished groups are kept and found again; None keeps nothing
-    # Images of a group, attacked together, >= 1; give those of a pair one after the other
-    group:int=5,
-    # One row per attack and image: attack, group, image, before, after, ssim, and queries and
-    # seconds per image of the group
-)->pd.DataFrame:
+    group:int=5,           # Images attacked together, >= 1; give those of a pair one after the other
+)->pd.DataFrame:           # A row per attack and image; queries and seconds are those of the group, per image
     "Several attacks on the same images with the same budget."
     _check_comparison(attacks, make_oracle, x, targets, group)
     slices = batches(len(x), group)
@@ -120,20 +145,14 @@ def compare_attacks(
         s = slices[g]
         file = folder and Path(folder)/name/f'{g:05}.pt'
         mark = dict(attack=_describe(attacks[name]), threat=repr(threat), seed=int(seed),
-                    images=_digest(x[s]), targets=_digest(targets[s]))
-        state = _known(file, mark) if file else None
-        if state is None:
-            rows, changed = _run_group(name, attacks[name], make_oracle, x[s], targets[s],
-                                       threat, seed)
-            state = dict(format='robustnb.verification/1', mark=mark, rows=rows,
-                         images=torch.from_numpy(changed), groups=len(slices))
-            if file:
-                save_state(state, file)
-        parts.append(pd.DataFrame(dict(attack=name, group=g,
-                                       image=range(s.start, s.stop)) | state['rows']))
-        total.setdefault(name, []).extend(state['rows']['after'])
-        bar.set_postfix_str(f'{name} {np.nanmean(total[name]):.4f}'
-                            if np.isfinite(total[name]).any() else name)
+                    images=tensor_digest(x[s]), targets=tensor_digest(targets[s]))
+        run = partial(_run_group, name, attacks[name], make_oracle, x[s], targets[s], threat, seed)
+        rows = _group_of(file, mark, run, len(slices))['rows']
+        images = range(s.start, s.stop)
+        parts.append(pd.DataFrame(dict(attack=name, group=g, image=images) | rows))
+        total.setdefault(name, []).extend(rows['after'])
+        mean = np.nanmean(total[name]) if np.isfinite(total[name]).any() else None
+        bar.set_postfix_str(name if mean is None else f'{name} {mean:.4f}')
     return pd.concat(parts, ignore_index=True)
 
 # %% ../../nbs/api/descriptors/90_comparison.ipynb #80caeca4
@@ -159,16 +178,15 @@ def _interval(values, level, seed):
     "Mean over the images, with an interval over their groups; no interval for a single group"
     per = values.groupby(level='group').agg(['sum', 'count'])
     if len(per) < 2: return float(values.mean()), math.nan, math.nan
-    return bootstrap(lambda total, n: total.sum()/n.sum(), per['sum'].to_numpy(),
-                     per['count'].to_numpy(), seed=seed, level=level)
+    mean = lambda total, n: total.sum()/n.sum()
+    return bootstrap(mean, per['sum'].to_numpy(), per['count'].to_numpy(), seed=seed, level=level)
 
 def attack_table(
     rows:pd.DataFrame,         # From `compare_attacks`
     reference:str|None=None,   # Attack that the others are compared with; None takes the first
     level:float=.95,           # Confidence of the intervals, inside (0,1)
     seed:int=0,                # Draws of the bootstrap
-    # One row per attack: images, before, after with lo and hi, difference to the reference with its
-    # lo and hi, lowest_ssim, queries and seconds per image
+# A row per attack: means and intervals, lowest_ssim, queries and seconds per image
 )->pd.DataFrame:
     "How good each attack is, and how much it differs from the reference."
     wide = rows.pivot(index=['group', 'image'], columns='attack', values='after')
@@ -185,19 +203,18 @@ def attack_table(
         o = o.set_index(['group', 'image']).loc[whole.index]
         after = _interval(whole[name], level, seed)
         change = _interval(whole[name]-whole[reference], level, seed)
-        table[name] = dict(images=len(o), before=o.before.mean()) | dict(zip(
-            ('after', 'lo', 'hi', 'difference', 'difference_lo', 'difference_hi'), after+change))
-        table[name] |= dict(lowest_ssim=o.ssim.min(), queries=o.queries.mean(),
-                            seconds=o.seconds.mean())
+        columns = 'after', 'lo', 'hi', 'difference', 'difference_lo', 'difference_hi'
+        table[name] = dict(images=len(o), before=o.before.mean(), **dict(zip(columns, after+change)),
+                           lowest_ssim=o.ssim.min(), queries=o.queries.mean(),
+                           seconds=o.seconds.mean())
     return pd.DataFrame.from_dict(table, orient='index').rename_axis('attack')
 
 # %% ../../nbs/api/descriptors/90_comparison.ipynb #c4d8b4b8
 def ablation(
     attack:Callable,         # The full attack: (oracle, x, targets, threat, generator, ...) -> images
-    # Heuristic -> the keyword arguments that switch it off, such as `dict(momentum=dict(decay=0))`
-    off:dict,
+    off:dict,                # Heuristic -> the arguments that switch it off: `dict(momentum=dict(decay=0))`
     cumulative:bool=False,   # Whether to start with all off and to add them in the order of `off`
-    # Name -> attack, for `compare_attacks`; the full attack first, or last if `cumulative`
+# Name -> attack, for `compare_attacks`; the full one first, or last if `cumulative`
 )->dict:
     "An attack with each of its heuristics on and off."
     if not off or not all(isinstance(o, dict) and o for o in off.values()):
@@ -207,9 +224,9 @@ def ablation(
     unknown = {k for o in off.values() for k in o} - {o.name for o in takes}
     if unknown and not any(o.kind == o.VAR_KEYWORD for o in takes):
         raise ValueError("`off` must name arguments of the attack: "
-                         f"{', '.join(o.name for o in takes)}; got "
-                         f"{some_of(sorted(unknown))}.")
-    without = lambda names: partial(attack, **{k: v for n in names for k,v in off[n].items()})
+                         f"{', '.join(o.name for o in takes)}; got {some_of(sorted(unknown))}.")
+    without = lambda names: partial(attack, **{k: v for n in names for k, v in off[n].items()})
     if not cumulative: return dict(full=attack) | {f'without {n}': without([n]) for n in off}
     names = list(off)
-    return dict(plain=without(names)) | {f'+ {n}': without(names[i+1:]) for i,n in enumerate(names)}
+    added = {f'+ {n}': without(names[i+1:]) for i, n in enumerate(names)}
+    return dict(plain=without(names)) | added

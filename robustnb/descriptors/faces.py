@@ -6,69 +6,46 @@
 __all__ = ['prepare', 'load_faces']
 
 # %% ../../nbs/api/descriptors/20_faces.ipynb #99fa4e62
-import io
 from PIL import Image
 import numpy as np
-from ..core import progress
-from ..archives import check_entry, open_zip
-from ..data import check_names, class_folders, decode_image, NamedSet
+from ..data import load_zip, NamedSet
 
 # %% ../../nbs/api/descriptors/20_faces.ipynb #707e629f
 def _start(length, crop): return round((length-crop)/2) if length >= crop else -((crop-length)//2)
 
 def prepare(
     image:np.ndarray,  # One image (H,W), (H,W,1) or (H,W,3), uint8
-    # Height and width of the centre that is kept, in pixels; black is added where the image is
-    # smaller
-    crop:int=224,
+    crop:int=224,      # Side of the centre that is kept, in pixels; smaller images get black borders
     size:int=112,      # Height and width of the result in pixels, by bilinear interpolation
 )->np.ndarray:         # Image (size,size,3), uint8; grey is repeated over the channels
     "What the black box of the competition sees of a photograph (Machines Can See 2018)."
     image = np.asarray(image)
-    if image.dtype != np.uint8 or not (
-            image.ndim == 2 or image.ndim == 3 and image.shape[2] in (1, 3)) or not image.size:
+    shaped = image.ndim == 2 or image.ndim == 3 and image.shape[2] in (1, 3)
+    if image.dtype != np.uint8 or not shaped or not image.size:
         raise ValueError("`image` must be one uint8 image (H,W), (H,W,1) or (H,W,3); got "
                          f"{image.dtype} of shape {image.shape}. Prepare images one by one, "
                          "channels last.")
-    for k,v in dict(crop=crop, size=size).items():
+    for k, v in dict(crop=crop, size=size).items():
         if not (isinstance(v, (int, np.integer)) and 1 <= v <= 10_000):
             raise ValueError(f"`{k}` must be a whole number of pixels from 1 to 10000; got {v!r}.")
-    im = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1
-                         else image).convert('RGB')
-    left = _start(im.width, crop)
-    top = _start(im.height, crop)
-    return np.array(im.crop((left, top, left+crop, top+crop)).resize((size, size), Image.BILINEAR))
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[..., 0]
+    picture = Image.fromarray(image).convert('RGB')
+    left = _start(picture.width, crop)
+    top = _start(picture.height, crop)
+    kept = picture.crop((left, top, left+crop, top+crop))
+    return np.array(kept.resize((size, size), Image.BILINEAR))
 
 # %% ../../nbs/api/descriptors/20_faces.ipynb #9e3abbb9
 def load_faces(
-    path,            # Zip file with person/image; one folder around all is ignored
-    # Centre that is kept, in pixels, see `prepare`; 112 pads the faces of ORL (92 x 112), 224 is
-    # the competition's
-    crop:int=112,
+    path,            # Zip file with identity/image; one folder around all is ignored
+    crop:int=112,    # Centre that is kept, see `prepare`; 112 pads the faces of ORL, 224 is the competition's
     size:int=112,    # Height and width of the result in pixels
-)->NamedSet:         # Images (N,size,size,3), uint8; the classes are the persons, sorted by name
-    "Faces of several persons from a zip file, cut and resized."
-    with open_zip(path) as z:
-        for e in z.infolist():
-            check_entry(e, path)
-        files = [e.filename for e in z.infolist() if not e.is_dir()]
-        paths, y, persons = class_folders(files, None, path)
-        names = check_names(
-            ['_'.join(o.split('/')[-2:]).rpartition('.')[0] + '.png' for o in paths], 'path')
-        images, first = None, None
-        for i,name in enumerate(progress(paths, 'faces')):
-            try:
-                a = decode_image(io.BytesIO(z.read(name)))
-            except Exception as e:
-                raise ValueError(f"{name!r} in {path} cannot be read as an image: {e}. "
-                                 "Replace or remove it.") from e
-            if first is None:
-                first = a.shape
-                images = np.empty((len(paths), *prepare(a, crop, size).shape), np.uint8)
-            if a.shape != first:
-                raise ValueError(f"`path` must hold images of one size; {paths[0]!r} is "
-                                 f"{first[1]}x{first[0]} and {name!r} is "
-                                 f"{a.shape[1]}x{a.shape[0]} pixels. Bring them to "
-                                 "one size first.")
-            images[i] = prepare(a, crop, size)
-    return NamedSet(images, y, persons, names)
+)->NamedSet:         # Images (N,size,size,3), uint8; the classes are the identities, sorted by name
+    "Faces of several identities from a zip file, cut and resized."
+    names = []
+    def cut(image, name):
+        names.append('_'.join(name.split('/')[-2:]).rpartition('.')[0] + '.png')
+        return prepare(image, crop, size)
+    faces = load_zip(path, prepare=cut)
+    return NamedSet(faces.images, faces.y, faces.classes, names)

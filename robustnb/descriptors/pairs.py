@@ -26,18 +26,17 @@ class Pairs:
 
     def __post_init__(self):
         for arg in ('sources', 'targets'):
-            rows = tuple(check_names(o, f'{arg}[{i}]') for i,o in enumerate(getattr(self, arg)))
+            rows = tuple(check_names(o, f'{arg}[{i}]') for i, o in enumerate(getattr(self, arg)))
             object.__setattr__(self, arg, rows)
             counts = sorted({len(o) for o in rows})
             if len(counts) != 1 or not counts[0]:
                 raise ValueError(f"`{arg}` must have the same number of images in every pair, "
-                                 "at least 1; got "
-                                 f"{' and '.join(map(str, counts)) or 'no pairs'}.")
+                                 f"at least 1; got {' and '.join(map(str, counts)) or 'no pairs'}.")
         if len(self.sources) != len(self.targets):
             raise ValueError("`sources` and `targets` must belong to the same pairs; got "
                              f"{len(self.sources)} and {len(self.targets)}.")
-        own = [(i, n) for i,(s, t) in enumerate(zip(self.sources, self.targets)) for n in s
-               if n in t]
+        own = [(i, n) for i, (s, t) in enumerate(zip(self.sources, self.targets))
+               for n in s if n in t]
         if own:
             raise ValueError("`targets` must not hold a source image of the same pair; pair "
                              f"{own[0][0]} has {own[0][1]!r} on both sides ({len(own)} such "
@@ -51,20 +50,34 @@ class Pairs:
         stem = lambda o: o.rpartition('.')[0] or o
         plain = [f'{stem(o)}.png' for row in self.sources for o in row]
         if len(set(plain)) == len(plain): return tuple(plain)
-        return check_names(
-            [f'{i:04}_{stem(o)}.png' for i,row in enumerate(self.sources) for o in row], 'sources')
+        numbered = [f'{i:04}_{stem(o)}.png' for i, row in enumerate(self.sources) for o in row]
+        return check_names(numbered, 'sources')
 
-# %% ../../nbs/api/descriptors/80_pairs.ipynb #b2f70b02
+# %% ../../nbs/api/descriptors/80_pairs.ipynb #8a26dca7
 def write_pairs(
     pairs:Pairs,     # What to write
     path,            # CSV file, written completely or not at all
 )->Path:             # The path written
     "Write a pairs file."
+    rows = [('|'.join(s), '|'.join(t)) for s, t in zip(pairs.sources, pairs.targets)]
     with atomic_path(path) as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
-        csv.writer(f, lineterminator='\n').writerows([
-            _columns, *(('|'.join(s), '|'.join(t)) for s,t in zip(pairs.sources, pairs.targets))])
+        csv.writer(f, lineterminator='\n').writerows([_columns, *rows])
     return Path(path)
 
+def _parse_pairs(rows):
+    "Pairs from the rows of a CSV file, the heads of the columns first"
+    head, *rows = [o for o in rows if o] or [[]]
+    if [head.count(c) for c in _columns] != [1, 1]:
+        raise ValueError(
+            f"the columns must be {' and '.join(_columns)}; got {some_of(head) or 'none'}")
+    bad = [i for i, o in enumerate(rows) if len(o) != len(head)]
+    if bad:
+        raise ValueError(
+            f"every row must have {len(head)} cells; row {bad[0]+1} has {len(rows[bad[0]])}")
+    sides = (tuple(tuple(o[head.index(c)].split('|')) for o in rows) for c in _columns)
+    return Pairs(*sides)
+
+# %% ../../nbs/api/descriptors/80_pairs.ipynb #b2f70b02
 def read_pairs(
     path,            # CSV file with the columns `source_imgs` and `target_imgs`, names joined by `|`
     images=None,     # `NamedSet`, or list of names, that must hold all of the images; None does not look
@@ -74,21 +87,12 @@ def read_pairs(
         raise FileNotFoundError(f"`path` must be a pairs file; there is none at {path}.")
     try:
         with open(path, newline='', encoding='utf-8-sig') as f:
-            head, *rows = [o for o in csv.reader(f, strict=True) if o] or [[]]
-        if [head.count(c) for c in _columns] != [1, 1]:
-            raise ValueError(
-                f"the columns must be {' and '.join(_columns)}; got {some_of(head) or 'none'}")
-        bad = [i for i,o in enumerate(rows) if len(o) != len(head)]
-        if bad:
-            raise ValueError(
-                f"every row must have {len(head)} cells; row {bad[0]+1} has {len(rows[bad[0]])}")
-        pairs = Pairs(*(tuple(tuple(o[head.index(c)].split('|')) for o in rows) for c in _columns))
+            pairs = _parse_pairs(csv.reader(f, strict=True))
     except (ValueError, csv.Error) as e:
         raise ValueError(f"`path` must be a pairs file; {path} is wrong: {e}") from e
     if images is not None:
         known = set(getattr(images, 'names', images))
-        names = dict.fromkeys(n for rows in (pairs.sources, pairs.targets) for row in rows
-                              for n in row)
+        names = dict.fromkeys(n for row in pairs.sources + pairs.targets for n in row)
         lost = [n for n in names if n not in known]
         if lost:
             raise ValueError(f"`images` must hold every image of the pairs file; {len(lost)} "
@@ -96,47 +100,52 @@ def read_pairs(
                              f"that belong to {path}.")
     return pairs
 
+# %% ../../nbs/api/descriptors/80_pairs.ipynb #fde8b012
+def _names_and_identities(data):
+    "Names of the images, and whose they are, as arrays of objects"
+    if isinstance(data, NamedSet):
+        return np.array(data.names, object), np.array(data.classes, object)[data.y]
+    if isinstance(data, pd.DataFrame) and {'name', 'identity'} <= set(data):
+        return data['name'].to_numpy(object), data['identity'].to_numpy(object)
+    got = list(data) if isinstance(data, pd.DataFrame) else type(data).__name__
+    raise TypeError(f"`data` must be a `NamedSet`, or a DataFrame with columns name and identity; got {got}.")
+
+def _sides(names, whose, identity, n_source, n_target, seed):
+    "Sources and targets of one identity, drawn from its images"
+    own = names[whose == identity]
+    if len(own) < n_source+n_target:
+        raise ValueError(f"`data` must have {n_source}+{n_target} images of each identity; "
+                         f"{identity!r} has {len(own)}. Lower `n_source` or `n_target`, or leave "
+                         f"{identity!r} out of `identities`.")
+    order = np.random.default_rng(subseed(seed, 'pairs', str(identity))).permutation(len(own))
+    own = own[order]
+    return tuple(own[:n_source]), tuple(own[n_source:n_source+n_target])
+
 # %% ../../nbs/api/descriptors/80_pairs.ipynb #9bcfcc71
 def make_pairs(
-    data,                 # `NamedSet`, or DataFrame with the columns `name` and `person`
+    data,                 # `NamedSet`, or DataFrame with the columns `name` and `identity`
     n_source:int=5,       # Images to change in each pair, >= 1
     n_target:int=5,       # Images to imitate in each pair, >= 1
-    seed:int=0,           # Which images of each person, and which pairs
-    persons=None,         # Names of the persons (classes) wanted, at least 2; None takes all
+    seed:int=0,           # Which images of each identity, and which pairs
+    identities=None,      # The identities (classes) wanted, at least 2; None takes all
     limit:int|None=None,  # Number of pairs, drawn at random; None takes every ordered pair
-)->Pairs:                 # Pairs of different persons
-    "Ordered pairs of different persons."
-    if isinstance(data, NamedSet):
-        names = np.array(data.names, object)
-        whose = np.array(data.classes, object)[data.y]
-    elif isinstance(data, pd.DataFrame) and {'name', 'person'} <= set(data):
-        names = data['name'].to_numpy(object)
-        whose = data['person'].to_numpy(object)
-    else:
-        raise TypeError("`data` must be a `NamedSet`, or a DataFrame with columns name and "
-                        "person; got "
-                        f"{list(data) if isinstance(data, pd.DataFrame) else type(data).__name__}.")
+)->Pairs:                 # Pairs of different identities
+    "Ordered pairs of different identities."
+    names, whose = _names_and_identities(data)
     check_names(names, 'data')
-    persons = list(dict.fromkeys(whose) if persons is None else persons)
-    if len(persons) < 2 or len(set(persons)) < len(persons):
-        raise ValueError(f"`persons` must be at least 2 different persons; got {some_of(persons)}.")
+    chosen = list(dict.fromkeys(whose) if identities is None else identities)
+    if len(chosen) < 2 or len(set(chosen)) < len(chosen):
+        raise ValueError(
+            f"`identities` must be at least 2 different identities; got {some_of(chosen)}.")
     if not (n_source >= 1 and n_target >= 1):
         raise ValueError(
             f"`n_source` and `n_target` must be at least 1 image; got {n_source} and {n_target}.")
-    sides = {}
-    for p in persons:
-        own = names[whose == p]
-        if len(own) < n_source+n_target:
-            raise ValueError(f"`data` must have {n_source}+{n_target} images of each person; "
-                             f"{p!r} has {len(own)}. Lower `n_source` or `n_target`, or leave "
-                             f"{p!r} out of `persons`.")
-        own = own[np.random.default_rng(subseed(seed, 'pairs', str(p))).permutation(len(own))]
-        sides[p] = tuple(own[:n_source]), tuple(own[n_source:n_source+n_target])
-    every = [(a, b) for a in persons for b in persons if a != b]
+    sides = {o: _sides(names, whose, o, n_source, n_target, seed) for o in chosen}
+    every = [(a, b) for a in chosen for b in chosen if a != b]
     if limit is not None:
         if not 1 <= limit <= len(every):
             raise ValueError(f"`limit` must be from 1 to {len(every)}, the ordered pairs of "
-                             f"{len(persons)} persons; got {limit}.")
-        every = [every[i] for i in sorted(
-            np.random.default_rng(subseed(seed, 'which pairs')).permutation(len(every))[:limit])]
-    return Pairs(tuple(sides[a][0] for a,_ in every), tuple(sides[b][1] for _,b in every))
+                             f"{len(chosen)} identities; got {limit}.")
+        order = np.random.default_rng(subseed(seed, 'which pairs')).permutation(len(every))
+        every = [every[i] for i in sorted(order[:limit])]
+    return Pairs(tuple(sides[a][0] for a, _ in every), tuple(sides[b][1] for _, b in every))

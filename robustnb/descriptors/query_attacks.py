@@ -12,40 +12,24 @@ from math import inf
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import batches, check_images, draw, round_to_8bit, image_generators
+from ..core import batches, draw, image_generators, round_to_8bit
 from ..attacks.score_based import paint_pixels, square_side, square_window
-from .blackbox import descriptor_distance
-from .attack import allows_saved, fit_eight_bit, _spent
+from .blackbox import is_spent, query_distances
+from .attack import allows_saved, begin_attack, fit_8bit
 
 # %% ../../nbs/api/descriptors/50_query_attacks.ipynb #e8a8ebd7
-_MEMBERS, _GENERATIONS = 150, 4
+_MEMBERS = 150
+_GENERATIONS = 4
 
-def _ask(oracle, x, targets):
-    "Descriptors (N,D) of images and their distances (N,) to the targets; infinite without an answer."
+def _query(oracle, x, targets):
+    "`query_distances`, but no query for no images, or without a budget."
+    if len(x) and not is_spent(oracle): return query_distances(oracle, x, targets)
     d = torch.full((len(x), targets.shape[2]), torch.nan).to(targets)
-    if len(x) and not _spent(oracle):
-        answer = oracle(x)
-        if answer.shape != d.shape:
-            raise ValueError("`oracle` must answer one descriptor of the length of the "
-                             f"targets per image, {tuple(d.shape)}; got "
-                             f"{tuple(answer.shape)}.")
-        d = answer.detach().to(d)
-    value = descriptor_distance(d, targets)
-    return d, torch.where(value.isfinite(), value, inf)
+    return d, torch.full_like(d[:, 0], inf)
 
-def _enter(oracle, x, targets, threat, start):
-    """Clean and first images, rounded; descriptors and distances of the first ones, and which of
-    them have any."""
-    check_images(x)
-    if not (targets.ndim == 3 and len(targets) == len(x) and targets.isfinite().all()):
-        raise ValueError("`targets` must be finite descriptors (N,T,D), those of the T wanted "
-                         f"images for each of the {len(x)} images; got shape "
-                         f"{tuple(targets.shape)}. Repeat common targets with `expand`.")
-    x = round_to_8bit(x)
-    now = x.clone() if start is None else fit_eight_bit(x, start, threat)
-    d, value = _ask(oracle, now, targets.to(x))
-    return x, now, targets.to(x), d, value, value.isfinite().nonzero().flatten()
+def _answered(value): return value.isfinite().nonzero().flatten()
 
+# %% ../../nbs/api/descriptors/50_query_attacks.ipynb #bcc9015b
 def _heights(oracle, x, now, targets, threat, batch, genes):
     "Distances (N,P) of all members `genes` (N,P,2+C); infinite for images that are not allowed."
     n, p = genes.shape[:2]
@@ -54,16 +38,17 @@ def _heights(oracle, x, now, targets, threat, batch, genes):
     value = torch.full((n*p,), inf).to(x)
     for s in batches(n*p, batch):
         i = who[s]
-        image = round_to_8bit(paint_pixels(now[who[s]], flat[s][:, None]))
+        image = round_to_8bit(paint_pixels(now[i], flat[s][:, None]))
         ok = allows_saved(x[i], image, threat).nonzero().flatten()
-        value[s.start+ok] = _ask(oracle, image[ok], targets[i[ok]])[1]
+        value[s.start+ok] = _query(oracle, image[ok], targets[i[ok]])[1]
     return value.view(n, p)
 
 # %% ../../nbs/api/descriptors/50_query_attacks.ipynb #fe113414
 def _evolve(height, u):
     """Best member (N,K) and its height (N,) of an evolution driven by the random numbers `u`
     (N,1+generations,P,2K)."""
-    n, rounds, p, k = *u.shape[:3], u.shape[3]//2
+    n, rounds, p, _ = u.shape
+    k = u.shape[3]//2
     genes = (u[:, 0, :, :k].argsort(1) + u[:, 0, :, k:])/p
     value = height(genes)
     images = torch.arange(n, device=u.device)
@@ -76,80 +61,72 @@ def _evolve(height, u):
         b = 1 + (two*(p-2)).long()
         b += b >= a
         other = lambda o: genes[images[:, None], (torch.arange(p, device=u.device)+o) % p]
-        child = genes[images, value.argmin(1)][:, None] + scale*(other(a)-other(b))
+        best = genes[images, value.argmin(1)][:, None]
+        child = best + scale*(other(a)-other(b))
         child = torch.where((child < 0) | (child > 1), anew, child)
         new = height(child)
         better = new <= value
-        genes, value = torch.where(better[:, :, None], child,
-                                   genes), torch.where(better, new, value)
+        genes = torch.where(better[:, :, None], child, genes)
+        value = torch.where(better, new, value)
     best, who = value.min(1)
     return genes[images, who], best
 
 # %% ../../nbs/api/descriptors/50_query_attacks.ipynb #7651253c
 @torch.no_grad()
 def pixel_evolution(
-    # Images (N,C,H,W) -> descriptors (N,D): a `BlackBox`, or any function; a row of NaN is no
-    # answer
-    oracle:Callable,
+    oracle:Callable,      # Images (N,C,H,W) -> descriptors (N,D), a row of NaN where there is no answer
     x:Tensor,             # Clean images (N,C,H,W), float, pixels in [0,1]
     targets:Tensor,       # Descriptors (N,T,D) of the T wanted images of each image
     threat,               # Threat model, e.g. `SSIM(.95)`; judged on the 8-bit image
     generator:torch.Generator|None=None, # The evolution; None stands for seed 0
     start:Tensor|None=None, # Images to go on from, pulled into `threat` first; None starts at `x`
-    pixels:int=5,         # Pixels to change in turn, >= 0; at most 750 questions each
+    pixels:int=5,         # Pixels to change in turn, >= 0; at most 750 queries each
     batch:int=1000,       # Most images in one call of the oracle, >= 1
-    # Images like `x` of pixels k/255, allowed by `threat`, never further from the targets than the
-    # start
-)->Tensor:
+)->Tensor:               # Images like `x`, pixels k/255, allowed by `threat`, never worse than the start
     "One-pixel attack on descriptors by differential evolution (Su et al. 2019, arXiv:1710.08864)."
     if not pixels >= 0: raise ValueError(f"`pixels` must not be negative; got {pixels}.")
-    x, out, targets, _, value, on = _enter(oracle, x, targets, threat, start)
+    x, targets, out, _, value = begin_attack(oracle, x, targets, threat, start)
+    on = _answered(value)
     if not len(on): return out
     own = image_generators(generator, out)
     double = torch.empty(0, dtype=torch.float64, device=x.device)
     own = [own[i] for i in on.tolist()]
     for _ in range(pixels):
-        if _spent(oracle): break
+        if is_spent(oracle): break
         u = draw(torch.rand, own, 1+_GENERATIONS, _MEMBERS, 2*(2+x.shape[1]), like=double)
-        genes, best = _evolve(
-            partial(_heights, oracle, x[on], out[on], targets[on], threat, batch), u)
+        height = partial(_heights, oracle, x[on], out[on], targets[on], threat, batch)
+        genes, best = _evolve(height, u)
         better = best < value[on]
-        out[on] = torch.where(better.view(-1, 1, 1, 1),
-                              round_to_8bit(paint_pixels(out[on], genes[:, None].to(x))), out[on])
+        painted = round_to_8bit(paint_pixels(out[on], genes[:, None].to(x)))
+        out[on] = torch.where(better.view(-1, 1, 1, 1), painted, out[on])
         value[on] = torch.minimum(best, value[on])
     return out
 
 # %% ../../nbs/api/descriptors/50_query_attacks.ipynb #d03bda95
 @torch.no_grad()
 def square_descriptor(
-    # Images (N,C,H,W) -> descriptors (N,D): a `BlackBox`, or any function; a row of NaN is no
-    # answer
-    oracle:Callable,
+    oracle:Callable,      # Images (N,C,H,W) -> descriptors (N,D), a row of NaN where there is no answer
     x:Tensor,             # Clean images (N,C,H,W), float, pixels in [0,1]
     targets:Tensor,       # Descriptors (N,T,D) of the T wanted images of each image
     threat,               # Threat model, e.g. `SSIM(.95)`; judged on the 8-bit image
     generator:torch.Generator|None=None, # Places and signs; None stands for seed 0
     start:Tensor|None=None, # Images to go on from, pulled into `threat` first; None starts at `x`
-    queries:int=1000,     # Questions per image, >= 1; the first is about the start
+    queries:int=1000,     # Queries per image, >= 1; the first is about the start
     p:float=.3,           # Share of the image that the first squares cover, in (0,1]
-    # Images like `x` of pixels k/255, allowed by `threat`, never further from the targets than the
-    # start
-)->Tensor:
+)->Tensor:               # Images like `x`, pixels k/255, allowed by `threat`, never worse than the start
     "Square attack (Andriushchenko et al. 2020, arXiv:1912.00049) on the distance between descriptors."
     if not (queries >= 1 and 0 < p <= 1):
         raise ValueError(f"`queries` must be at least 1 and `p` in (0, 1]; got {queries} and {p}.")
-    x, out, targets, _, value, on = _enter(oracle, x, targets, threat, start)
+    x, targets, out, _, value = begin_attack(oracle, x, targets, threat, start)
+    on = _answered(value)
     if not len(on): return out
     own = image_generators(generator, out)
     own = [own[i] for i in on.tolist()]
-    x = x[on]
-    targets = targets[on]
-    now = out[on]
-    value = value[on]
+    x, targets, now, value = x[on], targets[on], out[on], value[on]
     pattern = torch.zeros_like(x)
     again = torch.zeros(len(on), dtype=torch.bool, device=x.device)
     for at in range(1, queries):
-        if _spent(oracle): break
+        if is_spent(oracle): break
         if at % 100 == 1:
             u = draw(torch.rand, own, 100, 2+x.shape[1], like=x)
         v = u[:, (at-1) % 100]
@@ -158,16 +135,18 @@ def square_descriptor(
         fresh[square_window(x, side, v[:, :2])] = torch.where(
             v[:, 2:] < .5, -1., 1.).to(x)[:, :, None, None]
         pattern = torch.where(again.view(-1, 1, 1, 1), -pattern, fresh)
-        asked = fit_eight_bit(x, now + threat.eps*threat.steepest(pattern, x, now), threat)
-        far = _ask(oracle, asked, targets)[1]
+        tried = fit_8bit(x, now + threat.eps*threat.steepest(pattern, x, now), threat)
+        far = _query(oracle, tried, targets)[1]
         better = far < value
         again = ~better & ~again
-        now = torch.where(better.view(-1, 1, 1, 1), asked, now)
+        now = torch.where(better.view(-1, 1, 1, 1), tried, now)
         value = torch.where(better, far, value)
     return out.index_copy(0, on, now)
 
 # %% ../../nbs/api/descriptors/50_query_attacks.ipynb #709f7dd2
-_ROWS, _GRID, _RIDGE = 100, 4, .01
+_ROWS = 100      # pairs and steps that are remembered
+_GRID = 4        # pixels between two random numbers
+_RIDGE = .01
 
 def _remember(memory, step, change):
     """Write steps (N,K,F) and what they did to the descriptors (N,K,D) over the oldest rows; an
@@ -178,7 +157,8 @@ def _remember(memory, step, change):
     memory['steps'][:, rows] = torch.where(known, step, 0)
     memory['changes'][:, rows] = torch.where(known, change, 0)
     gram = memory['steps'] @ memory['steps'][:, rows].mT
-    memory['gram'][:, :, rows], memory['gram'][:, rows] = gram, gram.mT
+    memory['gram'][:, :, rows] = gram
+    memory['gram'][:, rows] = gram.mT
     memory['count'] += len(rows)
 
 def _gradient(memory, d, targets, shape):
@@ -187,84 +167,91 @@ def _gradient(memory, d, targets, shape):
     away = F.normalize(d[:, None]-targets, dim=2).mean(1)
     gram = memory['gram'][:, :k, :k].double()
     load = _RIDGE*gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-    weights = torch.linalg.solve(gram + load.view(-1, 1, 1)*torch.eye(k, device=d.device),
-                                 (memory['changes'][:, :k] @ away[:, :, None]).double())
+    wanted = (memory['changes'][:, :k] @ away[:, :, None]).double()
+    ridge = load.view(-1, 1, 1)*torch.eye(k, device=d.device)
+    weights = torch.linalg.solve(gram + ridge, wanted)
     return (memory['steps'][:, :k].mT @ weights.to(d)).view(shape)
 
+# %% ../../nbs/api/descriptors/50_query_attacks.ipynb #43218fb1
 def _probe(oracle, x, now, targets, threat, z):
-    """Asks about both ends of each random direction `z` (N,P,C,h,w): images, distances, and the
-    lines between the ends with what the descriptor does along them."""
+    """Query both ends of each random direction `z` (N,P,C,h,w): images, distances, and the lines
+    between the ends with what the descriptor does along them."""
     n, pairs = z.shape[:2]
     many = lambda o, k=pairs: o.repeat_interleave(k, 0)
     step = F.interpolate(z.flatten(0, 1), size=x.shape[2:], mode='bilinear')
     step = .6*threat.eps*threat.steepest(step, many(x), many(now))
-    ends = torch.stack([fit_eight_bit(many(x), many(now)+s*step, threat) for s in (1, -1)],
-                       1).flatten(0, 1)
-    d, far = _ask(oracle, ends, many(targets, 2*pairs))
+    ends = [fit_8bit(many(x), many(now)+s*step, threat) for s in (1, -1)]
+    ends = torch.stack(ends, 1).flatten(0, 1)
+    d, far = _query(oracle, ends, many(targets, 2*pairs))
     d = d.view(n, pairs, 2, -1)
     flat = ends.view(n, pairs, 2, -1)
-    return (ends.view(n, 2*pairs, *x.shape[1:]), far.view(n, -1), flat[:, :, 0]-flat[:, :, 1],
-            d[:, :, 0]-d[:, :, 1])
+    step = flat[:, :, 0]-flat[:, :, 1]
+    change = d[:, :, 0]-d[:, :, 1]
+    return ends.view(n, 2*pairs, *x.shape[1:]), far.view(n, -1), step, change
 
 # %% ../../nbs/api/descriptors/50_query_attacks.ipynb #cbaa8b77
 def _best(now, value, images, far):
     "The nearer of each image and its candidates (N,K,C,H,W), and its distance."
     least, who = far.min(1)
     better = least < value
-    return torch.where(better.view(-1, 1, 1, 1),
-                       images[torch.arange(len(now), device=now.device), who],
-                       now), torch.where(better, least, value)
+    nearest = images[torch.arange(len(now), device=now.device), who]
+    now = torch.where(better.view(-1, 1, 1, 1), nearest, now)
+    return now, torch.where(better, least, value)
 
+def _new_memory(x, rows, dim):
+    "Room for steps of images `x` and changes of their descriptors"
+    zeros = lambda *shape: x.new_zeros(len(x), *shape)
+    return dict(count=0, steps=zeros(rows, x[0].numel()), changes=zeros(rows, dim),
+                gram=zeros(rows, rows))
+
+def _directions(own, pairs, x):
+    "A random number on every fourth pixel, for each pair"
+    coarse = [-(-k//_GRID) for k in x.shape[2:]]
+    return draw(torch.randn, own, pairs, x.shape[1], *coarse, like=x)
+
+# %% ../../nbs/api/descriptors/50_query_attacks.ipynb #c450f8de
+def _moved(now, d, tried, answer, answered):
+    "Images and descriptors to go on from: those tried, where the oracle answered"
+    now = torch.where(answered.view(-1, 1, 1, 1), tried, now)
+    return now, torch.where(answered[:, None], answer, d)
+
+# %% ../../nbs/api/descriptors/50_query_attacks.ipynb #eca1cb70
 @torch.no_grad()
 def nes_descriptor(
-    # Images (N,C,H,W) -> descriptors (N,D): a `BlackBox`, or any function; a row of NaN is no
-    # answer
-    oracle:Callable,
+    oracle:Callable,      # Images (N,C,H,W) -> descriptors (N,D), a row of NaN where there is no answer
     x:Tensor,             # Clean images (N,C,H,W), float, pixels in [0,1]
     targets:Tensor,       # Descriptors (N,T,D) of the T wanted images of each image
     threat,               # Threat model, e.g. `SSIM(.95)`; judged on the 8-bit image
-    generator:torch.Generator|None=None, # Directions; None stands for seed 0
+    generator:torch.Generator|None=None, # Directions; None is seed 0
     start:Tensor|None=None, # Images to go on from, pulled into `threat` first; None starts at `x`
-    queries:int=1000,     # Most questions per image, >= 1; the first is about the start
-    samples:int=10,       # Questions, in pairs, between two steps: even, 2 to 200
-    # Images like `x` of pixels k/255, allowed by `threat`, never further from the targets than the
-    # start
-)->Tensor:
-    """Natural evolution strategies (Ilyas et al. 2018, arXiv:1804.08598) that remember the answered
-    descriptors."""
+    queries:int=1000,     # Most queries per image, >= 1; the first is about the start
+    samples:int=10,       # Queries, in pairs, between two steps: even, 2 to 200
+)->Tensor:               # Images like `x`, pixels k/255, allowed by `threat`, never worse than the start
+    "Evolution strategies (Ilyas et al. 2018, arXiv:1804.08598) that remember all answers."
     if not (queries >= 1 and 2 <= samples <= 2*_ROWS and samples % 2 == 0):
-        raise ValueError("`queries` must be at least 1 and `samples` even, from 2 to "
-                         f"{2*_ROWS}; got {queries} and {samples}.")
-    x, out, targets, d, value, on = _enter(oracle, x, targets, threat, start)
+        raise ValueError(f"`queries` must be at least 1 and `samples` even, from 2 to {2*_ROWS}; "
+                         f"got {queries} and {samples}.")
+    x, targets, out, d, value = begin_attack(oracle, x, targets, threat, start)
+    on = _answered(value)
     if not len(on) or queries < 4: return out
     own = image_generators(generator, out)
     own = [own[i] for i in on.tolist()]
-    x = x[on]
-    targets = targets[on]
-    d = d[on]
-    value = value[on]
-    best = out[on]
-    now = best
+    x, targets, d, value = x[on], targets[on], d[on], value[on]
+    best = now = out[on]
+    memory = _new_memory(x, min(_ROWS, queries), d.shape[1])
     used = 1
-    rows = min(_ROWS, queries)
-    zeros = lambda *shape: x.new_zeros(len(x), *shape)
-    memory = dict(count=0, steps=zeros(rows, x[0].numel()), changes=zeros(rows, d.shape[1]),
-                  gram=zeros(rows, rows))
-    while used < queries and not _spent(oracle):
+    while used < queries and not is_spent(oracle):
         pairs = min(samples, queries-used-1)//2
         if pairs:
-            z = draw(torch.randn, own, pairs, x.shape[1], *(-(-k//_GRID) for k in x.shape[2:]),
-                     like=x)
+            z = _directions(own, pairs, x)
             images, far, step, change = _probe(oracle, x, now, targets, threat, z)
             _remember(memory, step, change)
             best, value = _best(best, value, images, far)
         downhill = -threat.steepest(_gradient(memory, d, targets, x.shape), x, now)
-        asked = fit_eight_bit(x, now + (1-.7*used/queries)*threat.eps*downhill, threat)
-        answer, far = _ask(oracle, asked, targets)
-        _remember(memory, (asked-now).flatten(1)[:, None], (answer-d)[:, None])
-        best, value = _best(best, value, asked[:, None], far[:, None])
-        moved = far.isfinite()
-        now = torch.where(moved.view(-1, 1, 1, 1), asked, now)
-        d = torch.where(moved[:, None], answer, d)
-        used = used+2*pairs+1
+        tried = fit_8bit(x, now + (1-.7*used/queries)*threat.eps*downhill, threat)
+        answer, far = _query(oracle, tried, targets)
+        _remember(memory, (tried-now).flatten(1)[:, None], (answer-d)[:, None])
+        best, value = _best(best, value, tried[:, None], far[:, None])
+        now, d = _moved(now, d, tried, answer, far.isfinite())
+        used += 2*pairs + 1
     return out.index_copy(0, on, best)

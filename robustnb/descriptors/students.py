@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['descriptor_names', 'student_recipes', 'descriptor_losses', 'Descriptor', 'descriptor_model', 'save_descriptor',
-           'load_descriptor', 'DescriptorRecipe', 'cosface', 'train_teacher', 'distill_descriptor', 'fidelity', 'views',
-           'split_groups', 'WeightedEnsemble']
+           'load_descriptor', 'DescriptorRecipe', 'tensor_digest', 'find_checkpoint', 'cosface', 'train_teacher',
+           'distill_descriptor', 'fidelity', 'views', 'split_groups', 'WeightedEnsemble']
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #83a9870b
 import copy, hashlib, math
@@ -60,9 +60,10 @@ def _caffe34(dim, c, size):
     i = c(32)
     side = size - 2*(1-pad)
     for o, n in zip(map(c, (64, 128, 256, 512)), (1, 2, 5, 3)):
-        layers += [*_prelu(i, o, pad), nn.MaxPool2d(2)] + [
-            Residual(_prelu(o, o, 1) + _prelu(o, o, 1)) for _ in range(n)]
-        i, side = o, (side - 2*(1-pad))//2
+        layers += [*_prelu(i, o, pad), nn.MaxPool2d(2)]
+        layers += [Residual(_prelu(o, o, 1) + _prelu(o, o, 1)) for _ in range(n)]
+        i = o
+        side = (side - 2*(1-pad))//2
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(i*side*side, dim))
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #48848e4d
@@ -76,9 +77,9 @@ def _resnet(dim, c, size, depths):
     for n, o, s in zip(depths, map(c, (64, 128, 256, 512)), (1, 2, 2, 2)):
         for j in range(n):
             stride = 1 if j else s
-            layers.append(Residual(
-                [*conv_layers(i, o, 3, stride), *conv_layers(o, o, act=None)],
-                conv_layers(i, o, 1, stride, act=None) if stride > 1 else (), [nn.ReLU()]))
+            body = [*conv_layers(i, o, 3, stride), *conv_layers(o, o, act=None)]
+            shortcut = conv_layers(i, o, 1, stride, act=None) if stride > 1 else ()
+            layers.append(Residual(body, shortcut, [nn.ReLU()]))
             i = o
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(i, dim))
 
@@ -101,17 +102,20 @@ def _xception(dim, c, size):
     layers = [*conv_layers(3, c(32), 3, 1 if size < 64 else 2), *conv_layers(c(32), c(64))]
     i = c(64)
     for o in map(c, (128, 256, 728)):
-        layers, i = layers + [Residual(
-            [*_separable(i, o), *_separable(o, o), nn.MaxPool2d(3, 2, 1)],
-            conv_layers(i, o, 1, 2, act=None))], o
-    layers += [Residual([*_separable(i, i), *_separable(i, i), *_separable(i, i)])
-               for _ in range(4)]
-    return nn.Sequential(*layers, *_separable(i, c(1024)), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
-                         nn.Flatten(), nn.Linear(c(1024), dim))
+        body = [*_separable(i, o), *_separable(o, o), nn.MaxPool2d(3, 2, 1)]
+        layers.append(Residual(body, conv_layers(i, o, 1, 2, act=None)))
+        i = o
+    for _ in range(4):
+        layers.append(Residual([*_separable(i, i), *_separable(i, i), *_separable(i, i)]))
+    last = [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c(1024), dim)]
+    return nn.Sequential(*layers, *_separable(i, c(1024)), *last)
 
-_builders = dict(Caffe34=_caffe34, ResNet_18=partial(_resnet, depths=(2, 2, 2, 2)),
-                 ResNet_34=partial(_resnet, depths=(3, 4, 6, 3)), DenseNet=_densenet,
-                 Xception=_xception)
+_builders = dict(
+    Caffe34=_caffe34,
+    ResNet_18=partial(_resnet, depths=(2, 2, 2, 2)),
+    ResNet_34=partial(_resnet, depths=(3, 4, 6, 3)),
+    DenseNet=_densenet,
+    Xception=_xception)
 descriptor_names = tuple(_builders)
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #08df08e3
@@ -161,9 +165,8 @@ def save_descriptor(
         raise ValueError("`model` must come from `descriptor_model`; got a "
                          f"{type(model).__name__} built otherwise. Store its weights with "
                          "`core.save_state(model.state_dict(), path)`.")
-    return save_state(dict(format='robustnb.descriptor/1', made=model.made,
-                           state_dict={k: v.detach().cpu() for k, v in model.state_dict().items()}),
-                      path)
+    weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+    return save_state(dict(format='robustnb.descriptor/1', made=model.made, state_dict=weights), path)
 
 def load_descriptor(
     path,                # File written by `save_descriptor`
@@ -173,8 +176,8 @@ def load_descriptor(
     if not isinstance(held, dict) or held.get('format') != 'robustnb.descriptor/1':
         raise ValueError(
             f"`path` must be a file written by `save_descriptor`; {path} is something else.")
-    with explain_errors(
-            path, 'a file written by `save_descriptor`, with the weights of the network it names'):
+    what = 'a file written by `save_descriptor`, with the weights of the network it names'
+    with explain_errors(path, what):
         model = descriptor_model(**held['made'])
         model.load_state_dict(held['state_dict'])
     return model
@@ -187,14 +190,12 @@ class DescriptorRecipe:
     batch_size:int=64        # Images in a step, >= 2
     lr:float=2e-3            # Largest learning rate
     weight_decay:float=.01   # Decoupled weight decay
-    # Pixels of padding before a random crop; students want the images exactly as they were
-    # described
-    crop:int=0
+    crop:int=0               # Pixels of padding before a random crop; 0 shows students what was described
     flip:bool=False          # Mirror half of the images
 
     def __post_init__(self):
-        if not (self.epochs >= 1 and self.batch_size >= 2 and self.lr > 0
-                and self.weight_decay >= 0 and self.crop >= 0):
+        trains = self.epochs >= 1 and self.batch_size >= 2 and self.lr > 0
+        if not (trains and self.weight_decay >= 0 and self.crop >= 0):
             raise ValueError("`epochs` must be at least 1, `batch_size` at least 2, `lr` "
                              f"positive, `weight_decay` and `crop` not negative; got {self}.")
 
@@ -204,27 +205,29 @@ class DescriptorRecipe:
         "Learning rate at a moment of the run."
         return self.lr*min(1, 10*at)*(1 + math.cos(math.pi*at))/2
 
-student_recipes = dict(Caffe34=DescriptorRecipe(lr=2e-3), ResNet_18=DescriptorRecipe(lr=3e-3),
-                       ResNet_34=DescriptorRecipe(lr=3e-3), DenseNet=DescriptorRecipe(lr=3e-3),
-                       Xception=DescriptorRecipe(lr=4e-3))
+student_recipes = dict(
+    Caffe34=DescriptorRecipe(lr=2e-3), ResNet_18=DescriptorRecipe(lr=3e-3),
+    ResNet_34=DescriptorRecipe(lr=3e-3), DenseNet=DescriptorRecipe(lr=3e-3),
+    Xception=DescriptorRecipe(lr=4e-3))
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #6ce10e0f
-def _digest(*tensors):
-    "A name for what tensors hold"
+def tensor_digest(
+    *tensors,            # Any number of tensors
+)->str:                  # 16 hexadecimal digits, the same in another process
+    "A name for what tensors hold, their types and their shapes."
     h = hashlib.sha256()
     for o in tensors:
-        h.update(repr((o.dtype, tuple(o.shape))).encode()
-                 + o.detach().cpu().contiguous().numpy().tobytes())
+        h.update(repr((o.dtype, tuple(o.shape))).encode())
+        h.update(o.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
 
-def _mark(model, images, targets, recipe, seed, *more):
-    "What a checkpoint must agree with before a run may continue from it"
-    return dict(network=_digest(*model.state_dict().values()),
-                data=_digest(*map(torch.as_tensor, (images, targets))), recipe=repr(recipe),
-                seed=int(seed), options=repr(more))
-
-def _found(checkpoint, resume, device, mark):
-    "The state in `checkpoint`, if there is one and it belongs to this run"
+def find_checkpoint(
+    checkpoint,          # File that a run writes; None for none
+    resume:bool,         # Whether a file that exists is wanted
+    device,              # Where its tensors go
+    mark:dict,           # Facts that the file must agree with, by name
+)->dict|None:            # Its state; None if there is no file
+    "The state of a run that stopped, if it is the same run."
     if not checkpoint or not Path(checkpoint).exists(): return None
     if not resume:
         raise ValueError(f"`checkpoint` already exists: {checkpoint}. Pass `resume=True` to "
@@ -238,11 +241,45 @@ def _found(checkpoint, resume, device, mark):
                              f"same {k}, or another path.")
     return state
 
+# %% ../../nbs/api/descriptors/30_students.ipynb #a66f79b0
+def _mark(model, images, targets, recipe, seed, *more):
+    "What a checkpoint must agree with before a run may continue from it"
+    data = tensor_digest(torch.as_tensor(images), torch.as_tensor(targets))
+    return dict(network=tensor_digest(*model.state_dict().values()), data=data,
+                recipe=repr(recipe), seed=int(seed), options=repr(more))
+
+def _one_epoch(parts, x, y, objective, recipe, optimizer, epoch, seed):
+    "One pass; the mean loss"
+    device = x.device
+    bf16 = fast_bf16(device)
+    layout = memory_layout(parts[0])
+    n = len(x)
+    steps = max(1, n//recipe.batch_size)
+    g = make_generator(seed, 'epoch', epoch)
+    order = torch.randperm(n, generator=g).tensor_split(steps)
+    total = torch.zeros((), device=device)
+    for i, rows in enumerate(progress(order, f'epoch {epoch+1}/{recipe.epochs}')):
+        for group in optimizer.param_groups:
+            group['lr'] = recipe.rate((epoch + (i+1)/steps)/recipe.epochs)
+        xb = x[rows.to(device)]
+        if recipe.crop or recipe.flip:
+            xb = crop_and_flip(xb, recipe.crop, recipe.flip, g)
+        xb = xb.float().div(255).contiguous(memory_format=layout)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = objective(*parts, xb, y[rows.to(device)])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        total += loss.detach()*len(rows)
+    if not torch.isfinite(total):
+        raise FloatingPointError(
+            f"the loss is not finite in epoch {epoch+1}. Lower `lr` (now {recipe.lr}).")
+    return total.item()/n
+
 # %% ../../nbs/api/descriptors/30_students.ipynb #23060dd1
 def _fit(parts, images, targets, objective, recipe, mark, device, state):
     """Train `parts` (modules, the first one sees the images) so that `objective(*parts, x, target)`
     is small, from `state`; yields the state after each epoch"""
-    bf16 = fast_bf16(device)
     layout = memory_layout(parts[0])
     for p in parts:
         p.to(memory_format=layout).train()
@@ -251,34 +288,14 @@ def _fit(parts, images, targets, objective, recipe, mark, device, state):
     x = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
     y = torch.as_tensor(targets).to(device)
     history = []
-    n = len(images)
     if state:
         for p, o in zip(parts, state['parts']):
             p.load_state_dict(o)
         optimizer.load_state_dict(state['optimizer'])
         history = state['history']
-    steps = max(1, n//recipe.batch_size)
     for epoch in range(len(history), recipe.epochs):
-        g = make_generator(mark['seed'], 'epoch', epoch)
-        total = torch.zeros((), device=device)
-        for i, rows in enumerate(progress(torch.randperm(n, generator=g).tensor_split(steps),
-                                          f'epoch {epoch+1}/{recipe.epochs}')):
-            for group in optimizer.param_groups:
-                group['lr'] = recipe.rate((epoch + (i+1)/steps)/recipe.epochs)
-            xb = x[rows.to(device)]
-            if recipe.crop or recipe.flip:
-                xb = crop_and_flip(xb, recipe.crop, recipe.flip, g)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = objective(*parts, xb.float().div(255).contiguous(memory_format=layout),
-                                 y[rows.to(device)])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            total += loss.detach()*len(rows)
-        if not torch.isfinite(total):
-            raise FloatingPointError(
-                f"the loss is not finite in epoch {epoch+1}. Lower `lr` (now {recipe.lr}).")
-        history.append(dict(epoch=epoch+1, loss=total.item()/n))
+        loss = _one_epoch(parts, x, y, objective, recipe, optimizer, epoch, mark['seed'])
+        history.append(dict(epoch=epoch+1, loss=loss))
         yield dict(mark=mark, parts=[p.state_dict() for p in parts],
                    optimizer=optimizer.state_dict(), history=history)
 
@@ -304,33 +321,7 @@ def cosface(
     cosines = d @ F.normalize(directions, dim=1).T
     return F.cross_entropy(scale*(cosines - margin*F.one_hot(y, len(directions))), y)
 
-# %% ../../nbs/api/descriptors/30_students.ipynb #7b595790
-def train_teacher(
-    model:Descriptor,        # Network to train; not changed
-    images:np.ndarray,       # uint8 images (N,H,W,3)
-    y:np.ndarray,            # Class numbers (N,), the persons
-    recipe:DescriptorRecipe=DescriptorRecipe(epochs=30, crop=4, flip=True), # How to train
-    seed:int=0,              # Order, crops, mirrors
-    checkpoint=None,         # File written after every epoch; None for none
-    resume:bool=False,       # Continue from `checkpoint` if it exists
-    device=None,             # Where to train; None takes CUDA if there is one
-)->tuple[Descriptor, pd.DataFrame]: # Trained network in eval mode on the CPU; history
-    "Train a descriptor network on persons or classes, with `cosface`."
-    images, y = _described(images, np.asarray(y), 'y')
-    if y.dtype.kind not in 'iu' or y.ndim != 1 or y.min() < 0:
-        raise ValueError(
-            f"`y` must be class numbers (N,), not negative; got {y.dtype} of shape {y.shape}.")
-    device = pick_device(device)
-    mark = _mark(model, images, y, recipe, seed)
-    state = _found(checkpoint, resume, device, mark)
-    model, head = (copy.deepcopy(model).to(device),
-                   nn.utils.skip_init(nn.Linear, model.dim, int(y.max())+1, bias=False))
-    nn.init.normal_(head.weight, generator=make_generator(seed, 'directions'))
-    history = _run([model, head.to(device)], images, y.astype(np.int64),
-                   lambda net, head, x, y: cosface(net(x), head.weight, y), recipe, mark,
-                   checkpoint, state)
-    return model, history
-
+# %% ../../nbs/api/descriptors/30_students.ipynb #629ce374
 def _described(images, answers, name):
     "Raise unless there are uint8 images with one finite answer each"
     images = np.asarray(images)
@@ -346,16 +337,45 @@ def _described(images, answers, name):
                          "without an answer out.")
     return images, answers
 
+# %% ../../nbs/api/descriptors/30_students.ipynb #7b595790
+def train_teacher(
+    model:Descriptor,        # Network to train; not changed
+    images:np.ndarray,       # uint8 images (N,H,W,3)
+    y:np.ndarray,            # Class numbers (N,), the identities
+    recipe:DescriptorRecipe=DescriptorRecipe(epochs=30, crop=4, flip=True), # How to train
+    seed:int=0,              # Order, crops, mirrors
+    checkpoint=None,         # File written after every epoch; None for none
+    resume:bool=False,       # Continue from `checkpoint` if it exists
+    device=None,             # Where to train; None takes CUDA if there is one
+)->tuple[Descriptor, pd.DataFrame]: # Trained network in eval mode on the CPU; history
+    "Train a descriptor network on identities or classes, with `cosface`."
+    images, y = _described(images, np.asarray(y), 'y')
+    if y.dtype.kind not in 'iu' or y.ndim != 1 or y.min() < 0:
+        raise ValueError(
+            f"`y` must be class numbers (N,), not negative; got {y.dtype} of shape {y.shape}.")
+    device = pick_device(device)
+    mark = _mark(model, images, y, recipe, seed)
+    state = find_checkpoint(checkpoint, resume, device, mark)
+    model = copy.deepcopy(model).to(device)
+    head = nn.utils.skip_init(nn.Linear, model.dim, int(y.max())+1, bias=False)
+    nn.init.normal_(head.weight, generator=make_generator(seed, 'directions'))
+    objective = lambda net, head, x, y: cosface(net(x), head.weight, y)
+    history = _run([model, head.to(device)], images, y.astype(np.int64), objective, recipe, mark,
+                   checkpoint, state)
+    return model, history
+
 # %% ../../nbs/api/descriptors/30_students.ipynb #0552aad0
+def _l2(d, t): return (d-t).norm(dim=1).mean()
 def _cosine(d, t): return (1 - F.cosine_similarity(d, t, dim=1)).mean()
-descriptor_losses = dict(
-    mse=F.mse_loss, l2=lambda d, t: (d-t).norm(dim=1).mean(),
-    huber=partial(F.huber_loss, delta=.05), cosine=_cosine,
-    cosine_huber=lambda d, t: _cosine(d, t) + 100*F.huber_loss(d, t, delta=.05))
+_huber = partial(F.huber_loss, delta=.05)
+def _cosine_huber(d, t): return _cosine(d, t) + 100*_huber(d, t)
+
+descriptor_losses = dict(mse=F.mse_loss, l2=_l2, huber=_huber, cosine=_cosine,
+                         cosine_huber=_cosine_huber)
 
 def distill_descriptor(
     model,                   # Name of a network, or a `Descriptor` to start from; not changed
-    images:np.ndarray,       # uint8 images (N,H,W,3) that the black box was asked about
+    images:np.ndarray,       # uint8 images (N,H,W,3) that the black box has described
     descriptors,             # Its answers (N,D)
     loss:str='cosine',       # One of `descriptor_losses`
     recipe:DescriptorRecipe|None=None, # How to train; None takes the one of `student_recipes`
@@ -367,19 +387,19 @@ def distill_descriptor(
     images, t = _described(images, np.asarray(descriptors, np.float32), 'descriptors')
     if loss not in descriptor_losses:
         raise ValueError(f"`loss` must be one of {', '.join(descriptor_losses)}; got {loss!r}.")
-    net = descriptor_model(model, t.shape[1], size=images.shape[1],
-                           seed=seed) if isinstance(model, str) else copy.deepcopy(model)
+    name = model if isinstance(model, str) else None
+    net = copy.deepcopy(model) if name is None else descriptor_model(
+        name, t.shape[1], size=images.shape[1], seed=seed)
     if net.dim != t.shape[1]:
         raise ValueError(
             f"`model` must answer with {t.shape[1]} numbers, like the black box; it has {net.dim}.")
-    recipe = recipe or student_recipes.get(model if isinstance(model, str) else None,
-                                           DescriptorRecipe())
+    recipe = recipe or student_recipes.get(name, DescriptorRecipe())
     device = pick_device(None)
     measure = descriptor_losses[loss]
     mark = _mark(net, images, t, recipe, seed, loss)
-    state = _found(checkpoint, resume, device, mark)
-    history = _run([net.to(device)], images, t, lambda net, x, t: measure(net(x), t), recipe,
-                   mark, checkpoint, state)
+    state = find_checkpoint(checkpoint, resume, device, mark)
+    objective = lambda net, x, t: measure(net(x), t)
+    history = _run([net.to(device)], images, t, objective, recipe, mark, checkpoint, state)
     return net, history
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #1b57e034
@@ -393,21 +413,23 @@ def fidelity(
     d = predict(student, to_float(images))
     t = torch.from_numpy(t)
     hit = torch.cdist(d, t).argmin(1) == torch.cdist(t, t).argmin(1)
-    return pd.Series(dict(cosine=F.cosine_similarity(d, t).mean().item(),
-                          distance=(d-t).norm(dim=1).mean().item(), mse=F.mse_loss(d, t).item(),
-                          **{'within_0.01': ((d-t).abs() < .01).float().mean().item()},
-                          nearest=hit.float().mean().item()))
+    return pd.Series({
+        'cosine': F.cosine_similarity(d, t).mean().item(),
+        'distance': (d-t).norm(dim=1).mean().item(),
+        'mse': F.mse_loss(d, t).item(),
+        'within_0.01': ((d-t).abs() < .01).float().mean().item(),
+        'nearest': hit.float().mean().item()})
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #0448409b
 def _strange(x, noise, generator):
     "Images of which half are blended with another one, under noise of five sizes"
     n, c, h, w = x.shape
     u = torch.rand(7, n, 1, 1, 1, generator=generator)
-    share = torch.where(u[0] < .5, .5*u[1], 0)
-    x = (1-share)*x + share*x[torch.randperm(n, generator=generator)]
+    part = torch.where(u[0] < .5, .5*u[1], 0)
+    x = (1-part)*x + part*x[torch.randperm(n, generator=generator)]
     for k in range(5):
-        z = F.interpolate(torch.randn(n, c, max(2, h >> k), max(2, w >> k), generator=generator),
-                          size=(h, w), mode='bilinear')
+        coarse = torch.randn(n, c, max(2, h >> k), max(2, w >> k), generator=generator)
+        z = F.interpolate(coarse, size=(h, w), mode='bilinear')
         x = x + noise*u[2+k]**2*z/z.flatten(1).std(1).view(-1, 1, 1, 1)
     return x.clamp(0, 1)
 
@@ -415,20 +437,20 @@ def views(
     images:np.ndarray,       # uint8 images (N,H,W,3)
     n:int,                   # Versions of each image, >= 1; one is the image itself
     seed:int=0,              # Alterations
-    # Largest deviation of noise of each of five sizes, in pixels, >= 0; 0 blends no images either
-    noise:float=.08,
+    noise:float=.08,         # Largest deviation of noise of each of five sizes; 0 blends no images either
 )->np.ndarray:               # uint8 images (n*N,H,W,3): all images, then all of them altered, ...
-    """Images and altered copies to ask a black box about: mirrored, turned, moved, larger or
+    """Images and altered copies to query a black box with: mirrored, turned, moved, larger or
     smaller, lighter or darker, noisy, and blended with each other."""
     if not n >= 1: raise ValueError(f"`n` must be at least 1 version of each image; got {n}.")
     if not 0 <= noise <= 1: raise ValueError(f"`noise` must be in [0, 1]; got {noise}.")
+    alterations = (partial(affine, degrees=(-10, 10), shift=(-.06, .06), scale=(.9, 1.15)),
+                   partial(gamma, power=(.7, 1.4)))
     out = [images]
     for k in range(1, n):
         for s in batches(len(images), 500):
             g = make_generator(seed, 'views', k, s.start)
             x = crop_and_flip(to_float(images[s]), 0, True, g)
-            for alter in (partial(affine, degrees=(-10, 10), shift=(-.06, .06), scale=(.9, 1.15)),
-                          partial(gamma, power=(.7, 1.4))):
+            for alter in alterations:
                 x, _ = alter(x, torch.zeros(len(x), 1), g)
             out.append(to_uint8(_strange(x, noise, g) if noise else x))
     return np.concatenate(out)
@@ -436,15 +458,15 @@ def views(
 # %% ../../nbs/api/descriptors/30_students.ipynb #1176b48d
 def split_groups(
     groups,                  # What each image stems from (N,), e.g. the number of its photograph
-    share:float=.1,          # Share of the groups held out, in (0,1)
+    fraction:float=.1,       # Share of the groups held out, in (0,1)
     seed:int=0,              # Which ones
 )->tuple:                    # Row numbers to train on, row numbers held out
     "A split that keeps images of one origin together."
     names, inverse = np.unique(np.asarray(groups), return_inverse=True)
-    n = round(share*len(names)) if 0 < share < 1 else 0
+    n = round(fraction*len(names)) if 0 < fraction < 1 else 0
     if not 0 < n < len(names):
         raise ValueError(
-            f"`share` must leave groups on both sides; got {share} of {len(names)} groups.")
+            f"`fraction` must leave groups on both sides; got {fraction} of {len(names)} groups.")
     out = np.isin(inverse, np.random.default_rng(seed).permutation(len(names))[:n])
     return np.flatnonzero(~out), np.flatnonzero(out)
 
@@ -455,16 +477,15 @@ class WeightedEnsemble(nn.Module):
     def __init__(self,
         students:list,       # Networks: images (N,3,H,W) -> descriptors (N,D)
         weights=None,        # One weight for each, not negative, not all 0; None counts them alike
-        mirror:bool=False,   # Whether each is also asked about the mirror image
+        mirror:bool=False,   # Whether each describes the mirror image too
     ):
         super().__init__()
-        weights = torch.ones(len(students)) if weights is None else torch.as_tensor(
-            weights, dtype=torch.float32)
-        if (not students or weights.shape != (len(students),) or not (weights >= 0).all()
-            or not 0 < weights.sum() < float('inf')):
+        n = len(students)
+        weights = torch.as_tensor([1.]*n if weights is None else weights, dtype=torch.float32)
+        usable = (weights >= 0).all() and 0 < weights.sum() < float('inf')
+        if not n or weights.shape != (n,) or not usable:
             raise ValueError("`weights` must be one number for each of at least one student, "
-                             f"not negative and not all 0; got {weights.tolist()} for "
-                             f"{len(students)}.")
+                             f"not negative and not all 0; got {weights.tolist()} for {n}.")
         self.students = nn.ModuleList(students)
         self.weights = nn.Parameter(weights/weights.sum())
         self.mirror = mirror
@@ -475,5 +496,5 @@ class WeightedEnsemble(nn.Module):
     )->Tensor:               # Vectors (N,D), at most of length 1
         "The mean of the descriptors."
         both = [x, x.flip(3)] if self.mirror else [x]
-        return sum(w*s(o) for w, s in zip(self.weights, self.students)
-                   for o in both)/(len(both)*self.weights.sum())
+        total = sum(w*s(o) for w, s in zip(self.weights, self.students) for o in both)
+        return total/(len(both)*self.weights.sum())

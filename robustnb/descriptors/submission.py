@@ -31,7 +31,7 @@ def _stack(d, name, dims, shape):
     bad = np.argwhere(~np.isfinite(d).all(-1))
     if len(bad):
         raise ValueError(f"`{name}` must be finite; the descriptor at {bad[0].tolist()} is "
-                         f"not ({len(bad)} such). Ask the black box again for these images.")
+                         f"not ({len(bad)} such). Query the black box again for these images.")
     return d
 
 def score_pairs(
@@ -48,8 +48,8 @@ def score_pairs(
         if d.shape[::2] != targets.shape[::2]:
             raise ValueError(f"`{name}` and `targets` must have the same pairs and the same "
                              f"descriptor length; got shapes {d.shape} and {targets.shape}.")
-        rows[column] = np.mean(
-            [np.linalg.norm(d-targets[:, [j]], axis=2).mean(1) for j in range(targets.shape[1])], 0)
+        gaps = [np.linalg.norm(d-targets[:, [j]], axis=2).mean(1) for j in range(targets.shape[1])]
+        rows[column] = np.mean(gaps, 0)
     return pd.DataFrame(dict(pair=np.arange(len(targets))) | rows)
 
 # %% ../../nbs/api/descriptors/85_submission.ipynb #6b7ff756
@@ -88,6 +88,15 @@ def _npy(a):
     np.save(held, a, allow_pickle=False)
     return held.getvalue()
 
+def _write_zip(path, contents):
+    "The same bytes for the same contents (name -> function that gives bytes)"
+    with atomic_path(path) as tmp, zipfile.ZipFile(tmp, 'w') as z:
+        for name, content in contents.items():
+            entry = zipfile.ZipInfo(name)
+            entry.external_attr = 0o644 << 16
+            entry.create_system = 3
+            z.writestr(entry, content(), zipfile.ZIP_STORED)
+
 def _check_level(level):
     if not 0 < level <= 1:
         raise ValueError("`level` must be in (0, 1], the least similarity allowed; got "
@@ -109,7 +118,9 @@ def write_submission(
     images = _pixels(x, 'x')
     d = _stack(descriptors, 'descriptors', 2, '(N,D)').astype(np.float32)
     odd = [n for n in names if not n.endswith('.png')]
-    if odd: raise ValueError(f"`names` must end in .png; got {some_of(odd)}. `Pairs.files` has the names.")
+    if odd:
+        raise ValueError(
+            f"`names` must end in .png; got {some_of(odd)}. `Pairs.files` has the names.")
     if not len(names) == len(changed) == len(images) == len(d):
         raise ValueError("`names`, `x_adv`, `x` and `descriptors` must belong to the same "
                          f"images; got {len(names)}, {len(changed)}, {len(images)} and "
@@ -120,12 +131,8 @@ def write_submission(
         raise ValueError(f"`x_adv` must have a similarity of at least {level} to `x` as 8-bit "
                          f"images; {len(bad)} of {len(names)} have less: {some_of(bad)}. Move "
                          "them back towards the originals until the rounded image obeys.")
-    with atomic_path(path) as tmp, zipfile.ZipFile(tmp, 'w') as z:
-        for name, content in [*((n, partial(_png, a)) for n,a in zip(names, changed)),
-                              ('descriptors.npy', partial(_npy, d))]:
-            entry = zipfile.ZipInfo(name)
-            entry.external_attr, entry.create_system = 0o644 << 16, 3
-            z.writestr(entry, content(), zipfile.ZIP_STORED)
+    contents = {n: partial(_png, a) for n, a in zip(names, changed)}
+    _write_zip(path, contents | {'descriptors.npy': partial(_npy, d)})
     return Path(path)
 
 # %% ../../nbs/api/descriptors/85_submission.ipynb #bf51aafe
@@ -138,13 +145,14 @@ def _open_png(open_file, shape):
     if raw[:8] != b'\x89PNG\r\n\x1a\n' or raw[12:16] != b'IHDR' or len(raw) < 33:
         raise ValueError("not a PNG file")
     width, height, depth, colour = struct.unpack('>IIBB', raw[16:26])
-    if (height, width) != shape[:2]: raise ValueError(f"{width}x{height} pixels, not {shape[1]}x{shape[0]}")
+    if (height, width) != shape[:2]:
+        raise ValueError(f"{width}x{height} pixels, not {shape[1]}x{shape[0]}")
     kind = {0: 'grey', 2: 'RGB', 3: 'palette', 4: 'grey with transparency',
             6: 'RGBA'}.get(colour, f'colour type {colour}')
     if (depth, colour) != (8, 2): raise ValueError(f"{kind} of {depth} bits, not RGB of 8 bits")
     with Image.open(io.BytesIO(raw), formats=('PNG',)) as im:
-        if (im.size != shape[1::-1] or im.mode != 'RGB' or getattr(im, 'n_frames', 1) > 1
-            or 'transparency' in im.info):
+        plain = im.mode == 'RGB' and getattr(im, 'n_frames', 1) == 1
+        if im.size != shape[1::-1] or not plain or 'transparency' in im.info:
             raise ValueError("more than one plain image")
         return np.array(im)
 
@@ -169,32 +177,38 @@ def _skipped(rule, why):
     return dict(rule=rule, verdict='not checked', found='', what_to_do=why, value=float('nan'))
 
 # %% ../../nbs/api/descriptors/85_submission.ipynb #9c5e4016
-def _image_rows(files, names, originals, level):
-    "The images (None if one is missing or wrong), and the verdicts about them"
-    changed, wrong = _read_pngs(files, names, originals.shape[1:])
+def _file_rows(files, names, wrong, size):
+    "Verdicts about which files there are, and whether the images can be read"
     lost = [n for n in names if wrong.get(n) == 'missing']
     other = [n for n in files if n not in {*names, 'descriptors.npy'}]
-    odd = [f'{n}: {e}' for n,e in wrong.items() if e != 'missing']
-    size = f'{originals.shape[2]}x{originals.shape[1]}'
-    rows = [_verdict('files', not lost,
-                     f"{len(lost)} of {len(names)} images are missing: {some_of(lost)}" if lost
-                     else f'{len(names)} images',
+    odd = [f'{n}: {e}' for n, e in wrong.items() if e != 'missing']
+    there = f'{len(names)} images'
+    if lost:
+        there = f"{len(lost)} of {len(names)} images are missing: {some_of(lost)}"
+    plain = some_of(odd) or f'{len(names)-len(lost)} of {size}, RGB of 8 bits'
+    return [_verdict('files', not lost, there,
                      "Put every PNG of `pairs.files` at the top of the zip file.", len(lost)),
             _verdict('other files', not other, some_of(other) or 'none',
                      "Only the images and descriptors.npy belong here.", len(other), 'warning'),
-            _verdict('png', not odd,
-                     some_of(odd) or f'{len(names)-len(lost)} of {size}, RGB of 8 bits',
+            _verdict('png', not odd, plain,
                      f"Save PNG files of {size}, RGB, 8 bits a channel.", len(odd))]
-    here = [i for i,n in enumerate(names) if n not in wrong]
+
+def _image_rows(files, names, originals, level):
+    "The images (None if one is missing or wrong), and the verdicts about them"
+    changed, wrong = _read_pngs(files, names, originals.shape[1:])
+    rows = _file_rows(files, names, wrong, f'{originals.shape[2]}x{originals.shape[1]}')
+    here = [i for i, n in enumerate(names) if n not in wrong]
     if not here: return None, rows + [_skipped('ssim', "First repair the images.")]
     similar = file_ssim(originals[here], changed[here])
-    bad = [f'{names[i]} {v:.6f}' for i,v in zip(here, similar) if not v >= level]
-    rows.append(_verdict(
-        'ssim', not bad, f"{len(bad)} below {level}: {some_of(bad)}" if bad
-                         else f"at least {similar.min():.6f} ({names[here[similar.argmin()]]})",
-        "One such image rejects the submission. Move it back towards its original.", similar.min()))
+    bad = [f'{names[i]} {v:.6f}' for i, v in zip(here, similar) if not v >= level]
+    found = f"at least {similar.min():.6f} ({names[here[similar.argmin()]]})"
+    if bad:
+        found = f"{len(bad)} below {level}: {some_of(bad)}"
+    todo = "One such image rejects the submission. Move it back towards its original."
+    rows.append(_verdict('ssim', not bad, found, todo, similar.min()))
     return None if wrong else changed, rows
 
+# %% ../../nbs/api/descriptors/85_submission.ipynb #d27c0d60
 def _descriptor_rows(files, n):
     "The descriptors (None if they are wrong), and the verdicts about them"
     try:
@@ -203,49 +217,48 @@ def _descriptor_rows(files, n):
         return None, [_verdict('descriptors', False, e,
                                "Write float32 (N,D) with np.save, allow_pickle=False."),
                       _skipped('descriptors finite', "First repair descriptors.npy.")]
-    ok = isinstance(
-        d, np.ndarray) and d.dtype.kind == 'f' and d.ndim == 2 and len(d) == n and d.size
-    rows = [_verdict(
-        'descriptors', ok, f'{d.dtype} of shape {d.shape}',
-        f"Floating point ({n}, D), a row for each image in the order of `pairs.files`.")]
+    numbers = isinstance(d, np.ndarray) and d.dtype.kind == 'f'
+    ok = numbers and d.ndim == 2 and len(d) == n and d.size
+    todo = f"Floating point ({n}, D), a row for each image in the order of `pairs.files`."
+    rows = [_verdict('descriptors', ok, f'{d.dtype} of shape {d.shape}', todo)]
     if not ok: return None, rows + [_skipped('descriptors finite', "First repair descriptors.npy.")]
     bad = np.flatnonzero(~np.isfinite(d).all(1))
-    return None if len(bad) else d, rows + [_verdict(
-        'descriptors finite', not len(bad),
-        f"{len(bad)} bad rows" + (f", first {bad[0]}" if len(bad) else ''),
-        "No NaN, no infinity.", len(bad))]
+    found = f"{len(bad)} bad rows" + (f", first {bad[0]}" if len(bad) else '')
+    rows.append(_verdict('descriptors finite', not len(bad), found, "No NaN, no infinity.", len(bad)))
+    return None if len(bad) else d, rows
 
 # %% ../../nbs/api/descriptors/85_submission.ipynb #eace9838
 @torch.no_grad()
-def _ask(oracle, images):
-    return torch.cat(
-        [oracle(to_float(images[o])).float().cpu() for o in batches(len(images), 100)]).numpy()
+def _describe_files(oracle, images):
+    said = [oracle(to_float(images[o])).float().cpu() for o in batches(len(images), 100)]
+    return torch.cat(said).numpy()
 
 def _spot_row(oracle, changed, d, names, spot, seed):
     "Are the descriptors those of the images?"
     if oracle is None or not spot: return _skipped('spot check', "Give `oracle`.")
     if changed is None or d is None: return _skipped('spot check', "First repair what is broken.")
     at = np.sort(np.random.default_rng(subseed(seed, 'spot check')).permutation(len(names))[:spot])
-    said = _ask(oracle, changed[at])
+    said = _describe_files(oracle, changed[at])
     if said.shape[1] != d.shape[1]:
         return _verdict('spot check', False,
                         f"length {d.shape[1]}, the oracle's is {said.shape[1]}",
                         "Use the descriptors of the black box.")
     off = np.linalg.norm(said - d[at], axis=1)/np.maximum(np.linalg.norm(said, axis=1), 1e-12)
     if np.isnan(off).all():
-        return _skipped('spot check', "The oracle did not answer. Give one with questions left.")
+        return _skipped('spot check', "The oracle did not answer. Give one with queries left.")
     bad = [f'{names[i]} {o:.3g}' for i,o in zip(at, off) if o > 1e-3]
-    return _verdict(
-        'spot check', not bad,
-        f"{len(bad)} of {(~np.isnan(off)).sum()} are off: {some_of(bad)}" if bad
-        else f"{(~np.isnan(off)).sum()} agree to {np.nanmax(off):.1g}",
-        "Describe the saved images again, as files with 8 bits, in the order of `pairs.files`.",
-        np.nanmax(off))
+    answered = (~np.isnan(off)).sum()
+    found = f"{answered} agree to {np.nanmax(off):.1g}"
+    if bad:
+        found = f"{len(bad)} of {answered} are off: {some_of(bad)}"
+    todo = "Describe the saved images again, as files with 8 bits, in the order of `pairs.files`."
+    return _verdict('spot check', not bad, found, todo, np.nanmax(off))
 
 def _score_row(d, targets, n_pairs):
     "The score, with its interval where there are pairs enough"
     if d is None: return _skipped('score', "First repair descriptors.npy.")
-    if targets is None: return _skipped('score', "Give `targets`, or an `oracle` with questions left.")
+    if targets is None:
+        return _skipped('score', "Give `targets`, or an `oracle` with queries left.")
     if targets.shape[2] != d.shape[1]:
         return _verdict('score', False,
                         f"length {d.shape[1]}, that of the targets is {targets.shape[2]}",
@@ -255,24 +268,36 @@ def _score_row(d, targets, n_pairs):
     return _verdict('score', True, f"{after.mean():.5f}{interval}, {len(after)} pairs", '',
                     after.mean())
 
-# %% ../../nbs/api/descriptors/85_submission.ipynb #145c94e0
+# %% ../../nbs/api/descriptors/85_submission.ipynb #5479a0dd
 _rules = ('archive', 'files', 'other files', 'png', 'ssim', 'descriptors',
           'descriptors finite', 'spot check', 'score')
 
+def _unreadable(reason):
+    "The table of a file that cannot be opened"
+    todo = "Make the zip file again with `write_submission`; do not unpack this one."
+    rest = [_skipped(k, "First repair the zip file.") for k in _rules[1:]]
+    return pd.DataFrame([_verdict('archive', False, reason, todo), *rest])
+
+def _target_descriptors(targets, shape):
+    "The targets as an array that fits the pairs"
+    targets = _stack(targets, 'targets', 3, '(P,T,D)')
+    if targets.shape[:2] != shape:
+        raise ValueError(f"`targets` must be descriptors of {shape[0]} pairs with {shape[1]} "
+                         f"images; got shape {targets.shape}.")
+    return targets
+
+# %% ../../nbs/api/descriptors/85_submission.ipynb #145c94e0
 def check_submission(
     path,               # Zip file (or folder) of a submission
     images:NamedSet,    # Prepared originals and targets, by name
     pairs:Pairs,        # The pairs of the competition
-    # Images (N,3,H,W) -> descriptors (N,D), NaN without an answer; None checks no descriptor
-    oracle=None,
-    targets=None,       # Descriptors of the targets (P,T,D); None asks `oracle` for them
+    oracle=None,        # Images (N,3,H,W) -> descriptors (N,D), NaN without an answer; None: no spot check
+    targets=None,       # Descriptors of the targets (P,T,D); None queries `oracle` for them
     level:float=.95,    # Least similarity, in (0,1]
-    spot:int=10,        # Images whose descriptors `oracle` is asked for, >= 0
+    spot:int=10,        # Images whose descriptors `oracle` is queried for, >= 0
     seed:int=0,         # Which ones
-    # One row per rule: rule, verdict ('ok', 'warning', 'broken' or 'not checked'), found,
-    # what_to_do, value (number behind the verdict, or NaN)
-)->pd.DataFrame:
-    "Judge a submission by its files, as the organiser does."
+)->pd.DataFrame:        # A row per rule: rule, verdict, found, what_to_do, value (a number, or NaN)
+    "Judge a submission by its files: 'ok', 'warning', 'broken' or 'not checked' for each rule."
     _check_level(level)
     if not (isinstance(spot, (int, np.integer)) and spot >= 0):
         raise ValueError(f"`spot` must be a number of images, at least 0; got {spot!r}.")
@@ -280,24 +305,18 @@ def check_submission(
     at = images.at(pairs.targets)
     originals = _pixels(images.images[images.at(pairs.sources).ravel()], 'images')
     if targets is not None:
-        targets = _stack(targets, 'targets', 3, '(P,T,D)')
-        if targets.shape[:2] != at.shape:
-            raise ValueError(f"`targets` must be descriptors of {at.shape[0]} pairs with "
-                             f"{at.shape[1]} images; got shape {targets.shape}.")
+        targets = _target_descriptors(targets, at.shape)
     try:
         with open_members(path) as files:
             changed, rows = _image_rows(files, names, originals, level)
             d, more = _descriptor_rows(files, len(names))
             rows = [_verdict('archive', True, f'{len(files)} files', ''), *rows, *more]
     except ValueError as e:
-        return pd.DataFrame([_verdict(
-            'archive', False, e,
-            "Make the zip file again with `write_submission`; do not unpack this one."),
-                             *(_skipped(k, "First repair the zip file.") for k in _rules[1:])])
+        return _unreadable(e)
     rows.append(_spot_row(oracle, changed, d, names, spot, seed))
     if targets is None and oracle is not None and d is not None:
-        asked, back = np.unique(at, return_inverse=True)
-        targets = _ask(oracle, images.images[asked])[back.reshape(at.shape)]
+        wanted, back = np.unique(at, return_inverse=True)
+        targets = _describe_files(oracle, images.images[wanted])[back.reshape(at.shape)]
         if not np.isfinite(targets).all():
             targets = None
     return pd.DataFrame(rows + [_score_row(d, targets, len(pairs))])

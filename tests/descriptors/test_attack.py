@@ -8,16 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from robustnb.descriptors import attack as D
-from robustnb.core import make_generator
-from robustnb.descriptors.attack import (
-    allows_saved, attack_descriptor, baseline, fgsm_masked, fgvm, fit_eight_bit, Plan,
-    target_combinations)
-from robustnb.attacks.ssim_rule import ssim
-from robustnb.core import round_to_8bit
-from robustnb.descriptors.blackbox import descriptor_distance, BlackBox
+from helpers_descriptors import pictures, windowed
+from robustnb.core import make_generator, round_to_8bit, to_uint8
+from robustnb.attacks.ssim_rule import SSIM, ssim
 from robustnb.attacks.threat_models import L2, Linf
-from robustnb.attacks.ssim_rule import SSIM
+from robustnb.descriptors import attack as D
+from robustnb.descriptors.attack import (
+    allows_saved, attack_descriptor, baseline, fgsm_masked, fgvm, fit_8bit, Plan,
+    shrink_and_place, target_combinations)
+from robustnb.descriptors.blackbox import BlackBox, descriptor_distance
 
 RULE = SSIM(.95)
 
@@ -65,10 +64,37 @@ ATTACKS = dict(baseline=baseline, fgvm=lambda *a, **k: fgvm(*a, queries=12, **k)
 
 # ---- the saved image
 
+def test_fit_against_a_slow_similarity():
+    x = (pictures(8)*255).round()/255
+    near = x + .01*torch.randn(x.shape, generator=make_generator(0))
+    inside = (near.clamp(0, 1)*255).round()/255
+    loose = fit_8bit(x, near, SSIM(.5))
+    assert torch.allclose(loose, inside, atol=1e-6)
+    far = fit_8bit(x, x + torch.randn(x.shape, generator=make_generator(0)), RULE)
+    lost = [1-windowed(a, b) for a, b in zip(to_uint8(x), to_uint8(far))]
+    assert max(lost) <= .05
+    assert min(lost) > .04
+    assert torch.equal(far, (far*255).round()/255)
+    assert torch.equal(fit_8bit(x, far, RULE), far)
+    assert torch.equal(fit_8bit(x, far, SSIM(1.)), x)
+
+
+def test_images_are_shrunk_and_placed():
+    x = pictures(3, 16)
+    assert torch.allclose(shrink_and_place(x, torch.tensor([[.999, .5, .5]]*3)), x, atol=1e-6)
+    assert torch.allclose(shrink_and_place(x, torch.rand(3, 3, generator=make_generator(0)), 1.), x,
+                          atol=1e-6)
+    small = shrink_and_place(x, torch.tensor([[0., 0., .999]]*3), .5)
+    want = nn.functional.interpolate(x, size=(8, 8), mode='bilinear', align_corners=False)
+    assert torch.allclose(small[:, :, :8, 8:], want, atol=1e-6)
+    assert (small[:, :, 8:] == 0).all()
+    assert (small[:, :, :, :8] == 0).all()
+
+
 def test_saved_images_by_the_competition_rule():
     skimage = pytest.importorskip('skimage.metrics')
     x = photos()
-    y = fit_eight_bit(x, x + .1*torch.randn(x.shape, generator=make_generator(5)), RULE)
+    y = fit_8bit(x, x + .1*torch.randn(x.shape, generator=make_generator(5)), RULE)
     for a, b in zip(x, y):
         grey = [(o*255).round().byte().permute(1, 2, 0).numpy() for o in (a, b)]
         assert .95 <= skimage.structural_similarity(*grey, channel_axis=2, data_range=255) < .952
@@ -90,11 +116,11 @@ def test_rule_is_exact_about_grey_levels():
 def test_fit_goes_as_far_as_it_may():
     x = photos()
     move = .2*torch.randn(x.shape, generator=make_generator(2))
-    y = fit_eight_bit(x, x + move, Linf(8/255))
+    y = fit_8bit(x, x + move, Linf(8/255))
     assert ((y-x).abs().amax((1, 2, 3))*255).round().eq(8).all()
-    assert torch.equal(fit_eight_bit(x, x, RULE), x)
+    assert torch.equal(fit_8bit(x, x, RULE), x)
     mixed = torch.cat([x[:1] + 1/255, x[1:2] + move[1:2]]).clamp(0, 1)
-    assert torch.equal(fit_eight_bit(x[:2], mixed, RULE)[:1],
+    assert torch.equal(fit_8bit(x[:2], mixed, RULE)[:1],
                        round_to_8bit(mixed[:1])), 'one image does not depend on another'
 
 
@@ -393,7 +419,7 @@ def test_contract(case, name):
 
 
 @pytest.mark.parametrize('name,most', [('fgvm', 12), ('ours', 12), ('baseline', 2)])
-def test_questions(case, name, most):
+def test_queries(case, name, most):
     x, targets, box, student = case
     asked = []
 

@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch import nn
 
+from robustnb.core import make_generator, round_to_8bit, to_float, to_uint8
 from robustnb.descriptors import blackbox as module
-from robustnb.core import make_generator, to_float, to_uint8
-from robustnb.core import round_to_8bit
-from robustnb.descriptors.blackbox import descriptor_distance, http_blackbox, BlackBox
+from robustnb.descriptors.blackbox import (
+    BlackBox, descriptor_distance, http_blackbox, is_spent, query_distances)
 
 weights = torch.randn(3*5*4, 7, generator=make_generator(0, 'weights'), dtype=torch.float64).float()
 
@@ -70,7 +70,7 @@ def quiet(*args, **kw):
         return BlackBox(*args, **kw)
 
 
-def test_eight_bit():
+def test_round_to_8bit():
     x = torch.cat([images(), torch.arange(60).view(1, 3, 5, 4)/255, torch.ones(1, 3, 5, 4)])
     for dtype in (torch.float32, torch.float64):
         out = round_to_8bit(x.to(dtype))
@@ -99,6 +99,26 @@ def test_descriptor_distance():
             descriptor_distance(d, bad)
     with pytest.raises(ValueError, match='`targets`'):
         descriptor_distance(d[0], targets)
+
+
+def test_queries_of_an_attack():
+    x = images(4)
+    targets = torch.randn(4, 3, 7, generator=make_generator(2))
+    oracle = BlackBox(answer, 3)
+    assert not is_spent(oracle)
+    answers, distances = query_distances(oracle, x, targets.double())
+    assert is_spent(oracle)
+    assert answers.dtype == torch.float64
+    assert torch.allclose(answers[:3].float(), answer(round_to_8bit(x[:3])), atol=1e-5)
+    assert torch.equal(distances[:3], descriptor_distance(answers[:3], targets[:3].double()))
+    assert answers[3].isnan().all()
+    assert distances[3] == torch.inf
+    _, far = query_distances(lambda o: answer(o)*torch.inf, x, targets)
+    assert (far == torch.inf).all(), 'an infinite answer is none'
+    for wrong in (lambda o: answer(o)[:, :6], lambda o: answer(o)[1:]):
+        with pytest.raises(ValueError, match='`oracle` must answer with one descriptor'):
+            query_distances(wrong, x, targets)
+    assert not is_spent(answer)
 
 
 @pytest.mark.parametrize('size', [None, 1, 4, 100])
@@ -167,7 +187,7 @@ def test_the_budget_is_never_exceeded(size):
     assert (oracle.used, oracle.left, box.asked) == (4, 0, 4)
     assert torch.equal(oracle(x.flip(0)).flip(0).nan_to_num(9), d.nan_to_num(9))
     assert box.asked == 4
-    assert oracle._book.grant(['another process'], 4) == []
+    assert oracle._cache.grant(['another process'], 4) == []
     assert len(oracle.log) == 4
     x = images(8, seed=3)
     box = Box(images(8, seed=3), i0=fails())
@@ -211,7 +231,7 @@ def test_a_box_that_always_fails_says_why():
     with pytest.raises(TypeError):
         oracle(None)
     oracle = BlackBox(lambda x: fails(ZeroDivisionError('w'*999))(), 10)
-    with pytest.raises(RuntimeError, match='6 of 10 questions.*ZeroDivisionError: www'):
+    with pytest.raises(RuntimeError, match='6 of 10 queries.*ZeroDivisionError: www'):
         oracle(images(2))
     assert oracle.log.outcome.str.len().max() == 300
     with pytest.raises(RuntimeError):
@@ -434,21 +454,20 @@ def test_files_that_are_not_ours(tmp_path):
 
 @pytest.mark.parametrize('room', (0, 12))
 def test_a_full_disk(tmp_path, room):
-    """SQLite itself says that there is no room; what was answered before is kept, and every
-    question was counted"""
+    "SQLite itself says that there is no room; what was answered before is kept, every query counted"
     box = Box()
-    book = tmp_path/'book.db'
-    queries = BlackBox(box, 900, cache=book, batch_size=100)
-    known = queries(images(3))
-    queries._book.db.execute(
-        f"pragma max_page_count={queries._book.get('pragma page_count')[0][0] + room}")
-    with pytest.raises(OSError, match='could not write .*book.db: database or disk is full. '
+    path = tmp_path/'cache.db'
+    oracle = BlackBox(box, 900, cache=path, batch_size=100)
+    known = oracle(images(3))
+    pages = oracle._cache.get('pragma page_count')[0][0]
+    oracle._cache.db.execute(f'pragma max_page_count={pages + room}')
+    with pytest.raises(OSError, match='could not write .*cache.db: database or disk is full. '
                                       'Every answer .*free some space'):
-        queries(images(800, 1))
-    assert ((queries.log.outcome[3:] != 'answered').all() if room == 0
-            else set(queries.log.outcome[3:]) >= {'interrupted'})
+        oracle(images(800, 1))
+    outcomes = oracle.log.outcome[3:]
+    assert (outcomes != 'answered').all() if room == 0 else 'interrupted' in set(outcomes)
     asked = box.asked
-    again = BlackBox(box, 2000, cache=book, batch_size=100)
+    again = BlackBox(box, 2000, cache=path, batch_size=100)
     assert torch.equal(again(images(3)), known)
     assert box.asked == asked
     assert again.used >= asked
@@ -460,14 +479,16 @@ import sys, time
 sys.path.insert(0, sys.argv[2])
 import torch
 from test_blackbox import answer, images
-from robustnb.descriptors.blackbox import Queries
+from robustnb.descriptors.blackbox import BlackBox
 asked = 0
 def box(x):
     global asked
     asked += len(x)
-    if asked > 4: print('now', flush=True); time.sleep(60)
+    if asked > 4:
+        print('now', flush=True)
+        time.sleep(60)
     return answer(x)
-Queries(box, 100, cache=sys.argv[1], batch_size=2)(images())
+BlackBox(box, 100, cache=sys.argv[1], batch_size=2)(images())
 '''
 
 
@@ -577,7 +598,7 @@ def test_servers_that_lie(server, path, error, words, tmp_path, monkeypatch):
     assert not os.path.exists('evil')
     oracle = BlackBox(http_blackbox(f'{server}/{path}', timeout=.3 if path == 'slow' else 10),
                       2, retries=1)
-    with pytest.raises(RuntimeError, match='2 of 2 questions.*`url`'):
+    with pytest.raises(RuntimeError, match='2 of 2 queries.*`url`'):
         oracle(images(1))
 
 

@@ -14,7 +14,7 @@ from robustnb.data import digits, subset
 from robustnb.descriptors.students import (
     cosface, Descriptor, descriptor_losses, descriptor_model, descriptor_names, DescriptorRecipe,
     distill_descriptor, fidelity, load_descriptor, WeightedEnsemble, save_descriptor, split_groups,
-    student_recipes, train_teacher, views)
+    student_recipes, train_teacher, views, tensor_digest)
 
 FAST = DescriptorRecipe(epochs=3, batch_size=16, lr=3e-3)
 
@@ -313,7 +313,7 @@ def test_groups_stay_together():
     assert not set(groups[fit]) & set(groups[out])
     assert list(split_groups(groups, .25, seed=2)[1]) != list(out)
     for bad in (0, 1, float('nan'), .01):
-        with pytest.raises(ValueError, match='`share`'):
+        with pytest.raises(ValueError, match='`fraction`'):
             split_groups(groups, bad)
 
 
@@ -385,3 +385,11 @@ def test_xception_halves_maps_as_the_original():
                          if isinstance(m, torch.nn.MaxPool2d)}
     assert pools(descriptor_model('Xception',
                                   width=.125)) == pools(timm.create_model('legacy_xception'))
+
+
+def test_a_digest_knows_values_types_and_shapes():
+    zeros = torch.zeros(2, 3)
+    assert tensor_digest(zeros) == tensor_digest(zeros.clone())
+    assert tensor_digest(zeros) != tensor_digest(torch.zeros(3, 2))
+    assert tensor_digest(zeros) != tensor_digest(zeros.double())
+    assert tensor_digest(zeros) != tensor_digest(zeros + 1)
