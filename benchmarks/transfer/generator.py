@@ -1,7 +1,8 @@
 """Images to probe a quantised copy with: photographs, a generator, its adjusted sets, images
 optimised one by one (ZeroQ), noise.
 
-    python benchmarks/transfer/generator.py runs/AlexNet runs/AlexNet_BN runs/VGG_16 runs/ResNet_18 runs/MobileNetV2 --data cifar10-images.zip
+    python benchmarks/transfer/generator.py runs/AlexNet runs/AlexNet_BN runs/VGG_16 \\
+        runs/ResNet_18 runs/MobileNetV2 --data cifar10-images.zip
 
 Each network is a folder of `robustnb_train`. Every source gives 300 images; they calibrate a
 copy of the network in each format and measure how its answers change. The loss of that copy is

@@ -1,7 +1,8 @@
 """How the cost of a full study grows with images, formats and width, and what one pass of each network costs.
 
-    python benchmarks/transfer/scaling.py                                                        # the measurement: an idle machine, about ten minutes
-    python benchmarks/transfer/scaling.py --width .125 --n 4 --images 4,8 --formats 1,2 --widths .0625,.125 --repeats 1   # a look, less than a minute
+    python benchmarks/transfer/scaling.py       # the measurement: an idle machine, ten minutes
+    python benchmarks/transfer/scaling.py --width .125 --n 4 --images 4,8 --formats 1,2 \\
+        --widths .0625,.125 --repeats 1         # a look, less than a minute
 
 Random weights and random images: what an answer is worth does not change what it costs. Every
 image is attacked for all steps (an evaluation stops at images that have fallen, so these are
@@ -80,7 +81,7 @@ def parts(name, width, n, repeats):
 
 def rows(args):
     macs = lambda name, width: int(model_complexity(build_model(name, 10, width)).macs.sum())
-    base = dict(network=args.network, width=args.widths[-1], images=args.images[-1], formats=1)
+    base = dict(model=args.network, width=args.widths[-1], images=args.images[-1], formats=1)
     for width in args.widths:
         net, x = build_model(args.network, 10, width, seed=0), images(args.images[0])
         q = quantize(net, 'INT8', x)
@@ -106,7 +107,7 @@ def rows(args):
                           macs=macs(args.network, width))
     for name in args.networks:
         for part, s in parts(name, args.width, args.n, args.repeats):
-            yield dict(what='network', network=name, width=args.width, images=args.n, formats=1,
+            yield dict(what='network', model=name, width=args.width, images=args.n, formats=1,
                        part=part, seconds=s, macs=macs(name, args.width), macs_full=macs(name, 1.))
         print(name, flush=True)
 

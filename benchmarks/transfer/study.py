@@ -1,6 +1,7 @@
 """What every number format costs every trained network, and what could be seen of it without its data.
 
-    robustnb_train --data PHOTOS --model ResNet_18 --width .25 --epochs 10 --out runs/ResNet_18        (one run per network)
+    robustnb_train --data PHOTOS --model ResNet_18 --width .25 --epochs 10 --out runs/ResNet_18
+    ... and so each network
     python benchmarks/transfer/study.py runs/ResNet_18/weights.pt ... --data PHOTOS --work transfer_work
     robustnb_fit_predictor transfer_work/AlexNet,transfer_work/AlexNet_BN,... --out results
 
@@ -30,7 +31,7 @@ integers = [f'INT{b}' for b in range(2, 17)]
 powers = [f'POT{b}' for b in range(2, 9)]
 floats = [f'FLOAT{b}_E{e}' for b in range(3, 9) for e in range(1, b-1)]
 formats = integers + powers + floats
-columns = ['network', 'dataset', 'format', 'n_classes', 'js', 'flips', 'js_real', 'flips_real',
+columns = ['model', 'dataset', 'format', 'n_classes', 'js', 'flips', 'js_real', 'flips_real',
            'noise', 'activation_noise', 'margin', 'softmax_js_flops', 'softmax_js_params',
            'eps', 'robust_flips', 'accuracy', 'measured_loss', 'robust_accuracy',
            'measured_robust_loss', 'all_seconds']
@@ -39,7 +40,7 @@ columns = ['network', 'dataset', 'format', 'n_classes', 'js', 'flips', 'js_real'
 def tabulate(folder):
     "report_table.csv of one network, from its files"
     about = json.loads((folder/'manifest.json').read_text())
-    named = dict(network=folder.name, dataset=about['dataset'])
+    named = dict(model=folder.name, dataset=about['dataset'])
     files = [folder/f'{f}.json' for f in formats]
     rows = [named | row for f in files if f.exists() for row in json.loads(f.read_text())]
     table = pd.DataFrame(rows)[columns].round(6)

@@ -106,7 +106,7 @@ class _Case(_Answers):
         return len(self.left) - len(left)
 
 # %% ../../nbs/api/evaluation/20_checks.ipynb #f8fe3dbc
-def _many(k, n, share=.02): return k > max(1, share*n)
+def _many(k, n, fraction=.02): return k > max(1, fraction*n)
 
 def _training(case): return bool(case.training), f'{len(case.training)} parts in training mode'
 
@@ -204,7 +204,7 @@ def _converged(case):
 def _blackbox(case):
     k = case.falls(partial(square, queries=300) if isinstance(case.threat, (Linf, L2, L1))
                    else partial(random_search, tries=300))
-    return _many(k, len(case.x)), f'{k} of {len(case.left)} survivors fall to 300 questions'
+    return _many(k, len(case.x)), f'{k} of {len(case.left)} survivors fall to 300 queries'
 
 # %% ../../nbs/api/evaluation/20_checks.ipynb #c14c1074
 def _rounding(case):
@@ -250,8 +250,8 @@ _checks = {
     'black box': (_blackbox,
                   'The gradient misleads: attack around it (straight-through, '
                   '`transfer_attack`), and count the worst of all attacks per image.'),
-    '8-bit rounding': (_rounding, 'Judge rounded images: `eight_bit(attack)`. Attacks that '
-                                  'stop at the border need a few steps beyond it.')}
+    '8-bit rounding': (_rounding, 'Judge rounded images: `on_8bit_images(attack)`. Attacks '
+                                  'that stop at the border need a few steps beyond it.')}
 
 # %% ../../nbs/api/evaluation/20_checks.ipynb #b2d9d4c9
 @contextmanager

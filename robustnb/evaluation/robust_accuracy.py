@@ -76,15 +76,15 @@ def on_8bit_images(
                              f"image {int(off.argmax())} is up to {off.max():.2g} grey levels "
                              "off. Round them first: `(255*x).round()/255`.")
         x_adv = attack(model, x, y, threat, generator=generator)
-        on_grid = lambda share: (255*torch.lerp(x, x_adv, share.view(-1, 1, 1, 1))).round()/255
+        on_grid = lambda part: (255*torch.lerp(x, x_adv, part.view(-1, 1, 1, 1))).round()/255
         lo = x.new_zeros(len(x))
         hi = x.new_ones(len(x))
         whole = threat.allows(x, on_grid(hi))
         for _ in range(12):
-            share = (lo+hi)/2
-            allowed = threat.allows(x, on_grid(share))
-            lo = torch.where(allowed, share, lo)
-            hi = torch.where(allowed, hi, share)
+            part = (lo+hi)/2
+            allowed = threat.allows(x, on_grid(part))
+            lo = torch.where(allowed, part, lo)
+            hi = torch.where(allowed, hi, part)
         return on_grid(torch.where(whole, 1, lo))
     return rounded
 
@@ -311,8 +311,9 @@ def plot_curve(
 def quantized_attacks(
     original:nn.Module,       # The full-precision model
     attack:Callable=pgd,      # Gradient attack to use on both
-    queries:int=5000,         # Questions that `square` may ask about an image
+    queries:int=5000,         # Queries that `square` may make for an image
 )->dict:                      # Attacks for `evaluate`: white_box, transfer, square
-    "Three roads to a quantised model: its own straight-through gradient, the original's true one, and none."
+    """Three ways to attack a quantised model: its own straight-through gradient, the original's true
+    one, and none."""
     return dict(white_box=attack, transfer=transfer_attack(original, attack),
                 square=partial(square, queries=queries))

@@ -249,10 +249,9 @@ def train_generator(
     match_energy(net, model, seed=seed)
     return net, pd.DataFrame(history)
 
-# %% ../../nbs/api/transfer/10_generator.ipynb #2be20874
+# %% ../../nbs/api/transfer/10_generator.ipynb #81128328
 _generator = 'robustnb.generator/1'
 
-# %% ../../nbs/api/transfer/10_generator.ipynb #81128328
 def save_generator(
     generator:Generator,  # From `train_generator`
     path,                 # File to write; an existing one is replaced only once the new one is complete

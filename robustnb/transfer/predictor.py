@@ -23,7 +23,7 @@ def _features(rows, features):
     return np.stack([np.log10(rows[f].to_numpy(float).clip(_smallest)) for f in features], 1)
 
 def _fit(f, cap, loss):
-    "Least squares for the coefficients of the link; slopes are kept positive through softplus."
+    "Least squares for the coefficients of the curve; slopes are kept positive through softplus."
     f, cap, loss = (torch.tensor(np.array(o, float)) for o in (f, cap, loss))
     theta = torch.zeros(f.shape[1]+1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([theta], max_iter=500, line_search_fn='strong_wolfe')
@@ -39,8 +39,8 @@ def _fit(f, cap, loss):
 
 def _odds(loss, cap):
     "Log-odds of a loss, away from 0 and from the cap."
-    share = (loss/cap).clip(.01, .99)
-    return np.log(share/(1-share))
+    p = (loss/cap).clip(.01, .99)
+    return np.log(p/(1-p))
 
 # %% ../../nbs/api/transfer/30_predictor.ipynb #877d83c7
 @dataclass(frozen=True)
@@ -119,15 +119,15 @@ def fit_predictor(
     return LossPredictor(tuple(features), tuple(b.tolist()), spread, seen, names), left_out
 
 # %% ../../nbs/api/transfer/30_predictor.ipynb #444e3375
-_links = (Path(__file__).parent/'predictors.json' if '__file__' in globals()
-          else Path('../../../robustnb/transfer/predictors.json'))
+_shipped = (Path(__file__).parent/'predictors.json' if '__file__' in globals()
+            else Path('../../../robustnb/transfer/predictors.json'))
 
 def load_predictor(
     name:str,        # 'loss' or 'robust_loss'
-    path=_links,     # JSON file of links
-)->LossPredictor:             # The link
-    "A link that was fitted before."
-    with explain_errors(path, 'a file of links, as robustnb_fit_predictor writes it'):
+    path=_shipped,   # JSON file of predictors
+)->LossPredictor:    # The predictor
+    "A predictor that was fitted before."
+    with explain_errors(path, 'a file of predictors, as robustnb_fit_predictor writes it'):
         held = json.loads(Path(path).read_text(encoding='utf-8'))['links']
         if name not in held: raise ValueError(f"`name` must be one of {sorted(held)}; got {name!r}.")
         return LossPredictor(
@@ -136,15 +136,15 @@ def load_predictor(
 # %% ../../nbs/api/transfer/30_predictor.ipynb #bb0bcfb7
 def predict_losses(
     table:pd.DataFrame,   # Rows with n_classes and what `Study.change` gives
-    # JSON file of other links, as robustnb_fit_predictor writes it; None takes those of the package
+    # JSON file of other predictors, as robustnb_fit_predictor writes it; None takes those of the package
     path=None,
     # The rows with predicted_loss and predicted_robust_loss, each with _lo, _hi and _outside
 )->pd.DataFrame:
     "Losses from measured change."
     columns = {'': 'predicted', '_lo': 'lo', '_hi': 'hi', '_outside': 'outside'}
     for name in ('loss', 'robust_loss'):
-        link = load_predictor(name) if path is None else load_predictor(name, path)
-        found = link.predict(table)
+        predictor = load_predictor(name) if path is None else load_predictor(name, path)
+        found = predictor.predict(table)
         table = table.assign(**{f'predicted_{name}{end}': found[c] for end, c in columns.items()})
     return table
 
@@ -158,18 +158,18 @@ def fit_predictors(
     # Name -> `LossPredictor`; name -> the rows it was fitted on, each with the loss `predicted`
     # with its model left out
 )->tuple[dict, dict]:
-    "The links for accuracy and for robust accuracy, from measured networks."
+    "The predictors for accuracy and for robust accuracy, from measured networks."
     needed = ('model', 'format', 'n_classes', *_reads['robust_loss'],
               *(f'measured_{k}' for k in _reads))
     short = [c for c in needed if c not in rows]
     if short:
         raise ValueError("`rows` must have the columns of an assessment with a test set; "
                          f"{', '.join(short)} are missing. Use `assess(model, test=...)`.")
-    links = {}
+    predictors = {}
     left_out = {}
     for name, features in _reads.items():
         target = f'measured_{name}'
         known = rows if name == 'robust_loss' else rows.drop_duplicates(['model', 'format'])
         known = known.dropna(subset=[*features, target])
-        links[name], left_out[name] = fit_predictor(known, features, target)
-    return links, left_out
+        predictors[name], left_out[name] = fit_predictor(known, features, target)
+    return predictors, left_out

@@ -94,14 +94,15 @@ def compose(
     generator:Generator,    # Generator in eval mode
     model:nn.Module,        # Classifier it was trained from
     n:int,                  # Images
-    shares:Composition=Composition(), # From `adjust`, or your own
+    composition:Composition=Composition(), # From `adjust`, or your own
     seed:int=0,             # Classes, noise and the start of the push
 )->tuple[Tensor, Tensor]:   # Images (N,C,H,W), pixels in [0,1]; class mixtures (N,K)
     "A generated set of that composition, shuffled."
-    x, targets = generate(generator, n, min(shares.boundary, 1.), seed, shares.spread)
-    one = (targets == 1).any(1).nonzero().flatten()[:round(n*shares.adversarial)]
+    boundary = min(composition.boundary, 1.)
+    x, targets = generate(generator, n, boundary, seed, composition.spread)
+    one = (targets == 1).any(1).nonzero().flatten()[:round(n*composition.adversarial)]
     if len(one):
-        x[one] = _push(model, x[one], targets[one].argmax(1), shares.push, seed)
+        x[one] = _push(model, x[one], targets[one].argmax(1), composition.push, seed)
     return x, targets
 
 def _push(model, x, y, eps, seed):
@@ -195,8 +196,8 @@ def adjust(
     check_model(model)
     value, wanted = _statistic(model, target, eps, seed)
 
-    def of(shares, *names):
-        x, targets = compose(generator, model, n, shares, subseed(seed, 'adjust', *names))
+    def of(composition, *names):
+        x, targets = compose(generator, model, n, composition, subseed(seed, 'adjust', *names))
         return value(x, targets.argmax(1))
 
     single = of(Composition(0.))
@@ -205,16 +206,16 @@ def adjust(
     untried = [dict(), dict(spread=.5), dict(push=2.)]
     while untried and len(rows) < rounds:
         now = Composition() if best is None else best
-        shares = _next_composition(of, now, untried[0], single, wanted)
-        measured = of(shares, 'fresh', len(rows))
+        composition = _next_composition(of, now, untried[0], single, wanted)
+        measured = of(composition, 'fresh', len(rows))
         miss = (measured-wanted).square().mean().sqrt().item()
         better = not rows or miss < min(r['miss'] for r in rows) - 1e-3
-        row = dict(round=len(rows)+1) | asdict(shares) | dict(miss=miss, kept=better)
+        row = dict(round=len(rows)+1) | asdict(composition) | dict(miss=miss, kept=better)
         if len(wanted) == 2:
             row |= dict(accuracy=measured[0].item(), robust=measured[1].item())
         rows.append(row)
         if better:
-            best = shares
+            best = composition
         if not (better and untried[0]):
             untried = untried[1:]
     return best, pd.DataFrame(rows)
@@ -227,7 +228,7 @@ def generator_quality(
     eps:tuple=(.5/255, 1/255, 2/255), # Linf budgets, growing
     seed:int=0,                # Random starts
     # One row per set: n, accuracy, robust_<grey levels>, margin_10, margin_50, margin_90,
-    # margin_distance, bn_distance, clip_rate, dimensions
+    # margin_distance, bn_distance, clip_rate, effective_rank
 )->pd.DataFrame:
     "How generated images compare with real ones, as the classifier sees them."
     if real is not None:
@@ -242,22 +243,22 @@ def generator_quality(
         kept = is_robust(model, x, y, eps, seed=seed).float().mean(1)
         margins[name] = -margin(logits, y)
         quantiles = {f'margin_{q}': margins[name].quantile(q/100).item() for q in (10, 50, 90)}
-        shares = {'accuracy' if not e else f'robust_{255*e:g}': k.item()
-                  for e, k in zip((0, *eps), kept)}
+        accuracies = {'accuracy' if not e else f'robust_{255*e:g}': k.item()
+                      for e, k in zip((0, *eps), kept)}
         with torch.no_grad(), bn_inputs(model) as seen:
             model(x[:250])
-        rows.append(dict(set=name, n=len(x)) | shares | quantiles | dict(
+        rows.append(dict(set=name, n=len(x)) | accuracies | quantiles | dict(
             bn_distance=bn_distance(seen).item() if seen else np.nan,
             clip_rate=((x == 0) | (x == 1)).float().mean().item(),
-            dimensions=effective_rank(features(model, x))))
+            effective_rank=effective_rank(features(model, x))))
     away = lambda name: np.nan if real is None else _wasserstein(margins[name], margins['real'])
     return pd.DataFrame([r | dict(margin_distance=away(r['set'])) for r in rows])
 
 def _wasserstein(a, b):
     "Area between the cumulative curves of two samples."
     a, b, every = a.sort().values, b.sort().values, torch.cat([a, b]).sort().values
-    share = lambda o: torch.searchsorted(o, every[:-1], right=True)/len(o)
-    return ((share(a)-share(b)).abs()*every.diff()).sum().item()
+    below = lambda o: torch.searchsorted(o, every[:-1], right=True)/len(o)
+    return ((below(a)-below(b)).abs()*every.diff()).sum().item()
 
 # %% ../../nbs/api/transfer/40_probe_quality.ipynb #0ea3fc5f
 def feature_pca(
@@ -266,7 +267,7 @@ def feature_pca(
     # first, gives the projection
     sets:dict,
     # One row per image: set, label, pc1, pc2 and what part of the variance each axis explains:
-    # share1 and share2
+    # explained1 and explained2
 )->pd.DataFrame:
     "Features of several sets in one projection."
     if not sets: raise ValueError("`sets` must hold at least one set of images; got none.")
@@ -278,14 +279,14 @@ def feature_pca(
         raise ValueError("`sets` must have at least 2 images and 2 features in the set that "
                          "gives the projection.")
     axes = axes[:2]*axes[:2].gather(1, axes[:2].abs().argmax(1, keepdim=True)).sign()
-    share = (scale.square()/scale.square().sum().clamp_min(1e-30))[:2].tolist()
+    explained = (scale.square()/scale.square().sum().clamp_min(1e-30))[:2].tolist()
 
     def rows(name):
         y = sets[name][1]
         at = ((f[name]-centre) @ axes.T).numpy()
         label = (y.argmax(1) if y.ndim == 2 else y).numpy()
         return pd.DataFrame(dict(set=name, label=label, pc1=at[:, 0], pc2=at[:, 1],
-                                 share1=share[0], share2=share[1]))
+                                 explained1=explained[0], explained2=explained[1]))
 
     return pd.concat([rows(k) for k in sets], ignore_index=True)
 
@@ -306,9 +307,9 @@ def plot_features(
             ax.text(g.pc1.mean(), g.pc2.mean(), k, fontsize=8, ha='center', va='center',
                     bbox=dict(boxstyle='circle,pad=.1', fc='w', ec='none', alpha=.7))
         ax.set_title(name, fontsize=9)
-        ax.set_xlabel(f'first component ({table.share1.iloc[0]:.0%})', fontsize=8)
+        ax.set_xlabel(f'first component ({table.explained1.iloc[0]:.0%})', fontsize=8)
         ax.spines[['top', 'right']].set_visible(False)
-    panels[0, 0].set_ylabel(f'second component ({table.share2.iloc[0]:.0%})', fontsize=8)
+    panels[0, 0].set_ylabel(f'second component ({table.explained2.iloc[0]:.0%})', fontsize=8)
     if caption:
         fig.supxlabel(caption, fontsize='small', color='.35')
     fig.tight_layout()

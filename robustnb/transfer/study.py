@@ -263,8 +263,8 @@ def _notes(study, copy):
         yield ('The network has no batch norm, so the generator knew only channel means and '
                'deviations: trust the predictions less.')
     if study.probes.facts.get('clip_rate', 0) > .2:
-        share = study.probes.facts['clip_rate']
-        yield f'{share:.0%} of the generated pixels are black or white at the clamp.'
+        clipped = study.probes.facts['clip_rate']
+        yield f'{clipped:.0%} of the generated pixels are black or white at the clamp.'
     said = dict(left_float='Left in full precision',
                 opaque='Computed in full precision between rounded inputs and outputs')
     for name, words in said.items():
@@ -353,7 +353,7 @@ class Study(_Copies):
         rows,       # Those of one or more formats, in one list
         layers,     # Those of at least one of these formats, in one table
     ):
-        "Table, figures and page, predicted anew by the links of the package."
+        "Table, figures and page, predicted anew by the predictors of the package."
         return _report(self, rows, layers)
 
 # %% ../../nbs/api/transfer/60_study.ipynb #b9044fb6

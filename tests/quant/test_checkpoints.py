@@ -8,7 +8,6 @@ from torch import nn
 from robustnb.quant import checkpoints as store
 from robustnb.core import make_generator, predict
 from robustnb.files import load_state, save_state
-from robustnb.transfer.generator import generate, Generator, train_generator
 from robustnb.models.wrapping import wrap_model
 from robustnb.models.zoo import build_model, model_names
 from robustnb.models.loading import load_model, save_model
@@ -16,7 +15,7 @@ from robustnb.quant.ptq import quantize, FakeQuantize
 from robustnb.quant.formats import quant_spec
 from robustnb.quant.sensitivity import layer_sensitivity
 from robustnb.quant.checkpoints import load_quantized, save_quantized
-from robustnb.transfer.generator import load_generator, save_generator
+from robustnb.transfer.generator import Generator, save_generator
 
 
 def images(n=6, seed=0):
@@ -196,40 +195,3 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
             save(thing, path)
     assert path.read_bytes() == before
     assert [o.name for o in tmp_path.iterdir()] == ['q.pt']
-
-
-@pytest.mark.parametrize('size, width, channels', ((32, 8, 3), (16, 12, 1), (20, 64, 3)))
-def test_generators(size, width, channels, tmp_path):
-    made = Generator(torch.randn(6, 10, generator=make_generator(0)),
-                     torch.linspace(.3, .6, channels), torch.full((channels,), .2), size, width)
-    for m in made.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.running_mean.add_(.3), m.running_var.mul_(2)
-    made.contrast.fill_(.7)
-    made.knows = 'something'
-    save_generator(made.eval(), tmp_path/'g.pt')
-    again = load_generator(tmp_path/'g.pt')
-    for a, b in zip(generate(again, 9, .3, seed=4), generate(made, 9, .3, seed=4)):
-        assert torch.equal(a, b)
-    assert again.size == size
-    assert again.knows == 'something'
-    assert not again.training
-    assert generate(again, 2)[0].shape == (2, channels, size, size)
-
-
-def test_a_trained_generator_and_wrong_files(tmp_path):
-    net = net_of('AlexNet_BN')
-    made, _ = train_generator(net, 2, 8, width=8)
-    save_generator(made, tmp_path/'g.pt')
-    assert torch.equal(generate(load_generator(tmp_path/'g.pt'), 5)[0], generate(made, 5)[0])
-    save_quantized(quantize(net, 'INT8', images()), tmp_path/'q.pt')
-    with pytest.raises(ValueError, match='file of `save_generator`'):
-        load_generator(tmp_path/'q.pt')
-    with pytest.raises(ValueError, match='file of `save_quantized`'):
-        load_quantized(tmp_path/'g.pt')
-    held = load_state(tmp_path/'g.pt')
-    save_state(held | dict(width=9), tmp_path/'bad.pt')
-    with pytest.raises(ValueError, match='do not fit'):
-        load_generator(tmp_path/'bad.pt')
-    with pytest.raises(TypeError, match='as `train_generator` returns first'):
-        save_generator((made, None), tmp_path/'x.pt')

@@ -6,11 +6,14 @@ from torch import nn
 
 from robustnb.transfer import generator as G
 from robustnb.core import make_generator
+from robustnb.files import load_state, save_state
 from robustnb.transfer.generator import (
-    bn_distance, bn_inputs, draw_targets, energy, generate, Generator, match_energy,
-    train_generator)
+    bn_distance, bn_inputs, draw_targets, energy, generate, Generator, load_generator,
+    match_energy, save_generator, train_generator)
 from robustnb.models.wrapping import batchnorms, last_linear
 from robustnb.models.zoo import build_model, model_names
+from robustnb.quant.checkpoints import load_quantized, save_quantized
+from robustnb.quant.ptq import quantize
 
 tiny = dict(steps=2, batch_size=8, size=16, width=8, device='cpu')
 
@@ -182,3 +185,42 @@ def test_wrong_uses():
     with pytest.raises(ValueError, match='generator.eval'):
         generate(settled(model).train(), 3)
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize('size, width, channels', ((32, 8, 3), (16, 12, 1), (20, 64, 3)))
+def test_a_saved_generator_draws_the_same_images(size, width, channels, tmp_path):
+    made = Generator(torch.randn(6, 10, generator=make_generator(0)),
+                     torch.linspace(.3, .6, channels), torch.full((channels,), .2), size, width)
+    for m in made.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.add_(.3)
+            m.running_var.mul_(2)
+    made.contrast.fill_(.7)
+    made.knows = 'something'
+    save_generator(made.eval(), tmp_path/'g.pt')
+    again = load_generator(tmp_path/'g.pt')
+    for a, b in zip(generate(again, 9, .3, seed=4), generate(made, 9, .3, seed=4)):
+        assert torch.equal(a, b)
+    assert again.size == size
+    assert again.knows == 'something'
+    assert not again.training
+    assert generate(again, 2)[0].shape == (2, channels, size, size)
+
+
+def test_a_trained_generator_and_wrong_files(tmp_path):
+    net = build_model('AlexNet_BN', 7, .06, seed=3)
+    x = torch.rand(6, 3, 32, 32, generator=make_generator(0))
+    made, _ = train_generator(net, 2, 8, width=8)
+    save_generator(made, tmp_path/'g.pt')
+    assert torch.equal(generate(load_generator(tmp_path/'g.pt'), 5)[0], generate(made, 5)[0])
+    save_quantized(quantize(net, 'INT8', x), tmp_path/'q.pt')
+    with pytest.raises(ValueError, match='file of `save_generator`'):
+        load_generator(tmp_path/'q.pt')
+    with pytest.raises(ValueError, match='file of `save_quantized`'):
+        load_quantized(tmp_path/'g.pt')
+    held = load_state(tmp_path/'g.pt')
+    save_state(held | dict(width=9), tmp_path/'bad.pt')
+    with pytest.raises(ValueError, match='do not fit'):
+        load_generator(tmp_path/'bad.pt')
+    with pytest.raises(TypeError, match='as `train_generator` returns first'):
+        save_generator((made, None), tmp_path/'x.pt')

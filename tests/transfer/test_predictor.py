@@ -20,9 +20,9 @@ def made_up(models='abcdef', n=30, shift=0., seed=0):
 
 def test_coefficients_are_those_of_least_squares():
     rows = made_up(shift=.3)
-    link, _ = fit_predictor(rows, ('change',), 'loss', resamples=2)
+    predictor, _ = fit_predictor(rows, ('change',), 'loss', resamples=2)
     b, _ = curve_fit(lambda x, a, b: .9*expit(a + b*x), np.log10(rows.change), rows.loss, p0=(1, 1))
-    assert np.allclose(link.coefficients, b, atol=.02)
+    assert np.allclose(predictor.coefficients, b, atol=.02)
 
 
 def test_a_model_left_out_has_no_say_in_its_prediction():
@@ -45,19 +45,19 @@ def test_the_interval_widens_with_the_difference_between_models_and_holds_for_ne
     assert (p.hi-p.lo).max() < .9
 
 
-def test_the_link_is_monotone_and_knows_its_range():
+def test_the_predictor_is_monotone_and_knows_its_range():
     rows = made_up()
-    link, _ = fit_predictor(rows.assign(loss=.9-rows.loss), ('change',), 'loss', resamples=2)
+    predictor, _ = fit_predictor(rows.assign(loss=.9-rows.loss), ('change',), 'loss', resamples=2)
     # more change never means less loss, whatever the rows say
-    assert link.coefficients[1] >= 0
-    link, _ = fit_predictor(rows, ('change',), 'loss', resamples=2)
-    p = link.predict(pd.DataFrame(dict(
+    assert predictor.coefficients[1] >= 0
+    predictor, _ = fit_predictor(rows, ('change',), 'loss', resamples=2)
+    p = predictor.predict(pd.DataFrame(dict(
         change=[1e-4, rows.change.min(), .01, rows.change.max(), 1.], n_classes=10)))
     assert p.outside.tolist() == [True, False, False, False, True]
     assert p.predicted.is_monotonic_increasing
     assert (p.lo < p.predicted).all()
     assert (p.predicted < p.hi).all()
-    many = link.predict(pd.DataFrame(dict(change=[1.], n_classes=[1000])))
+    many = predictor.predict(pd.DataFrame(dict(change=[1.], n_classes=[1000])))
     assert many.predicted[0] == pytest.approx(p.predicted[4]/.9*.999)
 
 

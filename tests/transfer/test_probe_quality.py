@@ -118,7 +118,7 @@ def test_features_are_what_makes_the_logits(name):
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-def test_dimensions():
+def test_effective_rank():
     g = make_generator(0)
     assert effective_rank(torch.randn(4000, 6, generator=g)) == pytest.approx(6, abs=.05)
     assert effective_rank(torch.randn(50, 1, generator=g) @ torch.randn(1, 9, generator=g)
@@ -313,7 +313,7 @@ def test_quality_table_against_slow_versions(pair):
             row.margin_90] == pytest.approx(np.quantile(m, (.1, .5, .9)).tolist(), abs=1e-4)
     assert row.clip_rate == pytest.approx(.1)
     assert np.isnan(row.bn_distance)
-    assert row.dimensions == pytest.approx(effective_rank(features(model, x)))
+    assert row.effective_rank == pytest.approx(effective_rank(features(model, x)))
     numbers = generator_quality(model, dict(made=(x, t.argmax(1))), eps=())
     assert len(numbers) == 1
     assert np.isnan(numbers.margin_distance[0])
@@ -358,12 +358,12 @@ def test_one_projection_for_all(pair):
         for k in (0, 1):
             assert min(abs(rows[f'pc{k+1}']-o).max() for o in (slow[:, k], -slow[:, k])) < 1e-5
         assert list(rows.label) == y(x).tolist()
-    assert table.share1[0] == pytest.approx(s[0]**2/(s**2).sum())
-    assert table.share2[0] == pytest.approx(s[1]**2/(s**2).sum())
+    assert table.explained1[0] == pytest.approx(s[0]**2/(s**2).sum())
+    assert table.explained2[0] == pytest.approx(s[1]**2/(s**2).sum())
     first = feature_pca(model, dict(made=(made, y(made)), other=(real, y(real))))
     assert abs(first[first.set == 'made'].pc1.mean()) < 1e-6 < abs(
         first[first.set == 'other'].pc1.mean())
-    for name in ('share1', 'share2'):
+    for name in ('explained1', 'explained2'):
         assert first[name].nunique() == 1
     fig = plot_features(table, 'n')
     assert [ax.get_title() for ax in fig.axes] == ['made', 'real']
@@ -444,7 +444,7 @@ def test_prediction_error_counts_what_differs_between_networks():
     assert (js.r2 > js.r2_mid).loc['each its own']
     assert js.r2['same'] > .98
     assert table.mae[('each its own', 'flips')] == pytest.approx(table.mae[('same', 'flips')])
-    left = Q.fit_link(made_up([.05, 1, 20]), ('js',), 'measured_loss')[1]
+    left = Q.fit_predictor(made_up([.05, 1, 20]), ('js',), 'measured_loss')[1]
     e = left.predicted-left.measured_loss
     row = js.loc['each its own']
     mid = left.measured_loss.between(.02, .8)

@@ -1,7 +1,7 @@
-"""From measured networks to what ships: the links, the rows with each network left out, the figure
-of the front page.
+"""From measured networks to what ships: the predictors, the rows with each network left
+out, the figure of the front page.
 
-    python tools/fit_predictors.py work/AlexNet work/AlexNet_BN ...        (folders of benchmarks/transfer/study.py)
+    python tools/fit_predictors.py work/AlexNet work/AlexNet_BN ...    (folders of study.py)
 """
 import shutil, sys, tempfile
 from pathlib import Path
@@ -18,13 +18,13 @@ if __name__ == '__main__':
     with tempfile.TemporaryDirectory() as out:
         fit_predictor_command.__wrapped__(','.join(sys.argv[1:]), out=out)
         for name, place in (
-                ('predictors.json', 'robustnb/predictors.json'),
+                ('predictors.json', 'robustnb/transfer/predictors.json'),
                 ('manifest.json', 'results/transfer_lomo.json'),
                 *((f'{k}_lomo.csv', f'results/{k}_lomo.csv') for k in ('transfer', 'robust'))):
             shutil.copyfile(Path(out)/name, root/place)
     rows = pd.read_csv(root/'results/transfer_lomo.csv').rename(columns=dict(
         measured_loss='measured loss (share)', predicted_loss='predicted loss (share)'))
     ax = plot_predicted(
-        rows, 'measured loss (share)', 'predicted loss (share)', by='network',
+        rows, 'measured loss (share)', 'predicted loss (share)', by='model',
         caption='each network left out of its own fit; n = 1,000 photographs, one seed')
     ax.figure.savefig(root/'nbs/images/transfer_cifar10.png', dpi=110, bbox_inches='tight')
