@@ -90,7 +90,7 @@ TYPES = {
     '`tuple[int | None, Path]`': tuple[int | None, Path],
     '`Module`': 'nn.Module',
     '`torch.Generator` or `None`': torch.Generator | None,          # not our `Generator`
-    '`Generator`': 'robustnb.generator.Generator',
+    '`Generator`': 'robustnb.transfer.generator.Generator',
 }
 
 

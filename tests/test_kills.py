@@ -30,7 +30,7 @@ def test_every_kind_of_run_survives(tmp_path):
 
 forgets = '''
 import sys, time
-sys.path.insert(0, 'benchmarks')
+sys.path.insert(0, 'benchmarks/reliability')
 import kills
 def job(out):
     out.mkdir(exist_ok=True)

@@ -20,11 +20,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
 from kills import contents, forked, net, short_generator
-from robustnb.commands import common as cli
-from robustnb.commands import descriptors as descriptor_cli
-from robustnb.commands import fit_predictor as predictor_cli
-from robustnb.commands import sweep as sweep_cli
-from robustnb.commands import transfer as transfer_cli
+from robustnb.commands import curation, demo, descriptors, fit_predictor, sweep, train, transfer
 from robustnb.files import manifest, save_json
 from robustnb.data import digits, subset
 from robustnb.models.loading import save_model
@@ -44,11 +40,12 @@ def inputs(folder):
     for k in 'ab':
         (folder/'measured'/k).mkdir(parents=True)
         pd.DataFrame(measured).to_csv(folder/'measured'/k/'report_table.csv', index=False)
-    descriptor_cli.train_descriptor_command('digits:train[0:20]', 'Caffe34',
-                                            str(folder/'teacher'), .0625, 1)
-    descriptor_cli.distill_command(str(folder/'teacher'/'descriptor.pt'), 'digits:train[0:20]',
-                                   'Caffe34', str(folder/'students'), .0625, 1, 1)
-    cli.build_set_command('clean', str(folder/'weights.pt'), 'digits', n=40, out=str(folder/'set'))
+    photos = 'digits:train[0:20]'
+    box = str(folder/'teacher'/'descriptor.pt')
+    descriptors.train_descriptor_command(photos, 'Caffe34', str(folder/'teacher'), .0625, 1)
+    descriptors.distill_command(box, photos, 'Caffe34', str(folder/'students'), .0625, 1, 1)
+    curation.build_set_command('clean', str(folder/'weights.pt'), 'digits', n=40,
+                               out=str(folder/'set'))
 
 
 def commands(at):
@@ -57,24 +54,25 @@ def commands(at):
     box = str(at/'teacher'/'descriptor.pt')
     photos = str(at/'digits')
     return dict(
-        train=partial(cli.train_command, photos, 'AlexNet_BN', width=.0625, epochs=2, lr=.05),
-        assess=partial(cli.assess_command, weights, formats='INT8'),
-        build_set=partial(cli.build_set_command, 'augmented', weights, 'digits', n=40),
-        score_set=partial(cli.score_set_command, str(at/'set'), weights, 'digits', 20, .0625, 1, 1),
-        demo=partial(cli.demo_command, epochs=1, steps=2, n=20),
-        cost=partial(transfer_cli.cost_command, 'AlexNet,ResNet_18'),
-        generate=partial(transfer_cli.generate_command, weights, 20, steps=3, width=8),
-        quantize=partial(transfer_cli.quantize_command, weights, 'INT8,POT4', photos, 20),
-        fit_predictor=partial(predictor_cli.fit_predictor_command,
+        train=partial(train.train_command, photos, 'AlexNet_BN', width=.0625, epochs=2, lr=.05),
+        assess=partial(transfer.assess_command, weights, formats='INT8'),
+        build_set=partial(curation.build_set_command, 'augmented', weights, 'digits', n=40),
+        score_set=partial(curation.score_set_command, str(at/'set'), weights, 'digits', 20,
+                          .0625, 1, 1),
+        demo=partial(demo.demo_command, epochs=1, steps=2, n=20),
+        cost=partial(transfer.cost_command, 'AlexNet,ResNet_18'),
+        generate=partial(transfer.generate_command, weights, 20, steps=3, width=8),
+        quantize=partial(transfer.quantize_command, weights, 'INT8,POT4', photos, 20),
+        fit_predictor=partial(fit_predictor.fit_predictor_command,
                               f"{at/'measured'/'a'},{at/'measured'/'b'}"),
-        train_descriptor=partial(descriptor_cli.train_descriptor_command, 'digits:train[0:20]',
+        train_descriptor=partial(descriptors.train_descriptor_command, 'digits:train[0:20]',
                                  'Caffe34', width=.0625, epochs=2),
-        distill=partial(descriptor_cli.distill_command, box, 'digits:train[0:20]', 'Caffe34',
+        distill=partial(descriptors.distill_command, box, 'digits:train[0:20]', 'Caffe34',
                         width=.0625, epochs=1, copies=1),
-        attack_descriptors=partial(descriptor_cli.attack_descriptors_command, box,
+        attack_descriptors=partial(descriptors.attack_descriptors_command, box,
                                    str(at/'students'/'Caffe34.pt'), 'digits:test[0:250]',
                                    n_pairs=1, queries=6),
-        sweep=partial(sweep_cli.sweep_command, weights, 'INT8', data=photos, measure='n=10',
+        sweep=partial(sweep.sweep_command, weights, 'INT8', data=photos, measure='n=10',
                       where='1'))
 
 
@@ -122,8 +120,8 @@ def trials(name, command, folder, shares):
 
 def main(args):
     torch.set_num_threads(1)
-    cli.train_generator = transfer_cli.train_generator = partial(
-        short_generator, width=8, batch_size=16, device="cpu")
+    for module in (transfer, demo):
+        module.train_generator = partial(short_generator, width=8, batch_size=16, device='cpu')
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         inputs(folder)

@@ -19,7 +19,6 @@ import pandas as pd
 import torch
 from PIL import Image
 
-import robustnb
 from robustnb.commands.common import _continue
 from robustnb.commands.transfer import _once
 from robustnb.curation.contest import (
@@ -33,6 +32,7 @@ from robustnb.models.zoo import build_model
 from robustnb.models.loading import load_model, save_model
 from robustnb.commands.fit_predictor import _measured
 from robustnb.quant.ptq import quantize
+from robustnb.transfer import predictor
 from robustnb.transfer.predictor import load_predictor
 from robustnb.quant.checkpoints import load_quantized, save_quantized
 from robustnb.transfer.generator import load_generator, save_generator
@@ -104,7 +104,7 @@ readers = dict(
         lambda p: save_descriptor(descriptor_model('Caffe34', width=.0625, size=32), p), '',
         load_descriptor),
     load_predictor=(
-        lambda p: shutil.copyfile(Path(robustnb.__file__).with_name('predictors.json'), p), '',
+        lambda p: shutil.copyfile(Path(predictor.__file__).with_name('predictors.json'), p), '',
         lambda p: load_predictor('loss', p)),
     load_zip=(lambda p: zipped(p, class_files), '', lambda p: load_data(p, 'test')),
     load_folder=(lambda p: folder_of_images(p, class_files), 'test/cat/1.png',
@@ -123,9 +123,8 @@ readers = dict(
     report_table=(measured, 'report_table.csv', _measured),
     question=(lambda p: _continue(p, dict(network='a', seed=0)), 'question.json',
               lambda p: _continue(p, dict(network='a', seed=0))),
-    finished_format=(lambda p: save_json(
-        dict(row=dict(format='INT8', js=.1), layers=[], left_float=[], opaque=[]), p),
-                     '', lambda p: _once(p, dict)))
+    finished_format=(lambda p: save_json([dict(format='INT8', js=.1)], p), '',
+                     lambda p: _once(p, dict)))
 of_tensors = ('load_state', 'load_model', 'load_quantized', 'load_generator', 'load_descriptor')
 
 

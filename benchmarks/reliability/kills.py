@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from robustnb.commands import common as cli
-from robustnb.commands import transfer as transfer_cli
+from robustnb.commands import transfer
+from robustnb.commands.train import train_command
 from robustnb.attacks.gradient import pgd
 from robustnb.files import load_state, manifest, save_json
 from robustnb.curation.training_sets import build_training_set
@@ -39,24 +39,25 @@ data = subset(digits('train'), 60, seed=0)
 
 
 def train(out):
-    cli.train_command.__wrapped__(data='digits', model='AlexNet_BN', width=.0625, epochs=4,
-                                  lr=.05, no_flip=True, out=str(out))
+    train_command.__wrapped__(data='digits', model='AlexNet_BN', width=.0625, epochs=4, lr=.05,
+                              no_flip=True, out=str(out))
 
 
 def with_weights(command, out, **given):
     command.__wrapped__(str(out.parent/'weights.pt'), out=str(out/'out'), **given)
 
 
-def generate(out): with_weights(transfer_cli.generate_command, out, n=20, steps=30, width=8)
+def generate(out): with_weights(transfer.generate_command, out, n=20, steps=30, width=8)
 
 
-def quantise(out):
-    with_weights(transfer_cli.quantize_command, out, formats='INT8,POT4', images='digits', n=20)
+def quantize(out):
+    with_weights(transfer.quantize_command, out, formats='INT8,POT4', images='digits', n=20)
 
 
 def assess(out):
-    cli.train_generator = partial(short_generator, steps=5, width=16, batch_size=16, device='cpu')
-    with_weights(cli.assess_command, out, formats='INT8,POT4')
+    transfer.train_generator = partial(short_generator, steps=5, width=16, batch_size=16,
+                                       device='cpu')
+    with_weights(transfer.assess_command, out, formats='INT8,POT4')
 
 
 def evaluated(out):
@@ -87,8 +88,8 @@ def attack(out):
     np.save(out/'attacked.npy', x_adv.numpy())
 
 
-short_generator = cli.train_generator
-jobs = dict(training=train, generation=generate, quantisation=quantise, assessment=assess,
+short_generator = transfer.train_generator
+jobs = dict(training=train, generation=generate, quantisation=quantize, assessment=assess,
             evaluation=evaluated, curation=curate, attack=attack)
 
 

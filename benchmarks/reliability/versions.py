@@ -1,11 +1,12 @@
 """Old and new versions of what the package stands on: does it install, run its demonstration and
 pass its unit tests?
 
-    python benchmarks/reliability/versions.py    # about 40 minutes and 6 GB at a time; python3.10 to 3.13 on the path
+    python benchmarks/reliability/versions.py
     python benchmarks/reliability/versions.py "python3.12 torch==2.9.1 numpy<2" --tests tests/test_core.py
 
-Each argument is an interpreter and what pip is to hold. Every one gets a clone and a virtual
-environment of its own, which are deleted afterwards. Left out are the tests of the project
+Without arguments python3.10 to python3.13 must be on the path; it takes about 40 minutes and 6 GB
+at a time. Each argument is an interpreter and what pip is to hold. Every one gets a clone and a
+virtual environment of its own, which are deleted afterwards. Left out are the tests of the project
 itself: they need the tools of its developers, who keep to one version of each. Rows go to
 results/versions.csv with a manifest beside them.
 """
@@ -22,7 +23,8 @@ sets = ('python3.10 torch==2.6.0 numpy==1.26.4 fastcore<1.13',
         'python3.13 torch numpy>=2 fastcore<2', 'python3.13 torch==2.6.0 numpy>=2 fastcore>=2')
 beside = ('pytest pytest-xdist hypothesis scikit-image timm onnx onnxscript onnxruntime '
           'submitit accelerate setuptools wheel'.split())
-of_the_project = ('browser', 'house', 'notebooks', 'release', 'repo')
+of_the_project = ('browser', 'docs_check', 'house', 'lines', 'nbtest', 'notebooks', 'release', 'repo',
+                  'rooms')
 named = ('torch', 'torchvision', 'numpy', 'fastcore', 'pandas', 'timm', 'onnxruntime')
 
 

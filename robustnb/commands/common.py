@@ -108,9 +108,6 @@ def _mark(data): return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 def _mark_of(images): return _mark(images.images.tobytes() + images.y.tobytes())
 
-# %% ../../nbs/api/commands/10_common.ipynb #60660d1d
-def _layer_rows(study, spec): return study.layers(spec).to_dict('records')
-
 # %% ../../nbs/api/commands/10_common.ipynb #69b0edc3
 def _networks(files):
     "Networks by the names of their files; of their folders, where the files are called the same"

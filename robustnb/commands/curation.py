@@ -35,7 +35,7 @@ def build_set_command(
 
     Example:
 
-        robustnb_build_set lyx3911 runs/resnet/weights.pt,runs/vgg/weights.pt --data cifar10 --n 50000 --out submission"""
+        robustnb_build_set lyx3911 runs/resnet/weights.pt,runs/vgg/weights.pt --out submission"""
     started = time.time()
     out = Path(out)
     nets = _networks(_listed(weights, 'weights'))

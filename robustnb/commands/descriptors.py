@@ -46,14 +46,14 @@ def _named(data, size=112):
     keep = np.flatnonzero((which >= int(first or 0)) & (which < int(last or which.max()+1)))
     if not len(keep):
         raise ValueError(f"`data` must name at least one image; got {data!r}, and there are "
-                         f"{which.max()+1} {'images' if split else 'persons'}.")
+                         f"{which.max()+1} {'images' if split else 'identities'}.")
     return images[keep]
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #3ec9d58e
 @_command
 @_readable
 def train_descriptor_command(
-    data:str,              # Images of persons or classes, e.g. faces.zip[0:30]
+    data:str,              # Images of identities or classes, e.g. faces.zip[0:30]
     model:str='Caffe34',   # Caffe34, ResNet_18, ResNet_34, DenseNet, Xception, or a model of timm
     out:str='teacher',     # Folder for descriptor.pt, history.csv, manifest.json
     width:float=1.,        # Multiplier of the channels
@@ -77,11 +77,11 @@ def train_descriptor_command(
         seed, out/'checkpoint.pt', resume=True)
     save_descriptor(net, out/'descriptor.pt')
     _write(history, out/'history.csv')
-    save_json(manifest(data=data, images=len(images), persons=int(y.max())+1, model=model,
+    save_json(manifest(data=data, images=len(images), identities=int(y.max())+1, model=model,
                        width=width, epochs=epochs, copies=copies, seed=seed,
                        seconds=round(time.time()-started)),
               out/'manifest.json')
-    print(f'{model}: {len(images)} images of {y.max()+1} persons or classes, loss '
+    print(f'{model}: {len(images)} images of {y.max()+1} identities or classes, loss '
           f'{history.loss.iloc[-1]:.3f}; written to {out}/')
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #56c5ea13
@@ -247,7 +247,7 @@ def check_submission_command(
 
     Example:
 
-        robustnb_check_submission attacked/submission.zip faces.zip attacked/pairs.csv --box teacher/descriptor.pt"""
+        robustnb_check_submission submission.zip faces.zip pairs.csv --box teacher/descriptor.pt"""
     images = _named(data)
     table = check_submission(path, images, read_pairs(pairs, images), _box(box) if box else None)
     print(table.drop(columns='value').to_string(index=False))

@@ -14,8 +14,7 @@ from ..core import make_generator, predict
 from ..data import ImageSet
 from robustnb.augmentation.transforms import (
     affine, chain, fast_pipeline, from_imgaug, gamma, gaussian_noise, imgaug_augmenters, one_of,
-    salt_and_pepper,
-    sometimes)
+    salt_and_pepper, sometimes)
 from ..augmentation.corruptions import corruption, corruption_names
 from ..augmentation.soft_labels import label_smoothing, mixup, teacher_labels
 from ..models.training import Recipe, train

@@ -92,7 +92,7 @@ def test_a_command_runs_and_complains_in_one_line(tmp_path):
                          ids=['with arguments', 'in a function'])
 def test_a_script_of_ones_own_keeps_its_command_line(call, tmp_path):
     (tmp_path/'script.py').write_text(
-        f'import sys\nfrom robustnb.commands.common import validate_set_command as main\n{call}\n')
+        f'import sys\nfrom robustnb.commands.curation import validate_set_command as main\n{call}\n')
     said = subprocess.run([sys.executable, tmp_path/'script.py', '--help'], capture_output=True,
                           text=True, timeout=120, env=os.environ | dict(PYTHONPATH=str(root)))
     assert 'usage' not in said.stdout

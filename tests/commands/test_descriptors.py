@@ -6,15 +6,15 @@ import pandas as pd
 import pytest
 import torch
 
-from robustnb.commands import descriptors as descriptor_cli
-from robustnb.descriptors.attack import students
+from robustnb.commands import descriptors
+from robustnb.descriptors import students
 from robustnb.files import load_state
 from robustnb.descriptors.students import load_descriptor
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-train = descriptor_cli.train_descriptor_command.__wrapped__
-distill = descriptor_cli.distill_command.__wrapped__
-attack = descriptor_cli.attack_descriptors_command.__wrapped__
+train = descriptors.train_descriptor_command.__wrapped__
+distill = descriptors.distill_command.__wrapped__
+attack = descriptors.attack_descriptors_command.__wrapped__
 photos = 'digits:train[0:24]'
 
 
@@ -44,14 +44,14 @@ def teacher(tmp_path_factory):
 def questions(monkeypatch):
     "Images that the black box was asked about"
     asked = []
-    box = descriptor_cli._box
+    box = descriptors._box
     def counting(name):
         answer = box(name)
         def ask(x):
             asked.extend(range(len(x)))
             return answer(x)
         return ask
-    monkeypatch.setattr(descriptor_cli, '_box', counting)
+    monkeypatch.setattr(descriptors, '_box', counting)
     return asked
 
 

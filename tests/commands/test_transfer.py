@@ -1,6 +1,7 @@
 """Each command is run for real on the digits, with a tiny network: what it writes, what it refuses,
 and what an interrupted run finds again."""
 import json, os, re, subprocess, sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from robustnb.commands import transfer as transfer_cli
+from robustnb.commands import transfer
 from robustnb.commands.train import train_command
 from robustnb.core import predict, to_float
 from robustnb.files import load_state, save_state
@@ -23,8 +24,11 @@ from robustnb.models.graph import fold_batchnorm
 from robustnb.quant.ptq import quantize
 from robustnb.quant.checkpoints import load_quantized
 from robustnb.transfer.generator import load_generator
-from robustnb.commands.transfer import cost_command, generate_command, quantize_command
+from robustnb.transfer.study import Study
+from robustnb.commands.transfer import (
+    assess_command, cost_command, generate_command, quantize_command)
 
+run_assess = assess_command.__wrapped__
 run_cost = cost_command.__wrapped__
 run_quantize = quantize_command.__wrapped__
 run_generate = generate_command.__wrapped__
@@ -53,7 +57,7 @@ def refused(capsys, said, job, *args, **kwargs):
 
 def test_console_scripts_are_registered():
     settings = (Path(__file__).parents[2]/'settings.ini').read_text()
-    for name in ('cost', 'quantize', 'generate'):
+    for name in ('assess', 'cost', 'quantize', 'generate'):
         assert f'robustnb_{name}=robustnb.commands.transfer:{name}_command\n' in settings
 
 
@@ -77,6 +81,85 @@ def test_from_a_shell(weights, tmp_path):
     assert failed.stderr.startswith('ValueError: `name` must be INT2')
     assert failed.stderr.count('\n') == 1
     assert not (tmp_path/'quantized').exists()
+
+
+@pytest.fixture
+def narrow(tmp_path, monkeypatch):
+    "A network that was never trained, and a short training for its generator"
+    short = partial(transfer.train_generator, steps=5, width=16, batch_size=16, device='cpu')
+    monkeypatch.setattr(transfer, 'train_generator', short)
+    save_model(build_model('AlexNet_BN', 10, .0625, seed=0), tmp_path/'weights.pt')
+    return str(tmp_path/'weights.pt')
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The formats that are really assessed, in turn; the power fails at POT4 as long as 'dark' is
+    among them"""
+    rows = Study.rows
+    asked = []
+    def watched(self, spec):
+        if 'dark' in asked and str(spec) == 'POT4': raise KeyboardInterrupt
+        asked.append(str(spec))
+        return rows(self, spec)
+    monkeypatch.setattr(Study, 'rows', watched)
+    return asked
+
+
+def test_an_interrupted_assessment_goes_on(narrow, asked, tmp_path):
+    run_assess(narrow, formats='INT8,POT4,INT4/INT8', out=str(tmp_path/'whole'))
+    asked[:] = ['dark']
+    with pytest.raises(KeyboardInterrupt):
+        run_assess(narrow, formats='INT8,POT4,INT4/INT8', out=str(tmp_path/'cut'))
+    assert not (tmp_path/'cut'/'report.html').exists()
+    kept = (tmp_path/'cut'/'generator.pt').stat().st_mtime_ns
+    asked[:] = []
+    run_assess(narrow, formats='INT8,POT4,INT4/INT8', out=str(tmp_path/'cut'))
+    assert asked == ['POT4', 'INT4/INT8']
+    assert (tmp_path/'cut'/'generator.pt').stat().st_mtime_ns == kept
+    for name in ('report_table.csv', 'report_layers.csv'):
+        pd.testing.assert_frame_equal(*(pd.read_csv(tmp_path/k/name) for k in ('cut', 'whole')))
+    table = pd.read_csv(tmp_path/'cut'/'report_table.csv')
+    assert list(table.format) == ['INT8', 'POT4', 'INT4/INT8']
+    assert table.js[0] < table.js[1]
+    asked[:] = []
+    run_assess(narrow, formats='INT4/INT8,INT8,FLOAT4', out=str(tmp_path/'cut'))
+    assert asked == ['FLOAT4_E2']
+    assert list(pd.read_csv(tmp_path/'cut'/'report_table.csv').format) == [
+        'INT4/INT8', 'INT8', 'FLOAT4_E2']
+
+
+def test_an_assessment_keeps_to_its_question(narrow, asked, tmp_path):
+    out = tmp_path/'out'
+    run_assess(narrow, formats='INT8', out=str(out))
+    with pytest.raises(SystemExit, match=r"threat is 'Linf\(eps=0.0039.*Name another folder"):
+        run_assess(narrow, formats='INT8', eps='2/255', out=str(out))
+    with pytest.raises(SystemExit, match='seed is 0 there and 1 here'):
+        run_assess(narrow, formats='INT8', seed=1, out=str(out))
+    save_model(build_model('AlexNet_BN', 10, .0625, seed=1), narrow)
+    with pytest.raises(SystemExit, match='network is'):
+        run_assess(narrow, formats='INT8', out=str(out))
+    with pytest.raises(SystemExit, match='test is None there'):
+        run_assess(narrow, formats='INT8', test='digits', out=str(out))
+    with pytest.raises(SystemExit, match='must not name one twice'):
+        run_assess(narrow, formats='INT8,INT8', out=str(tmp_path/'new'))
+    run_assess(narrow, formats='INT8', test='digits', n_test=20, out=str(tmp_path/'tested'))
+    with pytest.raises(SystemExit, match="test is '.*' there and None here"):
+        run_assess(narrow, formats='INT8', out=str(tmp_path/'tested'))
+    assert asked == ['INT8', 'INT8']
+    assert not (tmp_path/'new').exists()
+
+
+@pytest.mark.parametrize('folder, content', [
+    ('formats', ''), ('formats', '[1, 2]'), ('formats', '{"row": {}, "layers": []}'),
+    ('layers', '[]'), ('layers', '[{"format": ')])
+def test_a_damaged_file_is_named(narrow, asked, tmp_path, folder, content):
+    out = tmp_path/'out'
+    run_assess(narrow, formats='INT8', out=str(out))
+    (out/folder/'INT8.json').write_text(content)
+    with pytest.raises(SystemExit, match='INT8.json is damaged .*Delete it'):
+        run_assess(narrow, formats='INT8', out=str(out))
+    assert asked == ['INT8']
 
 
 def test_cost_of_one_file_and_of_all(weights, tmp_path, capsys):
@@ -176,16 +259,16 @@ def test_generated_images(weights, tmp_path, capsys):
 def test_a_generator_is_trained_once(weights, tmp_path, monkeypatch):
     out = str(tmp_path/'g')
     trained = []
-    train = transfer_cli.train_generator
-    monkeypatch.setattr(transfer_cli, 'train_generator',
+    train = transfer.train_generator
+    monkeypatch.setattr(transfer, 'train_generator',
                         lambda *a, **k: trained.append(k) or train(*a, **k))
-    draw = transfer_cli.generate
+    draw = transfer.generate
     def killed(*args): raise KeyboardInterrupt
-    monkeypatch.setattr(transfer_cli, 'generate', killed)
+    monkeypatch.setattr(transfer, 'generate', killed)
     with pytest.raises(KeyboardInterrupt):
         run_generate(weights, n=12, out=out, steps=3, width=8, seed=5)
     assert names(tmp_path/'g') == ['generator.pt', 'history.csv', 'question.json']
-    monkeypatch.setattr(transfer_cli, 'generate', draw)
+    monkeypatch.setattr(transfer, 'generate', draw)
     run_generate(weights, n=12, out=out, steps=3, width=8, seed=5)
     assert len(trained) == 1
     assert trained[0] == dict(seed=5, steps=3, size=32, width=8)
@@ -251,11 +334,11 @@ def test_quantised_copies(weights, tmp_path, capsys):
     assert list(table) == ['format', 'file', 'size_kb', 'agreement', 'n', 'left_float']
     assert table.format.tolist() == ['INT8', 'INT3/INT8', 'POT4']
     pool = digits('train')
-    x = transfer_cli._some('digits', 60, 0).x
+    x = transfer._some('digits', 60, 0).x
     everything = {o.tobytes() for o in pool.images}
     assert len(x) == 60
-    assert all(o.tobytes() in everything for o in transfer_cli._some('digits', 60, 0).images)
-    assert len(np.unique(transfer_cli._some('digits', 60, 0).y)) == 10
+    assert all(o.tobytes() in everything for o in transfer._some('digits', 60, 0).images)
+    assert len(np.unique(transfer._some('digits', 60, 0).y)) == 10
     for row in table.to_dict('records'):
         q = load_quantized(out/row['file'])
         made = quantize(net, row['format'], x)
@@ -276,29 +359,29 @@ def test_quantised_copies(weights, tmp_path, capsys):
 def test_an_interrupted_run_is_continued(weights, tmp_path, monkeypatch):
     out = tmp_path/'q'
     made = []
-    real = transfer_cli.quantize
+    real = transfer.quantize
     def counted(net, spec, x):
         made.append(str(spec))
         return real(net, spec, x)
     def killed(table, path): raise KeyboardInterrupt
-    monkeypatch.setattr(transfer_cli, 'quantize', counted)
+    monkeypatch.setattr(transfer, 'quantize', counted)
     def ask(formats): run_quantize(weights, formats, 'digits', 30, out=str(out))
     def dies(net, spec, x):
         if str(spec) == 'POT4': raise KeyboardInterrupt
         return counted(net, spec, x)
-    monkeypatch.setattr(transfer_cli, 'quantize', dies)
+    monkeypatch.setattr(transfer, 'quantize', dies)
     with pytest.raises(KeyboardInterrupt):
         ask('INT8,INT4,POT4,INT2')
     assert names(out) == ['INT4.pt', 'INT8.pt', 'quantized.csv', 'question.json']
     assert made == ['INT8', 'INT4']
-    monkeypatch.setattr(transfer_cli, 'quantize', counted)
+    monkeypatch.setattr(transfer, 'quantize', counted)
     first = (out/'INT8.pt').stat().st_mtime_ns
-    write = transfer_cli._write
+    write = transfer._write
     # the copy is on disk, its row is not
-    monkeypatch.setattr(transfer_cli, '_write', killed)
+    monkeypatch.setattr(transfer, '_write', killed)
     with pytest.raises(KeyboardInterrupt):
         ask('INT8,INT4,POT4,INT2')
-    monkeypatch.setattr(transfer_cli, '_write', write)
+    monkeypatch.setattr(transfer, '_write', write)
     ask('INT8,INT4,POT4,INT2')
     assert made == ['INT8', 'INT4', 'POT4', 'POT4', 'INT2']
     assert (out/'INT8.pt').stat().st_mtime_ns == first
@@ -320,15 +403,15 @@ def test_an_interrupted_run_is_continued(weights, tmp_path, monkeypatch):
 def test_images_from_a_folder_and_from_nothing(weights, tmp_path, monkeypatch):
     run_generate(weights, n=24, out=str(tmp_path/'g'), steps=2, width=8)
     run_quantize(weights, 'INT8', str(tmp_path/'g'), 20, out=str(tmp_path/'a'))
-    some = transfer_cli._some(str(tmp_path/'g'), 20, 0)
+    some = transfer._some(str(tmp_path/'g'), 20, 0)
     made = load_data(tmp_path/'g').images
     assert len(some) == 20
     assert {o.tobytes() for o in some.images} <= {o.tobytes() for o in made}
     assert torch.equal(predict(load_quantized(tmp_path/'a'/'INT8.pt'), some.x),
                        predict(quantize(load_model(weights), 'INT8', some.x), some.x))
     trained = []
-    train = transfer_cli.train_generator
-    monkeypatch.setattr(transfer_cli, 'train_generator',
+    train = transfer.train_generator
+    monkeypatch.setattr(transfer, 'train_generator',
                         lambda *a, **k: trained.append(k) or train(*a, **k))
     for formats in ('INT8', 'INT8,INT4'):
         run_quantize(weights, formats, n=20, steps=2, out=str(tmp_path/'b'), seed=3)
