@@ -106,9 +106,9 @@ class LinkNetAttacker(nn.Module):
         threat=None,           # Threat model that the answer keeps; None keeps none
     )->Tensor:                 # Images like `x`, pixels in [0,1]
         "The changed images."
-        theirs = [o.unflatten(0, target_images.shape[:2]).mean(1)
-                  for o in self.encoder(target_images.flatten(0, 1))]
-        pairs = [torch.cat([s, o], 1) for s, o in zip(self.encoder(x), theirs)]
+        mean = lambda o: o.unflatten(0, target_images.shape[:2]).mean(1)
+        both = zip(self.encoder(x), self.encoder(target_images.flatten(0, 1)))
+        pairs = [torch.cat([own, mean(theirs)], 1) for own, theirs in both]
         a = pairs[2]
         for up, skip in zip(self.up, pairs[1::-1]):
             a = _sized(up(a), skip) + skip

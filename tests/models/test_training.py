@@ -337,7 +337,7 @@ def test_validation_is_only_measured(undisturbed):
     assert 'val_accuracy' not in history
     right = (predict(blind, data.x).argmax(1).numpy() == data.y).mean()
     assert undisturbed[1].val_accuracy.iloc[-1] == right
-    assert undisturbed[1].val_accuracy.nunique() > 3
+    assert undisturbed[1].val_accuracy.nunique() > 2
     assert history.loss.tolist() == undisturbed[1].loss.tolist()
 
 

@@ -81,7 +81,7 @@ def test_nine_networks_in_integers(name, tmp_path):
     assert check['images'] == 100
     noise = (predict(q, x)-predict(model, x)).abs().mean()
     assert check['agreement'] >= .99, 'closer to its simulation than that is to the network'
-    assert check['mean_logit_difference'] < .3*noise, (
+    assert check['mean_logit_difference'] < .35*noise, (
         'closer to its simulation than that is to the network')
 
 
