@@ -15,3 +15,9 @@ def one_thread():
 def pytest_terminal_summary(terminalreporter):
     n = {k: len(terminalreporter.stats.get(k, [])) for k in ('passed', 'failed', 'error')}
     terminalreporter.write_line(f'unit tests: {n["passed"]} passed, {n["failed"] + n["error"]} failed')
+
+
+def pytest_collection_modifyitems(items):
+    "What takes minutes in one test starts first, so that no processor waits for it at the end"
+    long = ('test_kills.py', 'test_faults.py')
+    items.sort(key=lambda o: o.path.name not in long)
