@@ -77,6 +77,19 @@ def test_a_comment_behind_the_argument_before_documents_nothing(check):
     assert found == ['cell 4: half: n has no comment of its own']
 
 
+def test_exported_cells_in_a_row_share_prose_and_lesson(tmp_path):
+    first = "#| export\ndef one():\n    return 1"
+    second = "#| export\ndef two():\n    return 2"
+    head = ['# Numbers\n\n> Small ones', '#| default_exp numbers', 'Two numbers.']
+    lesson = 'assert one() < two()'
+    assert breaches([write(tmp_path, 'a.ipynb', [*head, first, second, lesson])]) == []
+    apart = breaches([write(tmp_path, 'b.ipynb', [*head, first, 'x = 1', second, lesson])])
+    assert [o.partition(': cell ')[2] for o in apart] == [
+        '3: no visible lesson after one', '5: no prose before two']
+    alone = breaches([write(tmp_path, 'c.ipynb', [*head, first, second])])
+    assert [o.partition(': cell ')[2] for o in alone] == ['3: no visible lesson after one, two']
+
+
 def book(folder, name, module):
     "A good notebook of `module` at `folder/nbs/api/name`"
     (folder/'nbs/api'/name).parent.mkdir(parents=True, exist_ok=True)
