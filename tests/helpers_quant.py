@@ -1,10 +1,16 @@
 "What the tests of equalised and reconstructed networks share: small networks, outputs layer by layer"
+import copy
+
+import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from robustnb.core import make_generator, predict
+from robustnb.models.graph import fold_batchnorm
 from robustnb.models.wrapping import wrap_model
+from robustnb.quant.ptq import FakeQuantize
+from robustnb.quant.sensitivity import noise_ratio
 
 layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -81,3 +87,27 @@ class Ways(nn.Module):
         x = torch.flatten(F.adaptive_avg_pool2d(F.dropout(x, .5, self.training), 4), 1)
         x = F.relu(self.two(F.hardtanh(self.one(x))))
         return self.four(F.relu(self.three(x))) + self.four.weight.sum()
+
+
+def one_at_a_time(model, quantized, x):
+    "The slow way to the table of `layer_sensitivity`: a pass for each tensor, rounded alone"
+    exact = dict(fold_batchnorm(model).named_parameters())
+    signal = predict(model, x)
+    partial = copy.deepcopy(quantized)
+    points = {n: m for n, m in partial.named_modules() if isinstance(m, FakeQuantize)}
+    rounded = {n: p.clone() for n, p in partial.named_parameters()}
+    for m in points.values():
+        m.on = False
+    for n, p in partial.named_parameters():
+        p.data.copy_(exact[n])
+    rows = []
+    for n, p in partial.named_parameters():
+        if n.endswith('bias') or torch.equal(rounded[n], exact[n]): continue
+        p.data.copy_(rounded[n])
+        rows.append((n.removesuffix('.weight'), 'weights', noise_ratio(signal, predict(partial, x))))
+        p.data.copy_(exact[n])
+    for n, m in points.items():
+        m.on = True
+        rows.append((n.removeprefix('round_'), 'activations', noise_ratio(signal, predict(partial, x))))
+        m.on = False
+    return pd.DataFrame(rows, columns=['layer', 'kind', 'logit_noise'])
