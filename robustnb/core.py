@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_images', 'check_labels', 'check_model', 'to_float', 'to_uint8', 'round_to_8bit', 'subseed', 'make_generator',
-           'image_generators', 'draw', 'pick_device', 'batches', 'progress', 'predict', 'some_of', 'fast_bf16',
-           'memory_layout']
+           'image_generators', 'draw', 'pick_device', 'batches', 'images_at_a_time', 'progress', 'predict', 'some_of',
+           'fast_bf16', 'memory_layout']
 
 # %% ../nbs/api/00_core.ipynb #ae87c141
 import hashlib, platform, sys
@@ -163,6 +163,15 @@ def batches(
     if size < 1: raise ValueError(f"`size` must be at least 1; got {size}.")
     return [slice(i, min(i+size, n)) for i in range(0, n, size)]
 
+# %% ../nbs/api/00_core.ipynb #5e9a0c02
+def images_at_a_time(
+    x:Tensor,      # Images (N,C,H,W)
+    device='cpu',  # Where the model is
+)->int:            # Images in a batch, 1 to 250
+    "As many images as a model can be asked about at once in little memory."
+    room = 2**18 if torch.device(device).type == 'cpu' else 2**22
+    return min(250, max(1, room//(x.shape[-2]*x.shape[-1])))
+
 # %% ../nbs/api/00_core.ipynb #167b6f8f
 class _Screen:
     "Where a notebook's bar is drawn: one output of the cell."
@@ -197,7 +206,7 @@ def progress(
 def predict(
     model:nn.Module,        # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,               # Images (N,C,H,W), float, pixels in [0,1]
-    batch_size:int=250,     # Images at a time
+    batch_size:int|None=None, # Images at a time; None goes by their size, see `images_at_a_time`
 )->Tensor:                  # Logits (N,K), float32, on the CPU
     "The model's answers, one row per image."
     check_model(model)
@@ -205,7 +214,8 @@ def predict(
     device = next((p for p in model.parameters()), x).device
     def logits(images):
         return model(images.to(device).contiguous(memory_format=torch.channels_last))
-    return torch.cat([logits(x[s]).float().cpu() for s in batches(len(x), batch_size)])
+    size = images_at_a_time(x, device) if batch_size is None else batch_size
+    return torch.cat([logits(x[s]).float().cpu() for s in batches(len(x), size)])
 
 # %% ../nbs/api/00_core.ipynb #63828b38
 def some_of(

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn, Tensor
-from ..core import batches, check_images, check_labels, make_generator, progress
+from ..core import (
+    batches, check_images, check_labels, images_at_a_time, make_generator, progress)
 from ..files import atomic_path, save_json
 from ..metrics import paired_difference, wilson
 from ..plots import plot_lines
@@ -176,7 +177,7 @@ def evaluate(
     attacks:dict,           # Name -> attack `(model, x, y, threat, *, generator) -> x_adv`
     threat,                 # Threat model, e.g. `Linf(1/255)`
     seed:int=0,             # Random starts
-    batch_size:int=250,     # Images at a time
+    batch_size:int|None=None, # Images at a time; None goes by their size
     # Folder for the rows of finished batches, where a killed run continues; None keeps none
     save=None,
 )->pd.DataFrame:            # One row per image and attack, 'clean' first
@@ -188,6 +189,7 @@ def evaluate(
         model, x[:1].to(device), torch.zeros(1, dtype=torch.int64, device=device), threat))
     parts = []
     jobs = dict(clean=lambda model, x, y, threat, generator: x) | attacks
+    size = images_at_a_time(x, device) if batch_size is None else batch_size
     if save is not None:
         question = dict(model=_said(model), images=_digest(x), labels=_digest(y),
                         threat=repr(threat), seed=int(seed), attacks=_said([*attacks.items()]))
@@ -195,7 +197,7 @@ def evaluate(
     for k, (name, attack) in enumerate(jobs.items()):
         left = np.setdiff1d(np.arange(len(x)),
                             np.concatenate([[], *(p.image[p.attack == name] for p in parts)]))
-        for s in progress(batches(len(left), batch_size), name):
+        for s in progress(batches(len(left), size), name):
             xs = x[left[s]].to(device, memory_format=torch.channels_last)
             ys = y[left[s]].to(device)
             rows = _judge(model, xs,
@@ -266,7 +268,7 @@ def robustness_curve(
     # Threat models of one family, their eps growing: `[Linf(k/255) for k in (1, 2, 4)]`
     threats:list,
     seed:int=0,             # Random starts
-    batch_size:int=250,     # Images at a time
+    batch_size:int|None=None, # Images at a time; None goes by their size
 )->pd.DataFrame:            # One row per image and eps, first eps = 0: the columns of `evaluate` and eps
     "The worst image found so far, for every budget."
     eps = [getattr(t, 'eps', None) for t in threats]

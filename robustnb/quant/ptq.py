@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from ..core import batches, check_images, check_model
+from ..core import batches, check_images, check_model, images_at_a_time
 from ..models.wrapping import Normalize
 from ..models.graph import calls, check_finite, fold_batchnorm, keep_facts, weighted_kinds
 from .formats import choose_scale, fake_quantize, memory_order, quant_spec, QuantSpec
@@ -168,7 +168,7 @@ class Calibration:
 def calibrate(
     model:nn.Module,      # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode; not changed
     images:Tensor,        # Images (N,C,H,W), float, pixels in [0,1]: real or generated
-    batch_size:int=100,   # Images at a time
+    batch_size:int|None=None, # Images at a time; None goes by their size, at most 100
 )->Calibration:           # For `quantize`, any number of times
     "Read the ranges of all tensors of a model off some images."
     check_model(model)
@@ -180,7 +180,8 @@ def calibrate(
     q = _open_attention(fold_batchnorm(model))
     watch = _Watch(q, quantization_points(q))
     like = next(model.parameters(), images)
-    for s in batches(len(images), batch_size):
+    size = min(100, images_at_a_time(images, like.device)) if batch_size is None else batch_size
+    for s in batches(len(images), size):
         watch.fraction = (s.stop-s.start)/len(images)
         watch.run(images[s].to(like.device).contiguous(memory_format=torch.channels_last))
     values = {name: torch.cat(parts) for name, parts in watch.seen.items()}

@@ -13,7 +13,7 @@ from ..metrics import js_divergence
 from ..models.graph import fold_batchnorm
 from ..models.complexity import model_complexity
 from ..quant.ptq import FakeQuantize
-from ..quant.sensitivity import noise_ratio
+from ..quant.sensitivity import RunningNoise
 
 # %% ../../nbs/api/transfer/20_features.ipynb #6cac53ad
 def _changed_weights(model, quantised):
@@ -30,17 +30,16 @@ def noise_sum(
 )->dict:                        # weights, activations: sums over the layers of noise over signal power
     "Noise-to-signal ratios of all roundings, added up."
     check_images(x)
-    heard = []
-    hooks = [m.register_forward_hook(lambda m, args, out: heard.append(noise_ratio(args[0], out)))
-             for m in quantised.modules() if isinstance(m, FakeQuantize)]
+    heard = {m: RunningNoise() for m in quantised.modules() if isinstance(m, FakeQuantize)}
+    hooks = [m.register_forward_hook(lambda m, args, out: heard[m].add(args[0], out)) for m in heard]
     try:
-        predict(quantised, x, len(x))
+        predict(quantised, x)
     finally:
         for h in hooks:
             h.remove()
     return dict(weights=sum(((b-a).square().sum()/a.square().sum().clamp_min(1e-30)).item()
                             for _, a, b in _changed_weights(model, quantised)),
-                activations=sum(heard))
+                activations=sum(noise.ratio() for noise in heard.values()))
 
 # %% ../../nbs/api/transfer/20_features.ipynb #ed4d52f2
 def relative_margin(

@@ -94,11 +94,12 @@ def test_noise_is_that_of_each_layer_rounded_alone(model, spec):
 
 
 def test_the_same_noise_as_the_sensitivity_report(model, noise):
-    sensitivity = layer_sensitivity(model, quantize(model, 'INT4', images()), images())
+    sensitivity = layer_sensitivity(model, quantize(model, 'INT4', images()), images(), directions=10)
     weights = sensitivity[sensitivity.kind == 'weights'].set_index('layer').logit_noise
     mine = noise[noise.format == 'INT4'].set_index('layer').noise
     assert len(weights) == len(mine)
-    assert np.allclose(weights[mine.index], mine, rtol=1e-4)
+    assert weights.corr(mine, method='spearman') > .95
+    assert (weights/mine).median() == pytest.approx(1, rel=.2)
 
 
 class Twice(nn.Module):
