@@ -7,12 +7,14 @@ __all__ = ['noise_ratio', 'RunningNoise', 'layer_sensitivity', 'output_change']
 
 # %% ../../nbs/api/quant/30_sensitivity.ipynb #1c9c47b2
 import copy
+from functools import reduce
 import pandas as pd
 import torch
 from torch import fx, nn, Tensor
-from ..core import check_images, make_generator, predict, progress
+from torch.func import functional_call
+from ..core import batches, check_images, images_at_a_time, make_generator, predict, progress
 from ..metrics import js_divergence
-from ..models.graph import fold_batchnorm
+from ..models.graph import fold_batchnorm, weighted_kinds
 from .ptq import FakeQuantize
 
 # %% ../../nbs/api/quant/30_sensitivity.ipynb #49212957
@@ -47,19 +49,52 @@ class RunningNoise:
         return noise/n/max(second/n - (first/n)**2, 1e-30)
 
 # %% ../../nbs/api/quant/30_sensitivity.ipynb #94ec1525
-class _Point:
-    "Hears what passes a `FakeQuantize`, rounds it for its own use only, and offers a handle for the gradient"
-    def __init__(self): self.noise = RunningNoise()
-    def __call__(self, rounder, args, out):
-        exact = args[0].detach()
-        rounder.on = True
-        rounded = rounder.forward(exact)
-        rounder.on = False
-        self.noise.add(exact, rounded)
-        self.error = rounded-exact
-        self.handle = torch.zeros_like(exact).requires_grad_()
-        return out + self.handle
+class _Errors:
+    """What rounding would change in one pass of a graph in which nothing is rounded: a hook at each rounder and at
+    each layer with a rounded weight notes the error, and passes the exact values on with a handle for their
+    gradient"""
+    def __init__(self, partial, layers, rounded):
+        rounders = {n: m for n, m in partial.named_modules() if isinstance(m, FakeQuantize)}
+        self.noise = {n: RunningNoise() for n in rounders}
+        self.places = []
+        self.busy = False
+        self.hooks = [m.register_forward_hook(self.at(n, self.stored)) for n, m in rounders.items()]
+        self.hooks += [partial.get_submodule(at).register_forward_hook(
+            self.at(n, lambda m, args, kwargs, w=rounded[n]: functional_call(m, dict(weight=w), args, kwargs)),
+            with_kwargs=True) for at, n in layers.items()]
 
+    def stored(self, rounder, args, kwargs):
+        rounder.on = True
+        out = rounder.forward(*args)
+        rounder.on = False
+        return out
+
+    def at(self, name, rounded):
+        def hook(module, args, *more):
+            if self.busy: return
+            *kwargs, out = more
+            exact = out.detach()
+            self.busy = True
+            with torch.no_grad():
+                after = rounded(module, args, *(kwargs or [{}]))
+            self.busy = False
+            if name in self.noise:
+                self.noise[name].add(exact, after)
+            handle = torch.zeros_like(exact).requires_grad_()
+            self.places.append((name, handle, after.sub_(exact)))
+            return out + handle
+        return hook
+
+    def of(self, partial, x):
+        "Logits, and (name, handle, error) of each place that was passed"
+        self.places = []
+        return partial(x), self.places
+
+    def leave(self):
+        for h in self.hooks:
+            h.remove()
+
+# %% ../../nbs/api/quant/30_sensitivity.ipynb #5e9a0b06
 def _tensors(model): return dict([*model.named_parameters(), *model.named_buffers()])
 
 def _nothing_rounded(model, quantized):
@@ -81,33 +116,63 @@ def _nothing_rounded(model, quantized):
         t.copy_(exact[n])
     return partial, changed
 
+def _readers(partial, changed):
+    "Layer -> name of the changed weight that it reads; names of weights that something else reads too"
+    names = {id(t): n for n, t in _tensors(partial).items() if n in changed}
+    layers = {}
+    others = set()
+    for node in partial.graph.nodes:
+        if node.op == 'get_attr':
+            others.add(id(reduce(getattr, node.target.split('.'), partial)))
+        if node.op != 'call_module': continue
+        m = partial.get_submodule(node.target)
+        own = m._parameters.get('weight') if isinstance(m, weighted_kinds) else None
+        others |= {id(p) for p in m.parameters() if p is not own}
+        if id(own) in names:
+            layers[node.target] = names[id(own)]
+    free = [n for i, n in names.items() if i in others or n not in layers.values()]
+    return {at: n for at, n in layers.items() if n not in free}, free
+
 # %% ../../nbs/api/quant/30_sensitivity.ipynb #6c71afc3
-def _directions(n_logits, n, generator):
-    "Random orthogonal unit vectors of the logits, one a row"
-    drawn = torch.randn(n_logits, min(n, n_logits), generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(drawn)[0].T
+def _images_first(errors, partial, x):
+    "Does each place hold one image after the other? Then an image errs alike, alone and before another one"
+    if len(x) < 2: return False
+    alone = errors.of(partial, x[:1])[1]
+    both = errors.of(partial, x[:2])[1]
+    for (*_, one), (*_, two) in zip(alone, both):
+        if len(two) != 2*len(one) or two.shape[1:] != one.shape[1:]: return False
+        if (two[:len(one)]-one).square().sum() > .01*one.square().sum(): return False
+    return True
+
+def _directions(n_images, n_logits, n, generator):
+    "Random orthogonal unit vectors of the logits for each image, (directions, images, logits)"
+    drawn = torch.randn(n_images, n_logits, min(n, n_logits), generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(drawn)[0].movedim(2, 0)
+
+def _arrived(logits, places, free, v):
+    "By name what arrives along `v` (N,K), an image each; `free` are places that have no image"
+    inputs = [handle for _, handle, _ in (*places, *free)]
+    slopes = torch.autograd.grad(logits, inputs, v, retain_graph=True, allow_unused=True)
+    found = {}
+    for (name, _, error), slope in zip((*places, *free), slopes):
+        if slope is not None:
+            found[name] = found.get(name, 0) + (slope*error).reshape(len(logits), -1).sum(1)
+    return found
 
 @torch.enable_grad()
-def _arriving(partial, changed, points, x, n, generator):
-    """Logits, and by name the mean square of what arrives along a direction, summed over the images; None where
-    no gradient comes from"""
-    weights = {k: _tensors(partial)[k].requires_grad_() for k in changed}
-    errors = {k: rounded-exact for k, (exact, rounded) in changed.items()}
-    found = dict.fromkeys([*weights, *points])
+def _first_order(errors, partial, free, x, size, n, generator):
+    "Logits, and by name the mean square of what arrives along a direction, summed over the images"
+    total = {}
     signal = []
-    for image in progress(x.split(1), 'images'):
-        logits = partial(image)[0]
+    for s in progress(batches(len(x), size), 'images'):
+        logits, places = errors.of(partial, x[s])
         signal.append(logits.detach())
         if not logits.requires_grad: continue
-        inputs = [*weights.values(), *(p.handle for p in points.values())]
-        noise = [*errors.values(), *(p.error for p in points.values())]
-        directions = _directions(len(logits), n, generator).to(logits)
+        directions = _directions(*logits.shape, n, generator).to(logits)
         for v in directions:
-            slopes = torch.autograd.grad(logits, inputs, v, retain_graph=True, allow_unused=True)
-            for k, slope, error in zip(found, slopes, noise):
-                if slope is not None:
-                    found[k] = (found[k] or 0) + (slope*error).sum().item()**2/len(directions)
-    return torch.stack(signal), found
+            for name, arrived in _arrived(logits, places, free, v).items():
+                total[name] = total.get(name, 0) + arrived.square().sum().item()/len(directions)
+    return torch.cat(signal), total
 
 # %% ../../nbs/api/quant/30_sensitivity.ipynb #5e9a0b04
 def _rounded_alone(partial, name, rounded, signal, x):
@@ -125,10 +190,9 @@ def _rounded_alone(partial, name, rounded, signal, x):
     weight.copy_(exact)
     return noise
 
-def _weight_nsr(exact, rounded):
-    return ((rounded-exact).square().sum()/exact.square().sum().clamp_min(1e-30)).item()
-
-def _layer(name, kind): return name.removesuffix('.weight') if kind == 'weights' else name.removeprefix('round_')
+def _row(name, nsr, noise, kind):
+    layer = name.removesuffix('.weight') if kind == 'weights' else name.removeprefix('round_')
+    return dict(layer=layer, kind=kind, nsr=nsr, logit_noise=noise)
 
 # %% ../../nbs/api/quant/30_sensitivity.ipynb #5e9a0b05
 @torch.no_grad()
@@ -136,7 +200,7 @@ def layer_sensitivity(
     model:nn.Module,            # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     quantized:fx.GraphModule,   # Its quantised copy, from `quantize`
     x:Tensor,                   # Images (N,C,H,W), float, pixels in [0,1]; labels are not needed
-    directions:int=4,           # Backward passes of an image, >= 1; with K or more the estimate is exact
+    directions:int=4,           # Backward passes, >= 1; as many as there are logits leave nothing to chance
     seed:int=0,                 # Directions of the logits
 )->pd.DataFrame:                # A row per rounded tensor: layer, kind, nsr, logit_noise
     "First-order noise of each rounding at the logits, of all roundings in the same few passes."
@@ -144,21 +208,24 @@ def layer_sensitivity(
     if not directions >= 1: raise ValueError(f"`directions` must be at least 1; got {directions}.")
     partial, changed = _nothing_rounded(model, quantized)
     x = x.to(next(model.parameters(), x).device)
-    points = {n: _Point() for n, m in partial.named_modules() if isinstance(m, FakeQuantize)}
-    hooks = [partial.get_submodule(n).register_forward_hook(p) for n, p in points.items()]
-    generator = make_generator(seed, 'directions')
-    signal, found = _arriving(partial, changed, points, x, directions, generator)
-    for h in hooks:
-        h.remove()
+    rounded = {n: after for n, (_, after) in changed.items()}
+    layers, free = _readers(partial, changed)
+    errors = _Errors(partial, layers, rounded)
+    one_by_one = free or not _images_first(errors, partial, x)
+    errors.leave()
+    errors = _Errors(partial, layers, rounded)
+    size = 1 if one_by_one else max(1, images_at_a_time(x, x.device)//2)
+    free = [(n, _tensors(partial)[n].requires_grad_(), rounded[n]-changed[n][0]) for n in free]
+    signal, total = _first_order(errors, partial, free, x, size, directions,
+                                 make_generator(seed, 'directions'))
+    errors.leave()
     whole = signal.var(correction=0).clamp_min(1e-30).item()*len(x)
-    rows = []
-    for name, arrived in found.items():
-        kind = 'weights' if name in changed else 'activations'
-        rounded = changed.get(name, (None, None))[1]
-        nsr = _weight_nsr(*changed[name]) if name in changed else points[name].noise.ratio()
-        noise = (_rounded_alone(partial, name, rounded, signal.float().cpu(), x) if not arrived
-                 else arrived/whole)
-        rows.append(dict(layer=_layer(name, kind), kind=kind, nsr=nsr, logit_noise=noise))
+    signal = signal.float().cpu()
+    noise = lambda n: (total[n]/whole if total.get(n) else
+                       _rounded_alone(partial, n, rounded.get(n), signal, x))
+    power = lambda a, b: ((b-a).square().sum()/a.square().sum().clamp_min(1e-30)).item()
+    rows = [_row(n, power(*pair), noise(n), 'weights') for n, pair in changed.items()]
+    rows += [_row(n, e.ratio(), noise(n), 'activations') for n, e in errors.noise.items()]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/api/quant/30_sensitivity.ipynb #b00071d4
