@@ -221,11 +221,14 @@ def layer_sensitivity(
     errors.leave()
     whole = signal.var(correction=0).clamp_min(1e-30).item()*len(x)
     signal = signal.float().cpu()
-    noise = lambda n: (total[n]/whole if total.get(n) else
-                       _rounded_alone(partial, n, rounded.get(n), signal, x))
     power = lambda a, b: ((b-a).square().sum()/a.square().sum().clamp_min(1e-30)).item()
-    rows = [_row(n, power(*pair), noise(n), 'weights') for n, pair in changed.items()]
-    rows += [_row(n, e.ratio(), noise(n), 'activations') for n, e in errors.noise.items()]
+    own = {n: power(*pair) for n, pair in changed.items()} | {n: e.ratio() for n, e in errors.noise.items()}
+    rows = []
+    for name, nsr in own.items():
+        noise = total.get(name, 0)/whole
+        if nsr and not noise:
+            noise = _rounded_alone(partial, name, rounded.get(name), signal, x)
+        rows.append(_row(name, nsr, noise, 'weights' if name in changed else 'activations'))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/api/quant/30_sensitivity.ipynb #b00071d4
