@@ -3,7 +3,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from robustnb.core import make_generator, predict
+from robustnb.core import make_generator
+from robustnb.contract import predict
 from robustnb.models.wrapping import wrap_model
 
 layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)

@@ -10,7 +10,8 @@ import copy
 import pandas as pd
 import torch
 from torch import fx, nn, Tensor
-from ..core import check_images, predict, progress
+from ..core import check_images, progress
+from ..contract import predict
 from ..metrics import js_divergence
 from ..models.graph import fold_batchnorm
 from .ptq import FakeQuantize
