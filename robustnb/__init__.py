@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 _NAMES = {
     'data': 'ImageSet load_data subset',
-    'core': 'predict',
+    'contract': 'predict',
     'models.zoo': 'build_model',
     'models.wrapping': 'wrap_model',
     'models.loading': 'load_model save_model',
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from .attacks.ssim_rule import SSIM
     from .attacks.standard import cascade
     from .attacks.threat_models import L1, L2, Linf
-    from .core import predict
+    from .contract import predict
     from .curation.contest import validate_set
     from .curation.hidden import hidden_set, rank_training_sets, score_training_sets
     from .curation.training_sets import attacked, build_training_set

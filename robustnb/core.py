@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_images', 'check_labels', 'check_model', 'to_float', 'to_uint8', 'round_to_8bit', 'subseed', 'make_generator',
-           'image_generators', 'draw', 'pick_device', 'batches', 'images_at_a_time', 'progress', 'predict', 'some_of',
-           'fast_bf16', 'memory_layout']
+           'image_generators', 'draw', 'pick_device', 'batches', 'images_at_a_time', 'progress', 'some_of', 'fast_bf16',
+           'memory_layout']
 
 # %% ../nbs/api/00_core.ipynb #ae87c141
 import hashlib, platform, sys
@@ -200,22 +200,6 @@ def progress(
     in_cell = dict(file=_Screen(), ncols=90, delay=.5, mininterval=.25)
     where = in_cell if _in_notebook() else in_terminal
     return tqdm(items, desc=desc, total=total, leave=False, **where)
-
-# %% ../nbs/api/00_core.ipynb #d5b084db
-@torch.no_grad()
-def predict(
-    model:nn.Module,        # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
-    x:Tensor,               # Images (N,C,H,W), float, pixels in [0,1]
-    batch_size:int|None=None, # Images at a time; None goes by their size, see `images_at_a_time`
-)->Tensor:                  # Logits (N,K), float32, on the CPU
-    "The model's answers, one row per image."
-    check_model(model)
-    check_images(x)
-    device = next((p for p in model.parameters()), x).device
-    def logits(images):
-        return model(images.to(device).contiguous(memory_format=torch.channels_last))
-    size = images_at_a_time(x, device) if batch_size is None else batch_size
-    return torch.cat([logits(x[s]).float().cpu() for s in batches(len(x), size)])
 
 # %% ../nbs/api/00_core.ipynb #63828b38
 def some_of(

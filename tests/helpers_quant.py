@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from robustnb.core import make_generator, predict
+from robustnb.core import make_generator
+from robustnb.contract import predict
 from robustnb.models.graph import fold_batchnorm
 from robustnb.models.wrapping import wrap_model
 from robustnb.quant.ptq import FakeQuantize

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from robustnb.core import (
     batches, check_images, check_labels, check_model, draw, image_generators, make_generator,
-    memory_layout, pick_device, predict, progress, some_of, subseed, to_float, to_uint8)
+    memory_layout, pick_device, progress, some_of, subseed, to_float, to_uint8)
+from robustnb.contract import predict
 
 good = torch.linspace(0, 1, 2*3*4*4).view(2, 3, 4, 4)
 

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from robustnb.attacks.gradient import fgsm, multi_attack, pgd
-from robustnb.core import make_generator, predict
+from robustnb.core import make_generator
+from robustnb.contract import predict
 from robustnb.evaluation.robust_accuracy import (
     transfer_attack, evaluate, quantized_attacks, summarize, worst_case)
 from robustnb.transfer.generator import energy, generate, train_generator

@@ -25,7 +25,8 @@ from robustnb.attacks.adaptive_pgd import gradients
 from robustnb.attacks.gradient import cross_entropy, pgd
 from robustnb.attacks.standard import cascade, search_copy
 from robustnb.attacks.threat_models import L2, Linf
-from robustnb.core import make_generator, predict
+from robustnb.core import make_generator
+from robustnb.contract import predict
 from robustnb.data import load_data, subset
 from robustnb.files import manifest, save_json
 from robustnb.models.loading import load_model

@@ -23,7 +23,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from robustnb.core import make_generator, predict, to_float
+from robustnb.core import make_generator, to_float
+from robustnb.contract import predict
 from robustnb.files import manifest, save_json
 from robustnb.commands.descriptors import _named
 from robustnb.descriptors.query_attacks import nes_descriptor, pixel_evolution, square_descriptor

@@ -17,7 +17,8 @@ import torch
 import torchvision
 from torch import nn
 
-from robustnb.core import make_generator, predict
+from robustnb.core import make_generator
+from robustnb.contract import predict
 from robustnb.files import manifest, save_json
 from robustnb.models.complexity import model_complexity
 from robustnb.models.wrapping import last_linear, wrap_model

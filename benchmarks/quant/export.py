@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from robustnb.core import predict
+from robustnb.contract import predict
 from robustnb.files import manifest, save_json
 from robustnb.data import load_data, subset
 from robustnb.quant.export import check_export, export_onnx, OnnxModel

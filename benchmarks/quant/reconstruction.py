@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from robustnb.core import predict
+from robustnb.contract import predict
 from robustnb.files import manifest, save_json
 from robustnb.quant.ptq import model_bytes
 from robustnb.data import load_data, subset

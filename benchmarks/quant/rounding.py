@@ -15,7 +15,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from robustnb.core import make_generator, predict
+from robustnb.core import make_generator
+from robustnb.contract import predict
 from robustnb.files import manifest, save_json
 from robustnb.models.zoo import build_model
 from robustnb.models.graph import fold_batchnorm

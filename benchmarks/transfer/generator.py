@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from robustnb.core import make_generator, predict
+from robustnb.core import make_generator
+from robustnb.contract import predict
 from robustnb.files import load_state, manifest, save_json, save_state
 from robustnb.data import load_data
 from robustnb.transfer.generator import draw_targets, Generator, train_generator

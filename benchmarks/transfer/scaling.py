@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from robustnb.attacks.gradient import pgd
-from robustnb.core import make_generator, predict
+from robustnb.core import make_generator
+from robustnb.contract import predict
 from robustnb.files import manifest, save_json
 from robustnb.models.complexity import model_complexity
 from robustnb.transfer.generator import train_generator

@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from robustnb.core import predict
+from robustnb.contract import predict
 from robustnb.files import atomic_path, manifest, save_json
 from robustnb.data import load_data, subset
 from robustnb.models.loading import load_model

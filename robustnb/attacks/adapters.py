@@ -91,7 +91,7 @@ def from_foolbox(
     if alone is None:
         alone = not (isinstance(attack, BaseGradientDescent) and not attack.random_start)
     def adapted(model, x, y, threat, generator=None):
-        check_attack(model, x, y, threat)
+        model = check_attack(model, x, y, threat)
         if budgeted and _norms.get(type(threat)) is not attack.distance:
             raise TypeError("`threat` must be a budget in the norm of the attack, "
                             f"{attack.distance}; got {threat}. Choose the attack of foolbox for "

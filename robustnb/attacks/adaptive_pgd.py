@@ -118,7 +118,7 @@ def apgd(
     loss:Callable=cross_entropy, # (logits, y) -> loss per image: `cross_entropy`, `dlr` or `margin`
 )->Tensor:                      # Images like `x`, allowed by `threat`
     "Auto-PGD (Croce and Hein 2020, arXiv:2003.01690)."
-    check_attack(model, x, y, threat)
+    model = check_attack(model, x, y, threat)
     if not steps >= 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
     out = x.clone()
     left, _ = is_correct(model, x, y)
@@ -139,7 +139,7 @@ def apgd_targeted(
     loss:Callable=dlr_to,       # (logits, y (N,2)) -> loss per image: `dlr_to` or `margin_to`
 )->Tensor:                      # Images like `x`, allowed by `threat`
     "Targeted Auto-PGD (Croce and Hein 2020, arXiv:2003.01690)."
-    n_classes = check_attack(model, x, y, threat)
+    model = check_attack(model, x, y, threat)
     if not (steps >= 0 and targets >= 1):
         raise ValueError("`steps` must not be negative and `targets` at least 1; got "
                          f"{steps} and {targets}.")
@@ -148,7 +148,7 @@ def apgd_targeted(
     wrong = logits[left].scatter(1, y[left, None], -torch.inf)
     wanted = wrong.sort(dim=1, descending=True, stable=True).indices
     best = torch.full_like(logits[left, 0], -torch.inf)
-    for k in range(min(targets, n_classes-1)):
+    for k in range(min(targets, logits.shape[1]-1)):
         start = x if generator is None else threat.sample(x, generator)
         if not len(left): break
         both = torch.stack([y[left], wanted[:, k]], 1)

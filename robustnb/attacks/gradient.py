@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core import batches, check_images, check_labels, check_model, make_generator
+from ..core import batches, check_images, check_labels, make_generator
+from ..contract import open_model, predict
 from .threat_models import check_threat
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #598898dc
@@ -67,20 +68,12 @@ def check_attack(
     x:Tensor,          # Clean images (N,C,H,W), float, pixels in [0,1]
     y:Tensor,          # True labels (N,), int64, on the device of `x`
     threat=None,       # Threat model, where there is one to check
-)->int:                # Number of classes K
+)->nn.Module:          # The model to attack: from `open_model`
     "Raise unless the model can be attacked on these images and labels."
     if threat is not None:
         check_threat(threat)
-    check_model(model)
-    check_images(x)
-    with torch.no_grad():
-        logits = model(x[:1])
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"`model` must return logits (N,K); got {type(logits).__name__}. "
-                        "Wrap it in a module that returns the logits alone.")
-    if logits.ndim != 2 or len(logits) != 1:
-        raise ValueError("`model` must return logits (N,K); got shape "
-                         f"{tuple(logits.shape)} for one image.")
+    model = open_model(model, check_images(x))
+    logits = predict(model, x[:1])
     if not logits.isfinite().all():
         raise ValueError("`model` must answer with finite logits; it gives NaN or infinity for "
                          "the first image. Check its weights and its normalisation.")
@@ -88,7 +81,7 @@ def check_attack(
         raise ValueError(f"`y` must be on the device of `x`, {x.device}; got {y.device}. "
                          "Use `y.to(x.device)`.")
     check_labels(y, len(x), logits.shape[1])
-    return logits.shape[1]
+    return model
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #a3cb91ab
 def loss_and_grad(
@@ -125,7 +118,7 @@ def fgsm(
 )->Tensor:             # Images like `x`, allowed by `threat`
     """One step of length `eps` along the steepest direction (Goodfellow et al. 2015,
     arXiv:1412.6572); for `L2` the fast gradient method."""
-    check_attack(model, x, y, threat)
+    model = check_attack(model, x, y, threat)
     _, grad, _ = loss_and_grad(model, x, y, loss)
     return threat.project(x, x + threat.eps*threat.steepest(grad, x, x))
 
@@ -141,7 +134,7 @@ def pgd(
     loss:Callable=cross_entropy, # (logits, y) -> loss per image
 )->Tensor:                      # Images like `x`, allowed by `threat`
     "Projected gradient descent (Madry et al. 2018, arXiv:1706.06083), the best iterate kept."
-    check_attack(model, x, y, threat)
+    model = check_attack(model, x, y, threat)
     if steps < 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
     if step_size is None:
         step_size = 2.5*threat.eps/max(steps, 1)
@@ -183,6 +176,7 @@ def multi_attack(
 )->Callable:            # One attack with the same contract
     "Each attack works on the images that survived those before it."
     def all_of_them(model, x, y, threat, generator=None):
+        model = open_model(model, x)
         out = x.clone()
         left, _ = is_correct(model, x, y)
         for attack in attacks:
@@ -201,6 +195,7 @@ def restarts(
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
     @torch.no_grad()
     def repeated(model, x, y, threat, generator=None):
+        model = open_model(model, x)
         generator = generator or make_generator(0)
         best = x.clone()
         height = margin(is_correct(model, x, y)[1], y)

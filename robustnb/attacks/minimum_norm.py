@@ -75,7 +75,7 @@ def deepfool(
     candidates:int=10,     # Wrong classes to compare, the likeliest first, >= 1; a gradient each per step
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "DeepFool (Moosavi-Dezfooli et al. 2016, arXiv:1511.04599)."
-    check_attack(model, x, y, threat)
+    model = check_attack(model, x, y, threat)
     _check_counts(steps=steps, candidates=candidates)
     if not overshoot >= 0:
         raise ValueError(f"`overshoot` must not be negative; got {overshoot}. "
@@ -135,7 +135,7 @@ def fab(
     targets:int=9,         # Wrong classes to try, the likeliest first, >= 1
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "Fast adaptive boundary attack, targeted (Croce and Hein 2020, arXiv:1907.02044)."
-    check_attack(model, x, y, threat)
+    model = check_attack(model, x, y, threat)
     _check_counts(steps=steps, targets=targets)
     found, far, wrong, enough = _begin(model, x, y, threat, targets)
     start = x if generator is None or not enough else (x + threat.sample(x, generator))/2
@@ -195,7 +195,7 @@ def carlini_wagner(
     confidence:float=0.,   # Margin a wrong image must exceed, in logits, >= 0
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "The Euclidean attack of Carlini and Wagner (2017, arXiv:1608.04644)."
-    check_attack(model, x, y, threat)
+    model = check_attack(model, x, y, threat)
     _check_counts(steps=steps)
     if not (lr > 0 and confidence >= 0):
         raise ValueError("`lr` must be positive and `confidence` not negative; got "

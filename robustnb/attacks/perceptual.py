@@ -18,7 +18,7 @@ from .gradient import check_attack, is_correct, loss_and_grad, margin
 def _search(model, x, y, threat, loss, steps, form):
     """The allowed image with the largest margin; `form(x)` gives the numbers to start from, the
     image they make and the next step."""
-    check_attack(model, x, y, threat)
+    model = check_attack(model, x, y, threat)
     if not steps >= 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
     out = x.clone()
     left, logits = is_correct(model, x, y)

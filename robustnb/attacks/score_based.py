@@ -24,7 +24,7 @@ def random_search(
     tries:int=100,       # Random images to try for each image, >= 1
 )->Tensor:               # Images like `x`, allowed by `threat`
     "The best of random allowed images."
-    check_attack(model, x, y, threat)
+    model = check_attack(model, x, y, threat)
     if not tries >= 1: raise ValueError(f"`tries` must be at least 1; got {tries}.")
     left, logits = is_correct(model, x, y)
     out = x.clone()
@@ -170,7 +170,7 @@ def square(
     loss:Callable=margin, # (logits, y) -> what is to grow; success is judged by the margin
 )->Tensor:               # Images like `x`, allowed by `threat`
     "Square attack (Andriushchenko et al. 2020, arXiv:1912.00049)."
-    check_attack(model, x, y, threat)
+    model = check_attack(model, x, y, threat)
     if not isinstance(threat, (Linf, L2, L1)):
         raise TypeError(f"`threat` must be Linf, L2 or L1 for `square`; got {threat}. "
                         "Use `random_search`, which takes any threat model.")
@@ -224,7 +224,7 @@ def one_pixel(
     generations:int=50,  # How often all members are challenged, >= 0
 )->Tensor:               # Images like `x`, allowed by `threat`
     "Few-pixel attack by differential evolution (Su et al. 2019, arXiv:1710.08864)."
-    check_attack(model, x, y, threat)
+    model = check_attack(model, x, y, threat)
     if not isinstance(threat, L0):
         raise TypeError(f"`threat` must be L0 for `one_pixel`, e.g. `L0(1)`; got {threat}. "
                         "Use `square` or `random_search` for other threat models.")

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import nn, Tensor
 from ..core import fast_bf16, make_generator
+from ..contract import memory_format
 from ..models.graph import fold_batchnorm
 from .threat_models import L1, L2, Linf
 from .gradient import (
@@ -20,6 +21,9 @@ from .minimum_norm import fab
 from .score_based import random_search, square
 
 # %% ../../nbs/api/attacks/90_standard.ipynb #7488f7f8
+@torch.no_grad()
+def _classes(model, x): return model(x[:1]).shape[1]
+
 def autoattack(
     model:nn.Module,    # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K), K >= 4; in eval mode
     x:Tensor,           # Clean images (N,C,H,W), float, pixels in [0,1]
@@ -31,7 +35,8 @@ def autoattack(
     if not isinstance(threat, (Linf, L2, L1)):
         raise TypeError(f"`threat` must be Linf, L2 or L1 for the standard evaluation; got {threat}. "
                         "Use `cascade`, which takes any threat model.")
-    if check_attack(model, x, y) < 4:
+    model = check_attack(model, x, y)
+    if _classes(model, x) < 4:
         raise ValueError("`model` must have at least 4 classes for the targeted losses of the "
                          "standard evaluation. Use `cascade`.")
     four = multi_attack(apgd, apgd_targeted, fab, square)
@@ -46,10 +51,11 @@ class _Lowered(nn.Module):
             self.net = fold_batchnorm(model)
         except Exception:
             self.net = copy.deepcopy(model)
-        self.net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.layout = memory_format(model)
+        self.net.eval().requires_grad_(False).to(memory_format=self.layout)
     def forward(self, x):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=fast_bf16(x.device)):
-            return self.net(x.contiguous(memory_format=torch.channels_last)).float()
+            return self.net(x.contiguous(memory_format=self.layout)).float()
 
 def search_copy(
     model:nn.Module,    # Classifier in eval mode
@@ -81,7 +87,7 @@ def _confirm(model, x, y, threat, generator, out, height, clean):
     if fallen.sum() < 2 and (height > clean).float().mean() > .9: return out
     left = ~_mask(len(x), near[fallen], x.device)
     if not left.any(): return out
-    if normed and check_attack(model, x, y) >= 4:
+    if normed and _classes(model, x) >= 4:
         long_way = autoattack
     else:
         long_way = multi_attack(apgd, random_search)
@@ -133,7 +139,7 @@ def cascade(
     batch_size:int=125,    # Images the model sees at a time
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "Cheap attacks first, survivors only, low precision for the search and full precision for every verdict."
-    check_attack(model, x, y, threat)
+    model = check_attack(model, x, y, threat)
     x = x.contiguous(memory_format=torch.channels_last)
     generator = generator or make_generator(0)
     judge = lambda x, y: margin(is_correct(model, x, y, batch_size)[1], y) > 0

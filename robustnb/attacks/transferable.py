@@ -9,7 +9,8 @@ __all__ = ['mean_normalized', 'mi_fgsm', 'ni_fgsm', 'resize_matrix', 'di_fgsm', 
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core import check_model, draw, image_generators
+from ..core import draw, image_generators
+from ..contract import open_model
 from .gradient import check_attack, cross_entropy, loss_and_grad
 
 # %% ../../nbs/api/attacks/70_transferable.ipynb #bb5b1136
@@ -39,7 +40,7 @@ def _follow(gradient, x, threat, steps, decay, ahead=0):
 
 def _plain(model, x, y, threat):
     "The gradient of the cross-entropy, as a function of the images."
-    check_attack(model, x, y, threat)
+    model = check_attack(model, x, y, threat)
     return lambda at: loss_and_grad(model, at, y, cross_entropy)[1]
 
 # %% ../../nbs/api/attacks/70_transferable.ipynb #a1030c99
@@ -195,7 +196,7 @@ class _Ensemble(nn.Module):
         self.models, self.weights = nn.ModuleList(models), weights
 
     def forward(self, x):
-        logits = [m(x) for m in self.models]
+        logits = [open_model(m, x)(x) for m in self.models]
         classes = [o.shape[1] for o in logits]
         if len(set(classes)) > 1:
             raise ValueError("`models` must have the same classes; they answer with "
@@ -207,7 +208,7 @@ class _Chorus(_Ensemble):
     def loss_and_grad(self, x, y, loss):
         with torch.no_grad():
             logits = self(x)
-        gradient_of = lambda model: mean_normalized(loss_and_grad(model, x, y, loss)[1])
+        gradient_of = lambda model: mean_normalized(loss_and_grad(open_model(model, x), x, y, loss)[1])
         grad = sum(w*gradient_of(m) for w, m in zip(self.weights, self.models))
         return loss(logits, y), grad, logits
 
@@ -217,7 +218,7 @@ def ensemble(
     combine:str='logits',   # What is added up when a gradient is wanted: 'logits' or 'gradients'
 )->nn.Module:               # A classifier
     "Several models as one (Liu et al. 2017, arXiv:1611.02770; Dong et al. 2018, arXiv:1710.06081)."
-    models = [check_model(m) for m in models]
+    models = [open_model(m) for m in models]
     weights = [1.]*len(models) if weights is None else [float(w) for w in weights]
     if not models: raise ValueError("`models` must hold at least one model; got none.")
     if len(weights) != len(models) or not all(0 < w < float('inf') for w in weights):

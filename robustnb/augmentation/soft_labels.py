@@ -9,7 +9,7 @@ __all__ = ['label_smoothing', 'mixup', 'cutmix', 'teacher_labels']
 import numpy as np
 import torch
 from torch import Tensor
-from ..core import predict
+from ..contract import predict
 
 # %% ../../nbs/api/augmentation/30_soft_labels.ipynb #550d9027
 def label_smoothing(

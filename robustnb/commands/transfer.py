@@ -12,7 +12,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from ..core import make_generator, predict, to_uint8
+from ..core import make_generator, to_uint8
+from ..contract import predict
 from ..files import atomic_path, manifest, save_json
 from ..data import ImageSet, subset
 from ..plots import show_images

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from ..core import predict, subseed
+from ..core import subseed
+from ..contract import predict
 from ..files import atomic_path, fingerprint
 from ..data import ImageSet
 from ..augmentation.transforms import (

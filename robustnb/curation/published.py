@@ -10,7 +10,8 @@ from collections.abc import Callable
 from functools import partial
 import numpy as np
 import torch
-from ..core import make_generator, predict
+from ..core import make_generator
+from ..contract import predict
 from ..data import ImageSet
 from robustnb.augmentation.transforms import (
     affine, chain, fast_pipeline, from_imgaug, gamma, gaussian_noise, imgaug_augmenters, one_of,

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from ..core import predict, to_float
+from ..core import to_float
+from ..contract import predict
 
 # %% ../../nbs/api/curation/10_selection.ipynb #9bc49ea1
 def predict_all(

@@ -14,7 +14,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from ..core import batches, make_generator, predict, progress, subseed, to_float, to_uint8
+from ..core import batches, make_generator, progress, subseed, to_float, to_uint8
+from ..contract import predict
 from ..files import atomic_path, explain_errors
 from ..data import ImageSet, load_npy
 from ..plots import figure_png, show_images

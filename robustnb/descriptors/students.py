@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torchvision.models.densenet import DenseNet
 from robustnb.core import (
-    batches, fast_bf16, make_generator, memory_layout, pick_device, predict, progress, to_float,
+    batches, fast_bf16, make_generator, memory_layout, pick_device, progress, to_float,
     to_uint8)
+from ..contract import predict
 from ..files import load_state, explain_errors, save_state
 from ..augmentation.transforms import affine, gamma
 from ..models.wrapping import Normalize

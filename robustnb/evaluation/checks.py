@@ -14,7 +14,7 @@ from functools import cached_property, partial
 import pandas as pd
 import torch
 from torch import nn, Tensor
-from ..core import batches, check_images, check_labels, make_generator, subseed
+from ..core import batches, check_images, make_generator, subseed
 from ..attacks.threat_models import L1, L2, Linf
 from ..attacks.gradient import check_attack, cross_entropy, loss_and_grad, margin, pgd
 from ..attacks.score_based import random_search, square
@@ -308,9 +308,7 @@ def red_flags(
     with (_as_it_was(model),
           torch.random.fork_rng(devices=[device] if device.type == 'cuda' else [])):
         torch.manual_seed(subseed(seed, 'the model'))
-        check_labels(y, len(x), check_attack(
-            model, x[:1].to(device), torch.zeros(1, dtype=torch.int64, device=device), threat))
-        case = _Case(model, x.to(device), y.to(device), threat, attack, seed, training)
+        case = _Case(check_attack(model, x, y, threat), x.to(device), y.to(device), threat, attack, seed, training)
         right = int((case.clean.argmax(1) == case.y).sum())
         if right < 20:
             raise ValueError("`x` must hold at least 20 images that the model classifies "

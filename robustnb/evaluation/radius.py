@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from ..core import batches, check_images, check_labels, check_model, make_generator
+from ..core import batches, check_model, make_generator
 from ..models.wrapping import Normalize
 from ..models.graph import fold_batchnorm
 from ..attacks.threat_models import L1, L2, Linf
@@ -73,10 +73,8 @@ def first_order_radius(
 )->Tensor:
     """Margin over the dual norm of its gradient (Hein and Andriushchenko 2017, arXiv:1705.08475),
     as an estimate."""
-    check_images(x)
-    like = next(model.parameters(), x) if isinstance(model, nn.Module) else x
-    check_labels(y, len(x), check_attack(model, x[:1].to(like.device),
-                                         torch.zeros(1, dtype=torch.int64, device=like.device)))
+    model = check_attack(model, x, y)
+    like = next(model.parameters(), x)
     if not others >= 1:
         raise ValueError(f"`others` must be at least 1; got {others}. 1 is the runner-up alone.")
     order = _dual_norm(threat)

@@ -7,16 +7,17 @@ __all__ = ['transfer_attack', 'on_8bit_images', 'evaluate', 'worst_case', 'summa
            'plot_curve', 'quantized_attacks']
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #a3a80d4a
-import hashlib, inspect, io, json, re
+import hashlib, inspect, io, json, re, warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn, Tensor
-from ..core import (
-    batches, check_images, check_labels, images_at_a_time, make_generator, progress)
+from ..core import batches, images_at_a_time, make_generator, progress, subseed
+from ..contract import answers_at_random
 from ..files import atomic_path, save_json
 from ..metrics import paired_difference, wilson
 from ..plots import plot_lines
@@ -90,6 +91,16 @@ def on_8bit_images(
     return rounded
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #277e42d5
+@contextmanager
+def _drawing(at_random, seed, device):
+    "Inside, a model that draws its answers draws the same ones in every run; afterwards all is as before"
+    if not at_random:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
+        torch.manual_seed(seed)
+        yield
+
 @torch.no_grad()
 def _judge(model, x, x_adv, y, threat, name, images):
     "One row per image."
@@ -182,11 +193,13 @@ def evaluate(
     save=None,
 )->pd.DataFrame:            # One row per image and attack, 'clean' first
     "Attack every image and keep every prediction."
-    check_images(x)
     _check_attacks(attacks)
-    device = next(model.parameters(), x).device if isinstance(model, nn.Module) else x.device
-    check_labels(y, len(x), check_attack(
-        model, x[:1].to(device), torch.zeros(1, dtype=torch.int64, device=device), threat))
+    asked = check_attack(model, x, y, threat)
+    device = next(model.parameters(), x).device
+    at_random = answers_at_random(asked, x)
+    if at_random:
+        warnings.warn("`model` answers at random: each row holds one draw of its answer, and the worst case "
+                      "over attacks is lower than what a user would see.")
     parts = []
     jobs = dict(clean=lambda model, x, y, threat, generator: x) | attacks
     size = images_at_a_time(x, device) if batch_size is None else batch_size
@@ -200,9 +213,9 @@ def evaluate(
         for s in progress(batches(len(left), size), name):
             xs = x[left[s]].to(device, memory_format=torch.channels_last)
             ys = y[left[s]].to(device)
-            rows = _judge(model, xs,
-                          attack(model, xs, ys, threat, generator=make_generator(seed, name)),
-                          ys, threat, name, left[s])
+            with _drawing(at_random, subseed(seed, name, int(left[s][0])), device):
+                x_adv = attack(asked, xs, ys, threat, generator=make_generator(seed, name))
+                rows = _judge(asked, xs, x_adv, ys, threat, name, left[s])
             if save is not None:
                 _write_rows(rows, Path(save)/f'{k}_{left[s][0]:07d}.csv', question)
             parts.append(rows)

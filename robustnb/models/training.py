@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core import fast_bf16, make_generator, memory_layout, predict, progress, subseed
+from ..core import fast_bf16, make_generator, memory_layout, progress, subseed
+from ..contract import predict
 from ..files import checkpoint_mark, resume_state, save_state
 from ..data import ImageSet
 from ..distributed import (as_main_, is_main, init_distributed, part, rank, world_size,

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn, Tensor
 from torch.fx.passes.shape_prop import ShapeProp
-from ..core import check_model, predict
+from ..core import check_model
+from ..contract import predict
 from ..files import atomic_path
 from ..models.wrapping import Normalize
 from ..models.graph import fold_batchnorm

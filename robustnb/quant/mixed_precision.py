@@ -9,7 +9,8 @@ __all__ = ['weight_noise', 'allocate_bits', 'quantize_mixed']
 import pandas as pd
 import torch
 from torch import fx, nn, Tensor
-from ..core import check_images, check_model, predict, progress
+from ..core import check_images, check_model, progress
+from ..contract import predict
 from ..models.graph import check_finite, fold_batchnorm, keep_facts, weighted_layers
 from ..models.complexity import model_complexity
 from .formats import choose_scale, fake_quantize, number_format, quant_spec

@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 from torch import fx, nn, Tensor
 from torch.func import functional_call
-from ..core import batches, check_images, images_at_a_time, make_generator, predict, progress
+from ..core import batches, check_images, images_at_a_time, make_generator, progress
+from ..contract import predict
 from ..metrics import js_divergence
 from ..models.graph import fold_batchnorm, weighted_kinds
 from .ptq import FakeQuantize

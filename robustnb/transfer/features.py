@@ -8,7 +8,8 @@ __all__ = ['noise_sum', 'relative_margin', 'softmax_js']
 # %% ../../nbs/api/transfer/20_features.ipynb #5fd8a571
 import torch
 from torch import fx, nn, Tensor
-from ..core import check_images, predict
+from ..core import check_images
+from ..contract import predict
 from ..metrics import js_divergence
 from ..models.graph import fold_batchnorm
 from ..models.complexity import model_complexity

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core import (
-    batches, check_images, check_labels, check_model, make_generator, predict, progress, subseed)
+    batches, check_images, check_labels, check_model, make_generator, progress, subseed)
+from ..contract import predict
 from ..data import ImageSet
 from ..models.wrapping import batchnorms, last_linear
 from ..attacks.threat_models import Linf

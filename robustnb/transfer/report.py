@@ -78,22 +78,27 @@ def _percent_table(table):
     columns = dict(
         predicted_loss='accuracy lost, predicted', measured_loss='measured',
         predicted_robust_loss='robust accuracy lost, predicted', measured_robust_loss='measured ')
-    shown = {k: title for k, title in columns.items() if k in table}
+    shown = {k: title for k, title in columns.items() if k in table and table[k].notna().any()}
+    engine = dict(file_kb='file, kB', engine_ms='engine, ms', float_ms='in float32, ms')
     rows = []
     for _, r in table.iterrows():
         losses = {title: _cell(r, k) for k, title in shown.items()}
-        rows.append({'format': r['format'], 'weights, kB': f'{r.size_kb:.0f}'} | losses)
+        figures = {title: '' if pd.isna(r[k]) else f'{r[k]:.3g}' for k, title in engine.items() if k in r}
+        rows.append({'format': r['format'], 'weights, kB': f'{r.size_kb:.0f}'} | losses | figures)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/api/transfer/50_report.ipynb #8fa7f615
 def _advice(report):
     "What to take, in a sentence"
-    best = report.recommend()
+    most = report.facts.get('max_loss', .01)
+    robust = report.facts.get('max_loss_robust', False)
+    best = report.recommend(most, robust)
+    what = 'the losses of accuracy and robust accuracy' if robust else 'the loss of accuracy'
     if best is None:
-        return ('No format keeps both losses below 2 % with its whole interval; '
-                'look at the layers that need more bits.')
-    return ('The smallest format whose whole predicted interval stays below 2 % '
-            f'for both losses is <b>{best}</b>.')
+        return (f'No format keeps {what} below {100*most:g} % with its whole predicted interval: give more '
+                'bits to the layers that add the noise.')
+    return (f'{best} is the smallest format that keeps {what} below {100*most:g} % with its whole '
+            'predicted interval.')
 
 def _measured(table, n):
     "Predicted against measured, where there is something measured"
@@ -129,7 +134,7 @@ def _page(report):
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<title>{title}</title><style>{_style}</style></head><body>',
-        f'<h1>{title}</h1><p>{_advice(report)}</p>',
+        f'<h1>{title}</h1><p><b>{html.escape(_advice(report))}</b></p>',
         '<p>Losses are shares of the accuracy that the full-precision model has '
         f"({html.escape(facts['threat'])} for robust accuracy), with 95 % intervals. An asterisk marks "
         'a prediction outside the range of losses that the predictors were fitted on.</p>',
@@ -144,7 +149,18 @@ def _page(report):
     return '\n'.join(parts)
 
 # %% ../../nbs/api/transfer/50_report.ipynb #3a73eec1
-@dataclass
+def _screen(report):
+    "The report on a screen: the advice, and a line for each format."
+    facts = report.facts
+    table = _percent_table(report.table).to_string(index=False)
+    right = [f"{facts[k]:.1%} {words}" for k, words in
+             (('accuracy', 'accuracy'), ('robust_accuracy', 'robust accuracy')) if k in facts]
+    original = f"The original: {', '.join(right)}." if right else ''
+    about = f"Losses in percent of what the original has, 95 % intervals; robust: {facts['threat']}."
+    return '\n'.join(o for o in (f"{facts['model']}: what quantisation will cost", _advice(report), original,
+                                 about, '', table) if o is not None)
+
+@dataclass(repr=False)
 class Report:
     "What `assess` found."
     table:pd.DataFrame     # One row per format
@@ -154,14 +170,22 @@ class Report:
     facts:dict             # What was done: model, threat, seed, seconds, versions
 
     def recommend(self,
-        max_loss:float=.02,  # Share of the accuracy, clean and robust, that may be lost
+        max_loss:float=.01,  # Share of the accuracy that may be lost, in [0,1]
+        robust:bool=False,   # Whether the robust accuracy may lose no more either
     ):
-        """The smallest format whose predicted losses stay below `max_loss` with their whole
-        interval, or None."""
-        upper = self.table[['predicted_loss_hi', 'predicted_robust_loss_hi']].max(
-            axis=1, skipna=False)
-        fine = self.table[upper <= max_loss].sort_values('size_kb')
+        """The smallest format whose predicted loss stays below `max_loss` with its whole interval, and
+        whose measured loss, where there is one, does too; or None."""
+        if not 0 <= max_loss <= 1:
+            raise ValueError(f"`max_loss` must be a share of the accuracy in [0, 1]; got {max_loss}.")
+        fine = self.table
+        for kind in ('loss', 'robust_loss') if robust else ('loss',):
+            fine = fine[fine[f'predicted_{kind}_hi'] <= max_loss]
+            if f'measured_{kind}' in fine:
+                fine = fine[~(fine[f'measured_{kind}'] > max_loss)]
+        fine = fine.sort_values('size_kb', kind='stable')
         return None if fine.empty else fine.format.iloc[0]
+
+    def __repr__(self): return _screen(self)
 
     def save(self,
         path,      # HTML file to write; the tables go beside it as .csv

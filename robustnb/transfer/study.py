@@ -16,7 +16,8 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 from ..core import (
-    check_images, check_labels, check_model, make_generator, pick_device, predict, progress)
+    check_images, check_labels, check_model, make_generator, pick_device, progress)
+from ..contract import predict
 from ..files import manifest
 from ..data import ImageSet, load_data, subset
 from ..models.loading import load_model

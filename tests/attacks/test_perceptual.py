@@ -12,7 +12,8 @@ from scipy.optimize import linprog
 from torch import nn
 
 from robustnb.attacks.gradient import cross_entropy, margin, pgd
-from robustnb.core import make_generator, predict
+from robustnb.core import make_generator
+from robustnb.contract import predict
 from robustnb.data import digits, subset
 from robustnb.models.zoo import build_model
 from robustnb.attacks.transferable import ensemble

@@ -13,6 +13,7 @@ from robustnb.attacks.gradient import cross_entropy, margin, pgd
 from robustnb.attacks.score_based import one_pixel, random_search, square, square_side
 from robustnb.attacks.ssim_rule import SSIM
 from robustnb.attacks.threat_models import L0, L1, L2, Linf
+from robustnb.contract import open_model
 from robustnb.core import draw, image_generators, make_generator
 from helpers_attacks import Ten, grey, linear, make_batch, make_net, same, snapshot, wrong_uses
 
@@ -23,7 +24,12 @@ class Counter(nn.Module):
         super().__init__()
         self.net = net
         self.x = x
-        self.asked = torch.zeros(len(x), dtype=torch.int64)
+        self.begin()
+        open_model(self.eval(), x)
+        self.begin()
+
+    def begin(self):
+        self.asked = torch.zeros(len(self.x), dtype=torch.int64)
         self.seen = []
 
     def forward(self, x):

@@ -10,7 +10,8 @@ from robustnb.attacks.adaptive_pgd import apgd, apgd_targeted
 from robustnb.attacks import standard
 from robustnb.attacks.gradient import margin, multi_attack, pgd
 from robustnb.attacks.standard import autoattack, cascade, search_copy
-from robustnb.core import make_generator, predict
+from robustnb.core import make_generator
+from robustnb.contract import predict
 from robustnb.data import digits, subset
 from robustnb.models.zoo import build_model
 from robustnb.attacks.threat_models import L1, L2, Linf

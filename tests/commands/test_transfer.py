@@ -12,7 +12,8 @@ from PIL import Image
 
 from robustnb.commands import transfer
 from robustnb.commands.train import train_command
-from robustnb.core import predict, to_float
+from robustnb.core import to_float
+from robustnb.contract import predict
 from robustnb.files import load_state, save_state
 from robustnb.models.complexity import model_complexity
 from robustnb.quant.ptq import model_bytes

@@ -14,7 +14,8 @@ from robustnb.curation import contest as C
 from robustnb.curation.contest import (
     contest_network, contest_networks, contest_train, default_config, load_set, read_config,
     validate_set, write_config, pack_training_set)
-from robustnb.core import make_generator, predict
+from robustnb.core import make_generator
+from robustnb.contract import predict
 from robustnb.files import load_state, save_state
 from robustnb.data import digits, subset
 from robustnb.models.wrapping import Normalized

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from robustnb.core import make_generator, predict
+from robustnb.core import make_generator
+from robustnb.contract import predict
 from robustnb.files import load_state, save_state
 from robustnb.data import digits, subset
 from robustnb.descriptors.students import (

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from robustnb.attacks.gradient import fgsm
-from robustnb.core import make_generator, predict
+from robustnb.core import make_generator
+from robustnb.contract import predict
 from robustnb.evaluation.robust_accuracy import plot_curve, quantized_attacks, robustness_curve
 from robustnb.attacks.gradient import multi_attack, pgd
 from robustnb.models.wrapping import Normalize, Normalized, wrap_model

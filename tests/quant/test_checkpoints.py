@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from robustnb.quant import checkpoints as store
-from robustnb.core import make_generator, predict
+from robustnb.core import make_generator
+from robustnb.contract import predict
 from robustnb.files import load_state, save_state
 from robustnb.models.wrapping import wrap_model
 from robustnb.models.zoo import build_model, model_names

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from helpers_quant import images, layers, model_of, outputs, small, untouched, Ways
-from robustnb.core import make_generator, predict
+from robustnb.core import make_generator
+from robustnb.contract import predict
 from robustnb.models.graph import fold_batchnorm
 from robustnb.models.zoo import build_model, model_names
 from robustnb.quant.equalization import cross_layer_equalization

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from robustnb.quant import export
-from robustnb.core import make_generator, predict
+from robustnb.core import make_generator
+from robustnb.contract import predict
 from robustnb.quant.export import check_export, engine_ops, export_onnx, OnnxModel, run_onnx
 from robustnb.models.wrapping import Normalized, wrap_model
 from robustnb.models.zoo import build_model, model_names

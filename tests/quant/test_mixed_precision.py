@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from robustnb.core import make_generator, predict
+from robustnb.core import make_generator
+from robustnb.contract import predict
 from robustnb.models.complexity import model_complexity
 from robustnb.quant.ptq import model_bytes
 from robustnb.quant.mixed_precision import (

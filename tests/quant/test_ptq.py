@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from robustnb.quant import ptq
-from robustnb.core import make_generator, predict
+from robustnb.core import make_generator
+from robustnb.contract import predict
 from robustnb.data import digits
 from robustnb.models.wrapping import Normalized, wrap_model
 from robustnb.models.zoo import build_model, model_names

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from helpers_quant import images, layers, model_of, outputs, small, untouched, Ways
-from robustnb.core import make_generator, predict
+from robustnb.core import make_generator
+from robustnb.contract import predict
 from robustnb.models.graph import fold_batchnorm, keep_facts
 from robustnb.models.wrapping import wrap_model
 from robustnb.models.zoo import build_model

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from robustnb.core import make_generator, predict
+from robustnb.core import make_generator
+from robustnb.contract import predict
 from robustnb.models.zoo import build_model
 from robustnb.transfer.features import noise_sum, relative_margin, softmax_js
 from robustnb.quant.ptq import quantize

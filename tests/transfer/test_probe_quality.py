@@ -10,7 +10,8 @@ from torch import nn
 
 from robustnb.transfer import probe_quality as Q
 from robustnb.attacks.gradient import margin, pgd
-from robustnb.core import make_generator, predict
+from robustnb.core import make_generator
+from robustnb.contract import predict
 from robustnb.data import ImageSet
 from robustnb.transfer.generator import bn_distance, bn_inputs, draw_targets, generate, Generator
 from robustnb.models.wrapping import batchnorms, last_linear

@@ -10,7 +10,8 @@ from torch import nn
 
 from robustnb.transfer import study as module
 from robustnb.attacks.gradient import fgsm, multi_attack, pgd
-from robustnb.core import make_generator, predict
+from robustnb.core import make_generator
+from robustnb.contract import predict
 from robustnb.data import ImageSet
 from robustnb.evaluation.robust_accuracy import transfer_attack, evaluate, robustness_curve
 from robustnb.quant.ptq import quantize
