@@ -77,7 +77,8 @@ def main():
             found = compare(model, seen, fmt, x, args.directions)
             rows.append(row | {k: round(v, 4) for k, v in found.items()})
             pd.DataFrame(rows).to_csv(path, index=False)
-            print(*rows[-1].values(), f'{found["seconds_slow"]/found["seconds"]:.1f} times as fast', flush=True)
+            faster = found['seconds_slow']/found['seconds']
+            print(*rows[-1].values(), f'{faster:.1f} times as fast', flush=True)
     save_json(manifest(clock='process_time', networks=args.networks, formats=args.formats),
               path.with_suffix('.json'))
 

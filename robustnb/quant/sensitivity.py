@@ -51,18 +51,19 @@ class RunningNoise:
 
 # %% ../../nbs/api/quant/30_sensitivity.ipynb #94ec1525
 class _Errors:
-    """What rounding would change in one pass of a graph in which nothing is rounded: a hook at each rounder and at
-    each layer with a rounded weight notes the error, and passes the exact values on with a handle for their
-    gradient"""
+    """What rounding would change in one pass of a graph in which nothing is rounded: a hook at each
+    rounder and at each layer with a rounded weight notes the error, and passes the exact values on with
+    a handle for their gradient"""
     def __init__(self, partial, layers, rounded):
         rounders = {n: m for n, m in partial.named_modules() if isinstance(m, FakeQuantize)}
         self.noise = {n: RunningNoise() for n in rounders}
         self.places = []
         self.busy = False
         self.hooks = [m.register_forward_hook(self.at(n, self.stored)) for n, m in rounders.items()]
-        self.hooks += [partial.get_submodule(at).register_forward_hook(
-            self.at(n, lambda m, args, kwargs, w=rounded[n]: functional_call(m, dict(weight=w), args, kwargs)),
-            with_kwargs=True) for at, n in layers.items()]
+        for at, n in layers.items():
+            with_weight = lambda *call, w=rounded[n]: functional_call(call[0], dict(weight=w), *call[1:])
+            self.hooks.append(partial.get_submodule(at).register_forward_hook(
+                self.at(n, with_weight), with_kwargs=True))
 
     def stored(self, rounder, args, kwargs):
         rounder.on = True
@@ -99,16 +100,17 @@ class _Errors:
 def _tensors(model): return dict([*model.named_parameters(), *model.named_buffers()])
 
 def _nothing_rounded(model, quantized):
-    "A copy of `quantized` with exact weights and its rounders off; by name what each rounded weight was and became"
+    "A copy with exact weights and its rounders off; by name what each rounded weight was and became"
     exact = _tensors(fold_batchnorm(model))
     partial = copy.deepcopy(quantized)
     for m in partial.modules():
         if isinstance(m, FakeQuantize):
             m.on = False
-    lacking = [n for n, p in partial.named_parameters() if n not in exact or exact[n].shape != p.shape]
+    fits = lambda n, p: n in exact and exact[n].shape == p.shape
+    lacking = [n for n, p in partial.named_parameters() if not fits(n, p)]
     if lacking:
-        raise ValueError(f"`quantized` must be a copy that `quantize` made of `model`; {lacking[0]} is in "
-                         "the copy only. Give both of one network.")
+        raise ValueError(f"`quantized` must be a copy that `quantize` made of `model`; {lacking[0]} "
+                         "is in the copy only. Give both of one network.")
     changed = {}
     for n, t in _tensors(partial).items():
         if n not in exact or not t.is_floating_point() or torch.equal(t, exact[n]): continue
@@ -177,7 +179,7 @@ def _first_order(errors, partial, free, x, size, n, generator):
 
 # %% ../../nbs/api/quant/30_sensitivity.ipynb #5e9a0b04
 def _rounded_alone(partial, name, rounded, signal, x):
-    "Noise at the logits with one tensor rounded and everything else exact; `rounded` is None for a stored tensor"
+    "Noise at the logits with one tensor rounded; `rounded` is None for a stored tensor"
     if rounded is None:
         rounder = partial.get_submodule(name)
         rounder.on = True
