@@ -59,17 +59,11 @@ class _Errors:
         self.noise = {n: RunningNoise() for n in rounders}
         self.places = []
         self.busy = False
-        self.hooks = [m.register_forward_hook(self.at(n, self.stored)) for n, m in rounders.items()]
+        self.hooks = [m.register_forward_hook(self.at(n, _stored)) for n, m in rounders.items()]
         for at, n in layers.items():
             with_weight = lambda *call, w=rounded[n]: functional_call(call[0], dict(weight=w), *call[1:])
             self.hooks.append(partial.get_submodule(at).register_forward_hook(
                 self.at(n, with_weight), with_kwargs=True))
-
-    def stored(self, rounder, args, kwargs):
-        rounder.on = True
-        out = rounder.forward(*args)
-        rounder.on = False
-        return out
 
     def at(self, name, rounded):
         def hook(module, args, *more):
@@ -97,6 +91,13 @@ class _Errors:
             h.remove()
 
 # %% ../../nbs/api/quant/30_sensitivity.ipynb #5e9a0b06
+def _stored(rounder, args, kwargs):
+    "What `rounder` would pass on if it were on"
+    rounder.on = True
+    out = rounder.forward(*args)
+    rounder.on = False
+    return out
+
 def _tensors(model): return dict([*model.named_parameters(), *model.named_buffers()])
 
 def _nothing_rounded(model, quantized):
@@ -119,6 +120,7 @@ def _nothing_rounded(model, quantized):
         t.copy_(exact[n])
     return partial, changed
 
+# %% ../../nbs/api/quant/30_sensitivity.ipynb #5e9a0b07
 def _readers(partial, changed):
     "Layer -> name of the changed weight that it reads; names of weights that something else reads too"
     names = {id(t): n for n, t in _tensors(partial).items() if n in changed}
