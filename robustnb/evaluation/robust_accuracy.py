@@ -189,8 +189,7 @@ def evaluate(
     threat,                 # Threat model, e.g. `Linf(1/255)`
     seed:int=0,             # Random starts
     batch_size:int|None=None, # Images at a time; None goes by their size
-    # Folder for the rows of finished batches, where a killed run continues; None keeps none
-    save=None,
+    save=None,              # Folder for the rows of finished batches, where a killed run goes on; None: none
 )->pd.DataFrame:            # One row per image and attack, 'clean' first
     "Attack every image and keep every prediction."
     _check_attacks(attacks)
@@ -220,8 +219,7 @@ def evaluate(
                 _write_rows(rows, Path(save)/f'{k}_{left[s][0]:07d}.csv', question)
             parts.append(rows)
     rows = pd.concat(parts, ignore_index=True)
-    return rows.iloc[np.lexsort((rows.image, rows.attack.map(list(jobs).index)))].reset_index(
-        drop=True)
+    return rows.iloc[np.lexsort((rows.image, rows.attack.map(list(jobs).index)))].reset_index(drop=True)
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #ec322ad8
 def worst_case(
