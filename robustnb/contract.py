@@ -45,8 +45,8 @@ def _where(said):
         tensors = [k for k, v in said.items() if isinstance(v, Tensor)]
         if 'logits' in tensors: return 'logits'
         if len(tensors) == 1: return tensors[0]
-        raise TypeError("`model` must return logits (N,K), or a dict that holds them as 'logits'; its dict has "
-                        f"{list(said)[:5]}. Wrap it in a module that returns the logits alone.")
+        raise TypeError("`model` must return logits (N,K), or a dict that holds them as 'logits'; its "
+                        f"dict has {list(said)[:5]}. Wrap it in a module that returns the logits alone.")
     if isinstance(said, (tuple, list)):
         tables = [i for i, v in enumerate(said) if isinstance(v, Tensor) and v.ndim == 2]
         if tables and len({said[i].shape for i in tables}) == 1: return tables[0]
@@ -69,16 +69,16 @@ def _check_logits(logits, n):
     "Refuse what is no table of logits, (N,K) or (N,K,1,1), for `n` images"
     got = f"shape {tuple(logits.shape)} for {n} images"
     if not logits.is_floating_point():
-        raise TypeError(f"`model` must return logits (N,K); got {logits.dtype} of {got}. Return what comes "
-                        "before the choice of a class.")
+        raise TypeError(f"`model` must return logits (N,K); got {logits.dtype} of {got}. Return what "
+                        "comes before the choice of a class.")
     if logits.ndim > 2 and logits[0, 0].numel() == 1:
         logits = logits.flatten(1)
     if logits.ndim and len(logits) != n:
-        raise ValueError(f"`model` must answer each image of a batch; got {got}. Does its forward fix the batch "
-                         "size, as `x.view(1, -1)` does? Use `x.flatten(1)`.")
+        raise ValueError(f"`model` must answer each image of a batch; got {got}. Does its forward fix "
+                         "the batch size, as `x.view(1, -1)` does? Use `x.flatten(1)`.")
     if logits.ndim == 1 or logits.ndim == 2 and logits.shape[1] == 1:
-        raise ValueError(f"`model` must return at least 2 logits an image; got one logit, {got}. For a binary "
-                         "classifier return two logits: `torch.cat([0*z, z], 1)`.")
+        raise ValueError(f"`model` must return at least 2 logits an image; got one logit, {got}. For a "
+                         "binary classifier return two logits: `torch.cat([0*z, z], 1)`.")
     if logits.ndim != 2: raise ValueError(f"`model` must return logits (N,K); got {got}.")
     return logits
 
@@ -86,8 +86,8 @@ def _check_no_probabilities(logits):
     "Refuse a softmax: where one logit leads far, its output is 1 and no gradient is left"
     p = logits.double()
     if bool((p >= 0).all()) and bool(((p.sum(1)-1).abs() < 1e-3).all()):
-        raise ValueError("`model` must return logits; its answers are probabilities, at least 0 with sum 1. "
-                         "Take its softmax away, or return its logarithm where only probabilities exist.")
+        raise ValueError("`model` must return logits; its answers are probabilities, at least 0 with sum "
+                         "1. Take its softmax away, or return the logarithm if there is nothing else.")
 
 # %% ../nbs/api/02_contract.ipynb #06a7ebc9
 @dataclass(frozen=True)
@@ -115,16 +115,18 @@ def _refusal(model, two, e):
     if isinstance(e, (ValueError, TypeError)) and '`' in str(e): return e
     short = lambda o: str(o).removeprefix('torch.')
     if other := _weights_dtype(model, two):
-        return ValueError(f"`model` must compute in the dtype of its images; its weights are {short(other)} and "
-                          f"`x` is {short(two.dtype)}. Use `model.float()`, and `x.float()`.")
+        return ValueError("`model` must compute in the dtype of its images; its weights are "
+                          f"{short(other)} and `x` is {short(two.dtype)}. Use `model.float()`, and "
+                          "`x.float()`.")
     said = f"{type(e).__name__}: {' '.join(str(e).split())[:200].rstrip('.')}"
     try:
         model(two[:1].clone())
     except Exception:
-        return ValueError(f"`model` must take images of shape {tuple(two.shape[1:])}; it raised {said}. Is this the "
-                          "image size it was made for?")
-    return ValueError("`model` must take a batch of images; it answers one image and fails on two. Does its forward "
-                      f"fix the batch size, as `x.view(1, -1)` does? Use `x.flatten(1)`. It raised {said}.")
+        return ValueError(f"`model` must take images of shape {tuple(two.shape[1:])}; it raised {said}. "
+                          "Is this the image size it was made for?")
+    return ValueError("`model` must take a batch of images; it answers one image and fails on two. Does "
+                      "its forward fix the batch size, as `x.view(1, -1)` does? Use `x.flatten(1)`. It "
+                      f"raised {said}.")
 
 def _first_answer(model, two):
     "What the model returned, the images as it left them, and whether it needed contiguous memory"
@@ -190,9 +192,11 @@ class _Adapted(nn.Module):
         return out.to(self.dtype) if how.cast else out
 
 def open_model(
-    model:nn.Module,     # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K), in any of the forms above; in eval mode
-    x:Tensor|None=None,  # Some of its images (N,C,H,W), float, pixels in [0,1]; None takes wrappers off and asks nothing
-)->nn.Module:            # A module with the contract: logits (N,K) alone, `x` untouched; `model` itself if it has it
+    # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K), in any of the forms above; in eval mode
+    model:nn.Module,
+    # Some of its images (N,C,H,W), float, pixels in [0,1]; None takes wrappers off and asks nothing
+    x:Tensor|None=None,
+)->nn.Module:            # It returns logits (N,K) alone and leaves `x`; `model` itself if it does so
     "Any classifier, ready to be asked."
     check_model(model)
     if x is None: return unwrap(model)
@@ -225,8 +229,8 @@ def check_repeatable(
 )->nn.Module:            # The same model
     "Raise if a model answers at random."
     if answers_at_random(model, x):
-        raise ValueError("`model` must answer the same when it is asked twice; its answers are random. Switch "
-                         "dropout or noise off in evaluation mode, or fix what they draw.")
+        raise ValueError("`model` must answer the same when it is asked twice; its answers are random. "
+                         "Switch dropout or noise off in evaluation mode, or fix what they draw.")
     return model
 
 # %% ../nbs/api/02_contract.ipynb #2258437f

@@ -308,7 +308,8 @@ def red_flags(
     with (_as_it_was(model),
           torch.random.fork_rng(devices=[device] if device.type == 'cuda' else [])):
         torch.manual_seed(subseed(seed, 'the model'))
-        case = _Case(check_attack(model, x, y, threat), x.to(device), y.to(device), threat, attack, seed, training)
+        opened = check_attack(model, x, y, threat)
+        case = _Case(opened, x.to(device), y.to(device), threat, attack, seed, training)
         right = int((case.clean.argmax(1) == case.y).sum())
         if right < 20:
             raise ValueError("`x` must hold at least 20 images that the model classifies "

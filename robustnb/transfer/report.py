@@ -148,7 +148,7 @@ def _page(report):
         f'<h2>What was run</h2><pre>{html.escape(run)}</pre></body></html>')
     return '\n'.join(parts)
 
-# %% ../../nbs/api/transfer/50_report.ipynb #3a73eec1
+# %% ../../nbs/api/transfer/50_report.ipynb #5c3e0a11
 def _screen(report):
     "The report on a screen: the advice, and a line for each format."
     facts = report.facts
@@ -157,9 +157,10 @@ def _screen(report):
              (('accuracy', 'accuracy'), ('robust_accuracy', 'robust accuracy')) if k in facts]
     original = f"The original: {', '.join(right)}." if right else ''
     about = f"Losses in percent of what the original has, 95 % intervals; robust: {facts['threat']}."
-    return '\n'.join(o for o in (f"{facts['model']}: what quantisation will cost", _advice(report), original,
-                                 about, '', table) if o is not None)
+    title = f"{facts['model']}: what quantisation will cost"
+    return '\n'.join((title, _advice(report), original, about, '', table))
 
+# %% ../../nbs/api/transfer/50_report.ipynb #3a73eec1
 @dataclass(repr=False)
 class Report:
     "What `assess` found."
