@@ -203,7 +203,7 @@ def open_model(
     if isinstance(model, _Adapted): return model
     bare, how = _known_manner(model, x)
     plain = how.where == '' and not (how.contiguous or how.in_place or how.flat or how.cast)
-    return bare if plain else _Adapted(bare, how, x.dtype)
+    return bare if plain else _Adapted(bare, how, x.dtype).eval()
 
 # %% ../nbs/api/02_contract.ipynb #701a5977
 def memory_format(
