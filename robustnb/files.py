@@ -71,6 +71,7 @@ def _zip_kind(path):
 _starts = {b'\x89HDF': 'Keras', b'\x93NUMPY': 'numpy', b'version https://git-lfs': 'Git LFS pointer',
            b'<!doctype': 'web page', b'<html': 'web page', b'\x80': 'state'}
 
+# %% ../nbs/api/05_files.ipynb #7810d654
 def file_kind(
     path,          # A file
 )->str:            # 'state', 'safetensors', 'exported', 'torchscript', 'onnx', 'web page', ..., or 'other'
@@ -115,6 +116,7 @@ def _read(path, kind, device):
     with torch.serialization.safe_globals(_data_types()):
         return torch.load(path, map_location=device, weights_only=True)
 
+# %% ../nbs/api/05_files.ipynb #5a2e3787
 def load_state(
     path,             # File of `torch.save` or of safetensors
     device='cpu',     # Where the tensors go

@@ -70,6 +70,7 @@ def _program(path):
                          f"is damaged, from another version or something else ({type(e).__name__}: "
                          f"{' '.join(str(e).split())[:120]}). Export it again.") from e
 
+# %% ../../nbs/api/models/37_exchange.ipynb #4a53fb63
 def _check_inputs(program, path):
     "Side of the images; refuses all but one batch of images of any length"
     given = program.graph_signature.user_inputs
@@ -139,18 +140,21 @@ def _sliced(x, dim=0, start=None, end=None, step=1):
     end = None if isinstance(end, int) and end > 2**40 else end
     return x[(*[slice(None)]*dim, slice(start, end, step))]
 
-def _conv(at, x, weight, bias, stride, padding, dilation, groups, *_):
+def _conv(at, x, weight, bias, *more):
+    stride, padding, dilation, groups = more[:4]
     given = dict(stride=stride or 1, padding=padding or 0, dilation=dilation or 1, groups=groups or 1)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     return at.layer(_layer({3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[weight.ndim], weight, bias, **given), x)
 
-def _transposed(at, x, weight, bias, stride, padding, output_padding, groups, dilation, *_):
+def _transposed(at, x, weight, bias, *more):
+    stride, padding, output_padding, groups, dilation = more[:5]
     given = dict(stride=stride or 1, padding=padding or 0, output_padding=output_padding or 0, groups=groups or 1,
                  dilation=dilation or 1)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     return at.layer(_layer(nn.ConvTranspose2d, weight, bias, **given), x)
 
-def _batch_norm(at, x, scale, shift, mean, var, training, momentum, eps, *_):
+def _batch_norm(at, x, scale, shift, mean, var, *more):
+    training, _, eps = more[:3]
     if training: raise ValueError(f"`path` must be exported in evaluation mode; {at.path} has batch normalisation in "
                                   "training mode. Call `net.eval()` before the export.")
     flat = at.node.args[0].meta['val'].ndim != 4
@@ -203,6 +207,7 @@ class _Value:
         "The tensor, for what does not depend on the images or their number"
         return self.two[0]
 
+# %% ../../nbs/api/models/37_exchange.ipynb #7f92b6ca
 class _Reader:
     "A graph of torch that grows by one operation of ONNX after the other"
     def __init__(self, path, side):
@@ -295,6 +300,7 @@ def _onnx_transposed(at, said, x, weight, bias=None):
                            padding=tuple(pads[:2]), dilation=tuple(dilation), groups=said.get('group', 1),
                            output_padding=tuple(said.get('output_padding', (0, 0)))), x)
 
+# %% ../../nbs/api/models/37_exchange.ipynb #3ece866e
 def _onnx_pool(kind):
     def made(at, said, x):
         kernel = said['kernel_shape']
@@ -352,6 +358,7 @@ def _layer_norm(at, said, x, weight, bias=None):
     if bias is not None: layer.bias.data.copy_(bias.constant.expand(shape))
     return at.layer(layer, x)
 
+# %% ../../nbs/api/models/37_exchange.ipynb #10981a6c
 def _instance_norm(at, said, x, weight, bias):
     eps = said.get('epsilon', 1e-5)
     return at.call(lambda t, w, b: F.instance_norm(t, weight=w, bias=b, eps=eps), x, weight, bias)
@@ -397,6 +404,7 @@ def _squeeze(at, said, x, axes=None):
     if axes is None: axes = [i for i, n in enumerate(x.constant.shape) if n == 1]
     return at.call(lambda t: torch.squeeze(t, tuple(axes)), x)
 
+# %% ../../nbs/api/models/37_exchange.ipynb #bea3d37d
 def _unsqueeze(at, said, x, axes=None):
     n = x.constant.ndim
     axes = _axes(at, said, axes)
@@ -476,6 +484,7 @@ def _prelu(at, said, x, slope):
     layer.weight.data.copy_(slope.constant.reshape(-1))
     return at.layer(layer, x)
 
+# %% ../../nbs/api/models/37_exchange.ipynb #0f1c32b6
 def _cast(at, said, x):
     kinds = {1: torch.float32, 10: torch.float32, 11: torch.float32, 16: torch.float32, 6: torch.int64, 7: torch.int64,
              9: torch.bool}
@@ -549,6 +558,7 @@ def _onnx_input(model, path):
                          f"{dims}. Export it with channels before height and width.")
     return inputs[0].name, dims[0][1], dims[0][2:]
 
+# %% ../../nbs/api/models/37_exchange.ipynb #fd991677
 def _translate(at, node, values, numpy_helper, helper):
     "One operation of the file, in the graph"
     if node.op_type in ('QuantizeLinear', 'DequantizeLinear', 'QLinearConv', 'ConvInteger'):

@@ -206,6 +206,7 @@ def load_model(
         model = _read_nine(held, file, name, n_classes, width, mean, std)
     return _with_facts(model, size, classes)
 
+# %% ../../nbs/api/models/40_loading.ipynb #5e83f837
 def _check_named(held, name, path):
     "Refuse a file that does not say its network, and one of another kind of this library"
     kind = held.get('format', '') if isinstance(held, dict) else ''

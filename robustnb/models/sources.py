@@ -55,6 +55,7 @@ def _of_timm(name, n_classes, pretrained):
     with _fetching(f'timm:{name}'):
         return timm.create_model(name, pretrained=True), dict(title=name)
 
+# %% ../../nbs/api/models/35_sources.ipynb #69849a75
 def published_facts(
     weights,       # Weights of torchvision, `ResNet18_Weights.DEFAULT`
 )->dict:           # `mean`, `std`, `size` in pixels, `crop_pct`, `classes`
@@ -110,6 +111,7 @@ def _of_code(module, name):
     raise TypeError(f"`name` must be a function or class that makes an nn.Module; {module}:{name} made a "
                     f"{type(net).__name__}.")
 
+# %% ../../nbs/api/models/35_sources.ipynb #77ddbd47
 def build_source(
     name:str,            # `timm:NAME`, `torchvision:NAME` or `package.module:function`
     n_classes:int=None,  # Number of logits; None is what the network has

@@ -56,6 +56,7 @@ def _prefixes(names, own):
 
 def _known(name): return name.rpartition('.')[2] in _uncounted
 
+# %% ../../nbs/api/models/33_states.ipynb #e30b4734
 def find_parts(
     held,            # What a file holds: dictionaries, lists, tensors
     net:nn.Module,   # The network to fill
@@ -118,6 +119,7 @@ def _only(fits, path):
     raise ValueError(f"`path` must say which weights are meant: {path} holds {len(names)} that fit, "
                      f"{', '.join(map(repr, names))}. Name one after a #: {str(path) + '#' + names[-1]!r}.")
 
+# %% ../../nbs/api/models/33_states.ipynb #a9a24d8a
 def fitting_state(
     held,             # What a file holds
     net:nn.Module,    # The network to fill

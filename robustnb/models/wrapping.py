@@ -253,6 +253,7 @@ def read_classes(
         raise ValueError(f"`classes` must hold {n_classes or 'some'} names, one per logit; got {len(classes)}.")
     return classes
 
+# %% ../../nbs/api/models/10_wrapping.ipynb #3ab56e06
 def _known_classes(net, n):
     "The synsets of ImageNet, where a timm network was trained on one of its lists and still has its classes"
     if 'timm' not in sys.modules or n is None or _config(net, 'num_classes') != n: return None
@@ -289,6 +290,7 @@ def _head_rows(net):
             if isinstance(m, nn.Linear) and {*n.split('.')[-2:]} & {*_heads}}
     return said.pop() if len(said) == 1 else None
 
+# %% ../../nbs/api/models/10_wrapping.ipynb #70bee418
 def wrap_model(
     net:nn.Module, # Takes normalised images `(N,C,H,W)`; from torch, torchvision, timm or your own
     mean=None,     # Mean per channel of pixels in [0,1], or in 0-255; None asks `net` (timm)

@@ -183,6 +183,12 @@ def _frozen(model, device):
         for p, flag in zip(model.parameters(), flags):
             p.requires_grad_(flag)
 
+def _side(model, size):
+    "The side of the images, as the caller or the model states it"
+    if side := size or getattr(model, 'image_size', None): return side
+    raise ValueError("`size` must be given, the side in pixels of the images that this model was made for: "
+                     "neither its network nor its caller stated it. `wrap_model(net, size=...)` remembers it.")
+
 def _fresh(model, size, width, seed):
     "A generator for the classes and pixels of `model`, with random weights"
     embedding = last_linear(model).weight.flatten(1).cpu()
@@ -224,17 +230,13 @@ def train_generator(
     if not hasattr(check_model(model), 'normalize'):
         raise TypeError("`model` must have its normalisation inside; this "
                         f"{type(model).__name__} has none. Use `wrap_model`.")
-    size = size or getattr(model, 'image_size', None)
-    if size is None:
-        raise ValueError("`size` must be given, the side in pixels of the images that this model was made for: "
-                         "neither its network nor its caller stated it. `wrap_model(net, size=...)` remembers it.")
     if steps < 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
     device = init_distributed(device)
     if batch_size < processes():
         raise ValueError("`batch_size` must be at least the number of processes, "
                          f"{processes()}; got {batch_size}.")
     g = make_generator(seed, 'generator')
-    net = _fresh(model, size, width, seed).to(device).train()
+    net = _fresh(model, _side(model, size), width, seed).to(device).train()
     own = part(batch_size)
     as_main_(net)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, betas=(.5, .999))
