@@ -61,7 +61,7 @@ def _zip_kind(path):
     "What a zip archive is, by the names in it"
     try:
         names = zipfile.ZipFile(path).namelist()
-    except (zipfile.BadZipFile, OSError):
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return 'other'
     ends = {o.rpartition('/')[2] for o in names}
     if 'serialized_exported_program.json' in ends or 'archive_format' in ends: return 'exported'
@@ -89,14 +89,14 @@ def file_kind(
     return 'other' if head else 'empty'
 
 # %% ../nbs/api/05_files.ipynb #5c1e77aa
-_hints = {'torchscript': "TorchScript (torch.jit), whose layers cannot be taken apart. Save the `state_dict()` of the "
-                         "Python module, or export it with torch.onnx or torch.export.",
+_hints = {'torchscript': "TorchScript (torch.jit), whose layers cannot be taken apart. Save the "
+                         "`state_dict()` of the Python module, or export it with torch.onnx or torch.export.",
           'exported': "a program of torch.export: `load_model` reads it.",
           'Keras': "a file of Keras (HDF5). Export the model to ONNX.",
           'numpy': "a file of numpy. Write the tensors with `torch.save`.",
           'Git LFS pointer': "a pointer of Git LFS, not the file itself. Fetch it with `git lfs pull`.",
           'web page': "a web page: the download failed. Download it again.",
-          'empty': "empty. Copy or download it again.",
+          'empty': "damaged: it is empty. Copy or download it again.",
           'onnx': "an ONNX model: `load_model` reads it."}
 
 def _data_types():

@@ -35,28 +35,31 @@ def _norm_layer(scale, shift, mean, var, eps, flat=False):
                           | dict(num_batches_tracked=torch.tensor(0)), assign=True)
     return layer
 
-# %% ../../nbs/api/models/37_exchange.ipynb #369d26d7
-_F = {o: getattr(F, o) for o in '''relu relu6 hardtanh silu gelu hardswish hardsigmoid leaky_relu softplus mish selu celu
-      adaptive_avg_pool2d adaptive_max_pool2d max_pool2d avg_pool2d scaled_dot_product_attention pad pixel_shuffle
-      log_softmax softmax normalize prelu'''.split()}
-_T = {o: getattr(torch, o) for o in '''sigmoid tanh flatten mean sum amax amin cat stack matmul bmm pow exp log sqrt rsqrt abs
-      neg erf clamp clamp_min clamp_max maximum minimum where reciprocal square var_mean einsum addmm
+# %% ../../nbs/api/models/37_exchange.ipynb #e55306c4
+_F = {o: getattr(F, o) for o in '''
+      relu relu6 hardtanh silu gelu hardswish hardsigmoid leaky_relu softplus mish selu celu
+      adaptive_avg_pool2d adaptive_max_pool2d max_pool2d avg_pool2d scaled_dot_product_attention pad
+      pixel_shuffle log_softmax softmax normalize prelu'''.split()}
+_T = {o: getattr(torch, o) for o in '''
+      sigmoid tanh flatten mean sum amax amin cat stack matmul bmm pow exp log sqrt rsqrt abs neg erf
+      clamp clamp_min clamp_max maximum minimum where reciprocal square var_mean einsum addmm
       channel_shuffle roll unflatten'''.split()}
-_M = {o: o for o in '''view reshape permute transpose expand unbind chunk split select unsqueeze squeeze contiguous clone
-      narrow expand_as repeat split_with_sizes t'''.split()}
+_M = set('''view reshape permute transpose expand unbind chunk split select unsqueeze squeeze contiguous
+      clone narrow expand_as repeat split_with_sizes t'''.split())
 _binary = dict(add=operator.add, sub=operator.sub, mul=operator.mul, div=operator.truediv)
-_nothing = {'dropout', 'feature_dropout', 'alias', 'detach', 'lift_fresh_copy', 'detach_copy'}
 
 def _check_formulas(path):
     "Sizes in an exported program are numbers, symbols and arithmetic; they would be evaluated as Python"
     with zipfile.ZipFile(path) as z:
         text = ''.join(z.read(o).decode('utf-8', 'replace') for o in z.namelist() if o.endswith('.json'))
-    words = '''Symbol positive negative nonnegative nonpositive nonzero integer real finite Add Mul Pow Mod PythonMod
-               FloorDiv CleanDiv CeilToInt FloorToInt Max Min Eq Ne Lt Le Gt Ge Integer Rational True False'''.split()
+    words = '''Symbol positive negative nonnegative nonpositive nonzero integer real finite Add Mul Pow Mod
+               PythonMod FloorDiv CleanDiv CeilToInt FloorToInt Max Min Eq Ne Lt Le Gt Ge Integer
+               Rational True False'''.split()
     plain = re.compile(rf"(?:\b(?:{'|'.join(words)}|[a-z]\d+|\d+)\b|'\w+'|[\s+\-*/(),<>=&|~])*")
     for said in re.findall(r'"expr_str"\s*:\s*"((?:[^"\\]|\\.)*)"', text):
         if not plain.fullmatch(said):
-            raise ValueError(f"`path` must be a program whose sizes are plain arithmetic; {path} has {said[:60]!r}. "
+            raise ValueError(f"`path` must be a program whose sizes are plain arithmetic; {path} "
+                             f"has {said[:60]!r}. "
                              "Export it again.")
 
 def _program(path):
@@ -66,7 +69,8 @@ def _program(path):
         with weights_only():
             return torch.export.load(path)
     except Exception as e:
-        raise ValueError(f"`path` must be a file of torch.export.save that this torch {torch.__version__} reads; {path} "
+        raise ValueError("`path` must be a file of torch.export.save that this torch "
+                         f"{torch.__version__} reads; {path} "
                          f"is damaged, from another version or something else ({type(e).__name__}: "
                          f"{' '.join(str(e).split())[:120]}). Export it again.") from e
 
@@ -80,7 +84,8 @@ def _check_inputs(program, path):
                          f"{[tuple(map(str, o)) for o in shapes]}.")
     n, _, h, w = shapes[0]
     if isinstance(n, int):
-        raise ValueError(f"`path` must take batches of any length; {path} was exported for a batch of {n} only. "
+        raise ValueError(f"`path` must take batches of any length; {path} was exported for a batch "
+                         f"of {n} only. "
                          "Export it with a dynamic batch: `torch.export.export(net, (x,), dynamic_shapes="
                          "({0: torch.export.Dim('batch')},))`, with at least two images in `x`.")
     return h if isinstance(h, int) and h == w else None
@@ -119,26 +124,33 @@ class _Plain(fx.Transformer):
         name = getattr(target, '_opname', getattr(target, '__name__', str(target))).rstrip('_')
         said = list(args) + [None]*10
         weights = len(args) > 1 and isinstance(args[1], Tensor)
-        if name in _layers and weights: return _layers[name](self, *said[:10])
-        if name in ('layer_norm', 'group_norm'): return _layers[name](self, *said[:6])
+        if name in _layers and (weights or name.endswith('_norm')): return _layers[name](self, *said[:10])
         args = fx.node.map_aggregate(tuple(args), self.attribute)
-        if name in _nothing: return args[0]
-        if name in ('sym_size', 'size'): return args[0].size(*args[1:])
-        if name == 'slice': return _sliced(*args)
-        if name in ('to', '_to_copy'): return args[0]
-        if name in _binary and not kwargs: return _binary[name](*args)
-        if name in _F: return _F[name](*args, **kwargs)
-        if name in _T: return _T[name](*args, **kwargs)
-        if name in _M: return getattr(args[0], name)(*args[1:], **kwargs)
-        if getattr(target, '__module__', '') in ('_operator', 'math'): return target(*args, **kwargs)
-        raise ValueError(f"`path` must hold operations that have a layer or function of torch; {self.path} has "
-                         f"{target}. Load the Python module instead.")
+        made = getattr(torch, name) if kwargs and name in _binary else _function(name, target, self.path)
+        return made(*args, **kwargs)
 
 # %% ../../nbs/api/models/37_exchange.ipynb #f55b25f4
 def _sliced(x, dim=0, start=None, end=None, step=1):
     "`x[..., start:end:step, ...]` along a dimension"
     end = None if isinstance(end, int) and end > 2**40 else end
     return x[(*[slice(None)]*dim, slice(start, end, step))]
+
+def _first(x, *args, **kwargs):
+    "What changes nothing in evaluation mode"
+    return x
+
+_other = dict(slice=_sliced, sym_size=lambda x, *dim: x.size(*dim), to=_first, _to_copy=_first)
+_other |= dict.fromkeys(('dropout', 'feature_dropout', 'alias', 'detach', 'lift_fresh_copy', 'detach_copy'),
+                        _first)
+
+def _function(name, target, path):
+    "The function of torch for an operation of aten"
+    for table in (_other, _binary, _F, _T):
+        if name in table: return table[name]
+    if name in _M: return lambda x, *args, **kwargs: getattr(x, name)(*args, **kwargs)
+    if getattr(target, '__module__', '') in ('_operator', 'math'): return target
+    raise ValueError(f"`path` must hold operations that have a layer or function of torch; {path} has "
+                     f"{target}. Load the Python module instead.")
 
 def _conv(at, x, weight, bias, *more):
     stride, padding, dilation, groups = more[:4]
@@ -148,14 +160,17 @@ def _conv(at, x, weight, bias, *more):
 
 def _transposed(at, x, weight, bias, *more):
     stride, padding, output_padding, groups, dilation = more[:5]
-    given = dict(stride=stride or 1, padding=padding or 0, output_padding=output_padding or 0, groups=groups or 1,
-                 dilation=dilation or 1)
+    given = dict(stride=stride or 1, padding=padding or 0, output_padding=output_padding or 0,
+                 groups=groups or 1, dilation=dilation or 1)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     return at.layer(_layer(nn.ConvTranspose2d, weight, bias, **given), x)
 
+# %% ../../nbs/api/models/37_exchange.ipynb #d7e3c28f
 def _batch_norm(at, x, scale, shift, mean, var, *more):
     training, _, eps = more[:3]
-    if training: raise ValueError(f"`path` must be exported in evaluation mode; {at.path} has batch normalisation in "
+    if training:
+        raise ValueError(f"`path` must be exported in evaluation mode; {at.path} has batch "
+                                  "normalisation in "
                                   "training mode. Call `net.eval()` before the export.")
     flat = at.node.args[0].meta['val'].ndim != 4
     return at.layer(_norm_layer(scale, shift, mean, var, eps, flat), x)
@@ -174,10 +189,11 @@ _layers = dict(conv1d=_conv, conv2d=_conv, conv3d=_conv, conv_transpose2d=_trans
                linear=lambda at, x, weight, bias, *_: at.layer(_layer(nn.Linear, weight, bias), x),
                layer_norm=_token_norm(nn.LayerNorm), group_norm=_token_norm(nn.GroupNorm))
 
-# %% ../../nbs/api/models/37_exchange.ipynb #22a24562
+# %% ../../nbs/api/models/37_exchange.ipynb #8ec1e4c4
 def read_exported(
     path,          # File of `torch.export.save`
-)->tuple:          # The network, of layers of torch; the side of its images in pixels, None if any or not square
+    # The network, of layers of torch; the side of its images in pixels, None if any or not square
+)->tuple:
     "A program of torch.export as layers that can be traced and quantised."
     program = _program(path)
     side = _check_inputs(program, path)
@@ -221,15 +237,11 @@ class _Reader:
         self.batch = value.proxy
         return value
 
-    def add(self, name, thing, parameter=False):
+    def add(self, name, thing):
         self.n += 1
         name = f"{name}_{self.n}"
-        if isinstance(thing, nn.Module):
-            self.made.add_module(name, thing)
-        elif thing.is_floating_point():
-            self.made.register_parameter(name, nn.Parameter(thing.clone()))
-        else:
-            self.made.register_buffer(name, thing.clone())
+        values = not isinstance(thing, nn.Module) and thing.is_floating_point()
+        setattr(self.made, name, nn.Parameter(thing.clone()) if values else thing)
         return name
 
     def proxied(self, v):
@@ -242,10 +254,11 @@ class _Reader:
     def call(self, f, *values):
         "A function of torch: at once on constants, in the graph on what depends on the images"
         two = tuple(f(*[v.two[i] if isinstance(v, _Value) else v for v in values]) for i in (0, 1))
-        moving = any(isinstance(v, _Value) and v.proxy is not None and not self.is_constant(v) for v in values)
+        moving = any(isinstance(v, _Value) and not self.is_constant(v) for v in values)
         return _Value(two, f(*map(self.proxied, values)) if moving else None)
 
-    def is_constant(self, v): return v.proxy is None or v.proxy.node.op == 'get_attr'
+    def is_constant(self, v):
+        return v.proxy is None or v.proxy.node.op == 'get_attr'
 
     def layer(self, module, x):
         "A layer of torch"
@@ -253,13 +266,13 @@ class _Reader:
         return _Value(two, self.tracer.create_proxy('call_module', self.add(type(module).__name__, module),
                                                     (self.proxied(x),), {}))
 
-    def sizes(self, v):
-        "A constant list of integers, those that follow the number of images in terms of it"
-        a, b = (o.reshape(-1).tolist() for o in v.two)
-        return [self.batch.size(0)*(i//2) if i != j else i for i, j in zip(a, b)]
-
-# %% ../../nbs/api/models/37_exchange.ipynb #58e1e51d
+# %% ../../nbs/api/models/37_exchange.ipynb #eb1e865b
 def _ints(v): return [int(o) for o in v.constant.reshape(-1)]
+
+def _sizes(at, v):
+    "Integers, those that follow the number of images in terms of it"
+    pairs = zip(*(o.reshape(-1).tolist() for o in v.two))
+    return [at.batch.size(0)*(i//2) if i != j else i for i, j in pairs]
 
 def _padded(at, x, pads, value=0.):
     "Padding written as in ONNX, begins then ends, before a layer that pads the same on both sides"
@@ -293,6 +306,7 @@ def _onnx_conv(at, said, x, weight, bias=None):
     return at.layer(_layer(kind, w, bias and bias.constant, stride=tuple(stride), padding=padding,
                            dilation=tuple(dilation), groups=said.get('group', 1)), x)
 
+# %% ../../nbs/api/models/37_exchange.ipynb #7148d442
 def _onnx_transposed(at, said, x, weight, bias=None):
     stride, dilation, pads = _window(x, said, weight.constant.shape[2:])
     if pads[:2] != pads[2:] or 'output_shape' in said or 'auto_pad' in said: raise NotImplementedError
@@ -300,7 +314,6 @@ def _onnx_transposed(at, said, x, weight, bias=None):
                            padding=tuple(pads[:2]), dilation=tuple(dilation), groups=said.get('group', 1),
                            output_padding=tuple(said.get('output_padding', (0, 0)))), x)
 
-# %% ../../nbs/api/models/37_exchange.ipynb #3ece866e
 def _onnx_pool(kind):
     def made(at, said, x):
         kernel = said['kernel_shape']
@@ -332,7 +345,8 @@ def _gemm(at, said, a, b, c=None):
     raise NotImplementedError
 
 def _matmul(at, said, a, b):
-    if at.is_constant(b) and b.constant.ndim == 2 and not at.is_constant(a): return _linear(at, a, b.constant.t())
+    plain = at.is_constant(b) and b.constant.ndim == 2 and not at.is_constant(a)
+    if plain: return _linear(at, a, b.constant.t())
     return at.call(torch.matmul, a, b)
 
 def _add(at, said, a, b):
@@ -340,8 +354,8 @@ def _add(at, said, a, b):
         a, b = b, a
     node = None if at.is_constant(a) else a.proxy.node
     layer = getattr(at.made, node.target, None) if node and node.op == 'call_module' else None
-    if isinstance(layer, nn.Linear) and layer.bias is None and at.is_constant(b) and len(node.users) == 0 and (
-            tuple(b.constant.shape) == (layer.out_features,)):
+    free = isinstance(layer, nn.Linear) and layer.bias is None and not node.users
+    if free and at.is_constant(b) and tuple(b.constant.shape) == (layer.out_features,):
         layer.bias = nn.Parameter(b.constant.float().clone())
         return _Value(tuple(o + b.constant for o in a.two), a.proxy)
     return at.call(operator.add, a, b)
@@ -377,15 +391,17 @@ def _shape(at, said, x):
 def _reshape(at, said, x, shape):
     if said.get('allowzero', 0) and 0 in _ints(shape): raise NotImplementedError
     if at.is_constant(x): return _Value(tuple(o.reshape(s.tolist()) for o, s in zip(x.two, shape.two)))
-    sizes = [x.proxy.size(i) if isinstance(o, int) and o == 0 else o for i, o in enumerate(at.sizes(shape))]
+    sizes = [x.proxy.size(i) if isinstance(o, int) and o == 0 else o for i, o in enumerate(_sizes(at, shape))]
     two = [o.reshape([n or o.shape[i] for i, n in enumerate(s.tolist())]) for o, s in zip(x.two, shape.two)]
-    if len(two[1])*2 == len(two[0])*3 and isinstance(sizes[0], int) and sizes[0] > 0: raise NotImplementedError
+    follows = len(two[1])*2 == len(two[0])*3
+    if follows and isinstance(sizes[0], int) and sizes[0] > 0: raise NotImplementedError
     return _Value(tuple(two), x.proxy.reshape(sizes))
 
 def _expand(at, said, x, shape):
-    two = tuple(o.expand(torch.broadcast_shapes(o.shape, tuple(s.tolist()))) for o, s in zip(x.two, shape.two))
+    two = tuple(o.expand(torch.broadcast_shapes(o.shape, tuple(s.tolist())))
+                for o, s in zip(x.two, shape.two))
     if at.is_constant(x) and two[0].shape == two[1].shape: return _Value(two)
-    sizes = at.sizes(shape)
+    sizes = _sizes(at, shape)
     whole = [-1 if isinstance(s, int) and s == 1 else s for s in sizes]
     return _Value(two, at.proxied(x).expand(whole))
 
@@ -393,7 +409,8 @@ def _filled_shape(at, said, shape):
     value = said.get('value', torch.zeros(1))
     two = tuple(torch.full(o.tolist(), value.item(), dtype=value.dtype) for o in shape.two)
     if two[0].shape == two[1].shape: return _Value(two)
-    return _Value(two, at.tracer.create_proxy('call_function', torch.full, (at.sizes(shape), value.item()), {}))
+    given = _sizes(at, shape), value.item()
+    return _Value(two, at.tracer.create_proxy('call_function', torch.full, given, {}))
 
 def _axes(at, said, given):
     axes = said.get('axes')
@@ -447,7 +464,8 @@ def _gather(at, said, x, index):
 def _split(at, said, x, split=None):
     axis = said.get('axis', 0)
     size = x.constant.shape[axis]
-    parts = said.get('split') or (split is not None and _ints(split)) or size//said.get('num_outputs', said['outputs'])
+    parts = said.get('split') if split is None else _ints(split)
+    parts = parts or -(-size//said.get('num_outputs', said['outputs']))
     return at.call(lambda t: torch.split(t, parts, axis), x)
 
 def _pad(at, said, x, pads=None, value=None, axes=None):
@@ -471,23 +489,24 @@ def _clip(at, said, x, low=None, high=None):
 def _resize(at, said, x, roi=None, scales=None, sizes=None):
     mode = said.get('mode', 'nearest')
     how = said.get('coordinate_transformation_mode', 'half_pixel')
-    plain = mode == 'nearest' and said.get('nearest_mode', 'round_prefer_floor') == 'floor' and how == 'asymmetric'
+    nearest = mode, said.get('nearest_mode', 'round_prefer_floor'), how
+    plain = nearest == ('nearest', 'floor', 'asymmetric')
     if not plain and (mode != 'linear' or how not in ('half_pixel', 'pytorch_half_pixel', 'align_corners')):
         raise NotImplementedError
     to = _ints(sizes)[2:] if sizes is not None else [
         int(n*s) for n, s in zip(x.constant.shape[2:], scales.constant[2:].tolist())]
     more = {} if mode == 'nearest' else dict(align_corners=how == 'align_corners')
-    return at.call(lambda t: F.interpolate(t, to, mode='nearest' if mode == 'nearest' else 'bilinear', **more), x)
+    mode = 'nearest' if mode == 'nearest' else 'bilinear'
+    return at.call(lambda t: F.interpolate(t, to, mode=mode, **more), x)
 
+# %% ../../nbs/api/models/37_exchange.ipynb #2d6f4ce1
 def _prelu(at, said, x, slope):
     layer = nn.PReLU(slope.constant.numel()).eval()
     layer.weight.data.copy_(slope.constant.reshape(-1))
     return at.layer(layer, x)
 
-# %% ../../nbs/api/models/37_exchange.ipynb #0f1c32b6
 def _cast(at, said, x):
-    kinds = {1: torch.float32, 10: torch.float32, 11: torch.float32, 16: torch.float32, 6: torch.int64, 7: torch.int64,
-             9: torch.bool}
+    kinds = dict.fromkeys((1, 10, 11, 16), torch.float32) | {6: torch.int64, 7: torch.int64, 9: torch.bool}
     if said['to'] not in kinds: raise NotImplementedError
     kind = kinds[said['to']]
     if x.constant.dtype == kind: return x
@@ -501,22 +520,25 @@ def _as_call(f): return lambda at, said, *values: at.call(f, *values)
 def _softmax(f): return lambda at, said, x: at.call(lambda t: f(t, said.get('axis', -1)), x)
 
 _single = dict(
-    Relu=lambda a: nn.ReLU(), Sigmoid=lambda a: nn.Sigmoid(), Tanh=lambda a: nn.Tanh(), Softplus=lambda a: nn.Softplus(),
-    HardSwish=lambda a: nn.Hardswish(), Selu=lambda a: nn.SELU(), Mish=lambda a: nn.Mish(),
+    Relu=lambda a: nn.ReLU(), Sigmoid=lambda a: nn.Sigmoid(), Tanh=lambda a: nn.Tanh(),
+    Softplus=lambda a: nn.Softplus(), HardSwish=lambda a: nn.Hardswish(), Selu=lambda a: nn.SELU(),
+    Mish=lambda a: nn.Mish(),
     Elu=lambda a: nn.ELU(a.get('alpha', 1.)), LeakyRelu=lambda a: nn.LeakyReLU(a.get('alpha', .01)),
     Gelu=lambda a: nn.GELU(a.get('approximate', 'none')), GlobalAveragePool=lambda a: nn.AdaptiveAvgPool2d(1),
     GlobalMaxPool=lambda a: nn.AdaptiveMaxPool2d(1))
 _plain_calls = dict(
-    Sub=operator.sub, Mul=operator.mul, Pow=torch.pow, Sqrt=torch.sqrt, Exp=torch.exp, Log=torch.log, Neg=operator.neg,
-    Abs=torch.abs, Erf=torch.erf, Reciprocal=torch.reciprocal, Floor=torch.floor, Equal=torch.eq, Less=torch.lt,
-    Greater=torch.gt, Where=torch.where, Max=torch.maximum, Min=torch.minimum, And=torch.logical_and, Not=torch.logical_not,
+    Sub=operator.sub, Mul=operator.mul, Pow=torch.pow, Sqrt=torch.sqrt, Exp=torch.exp, Log=torch.log,
+    Neg=operator.neg, Abs=torch.abs, Erf=torch.erf, Reciprocal=torch.reciprocal, Floor=torch.floor,
+    Equal=torch.eq, Less=torch.lt, Greater=torch.gt, Where=torch.where, Max=torch.maximum,
+    Min=torch.minimum, And=torch.logical_and, Not=torch.logical_not,
     Mod=torch.remainder, Range=lambda a, b, s: torch.arange(a.item(), b.item(), s.item()))
 _operations = dict(
     {k: _as_layer(v) for k, v in _single.items()} | {k: _as_call(v) for k, v in _plain_calls.items()},
-    Conv=_onnx_conv, ConvTranspose=_onnx_transposed, MaxPool=_onnx_pool(nn.MaxPool2d), Gemm=_gemm, MatMul=_matmul,
-    AveragePool=_onnx_pool(nn.AvgPool2d), BatchNormalization=_onnx_norm, Add=_add, Div=_divide, Clip=_clip, Cast=_cast,
-    LayerNormalization=_layer_norm, InstanceNormalization=_instance_norm, GroupNormalization=_group_norm, Pad=_pad,
-    Shape=_shape, Reshape=_reshape, Expand=_expand, ConstantOfShape=_filled_shape, Squeeze=_squeeze, Resize=_resize,
+    Conv=_onnx_conv, ConvTranspose=_onnx_transposed, MaxPool=_onnx_pool(nn.MaxPool2d), Gemm=_gemm,
+    MatMul=_matmul, AveragePool=_onnx_pool(nn.AvgPool2d), BatchNormalization=_onnx_norm, Add=_add,
+    Div=_divide, Clip=_clip, Cast=_cast, LayerNormalization=_layer_norm, Pad=_pad,
+    InstanceNormalization=_instance_norm, GroupNormalization=_group_norm, Shape=_shape, Reshape=_reshape,
+    Expand=_expand, ConstantOfShape=_filled_shape, Squeeze=_squeeze, Resize=_resize,
     Unsqueeze=_unsqueeze, Slice=_slice, Gather=_gather, Split=_split, PRelu=_prelu,
     Softmax=_softmax(torch.softmax), LogSoftmax=_softmax(torch.log_softmax),
     Identity=lambda at, said, x: x, Dropout=lambda at, said, x, *more: x,
@@ -554,7 +576,8 @@ def _onnx_input(model, path):
     inputs = [o for o in model.graph.input if o.name not in held]
     dims = [[d.dim_value or None for d in o.type.tensor_type.shape.dim] for o in inputs]
     if len(inputs) != 1 or len(dims[0]) != 4 or not dims[0][1] or dims[0][1] > 4:
-        raise ValueError(f"`path` must hold a network of one batch of images (N,C,H,W), C of 1 to 4; {path} takes "
+        raise ValueError("`path` must hold a network of one batch of images (N,C,H,W), C of 1 to "
+                         f"4; {path} takes "
                          f"{dims}. Export it with channels before height and width.")
     return inputs[0].name, dims[0][1], dims[0][2:]
 
@@ -573,7 +596,8 @@ def _translate(at, node, values, numpy_helper, helper):
                          f"{node.op_type} ({node.name}) in a form that has none. Load the Python module "
                          "instead.") from e
     except RuntimeError as e:
-        raise ValueError(f"`path` must take batches of any length; {at.path} fails at {node.op_type} ({node.name}) for "
+        raise ValueError(f"`path` must take batches of any length; {at.path} fails at "
+                         f"{node.op_type} ({node.name}) for "
                          f"two images ({' '.join(str(e).split())[:100]}). Export it with a dynamic batch: "
                          "`torch.onnx.export(net, (x,), path, dynamic_shapes=({0: 'batch'},))`.") from e
 
@@ -582,7 +606,8 @@ def _onnx_model(path):
     try:
         import onnx
     except ImportError as e:
-        raise ImportError(f"`path` is an ONNX model ({path}), and onnx is not installed: pip install onnx") from e
+        raise ImportError(f"`path` is an ONNX model ({path}), and onnx is not installed: pip "
+                          "install onnx") from e
     try:
         model = onnx.load(path)
         onnx.checker.check_model(model)
@@ -596,7 +621,8 @@ def _onnx_model(path):
 def read_onnx(
     path,          # File of ONNX, its tensors inside or beside it
     size:int=None, # Side of the images in pixels, where the file takes any; None is 224
-)->tuple:          # The network, of layers of torch; the side of its images in pixels, None if any or not square
+    # The network, of layers of torch; the side of its images in pixels, None if any or not square
+)->tuple:
     "A network of ONNX as layers that can be traced and quantised."
     model = _onnx_model(path)
     from onnx import helper, numpy_helper

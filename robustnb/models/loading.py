@@ -156,7 +156,8 @@ def _finished(net, facts, n_classes, told):
     model.title = facts.get('title')
     model.crop_pct = facts.get('crop_pct', model.crop_pct)
     if n_classes not in (None, model.n_classes):
-        raise ValueError(f"`n_classes` must agree with the network: got {n_classes}, but it has {model.n_classes} "
+        raise ValueError(f"`n_classes` must agree with the network: got {n_classes}, but it has "
+                         f"{model.n_classes} "
                          "logits. Leave it out, or give a file of weights for so many classes.")
     return model
 
@@ -171,7 +172,8 @@ def _kind_of(path):
 def _check_words(name, path, width, kind):
     "Refuse what cannot be meant together"
     if path is None and name in model_names:
-        raise ValueError(f"`path` must be given: {name} has no published weights. `build_model({name!r})` draws "
+        raise ValueError(f"`path` must be given: {name} has no published weights. "
+                         f"`build_model({name!r})` draws "
                          "random ones.")
     if kind and name is not None:
         raise ValueError(f"`name` must be left out: {path} holds its network itself; got {name!r}.")
@@ -180,11 +182,13 @@ def _check_words(name, path, width, kind):
                          f"{name or path}.")
 
 def load_model(
-    name:str=None,      # `timm:NAME`, `torchvision:NAME`, `package.module:function`, one of `model_names`; or the path alone
-    path=None,          # File of weights or of a model; "net.pt#ema" is a part of it; None is published weights
+    # `timm:NAME`, `torchvision:NAME`, `package.module:function`, one of `model_names`; or the path alone
+    name:str=None,
+    path=None,          # File of weights or a model; "net.pt#ema" is a part of it; None is published weights
     n_classes:int=None, # Number of logits; None is what the file or the network says
     width:float=None,   # Multiplier of the channels of the nine networks; None is what the file says, or 1
-    mean=None,          # Mean per channel, in [0,1] or 0-255; None is what network or file says, for the nine CIFAR-10's
+    # Mean per channel, in [0,1] or 0-255; None is what network or file says, for the nine CIFAR-10's
+    mean=None,
     std=None,           # Standard deviation per channel; None as for `mean`
     size:int=None,      # Side of the images in pixels; None is what the network says
     classes=None,       # Names of the classes, or a file of them; None is what network or file says
@@ -212,7 +216,8 @@ def _check_named(held, name, path):
     kind = held.get('format', '') if isinstance(held, dict) else ''
     if kind == _format: return
     if str(kind).startswith('robustnb.'):
-        raise ValueError(f"`path` must hold a model written by `save_model`, or a state_dict; {path} is a file of "
+        raise ValueError("`path` must hold a model written by `save_model`, or a state_dict; "
+                         f"{path} is a file of "
                          f"another kind ({kind}).")
     if name is None:
         raise ValueError(f"`name` must be given: {path} is a state_dict, which does not say its network. "

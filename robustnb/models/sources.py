@@ -30,8 +30,10 @@ def _fetching(name):
             yield
     except Exception as e:
         said = ' '.join(str(e).split())[:120]
-        raise ValueError(f"`name` must be a network whose published weights can be fetched; those of {name} could "
-                         f"not be ({type(e).__name__}: {said}). Download them where there is internet, and give the "
+        raise ValueError("`name` must be a network whose published weights can be fetched; those "
+                         f"of {name} could "
+                         f"not be ({type(e).__name__}: {said}). Download them where there is "
+                         "internet, and give the "
                          "file as `path`.") from e
 
 def _check_name(name, library, known):
@@ -72,7 +74,8 @@ def _of_torchvision(name, n_classes, pretrained):
     weights = torchvision.models.get_model_weights(name).DEFAULT
     if pretrained:
         with _fetching(f'torchvision:{name}'):
-            return torchvision.models.get_model(name, weights=weights), dict(title=name, **published_facts(weights))
+            net = torchvision.models.get_model(name, weights=weights)
+        return net, dict(title=name, **published_facts(weights))
     given = {} if n_classes is None else dict(num_classes=n_classes)
     if 'init_weights' in inspect.signature(torchvision.models.get_model_builder(name)).parameters or name in (
             'googlenet', 'inception_v3'):
@@ -86,8 +89,10 @@ def _imported(module):
     try:
         return importlib.import_module(module)
     except Exception as e:
-        raise ValueError(f"`name` must begin with a module that can be imported, from here or from the current "
-                         f"folder; {module} cannot ({type(e).__name__}: {' '.join(str(e).split())[:150]}).") from e
+        raise ValueError("`name` must begin with a module that can be imported, from here or from "
+                         "the current "
+                         f"folder; {module} cannot ({type(e).__name__}: "
+                         f"{' '.join(str(e).split())[:150]}).") from e
     finally:
         sys.path.remove('')
 
@@ -116,7 +121,8 @@ def build_source(
     name:str,            # `timm:NAME`, `torchvision:NAME` or `package.module:function`
     n_classes:int=None,  # Number of logits; None is what the network has
     pretrained:bool=True,  # Whether timm and torchvision fetch their published weights
-)->tuple:                # The network; what is known of it: `title`, and for published weights of torchvision the rest
+    # The network; what is known of it: `title`, and for published weights of torchvision the rest
+)->tuple:
     "A network from a short name."
     if not is_source(name):
         raise ValueError("`name` must be timm:NAME, torchvision:NAME or package.module:function; "

@@ -67,7 +67,8 @@ def find_parts(
     found = []
     for at, tensors in _tables(held):
         counts = _prefixes(tensors, own)
-        likely = [k for k, n in counts.items() if 2*n >= len(own)]
+        most = max(counts.values(), default=0)
+        likely = [k for k, n in counts.items() if 2*n >= min(len(own), 2*most)]
         for prefix in likely:
             head = f'{prefix}.' if prefix else ''
             others = tuple(f'{o}.' for o in likely if o != prefix and f'{o}.'.startswith(head))
@@ -126,7 +127,8 @@ def fitting_state(
     path,             # The file, for the message
     chosen:str=None,  # The part meant, by its name in the file; None is the only one that fits
     what:str=None,    # What the network is, for the message; None is its class
-)->tuple:             # Name -> tensor as `net.state_dict()` has them, half precision widened; `mean` and `std` if stored
+    # Name -> tensor as `net.state_dict()` has them, half precision widened; `mean` and `std` if stored
+)->tuple:
     "The weights of a network in a checkpoint."
     parts = find_parts(held, net, chosen)
     fits = [o for o in parts if not describe_misfits(o[1], net)]
@@ -135,7 +137,8 @@ def fitting_state(
         part = f"{parts[0][0]!r}: " if parts and parts[0][0] else ''
         said = part + describe_misfits(parts[0][1], net) if parts else f"it holds {table}"
         raise ValueError(f"`path` must hold a state_dict (named tensors) of the network; {path} does not "
-                         f"fit {what or type(net).__name__} ({said}). Give the network and the number of classes "
+                         f"fit {what or type(net).__name__} ({said}). Give the network and the "
+                         "number of classes "
                          "that it was trained with.")
     name, state, rest = _only(fits, path)
     wide = {k: v.float() if v.is_floating_point() and v.itemsize < 4 else v for k, v in state.items()}

@@ -59,7 +59,8 @@ def _in_unit(mean, std):
     if whole_mean and whole_std and bool((mean <= 255).all()) and bool((std <= 255).all()):
         return mean/255, std/255
     raise ValueError("`mean` and `std` must be in one unit, both of pixels in [0,1] or both in grey levels "
-                     f"0-255; got mean {mean.tolist()} and std {std.tolist()}. Divide those for 0-255 by 255.")
+                     f"0-255; got mean {mean.tolist()} and std {std.tolist()}. Divide those for "
+                     "0-255 by 255.")
 
 def _statistics(mean, std):
     "The two as float32 vectors of one length for pixels in [0,1], finite, `std` positive"
@@ -169,7 +170,8 @@ def _ask(net, channels, side):
              if isinstance(m, (nn.Linear, nn.Conv2d)) and not isinstance(m, torch.jit.ScriptModule)]
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), redirect_stderr(io.StringIO()):
-            return _rows(net(torch.zeros(2, channels, side, side, dtype=like.dtype, device=like.device))), worked
+            blank = torch.zeros(2, channels, side, side, dtype=like.dtype, device=like.device)
+            return _rows(net(blank)), worked
     except Exception:
         return None, []
     finally:
@@ -209,7 +211,8 @@ _other_norms = (nn.BatchNorm1d, nn.BatchNorm3d, nn.modules.instancenorm._Instanc
 def batchnorms(
     model:nn.Module, # Any network
 )->list:             # (name, layer) with `running_mean` and `running_var`, in order of definition
-    "The batch normalisation layers of images, of whatever class, whose statistics tell about the training images."
+    "The batch normalisation layers of images, of whatever class, whose statistics tell about the "
+    "training images."
     def knows(m):
         known = [getattr(m, k, None) for k in ('running_mean', 'running_var')]
         return all(isinstance(v, Tensor) and v.ndim == 1 for v in known) and not isinstance(m, _other_norms)
@@ -224,7 +227,8 @@ def _side(size):
     raise ValueError(f"`size` must be the side of square images in pixels, a positive integer; got {size!r}.")
 
 def _own_side(net):
-    "The side that a network states: that of its patches, or that of its configuration; None if none or not square"
+    "The side that a network states: that of its patches, or that of its configuration; None if "
+    "none or not square"
     for part in (getattr(net, 'patch_embed', None), net):
         for key in ('img_size', 'image_size'):
             side = getattr(part, key, None)
@@ -246,11 +250,13 @@ def read_classes(
         text = Path(classes).read_text(encoding='utf-8-sig')
         classes = json.loads(text) if Path(classes).suffix == '.json' else text.splitlines()
     if isinstance(classes, dict) or not all(isinstance(o, str) for o in classes):
-        raise TypeError(f"`classes` must be a list of names in the order of the logits; got {str(said)[:80]!r}, "
+        raise TypeError("`classes` must be a list of names in the order of the logits; got "
+                        f"{str(said)[:80]!r}, "
                         f"a {type(classes).__name__} that is none.")
     classes = tuple(o.strip() for o in classes if o.strip())
     if not classes or n_classes not in (None, len(classes)):
-        raise ValueError(f"`classes` must hold {n_classes or 'some'} names, one per logit; got {len(classes)}.")
+        raise ValueError(f"`classes` must hold {n_classes or 'some'} names, one per logit; got "
+                         f"{len(classes)}.")
     return classes
 
 # %% ../../nbs/api/models/10_wrapping.ipynb #3ab56e06
@@ -321,11 +327,13 @@ def _check_answer(model, size, answer):
     if model.n_classes is None:
         first = next((m for m in model.net.modules() if isinstance(m, nn.Conv2d)), None)
         if first is not None and first.in_channels != channels:
-            raise ValueError("`mean` and `std` must have one value per channel: the first convolution of this "
+            raise ValueError("`mean` and `std` must have one value per channel: the first "
+                             "convolution of this "
                              f"{type(model.net).__name__} takes {first.in_channels} channels; got {channels} "
                              "values.")
     elif not answer and size:
-        raise ValueError(f"`size` must be one that the network takes: this {type(model.net).__name__} answers "
+        raise ValueError("`size` must be one that the network takes: this "
+                         f"{type(model.net).__name__} answers "
                          f"images of other sides, but not of {model.image_size} pixels.")
     elif not answer:
         model.image_size = None

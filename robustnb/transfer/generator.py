@@ -26,7 +26,7 @@ class Generator(nn.Module):
         embedding:Tensor,  # Class embeddings (K,D)
         mean:Tensor,       # Mean of each channel (C,), pixels
         std:Tensor,        # Standard deviation of each channel (C,), pixels
-        size:int=32,       # Height and width of the images, at least 4; other than a multiple of 4 is cut from one
+        size:int=32,       # Height and width of the images, at least 4 pixels
         width:int=64,      # Channels of the body; the paper has 128
     ):
         super().__init__()
@@ -185,9 +185,10 @@ def _frozen(model, device):
 
 def _side(model, size):
     "The side of the images, as the caller or the model states it"
-    if side := size or getattr(model, 'image_size', None): return side
+    side = getattr(model, 'image_size', None) if size is None else size
+    if side is not None: return side
     raise ValueError("`size` must be given, the side in pixels of the images that this model was made for: "
-                     "neither its network nor its caller stated it. `wrap_model(net, size=...)` remembers it.")
+                     "nobody stated it. `wrap_model(net, size=...)` remembers it.")
 
 def _fresh(model, size, width, seed):
     "A generator for the classes and pixels of `model`, with random weights"
