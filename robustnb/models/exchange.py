@@ -233,9 +233,8 @@ class _Reader:
 
     def images(self, channels):
         x = torch.rand(3, channels, *self.side, generator=torch.Generator().manual_seed(0))
-        value = _Value((x[:2], x), fx.Proxy(self.graph.placeholder('x'), self.tracer))
-        self.batch = value.proxy
-        return value
+        self.batch = fx.Proxy(self.graph.placeholder('x'), self.tracer)
+        return _Value((x[:2], x), self.batch)
 
     def add(self, name, thing):
         self.n += 1

@@ -21,7 +21,8 @@ class Odd(nn.Module):
     def __init__(self):
         super().__init__()
         self.first = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU6(),
-                                   nn.ConvTranspose2d(8, 8, 2, 2), nn.GroupNorm(2, 8), nn.SiLU(), nn.AvgPool2d(2), nn.PReLU(8))
+                                   nn.ConvTranspose2d(8, 8, 2, 2), nn.GroupNorm(2, 8), nn.SiLU(),
+                                   nn.AvgPool2d(2), nn.PReLU(8))
         self.token = nn.Parameter(torch.randn(1, 1, 8))
         self.norm, self.mix = nn.LayerNorm(8), nn.Linear(8, 24)
         self.head = nn.Linear(8, 5)

@@ -46,7 +46,8 @@ def test_names_that_do_not_exist():
     for name, text in (('timm:resnet10tt', 'Did you mean timm:resnet10t'), ('timm:nothing_like_it', 'got'),
                        ('torchvision:fasterrcnn_resnet50_fpn', 'must be a classifier'),
                        ('no_such:thing', 'no_such cannot'), ('torch.nn:Conv3', 'Did you mean'),
-                       ('torch.nn:Conv2d', 'needs no argument'), ('collections:OrderedDict', 'needs no argument|made a OrderedDict')):
+                       ('torch.nn:Conv2d', 'needs no argument'),
+                       ('collections:OrderedDict', 'needs no argument|made a OrderedDict')):
         with pytest.raises((ValueError, TypeError), match=text):
             build_source(name)
     assert not is_source('C:\\net.pt')
