@@ -308,7 +308,8 @@ def _onnx_conv(at, said, x, weight, bias=None):
 # %% ../../nbs/api/models/37_exchange.ipynb #7148d442
 def _onnx_transposed(at, said, x, weight, bias=None):
     stride, dilation, pads = _window(x, said, weight.constant.shape[2:])
-    if pads[:2] != pads[2:] or 'output_shape' in said or 'auto_pad' in said: raise NotImplementedError
+    odd = 'output_shape' in said or said.get('auto_pad', 'NOTSET') != 'NOTSET'
+    if odd or pads[:2] != pads[2:]: raise NotImplementedError
     return at.layer(_layer(nn.ConvTranspose2d, weight.constant, bias and bias.constant, stride=tuple(stride),
                            padding=tuple(pads[:2]), dilation=tuple(dilation), groups=said.get('group', 1),
                            output_padding=tuple(said.get('output_padding', (0, 0)))), x)
