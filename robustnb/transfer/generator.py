@@ -26,17 +26,17 @@ class Generator(nn.Module):
         embedding:Tensor,  # Class embeddings (K,D)
         mean:Tensor,       # Mean of each channel (C,), pixels
         std:Tensor,        # Standard deviation of each channel (C,), pixels
-        size:int=32,       # Height and width of the images, a multiple of 4
+        size:int=32,       # Height and width of the images, at least 4 pixels
         width:int=64,      # Channels of the body; the paper has 128
     ):
         super().__init__()
-        if not (size >= 4 and size % 4 == 0): raise ValueError(f"`size` must be a multiple of 4; got {size}.")
+        if not size >= 4: raise ValueError(f"`size` must be at least 4 pixels; got {size}.")
         if not width >= 2: raise ValueError(f"`width` must be at least 2 channels; got {width}.")
         rows = embedding.detach().float().flatten(1)
         rows = (rows-rows.mean(1, keepdim=True))/rows.std(1, keepdim=True).clamp_min(1e-8)
         for k, v in dict(embedding=rows, mean=mean, std=std, contrast=torch.ones(())).items():
             self.register_buffer(k, v.detach().clone())
-        self.size, self.knows, low = size, 'nothing: it was not trained', size//4
+        self.size, self.knows, low = size, 'nothing: it was not trained', -(-size//4)
         conv = lambda i, o: [nn.Upsample(scale_factor=2), nn.Conv2d(i, o, 3, padding=1),
                              nn.BatchNorm2d(o), nn.LeakyReLU(.2)]
         self.body = nn.Sequential(
@@ -49,6 +49,7 @@ class Generator(nn.Module):
     ):
         "Images before the clamp to [0,1]."
         out = self.body(targets.to(noise.dtype) @ self.embedding + noise).float()
+        out = out[..., :self.size, :self.size]
         return self.mean.view(1, -1, 1, 1) + self.contrast*self.std.view(1, -1, 1, 1)*out
     def forward(self,
         targets:Tensor,    # Class mixtures (N,K), rows sum to 1
@@ -182,6 +183,13 @@ def _frozen(model, device):
         for p, flag in zip(model.parameters(), flags):
             p.requires_grad_(flag)
 
+def _side(model, size):
+    "The side of the images, as the caller or the model states it"
+    side = getattr(model, 'image_size', None) if size is None else size
+    if side is not None: return side
+    raise ValueError("`size` must be given, the side in pixels of the images that this model was made for: "
+                     "nobody stated it. `wrap_model(net, size=...)` remembers it.")
+
 def _fresh(model, size, width, seed):
     "A generator for the classes and pixels of `model`, with random weights"
     embedding = last_linear(model).weight.flatten(1).cpu()
@@ -213,7 +221,7 @@ def train_generator(
     model:nn.Module,      # Classifier with `normalize.mean` and `.std`, in eval mode; not changed
     steps:int=300,        # Optimiser steps, >= 0
     batch_size:int=64,    # Images in a step
-    size:int=32,          # Height and width of the images, a multiple of 4
+    size:int=None,        # Height and width of the images in pixels; None is what the model states
     width:int=64,         # Channels of the generator's body, >= 2
     boundary:float=.4,    # Share of samples between two classes
     seed:int=0,           # Weights, classes and noise
@@ -229,7 +237,7 @@ def train_generator(
         raise ValueError("`batch_size` must be at least the number of processes, "
                          f"{processes()}; got {batch_size}.")
     g = make_generator(seed, 'generator')
-    net = _fresh(model, size, width, seed).to(device).train()
+    net = _fresh(model, _side(model, size), width, seed).to(device).train()
     own = part(batch_size)
     as_main_(net)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, betas=(.5, .999))

@@ -310,7 +310,7 @@ def test_generate_errors(weights, tmp_path, capsys):
 
 def test_a_question_that_is_refused_leaves_the_folder_free(weights, tmp_path, capsys):
     out = tmp_path/'out'
-    refused(capsys, '`size` must be a multiple of 4', run_generate, weights, n=4, size=30,
+    refused(capsys, '`size` must be at least 4 pixels', run_generate, weights, n=4, size=3,
             out=str(out))
     assert not [*out.iterdir()]
     run_generate(weights, n=4, steps=2, width=8, out=str(out))

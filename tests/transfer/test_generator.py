@@ -10,7 +10,7 @@ from robustnb.files import load_state, save_state
 from robustnb.transfer.generator import (
     bn_distance, bn_inputs, draw_targets, energy, generate, Generator, load_generator,
     match_energy, save_generator, train_generator)
-from robustnb.models.wrapping import batchnorms, last_linear
+from robustnb.models.wrapping import batchnorms, last_linear, wrap_model
 from robustnb.models.zoo import build_model, model_names
 from robustnb.quant.checkpoints import load_quantized, save_quantized
 from robustnb.quant.ptq import quantize
@@ -173,9 +173,9 @@ def test_wrong_uses():
         train_generator(model.net, **tiny)
     with pytest.raises(ValueError, match='Call `model.eval'):
         train_generator(build_model('ResNet_18', width=.0625).train(), **tiny)
-    with pytest.raises(ValueError, match='`size` must be a multiple of 4; got 30'):
-        train_generator(model, **{**tiny, 'size': 30})
-    for k, bad, words in (('size', 0, 'a multiple of 4; got 0'),
+    with pytest.raises(ValueError, match='`size` must be at least 4 pixels; got 3'):
+        train_generator(model, **{**tiny, 'size': 3})
+    for k, bad, words in (('size', 0, 'at least 4 pixels; got 0'),
                           ('width', 1, 'at least 2 channels; got 1'),
                           ('steps', -1, 'negative; got -1')):
         with pytest.raises(ValueError, match=f'`{k}` must .*{words}'):
@@ -224,3 +224,15 @@ def test_a_trained_generator_and_wrong_files(tmp_path):
         load_generator(tmp_path/'bad.pt')
     with pytest.raises(TypeError, match='as `train_generator` returns first'):
         save_generator((made, None), tmp_path/'x.pt')
+
+
+def test_the_size_is_the_models_own_and_never_guessed():
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.SyncBatchNorm(4), torch.nn.ReLU(),
+                              torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    few = dict(steps=0, batch_size=8, width=4)
+    with pytest.raises(ValueError, match='`size` must be given'):
+        train_generator(wrap_model(net, .5, .25), **few)
+    generator = train_generator(wrap_model(net, .5, .25, size=30), **few)[0]
+    assert generate(generator, 2)[0].shape == (2, 1, 30, 30)
+    assert generator.knows == 'batch-norm statistics'
+    assert train_generator(build_model('ResNet_18', width=.0625), **few)[0].size == 32

@@ -1,0 +1,125 @@
+"Networks from files of ONNX and torch.export: their logits, their layers, what is refused"
+import json
+import warnings
+import zipfile
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from helpers_models import images
+from robustnb.models.exchange import read_exported, read_onnx
+from robustnb.models.loading import load_model
+from robustnb.models.wrapping import model_name
+from robustnb.quant.ptq import quantize
+
+any_batch = ({0: torch.export.Dim('batch')},)
+
+
+class Odd(nn.Module):
+    "Operations that classifiers use, one after the other"
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU6(),
+                                   nn.ConvTranspose2d(8, 8, 2, 2), nn.GroupNorm(2, 8), nn.SiLU(),
+                                   nn.AvgPool2d(2), nn.PReLU(8))
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.norm, self.mix = nn.LayerNorm(8), nn.Linear(8, 24)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.first(x)
+        x = x * x.mean((2, 3), keepdim=True).sigmoid()
+        x = x.flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        q, k, v = self.mix(self.norm(x)).reshape(x.shape[0], -1, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        return self.head(nn.functional.gelu(x[:, 0]))
+
+
+def made(kind):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Odd() if kind is Odd else kind(num_classes=5)
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.running_mean.normal_()
+                m.running_var.uniform_(.5, 2)
+    return net.eval()
+
+
+def write(net, path, form, x):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        if form == 'pt2':
+            torch.export.save(torch.export.export(net, (x,), dynamic_shapes=any_batch), path)
+        elif form == 'onnx':
+            torch.onnx.export(net, (x,), path, dynamic_shapes=any_batch, verbose=False)
+        else:
+            torch.onnx.export(net, (x[:1],), path, dynamo=False, input_names=['x'],
+                              dynamic_axes=dict(x={0: 'n'}))
+
+
+@pytest.mark.parametrize('kind, form', ((Odd, 'pt2'), (Odd, 'onnx'), (Odd, 'old.onnx'),
+                                        (torchvision.models.resnet18, 'old.onnx')))
+def test_the_same_logits_from_layers_that_can_be_rounded(tmp_path, kind, form):
+    net = made(kind)
+    x = images(3, 32)
+    path = tmp_path/f'net.{form}'
+    write(net, path, form, x)
+    model = load_model(path, mean=(0, 0, 0), std=(1, 1, 1))
+    right = net(x)
+    assert (model(x) - right).abs().max() < 1e-5*max(1, right.abs().max())
+    assert (model(x[:1]) - right[:1]).abs().max() < 1e-5*max(1, right.abs().max())
+    assert (model.n_classes, model.image_size, model_name(model)) == (5, 32, path.stem)
+    copy = quantize(model, 'INT8', x)
+    assert not copy.opaque
+    assert (copy(x) - right).square().mean() < .05*right.var()
+    if kind is torchvision.models.resnet18:
+        assert sum(isinstance(m, nn.Conv2d) for m in model.modules()) == 20
+    with pytest.raises(ValueError, match='`mean` must be given'):
+        load_model(path)
+    with pytest.raises(ValueError, match='`name` must be left out'):
+        load_model('timm:resnet18', path)
+
+
+def test_a_fixed_batch_is_named(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 2)).eval()
+    torch.export.save(torch.export.export(net, (torch.rand(2, 3, 5, 5),)), tmp_path/'a.pt2')
+    with pytest.raises(ValueError, match='for a batch of 2 only'):
+        read_exported(tmp_path/'a.pt2')
+
+    class Row(nn.Module):
+        def forward(self, x): return x.sum((2, 3)).reshape(1, 3)
+    torch.onnx.export(Row(), (torch.rand(1, 3, 5, 5),), tmp_path/'a.onnx', dynamo=False)
+    with pytest.raises(ValueError, match='batches of any length'):
+        read_onnx(tmp_path/'a.onnx')
+
+
+def test_formulas_in_a_program_are_not_evaluated(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 2)).eval()
+    path = tmp_path/'a.pt2'
+    write(net, path, 'pt2', torch.rand(3, 3, 5, 5))
+    with zipfile.ZipFile(path) as z:
+        held = {o: z.read(o) for o in z.namelist()}
+    name = next(o for o in held if o.endswith('model.json'))
+    hostile = json.dumps("__import__('os').system('true')")[1:-1].encode()
+    held[name] = held[name].replace(b"Symbol('", hostile + b" + Symbol('")
+    with zipfile.ZipFile(path, 'w') as z:
+        for o, v in held.items():
+            z.writestr(o, v)
+    with pytest.raises(ValueError, match='plain arithmetic'):
+        read_exported(path)
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    path = tmp_path/'a.onnx'
+    path.write_bytes(b'\x08\x07damaged')
+    with pytest.raises(ValueError, match='sound ONNX model'):
+        load_model(path, mean=.5, std=.5)
+    path.write_bytes(b'nothing')
+    with pytest.raises(ValueError, match='must be an ONNX model'):
+        load_model(path, mean=.5, std=.5)
+    torch.jit.trace(nn.Conv2d(3, 2, 1).eval(), torch.rand(1, 3, 4, 4)).save(str(tmp_path/'t.pt'))
+    with pytest.raises(ValueError, match='is TorchScript'):
+        load_model('ResNet_18', tmp_path/'t.pt')
