@@ -20,9 +20,13 @@ _wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
 
 def _inside(model):
     "What a wrapper holds; `model` itself if it is none"
-    while isinstance(model, _wrappers) or hasattr(model, '_orig_mod'):
-        model = model._orig_mod if hasattr(model, '_orig_mod') else model.module
-    return model
+    while True:
+        if '_orig_mod' in model._modules:
+            model = model._orig_mod
+        elif isinstance(model, _wrappers):
+            model = model.module
+        else:
+            return model
 
 def unwrap(
     model:nn.Module,  # Any network; not changed
