@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 import torch
 from torch import fx, nn, Tensor
+from ..contract import unwrap
 
 # %% ../../nbs/api/models/10_wrapping.ipynb #0ee63250
 def _way_out(shape, channels, size):
