@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from .wrapping import Normalize
-from .plain import plain_layers, scales_with_weight, _ChannelNorm
+from .plain import PaddedConv2d, plain_layers, scales_with_weight, _ChannelNorm
 
 # %% ../../nbs/api/models/50_graph.ipynb #9beec980
 def keep_facts(
@@ -185,7 +185,7 @@ def _lent(graph, model):
         if node.op == 'get_attr' and last == 'weight' and owner and hasattr(model, owner.partition('.')[0]):
             if isinstance(model.get_submodule(owner), weighted_kinds):
                 found.append(node.target)
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys([*found, *getattr(model, 'lent', ())]))
 
 def trace(
     model:nn.Module,   # Takes one batch of images
@@ -214,14 +214,14 @@ def calls(
 
 # %% ../../nbs/api/models/50_graph.ipynb #7c9c0310
 weighted_kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_plain_kinds = (*weighted_kinds, PaddedConv2d)
 
 def weighted_layers(
     graph:fx.GraphModule,  # From `trace` or `fold_batchnorm`
 )->dict:                   # Name -> convolution or linear layer, in the order of the first calls
-    "The layers with weights that they are linear in, by name."
-    found = {n.target: graph.get_submodule(n.target) for n in graph.graph.nodes
-             if calls(n, graph, weighted_kinds)}
-    return {n: m for n, m in found.items() if scales_with_weight(m)}
+    "The plain layers with weights, by name."
+    return {n.target: graph.get_submodule(n.target) for n in graph.graph.nodes
+            if n.op == 'call_module' and type(graph.get_submodule(n.target)) in _plain_kinds}
 
 # %% ../../nbs/api/models/50_graph.ipynb #2c025b6c
 @dataclass(frozen=True)
@@ -303,10 +303,12 @@ _shifts = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add
            'add', 'sub', 'mul', 'div', 'contiguous', 'clone', 'to', 'float', torch.clone)
 
 def stored_tensors(
-    graph:fx.GraphModule,  # From `trace`, `fold_batchnorm` or `quantize`
-)->dict:                   # Name -> `StoredTensor`, in the order of the first calls
+    graph:nn.Module,  # From `trace`, `fold_batchnorm` or `quantize`, or a single layer
+)->dict:              # Name -> `StoredTensor`, in the order of the first calls
     "Every tensor that the answer depends on, and what it is."
     if getattr(graph, 'stored', None) is not None: return graph.stored
+    if not isinstance(graph, fx.GraphModule):
+        return {n[1:]: StoredTensor(n[1:], *facts) for n, *facts in _of_module('', graph)}
     functions = _of_functions(graph)
     prepared = {n.target for step in image_preparation(graph)[1:] for n in step.all_input_nodes}
     lent = {n for name in graph.lent for n in (name, f"{name.removesuffix('weight')}bias")}
@@ -364,6 +366,17 @@ def _fits(layer, bn):
     channels = layer.out_features if kind is nn.Linear else layer.out_channels
     right = type(bn) in (_norms[kind], _ChannelNorm) and len(bn.running_mean) == channels
     return right and not any(m._forward_hooks or m._forward_pre_hooks for m in (layer, bn))
+
+def _is_matrix(node, graph):
+    "Was the value of `node` flattened to rows, with only layers that keep that since?"
+    while node.op in ('call_module', 'call_function', 'call_method') and node.args:
+        if calls(node, graph, (nn.Flatten, torch.flatten, 'flatten')):
+            m = graph.get_submodule(node.target) if node.op == 'call_module' else None
+            ends = (m.start_dim, m.end_dim) if m is not None else (*node.args[1:], *node.kwargs.values())
+            return ends in ((1,), (1, -1))
+        if not calls(node, graph, (nn.Linear, nn.BatchNorm1d, nn.Dropout, nn.ReLU, F.relu, F.dropout)): return False
+        node = node.args[0]
+    return False
 
 class _Ranks(fx.Interpreter):
     "Notes the number of dimensions of what each node returns"
@@ -426,8 +439,9 @@ def fold_batchnorm(
     weights = {n.target for n in nodes if n.op == 'get_attr'}
     found = [n for n in nodes if _foldable(n, modules, uses, weights)]
     rows = [n for n in found if isinstance(modules[n.args[0].target], nn.Linear)]
-    ranks = _ranks(folded, x) if rows else {}
-    for node in [n for n in found if n not in rows or ranks.get(n.args[0]) == 2]:
+    unclear = [n for n in rows if not _is_matrix(n, folded)]
+    ranks = _ranks(folded, x) if unclear else {}
+    for node in [n for n in found if n not in unclear or ranks.get(n.args[0]) == 2]:
         before = node.args[0]
         folded.set_submodule(before.target, _folded(before.target, modules[before.target], modules[node.target]))
         node.replace_all_uses_with(before)

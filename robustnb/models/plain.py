@@ -67,8 +67,11 @@ def _plain_weights(model):
     "Weights in place of parametrizations and of torch's older hooks, in place"
     for m in list(model.modules()):
         if parametrize.is_parametrized(m):
-            for name in list(m.parametrizations):
-                parametrize.remove_parametrizations(m, name, leave_parametrized=True)
+            values = {name: getattr(m, name).detach().clone() for name in m.parametrizations}
+            m.__class__ = parametrize.type_before_parametrizations(m)
+            del m._modules['parametrizations']
+            for name, value in values.items():
+                setattr(m, name, nn.Parameter(value))
         for key, hook in list(m._forward_pre_hooks.items()):
             name = getattr(hook, 'name', getattr(hook, '_tensor_name', None))
             if name is None or not type(hook).__module__.startswith('torch.nn.utils'): continue
