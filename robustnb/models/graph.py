@@ -228,7 +228,7 @@ def weighted_layers(
 class StoredTensor:
     "A tensor that the answer depends on, by its name in the graph's `state_dict`."
     name:str      # Such as `net.conv.weight`
-    role:str      # 'weight' or 'bias' of a linear map, 'statistics', 'image' (normalisation) or 'other'
+    role:str      # 'weight' or 'bias' of a linear map, 'statistics', 'image' (constants) or 'other'
     axis:int=0    # Dimension of the output channels of a weight
     groups:int=1  # Of a transposed convolution, which holds the channels of each group in dimension 1
 
@@ -249,22 +249,23 @@ class StoredTensor:
 # %% ../../nbs/api/models/50_graph.ipynb #d894d506
 _all_transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-def _of_module(name, m):
-    "(name, role, axis, groups) of the tensors of a module that is called"
+def _own_tensors(name, m):
+    "(name, role, axis, groups) of the tensors of a module, without those of the modules in it"
     weight = isinstance(m, (*weighted_kinds, *_all_transposed)) and scales_with_weight(m)
     turned = isinstance(m, _all_transposed)
-    for k, t in (*m.named_parameters(), *m.named_buffers()):
-        whole = f'{name}.{k}'
-        if isinstance(m, Normalize):
-            yield whole, 'image', 0, 1
-        elif weight and k == 'weight':
-            yield whole, 'weight', int(turned), m.groups if turned else 1
-        elif weight and k == 'bias':
-            yield whole, 'bias', 0, 1
-        elif k.rpartition('.')[2] in ('running_mean', 'running_var'):
-            yield whole, 'statistics', 0, 1
-        elif t.is_floating_point():
-            yield whole, 'other', 0, 1
+    roles = dict(running_mean='statistics', running_var='statistics')
+    if weight:
+        roles = dict(weight='weight', bias='bias')
+    for k, t in (*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)):
+        if not t.is_floating_point(): continue
+        role = 'image' if isinstance(m, Normalize) else roles.get(k, 'other')
+        across = turned and role == 'weight'
+        yield f'{name}.{k}', role, int(across), m.groups if across else 1
+
+def _of_module(name, m):
+    "(name, role, axis, groups) of all tensors of a module that is called"
+    for inner, part in m.named_modules(prefix=name):
+        yield from _own_tensors(inner, part)
 
 def _of_functions(graph):
     "Name -> (role, axis, groups) of the weights and biases that functions take"
@@ -320,7 +321,9 @@ def stored_tensors(
             lines = _of_module(node.target, graph.get_submodule(node.target))
         elif node.op == 'get_attr' and isinstance(held := _held(graph, node.target), Tensor):
             role = 'bias' if node.target.endswith('bias') else 'weight'
-            usual = ('image' if node.target in prepared else role if node.target in lent else 'other', 0, 1)
+            role = role if node.target in lent else 'other'
+            role = 'image' if node.target in prepared or node.target.startswith('_tensor_constant') else role
+            usual = role, 0, 1
             lines = [(node.target, *functions.get(node.target, usual))] if held.is_floating_point() else []
         for name, *facts in lines:
             if id(_held(graph, name)) in seen and (found.get(name) is None or facts[0] != 'weight'): continue
