@@ -359,7 +359,7 @@ class _Attention(nn.Module):
         biases = (None,)*3 if m.in_proj_bias is None else m.in_proj_bias.chunk(3)
         for name, weight, bias in zip('qkv', weights, biases):
             self.add_module(name, _linear(weight, bias))
-        self.out_proj = m.out_proj
+        self.out_proj = _linear(m.out_proj.weight, m.out_proj.bias)
         for name in ('embed_dim', 'kdim', 'vdim', 'num_heads', 'head_dim', 'batch_first', 'dropout'):
             setattr(self, name, getattr(m, name))
 
