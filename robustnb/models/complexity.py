@@ -53,7 +53,8 @@ class _Counter(TorchDispatchMode):
         for s in storages & self.owned.keys():
             now['params'] += self.owned.pop(s)
         if func._overloadpacket in flop_registry:
-            now['macs'] += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)//2
+            now['macs'] += flop_registry[func._overloadpacket](*args, **(kwargs or {}),
+                                                               out_val=out)//2
             conv = 'convolution' in str(func)
             now['ops'].add('conv' if conv else 'linear' if storages & self.held else 'product')
         return out
@@ -83,7 +84,8 @@ def _watch(model, counter, rows):
     handles = []
     for name, m in model.named_modules():
         handles += [m.register_forward_pre_hook(enter),
-                    m.register_forward_hook(lambda *a, name=name: leave(*a, name), with_kwargs=True)]
+                    m.register_forward_hook(lambda *a, name=name: leave(*a, name),
+                                            with_kwargs=True)]
     return handles
 
 def model_complexity(
@@ -111,4 +113,5 @@ def model_complexity(
         torch.backends.mha.set_fastpath_enabled(fast)
         for h in hooks:
             h.remove()
-    return pd.DataFrame([r for r in rows if r], columns=['name', 'kind', 'params', 'macs', 'ptflops', 'out_shape'])
+    return pd.DataFrame([r for r in rows if r],
+                        columns=['name', 'kind', 'params', 'macs', 'ptflops', 'out_shape'])

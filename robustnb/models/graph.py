@@ -26,7 +26,8 @@ def keep_facts(
     **facts,               # Attributes to set
 )->fx.GraphModule:         # `graph` itself
     "Gives `graph` attributes that a deep copy of it has too."
-    graph.meta['_user_preserved_attributes'] = {**graph.meta.get('_user_preserved_attributes', {}), **facts}
+    graph.meta['_user_preserved_attributes'] = {**graph.meta.get('_user_preserved_attributes', {}),
+                                                **facts}
     for k, v in facts.items():
         setattr(graph, k, v)
     return graph
@@ -64,7 +65,8 @@ def _follow(model):
                         "module of its own.") from e
 
 # %% ../../nbs/api/models/50_graph.ipynb #650a89ef
-_views = ('view', 'reshape', 'transpose', 'permute', 'chunk', 'split', 'unbind', 'expand', 'narrow', 'select',
+_views = ('view', 'reshape', 'transpose', 'permute', 'chunk', 'split', 'unbind', 'expand',
+          'narrow', 'select',
           operator.getitem, torch.transpose, torch.permute, torch.chunk, torch.split, torch.unbind)
 
 def _writes_nothing(graph):
@@ -73,8 +75,10 @@ def _writes_nothing(graph):
     for node in graph.graph.nodes:
         name = node.target if node.op == 'call_method' else ''
         written = node.args[0] if node.args else None
-        if not name.endswith('_') or name.endswith('__') or not isinstance(written, fx.Node): continue
-        if not callable(getattr(torch.Tensor, name[:-1], None)) or written.target in _views: continue
+        if not name.endswith('_') or name.endswith('__') or not isinstance(written,
+                                                                           fx.Node): continue
+        if not callable(getattr(torch.Tensor, name[:-1],
+                                None)) or written.target in _views: continue
         for user in [u for u in written.users if order[u] > order[node]]:
             user.replace_input_with(written, node)
         node.target = name[:-1]
@@ -82,9 +86,11 @@ def _writes_nothing(graph):
 def _writes(node, graph):
     "Does a call that nobody reads leave something behind?"
     if node.op in ('placeholder', 'output') or node.is_impure(): return True
-    if node.op == 'call_module': return bool(getattr(graph.get_submodule(node.target), 'inplace', False))
+    if node.op == 'call_module': return bool(getattr(graph.get_submodule(node.target), 'inplace',
+                                                     False))
     if node.op == 'call_method': return node.target.endswith('_')
-    return node.op == 'call_function' and getattr(node.target, '__name__', '') in ('setitem', 'iadd', 'imul')
+    return node.op == 'call_function' and getattr(node.target, '__name__', '') in ('setitem',
+                                                                                   'iadd', 'imul')
 
 def _drop_unread(graph):
     "Nodes that do not reach the answer, in place"
@@ -95,7 +101,8 @@ def _drop_unread(graph):
 # %% ../../nbs/api/models/50_graph.ipynb #baafcb8b
 _matmuls = (torch.matmul, operator.matmul, torch.mm, torch.bmm, 'matmul', 'mm', 'bmm')
 _maps = {**{f: ((1, 'weight', 0),) for f in (F.linear, F.conv1d, F.conv2d, F.conv3d)},
-         **{f: ((1, 'weight', 1),) for f in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)},
+         **{f: ((1, 'weight', 1),) for f in (F.conv_transpose1d, F.conv_transpose2d,
+                                             F.conv_transpose3d)},
          **{f: ((1, 'other', -1), (0, 'input', -2)) for f in _matmuls},
          torch.addmm: ((2, 'mat2', -1),), 'addmm': ((2, 'mat2', -1),)}
 _biases = {torch.addmm: (0, 'input'), 'addmm': (0, 'input')}
@@ -182,7 +189,8 @@ def _lent(graph, model):
     found = []
     for node in graph.graph.nodes:
         owner, _, last = str(node.target).rpartition('.')
-        if node.op == 'get_attr' and last == 'weight' and owner and hasattr(model, owner.partition('.')[0]):
+        if node.op == 'get_attr' and last == 'weight' and owner and hasattr(model,
+                                                                            owner.partition('.')[0]):
             if isinstance(model.get_submodule(owner), weighted_kinds):
                 found.append(node.target)
     return tuple(dict.fromkeys([*found, *getattr(model, 'lent', ())]))
@@ -209,7 +217,8 @@ def calls(
 )->bool:                   # Whether `node` calls one of them
     "Does a node call one of these modules, functions or methods?"
     if node.op == 'call_module':
-        return isinstance(model.get_submodule(node.target), tuple(k for k in kinds if isinstance(k, type)))
+        return isinstance(model.get_submodule(node.target),
+                          tuple(k for k in kinds if isinstance(k, type)))
     return node.op in ('call_function', 'call_method') and node.target in kinds
 
 # %% ../../nbs/api/models/50_graph.ipynb #7c9c0310
@@ -243,7 +252,8 @@ class StoredTensor:
         rows:Tensor,  # From `rows`
     )->Tensor:        # As it is stored
         "Rows back in their places."
-        if self.groups > 1: return rows.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+        if self.groups > 1: return rows.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0,
+                                                                                                1)
         return rows.movedim(0, self.axis)
 
 # %% ../../nbs/api/models/50_graph.ipynb #d894d506
@@ -296,11 +306,13 @@ def image_preparation(
         m = graph.get_submodule(node.target) if node.op == 'call_module' else None
         own = isinstance(m, _BatchNorm) and m.running_mean is not None and not m.track_running_stats
         alone = len([n for n in node.all_input_nodes if n in of_image]) == 1
-        if not (isinstance(m, Normalize) or own or alone and node.op != 'output' and node.target in _shifts):
+        if not (isinstance(m, Normalize) or own or alone and node.op != 'output'
+                and node.target in _shifts):
             return chain
         chain.append(node)
 
-_shifts = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.div,
+_shifts = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub,
+           torch.mul, torch.div,
            'add', 'sub', 'mul', 'div', 'contiguous', 'clone', 'to', 'float', torch.clone)
 
 def stored_tensors(
@@ -324,9 +336,11 @@ def stored_tensors(
             role = role if node.target in lent else 'other'
             role = 'image' if node.target in prepared or node.target.startswith('_tensor_constant') else role
             usual = role, 0, 1
-            lines = [(node.target, *functions.get(node.target, usual))] if held.is_floating_point() else []
+            lines = [(node.target, *functions.get(node.target,
+                                                  usual))] if held.is_floating_point() else []
         for name, *facts in lines:
-            if id(_held(graph, name)) in seen and (found.get(name) is None or facts[0] != 'weight'): continue
+            if id(_held(graph, name)) in seen and (found.get(name) is None
+                                                   or facts[0] != 'weight'): continue
             seen.add(id(_held(graph, name)))
             found[name] = StoredTensor(name, *facts)
     return found
@@ -337,7 +351,8 @@ def _not_finite(model, names=None):
     found = []
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         counts = isinstance(t, nn.Parameter) or name.rpartition('.')[2].startswith('running_')
-        if not (counts and t.is_floating_point() and t.numel()) or names and name not in names: continue
+        if not (counts and t.is_floating_point()
+                and t.numel()) or names and name not in names: continue
         if not torch.stack(t.detach().aminmax()).isfinite().all():
             found.append((name, t))
     return found
@@ -375,9 +390,11 @@ def _is_matrix(node, graph):
     while node.op in ('call_module', 'call_function', 'call_method') and node.args:
         if calls(node, graph, (nn.Flatten, torch.flatten, 'flatten')):
             m = graph.get_submodule(node.target) if node.op == 'call_module' else None
-            ends = (m.start_dim, m.end_dim) if m is not None else (*node.args[1:], *node.kwargs.values())
+            ends = (m.start_dim, m.end_dim) if m is not None else (*node.args[1:],
+                                                                   *node.kwargs.values())
             return ends in ((1,), (1, -1))
-        if not calls(node, graph, (nn.Linear, nn.BatchNorm1d, nn.Dropout, nn.ReLU, F.relu, F.dropout)): return False
+        if not calls(node, graph, (nn.Linear, nn.BatchNorm1d, nn.Dropout, nn.ReLU, F.relu,
+                                   F.dropout)): return False
         node = node.args[0]
     return False
 
@@ -391,10 +408,12 @@ class _Ranks(fx.Interpreter):
 @torch.no_grad()
 def _ranks(graph, x):
     "Node -> dimensions of its value, for images `x`, or of the first of some usual sizes that the network takes"
-    like = next((t for t in (*graph.parameters(), *graph.buffers()) if t.is_floating_point()), torch.zeros(()))
+    like = next((t for t in (*graph.parameters(), *graph.buffers()) if t.is_floating_point()),
+                torch.zeros(()))
     conv = next((m for m in graph.modules() if isinstance(m, nn.Conv2d)), None)
     channels = 3 if conv is None else conv.in_channels
-    tries = [x[:1]] if x is not None else [torch.zeros(1, channels, s, s) for s in (32, 224, 16, 28, 64, 8, 96, 128)]
+    tries = [x[:1]] if x is not None else [torch.zeros(1, channels, s, s)
+                                           for s in (32, 224, 16, 28, 64, 8, 96, 128)]
     walk = _Ranks(graph)
     walk.ranks = {}
     for images in tries:
@@ -409,7 +428,8 @@ def _ranks(graph, x):
 def _foldable(node, modules, uses, weights):
     "Whether `node` is batch normalisation of a layer that nothing else reads or calls"
     before = node.args[0] if node.op == 'call_module' and node.args else None
-    if not isinstance(modules.get(node.target), _BatchNorm) or not isinstance(before, fx.Node): return False
+    if not isinstance(modules.get(node.target), _BatchNorm) or not isinstance(before,
+                                                                              fx.Node): return False
     if before.op != 'call_module' or len(before.users) > 1: return False
     once = uses[before.target] == uses[node.target] == 1
     read = any(w.startswith(before.target + '.') for w in weights)
@@ -418,7 +438,8 @@ def _foldable(node, modules, uses, weights):
 @torch.no_grad()
 def _folded(name, layer, bn):
     "A copy of `layer` that computes what `bn` makes of its answers"
-    line = {n.rpartition('.')[2]: StoredTensor(n, *facts) for n, *facts in _of_module(name, layer)}['weight']
+    line = {n.rpartition('.')[2]: StoredTensor(n, *facts)
+            for n, *facts in _of_module(name, layer)}['weight']
     fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
     one = torch.ones_like(bn.running_mean)
     scale = one if bn.weight is None else bn.weight
@@ -446,7 +467,8 @@ def fold_batchnorm(
     ranks = _ranks(folded, x) if unclear else {}
     for node in [n for n in found if n not in unclear or ranks.get(n.args[0]) == 2]:
         before = node.args[0]
-        folded.set_submodule(before.target, _folded(before.target, modules[before.target], modules[node.target]))
+        folded.set_submodule(before.target,
+                             _folded(before.target, modules[before.target], modules[node.target]))
         node.replace_all_uses_with(before)
         folded.graph.erase_node(node)
     folded.delete_all_unused_submodules()

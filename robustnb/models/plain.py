@@ -59,7 +59,8 @@ def _settle(m, name):
     value = getattr(m, name).detach().clone()
     vars(m).pop(name, None)
     for store in (m._parameters, m._buffers):
-        for k in [k for k in store if k in {f'{name}_{end}' for end in ('g', 'v', 'u', 'orig', 'mask')}]:
+        for k in [k for k in store if k in {f'{name}_{end}'
+                                            for end in ('g', 'v', 'u', 'orig', 'mask')}]:
             del store[k]
     setattr(m, name, nn.Parameter(value))
 
@@ -146,7 +147,8 @@ def _as_batchnorm(m, bare):
     kind = _ChannelNorm if _alike(_answer(bare, x), x*scale + shift) else nn.BatchNorm2d
     mean = getattr(bare, 'running_mean', None)
     var = getattr(bare, 'running_var', None)
-    known = isinstance(mean, Tensor) and isinstance(var, Tensor) and len(mean) == len(var) == channels
+    known = isinstance(mean, Tensor) and isinstance(var,
+                                                    Tensor) and len(mean) == len(var) == channels
     bn = kind(channels, float(getattr(m, 'eps', 1e-5)) if known else 0., track_running_stats=True)
     bn.track_running_stats = known
     if known:
@@ -208,7 +210,8 @@ class PaddedConv2d(nn.Conv2d):
         "The zeros around maps of a size."
         if self.pads != 'same': return tuple(self.pads)
         found = ()
-        for size, k, s, d in zip((width, height), *(reversed(o) for o in (self.kernel_size, self.stride,
+        for size, k, s, d in zip((width, height),
+                                 *(reversed(o) for o in (self.kernel_size, self.stride,
                                                                           self.dilation))):
             total = max((-(-size//s)-1)*s + d*(k-1)+1 - size, 0)
             found += total//2, total-total//2
@@ -262,7 +265,8 @@ def _listen(trial, x):
     if pads is None: return None
     padding = list(padding)*(x.ndim-2 if len(padding) == 1 else 1)
     pads = tuple(p + padding[-1-i//2] for i, p in enumerate(pads))
-    return out, weight, bias, dict(stride=tuple(stride), dilation=tuple(dilation), groups=groups), pads
+    return out, weight, bias, dict(stride=tuple(stride), dilation=tuple(dilation),
+                                   groups=groups), pads
 
 def _as_convolution(m):
     "The plain convolution that computes what `m` does, a class derived from one; None if there is none"
@@ -271,7 +275,8 @@ def _as_convolution(m):
     heard = [_listen(trial, x) for x in inputs] if trial is not None else [None]
     if None in heard: return None
     _, weight, bias, how, pads = heard[0]
-    rest = dict(how, in_channels=m.in_channels, out_channels=len(weight), kernel_size=weight.shape[2:],
+    rest = dict(how, in_channels=m.in_channels, out_channels=len(weight),
+                kernel_size=weight.shape[2:],
                 bias=bias is not None)
     fixed = len({h[4] for h in heard}) == 1
     if fixed and pads[::2] == pads[1::2]:
@@ -337,7 +342,8 @@ def scales_with_weight(
     before = _answer(trial, x)
     factors = _noise(len(layer.weight))*2 + .1
     trial.weight.mul_(factors.view(-1, *[1]*(layer.weight.ndim-1)))
-    return before is not None and _alike(_answer(trial, x), before*factors.view(-1, *[1]*(x.ndim-2)))
+    return before is not None and _alike(_answer(trial, x),
+                                         before*factors.view(-1, *[1]*(x.ndim-2)))
 
 # %% ../../nbs/api/models/45_plain.ipynb #66b58ef1
 def _linear(weight, bias):
@@ -360,7 +366,8 @@ class _Attention(nn.Module):
         for name, weight, bias in zip('qkv', weights, biases):
             self.add_module(name, _linear(weight, bias))
         self.out_proj = _linear(m.out_proj.weight, m.out_proj.bias)
-        for name in ('embed_dim', 'kdim', 'vdim', 'num_heads', 'head_dim', 'batch_first', 'dropout'):
+        for name in ('embed_dim', 'kdim', 'vdim', 'num_heads', 'head_dim', 'batch_first',
+                     'dropout'):
             setattr(self, name, getattr(m, name))
 
     def _heads(self, layer, x):
@@ -390,7 +397,8 @@ class _Attention(nn.Module):
 def _show_attention(model):
     "Opens `nn.MultiheadAttention`, unless a layer of torch reads its parts or it adds a learned key"
     closed = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
-    inside = {id(m) for layer in model.modules() if isinstance(layer, closed) for m in layer.modules()}
+    inside = {id(m) for layer in model.modules() if isinstance(layer, closed)
+              for m in layer.modules()}
     opened = {}
     for name, m in list(model.named_modules(remove_duplicate=False)):
         if not name or type(m) is not nn.MultiheadAttention or id(m) in inside: continue

@@ -46,7 +46,8 @@ def _reader(node, model):
             sixes.append(node)
         elif spatial and not flat and _flattens_all(node, model):
             flat = True
-        elif not (calls(node, model, _elementwise) or spatial and not flat and calls(node, model, _pools)):
+        elif not (calls(node, model, _elementwise) or spatial and not flat
+                  and calls(node, model, _pools)):
             return None
     return None
 

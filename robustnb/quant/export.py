@@ -143,7 +143,8 @@ def _fake_quantize(w, node, rounding, x):
 # %% ../../nbs/api/quant/80_export.ipynb #66b5dad6
 def _shape(node): return tuple(node.meta['tensor_meta'].shape)
 
-def _two(value): return [int(o) for o in (value if isinstance(value, (tuple, list)) else (value, value))]
+def _two(value): return [int(o) for o in (value
+                                          if isinstance(value, (tuple, list)) else (value, value))]
 
 def _refuse(node, what, why='is not known'):
     known = ', '.join(sorted({k.__name__ for k in _layers if k is not FakeQuantize}))
@@ -190,22 +191,27 @@ def _conv(w, node, m, x):
         return w.keep(node, _reshape(w, node, out))
     padded = isinstance(m, PaddedConv2d)
     pads = m.pads_for(*_shape(node.all_input_nodes[0])[2:]) if padded else m._reversed_padding_repeated_twice
-    w.keep(node, w.op('Conv', node.name, x, *_weights(w, node, m.weight, m.bias), strides=_two(m.stride),
+    w.keep(node, w.op('Conv', node.name, x, *_weights(w, node, m.weight, m.bias),
+                      strides=_two(m.stride),
                       dilations=_two(m.dilation), pads=[*pads[::2][::-1], *pads[1::2][::-1]],
                       group=m.groups, kernel_shape=_two(m.kernel_size)))
 
+# %% ../../nbs/api/quant/80_export.ipynb #de142359
 def _conv_transposed(w, node, m, x):
     "Written with the floats that its weights were rounded to: ONNX Runtime has no integer operator for it"
     w.floats.append(str(node.target))
-    given = [w.const(f'{node.name}.{k}', v) for k, v in (('weight', m.weight), ('bias', m.bias)) if v is not None]
-    w.keep(node, w.op('ConvTranspose', node.name, x, *given, strides=_two(m.stride), dilations=_two(m.dilation),
+    given = [w.const(f'{node.name}.{k}', v) for k, v in (('weight', m.weight), ('bias', m.bias))
+             if v is not None]
+    w.keep(node, w.op('ConvTranspose', node.name, x, *given, strides=_two(m.stride),
+                      dilations=_two(m.dilation),
                       pads=_two(m.padding)*2, output_padding=_two(m.output_padding), group=m.groups,
                       kernel_shape=_two(m.kernel_size)))
 
 def _linear(w, node, m, x):
     "Over tokens or the last dimension of maps, a linear layer is written for all of them as rows"
     if len(_shape(node)) == 2:
-        return w.keep(node, w.op('Gemm', node.name, x, *_weights(w, node, m.weight, m.bias), transB=1))
+        return w.keep(node, w.op('Gemm', node.name, x, *_weights(w, node, m.weight, m.bias),
+                                 transB=1))
     shape = w.const(f'{node.name}.rows', (-1, m.in_features), np.int64)
     rows = w.op('Reshape', f'{node.name}.row', x, shape)
     if grid := w.grid[node.all_input_nodes[0]]:
@@ -241,7 +247,8 @@ def _max_pool(w, node, m, x):
 def _avg_pool(w, node, m, x):
     if m.divisor_override:
         _refuse(node, 'AvgPool2d', 'has a divisor of its own')
-    w.keep(node, w.op('AveragePool', node.name, x, count_include_pad=int(m.count_include_pad), **_windows(m)))
+    w.keep(node, w.op('AveragePool', node.name, x, count_include_pad=int(m.count_include_pad),
+                      **_windows(m)))
 
 def _adaptive_pool(w, node, m, x):
     size = _shape(node.all_input_nodes[0])[2:]
@@ -257,7 +264,8 @@ def _adaptive_pool(w, node, m, x):
 # %% ../../nbs/api/quant/80_export.ipynb #33b5b930
 def _batchnorm(w, node, m, x):
     one = torch.ones_like(m.running_mean)
-    values = dict(weight=one if m.weight is None else m.weight, bias=one*0 if m.bias is None else m.bias,
+    values = dict(weight=one if m.weight is None else m.weight, bias=one*0
+                  if m.bias is None else m.bias,
                   mean=m.running_mean, var=m.running_var)
     given = [w.const(f'{node.name}.{k}', v) for k, v in values.items()]
     w.keep(node, w.op('BatchNormalization', node.name, x, *given, epsilon=m.eps))
@@ -266,7 +274,8 @@ def _normalize(w, node, m, x):
     centred = w.op('Sub', f'{node.name}.centred', x, w.const(f'{node.name}.mean', m.mean))
     w.keep(node, w.op('Div', node.name, centred, w.const(f'{node.name}.std', m.std)))
 
-def _silu(w, node, m, x): w.keep(node, w.op('Mul', node.name, x, w.op('Sigmoid', f'{node.name}.gate', x)))
+def _silu(w, node, m, x): w.keep(node, w.op('Mul', node.name, x,
+                                            w.op('Sigmoid', f'{node.name}.gate', x)))
 
 def _mish(w, node, m, x):
     gate = w.op('Tanh', f'{node.name}.gate', w.op('Softplus', f'{node.name}.soft', x))
@@ -304,12 +313,15 @@ def _layer_norm(w, node, m, x):
 def _group_norm(w, node, m, x):
     "Groups are the channels of an instance normalisation"
     g = m.num_groups
-    rows = w.op('Reshape', f'{node.name}.groups', x, w.const(f'{node.name}.split', (0, g, -1), np.int64))
-    given = w.const(f'{node.name}.ones', torch.ones(g)), w.const(f'{node.name}.zeros', torch.zeros(g))
+    rows = w.op('Reshape', f'{node.name}.groups', x,
+                w.const(f'{node.name}.split', (0, g, -1), np.int64))
+    given = w.const(f'{node.name}.ones', torch.ones(g)), w.const(f'{node.name}.zeros',
+                                                                 torch.zeros(g))
     plain = w.op('InstanceNormalization', f'{node.name}.plain', rows, *given, epsilon=m.eps)
     maps = _reshape(w, node, plain, f'{node.name}.maps')
     w.keep(node, _affine(w, node, maps, m, (-1, *[1]*(len(_shape(node))-2))))
 
+# %% ../../nbs/api/quant/80_export.ipynb #3db6f3b9
 def _gelu(w, node, m, x):
     n = iter(range(20))
     op = lambda kind, *a: w.op(kind, f'{node.name}.{next(n)}', *a)
@@ -326,14 +338,16 @@ def _prelu(w, node, m, x):
     w.keep(node, w.op('PRelu', node.name, x, w.const(f'{node.name}.slope', slope)))
 
 def _upsample(w, node, m, x):
-    ways = dict(nearest=('nearest', 'asymmetric'), bilinear=('linear', 'half_pixel'), bicubic=('cubic', 'half_pixel'))
+    ways = dict(nearest=('nearest', 'asymmetric'), bilinear=('linear', 'half_pixel'),
+                bicubic=('cubic', 'half_pixel'))
     if m.mode not in ways:
         _refuse(node, 'Upsample', f'works by {m.mode!r}')
     mode, place = ways[m.mode]
     ratio = [b/a for a, b in zip(_shape(node.all_input_nodes[0]), _shape(node))]
     scales = w.const(f'{node.name}.scales', np.nextafter(np.float32(ratio), np.float32(np.inf))
                      if any(r % 1 for r in ratio) else ratio)
-    w.keep(node, w.op('Resize', node.name, x, '', scales, mode=mode, nearest_mode='floor', cubic_coeff_a=-.75,
+    w.keep(node, w.op('Resize', node.name, x, '', scales, mode=mode, nearest_mode='floor',
+                      cubic_coeff_a=-.75,
                       coordinate_transformation_mode='align_corners' if m.align_corners else place))
 
 def _pad(w, node, m, x):
@@ -349,7 +363,8 @@ _layers = {
     nn.PReLU: _prelu, nn.Upsample: _upsample, nn.ZeroPad2d: _pad, nn.ConstantPad2d: _pad, nn.ReLU: _clip, nn.ReLU6: _clip, nn.Hardtanh: _clip,
     nn.MaxPool2d: _max_pool, nn.AvgPool2d: _avg_pool, nn.AdaptiveAvgPool2d: _adaptive_pool,
     nn.Dropout: _nothing, nn.Dropout2d: _nothing, nn.Identity: _nothing, nn.Flatten: _flatten, nn.SiLU: _silu,
-    nn.Softmax: _plain('Softmax', axis=lambda m: m.dim), nn.ELU: _plain('Elu', alpha=lambda m: m.alpha),
+    nn.Softmax: _plain('Softmax', axis=lambda m: m.dim), nn.ELU: _plain('Elu',
+                                                                        alpha=lambda m: m.alpha),
     nn.Sigmoid: _plain('Sigmoid'), nn.Softplus: _plain('Softplus'), nn.Mish: _mish, nn.Tanh: _plain('Tanh'), nn.Hardswish: _plain('HardSwish'),
     nn.Hardsigmoid: _plain('HardSigmoid', alpha=1/6, beta=.5),
     nn.LeakyReLU: _plain('LeakyRelu', alpha=lambda m: m.negative_slope)}
@@ -381,9 +396,11 @@ def _rows(weight, bias=None): return _filled(nn.Linear(*weight.shape[::-1]), wei
 def _columns(weight): return _rows(weight.T.contiguous(), None) if weight.ndim == 2 else None
 
 def _maps(weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    layer = nn.Conv2d(weight.shape[1]*groups, len(weight), weight.shape[2:], stride, padding, dilation, groups)
+    layer = nn.Conv2d(weight.shape[1]*groups, len(weight), weight.shape[2:], stride, padding,
+                      dilation, groups)
     return _filled(layer, weight, bias)
 
+# %% ../../nbs/api/quant/80_export.ipynb #d56a7866
 def _last(normalized_shape, weight=None, bias=None, eps=1e-5):
     return _filled(nn.LayerNorm(normalized_shape, eps), weight, bias)
 
@@ -420,6 +437,7 @@ def _argument(node, name, place, usual=None):
 
 def _name(target): return target if isinstance(target, str) else getattr(target, '__name__', target)
 
+# %% ../../nbs/api/quant/80_export.ipynb #bdf9225b
 def _mean(w, node, x):
     "Means over dimensions, those of maps as the pool that integer engines know"
     before = node.all_input_nodes[0]
@@ -431,12 +449,14 @@ def _mean(w, node, x):
         return w.keep(node, mean if len(_shape(node)) == 4 else _reshape(w, node, mean))
     if any(_free(before)[d] == -1 for d in dims):
         _refuse(node, 'mean', 'mixes the images of a batch')
-    w.keep(node, w.op('ReduceMean', node.name, x, axes=dims, keepdims=int(len(_shape(node)) == rank)))
+    w.keep(node, w.op('ReduceMean', node.name, x, axes=dims,
+                      keepdims=int(len(_shape(node)) == rank)))
 
 def _turn(w, node, x):
     "Dimensions in another order"
     rank = len(_shape(node))
-    given = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
+    given = node.args[1] if len(node.args) == 2 and isinstance(node.args[1],
+                                                               (tuple, list)) else node.args[1:]
     given = [d % rank for d in (given or node.kwargs.values() or (0, 1))]
     order = list(range(rank))
     if len(given) == 2 != rank or 'transpose' in str(node.target):
@@ -452,7 +472,8 @@ def _slice(w, node, x, cuts):
     "`x` from start to end along each dimension in `cuts`, which holds dimension -> (start, end)"
     if not cuts: return x
     rows = zip(*((d, a, b) for d, (a, b) in cuts.items()))
-    axes, starts, ends = (w.const(f'{node.name}.{k}', v, np.int64) for k, v in zip(('axes', 'from', 'till'), rows))
+    axes, starts, ends = (w.const(f'{node.name}.{k}', v, np.int64)
+                          for k, v in zip(('axes', 'from', 'till'), rows))
     return w.op('Slice', f'{node.name}.part', x, starts, ends, axes)
 
 def _item(w, node, x):
@@ -468,7 +489,8 @@ def _item(w, node, x):
         x = _slice(w, node, x, {dim: (sum(sizes[:index]), sum(sizes[:index+1]))})
         return w.move(node, _reshape(w, node, x) if unbound else x)
     index = index if isinstance(index, tuple) else (index,)
-    known = all(i is None or type(i) is int or isinstance(i, slice) and i.step in (None, 1) for i in index)
+    known = all(i is None or type(i) is int or isinstance(i, slice) and i.step in (None, 1)
+                for i in index)
     if not known: _refuse(node, 'an index')
     cuts = {}
     for d, i in enumerate(i for i in index if i is not None):
@@ -480,10 +502,12 @@ def _item(w, node, x):
     x = _slice(w, node, x, cuts)
     w.move(node, x if all(isinstance(i, slice) for i in index) else _reshape(w, node, x))
 
+# %% ../../nbs/api/quant/80_export.ipynb #ae215f75
 def _expand(w, node, x):
     "Copies along dimensions of size one, among them one for each image"
     batch = w.op('Shape', f'{node.name}.images', 'images', start=0, end=1)
-    sizes = [batch if n == -1 else w.const(f'{node.name}.{i}', [n], np.int64) for i, n in enumerate(_free(node))]
+    sizes = [batch if n == -1 else w.const(f'{node.name}.{i}', [n], np.int64)
+             for i, n in enumerate(_free(node))]
     shape = w.op('Concat', f'{node.name}.shape', *sizes, axis=0)
     w.move(node, w.op('Expand', node.name, x, shape))
 
@@ -495,10 +519,12 @@ def _products(w, node, x):
         scale = w.const(f'{node.name}.scale', _shape(q)[-1]**-.5 if scale is None else scale)
         order = [*range(rank-2), rank-1, rank-2]
         keys = w.op('Transpose', f'{node.name}.keys', w.name[k], perm=order)
-        return w.keep(node, w.op('Mul', node.name, w.op('MatMul', f'{node.name}.sums', x, keys), scale))
+        return w.keep(node, w.op('Mul', node.name, w.op('MatMul', f'{node.name}.sums', x, keys),
+                                 scale))
     mask = node.args[1]
     if mask is not None and mask.meta['tensor_meta'].dtype == torch.bool:
-        x = w.op('Where', f'{node.name}.seen', w.name[mask], x, w.const(f'{node.name}.never', -np.inf))
+        x = w.op('Where', f'{node.name}.seen', w.name[mask], x,
+                 w.const(f'{node.name}.never', -np.inf))
     elif mask is not None:
         x = w.op('Add', f'{node.name}.seen', x, w.name[mask])
     w.keep(node, w.op('Softmax', node.name, x, axis=-1))
@@ -526,6 +552,7 @@ def _function(w, node, x):
             return w.keep(node, w.op('Concat', node.name, *parts, axis=axis))
     _refuse(node, _name(target))
 
+# %% ../../nbs/api/quant/80_export.ipynb #c5e9b237
 def _layer_of(w, node):
     "The layer that a node calls, or that its function is with these arguments; None if there is none"
     if node.op == 'call_module': return w.graph.get_submodule(node.target)
@@ -702,7 +729,8 @@ def engine_ops(
         optimized = Path(folder)/'optimized.onnx'
         _session(path, optimized=optimized)
         nodes = _need('onnx').load(optimized).graph.node
-    rows = pd.DataFrame([dict(op=n.op_type, computes=_computes(n.op_type), name=n.name) for n in nodes])
+    rows = pd.DataFrame([dict(op=n.op_type, computes=_computes(n.op_type), name=n.name)
+                         for n in nodes])
     groups = rows.groupby(['computes', 'op'], as_index=False)
     table = groups.agg(count=('name', 'size'), names=('name', tuple))
     return table.sort_values(['computes', 'count'], ascending=[False, False], ignore_index=True)

@@ -22,7 +22,8 @@ _formats = ('INT8', 'INT7', 'INT6', 'INT5', 'INT4', 'INT3', 'INT2')
 def _weights(graph):
     "By the name of its layer: line of `stored_tensors` and parameter of each weight of a linear map"
     lines = [line for line in stored_tensors(graph).values() if line.role == 'weight']
-    return {line.name.removesuffix('.weight'): (line, graph.get_parameter(line.name)) for line in lines}
+    return {line.name.removesuffix('.weight'): (line, graph.get_parameter(line.name))
+            for line in lines}
 
 def _round_weight(line, weight, fmt, spec):
     "A weight in a format, and the scales that `quantize` chooses"
@@ -30,6 +31,7 @@ def _round_weight(line, weight, fmt, spec):
     scale = choose_scale(rows, fmt, spec.rule, spec.per_channel)
     return line.stored(fake_quantize(rows, fmt, scale)), scale
 
+# %% ../../nbs/api/quant/60_mixed_precision.ipynb #4f311192
 @torch.no_grad()
 def weight_noise(
     model:nn.Module,     # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode; not changed
@@ -118,7 +120,8 @@ def allocate_bits(
     noise:pd.DataFrame=None,  # From `weight_noise`, in place of `formats`; None measures it
 )->pd.DataFrame:              # One row per layer: layer, format, bits, params, macs, noise, kb, mbops
     "Weight formats by sensitivity as in HAWQ (Dong et al. 2019, arXiv:1905.03696), greedily by logit noise."
-    given = {k: v for k, v in dict(budget_kb=budget_kb, budget_mbops=budget_mbops).items() if v is not None}
+    given = {k: v for k, v in dict(budget_kb=budget_kb, budget_mbops=budget_mbops).items()
+             if v is not None}
     if len(given) != 1:
         raise ValueError(f"one of `budget_kb` and `budget_mbops` must be given; got {given or 'neither'}.")
     spec = quant_spec(spec)

@@ -39,7 +39,8 @@ def _open_attention(model):
         given = dict(zip(_attention_arguments, node.args)) | dict(node.kwargs)
         if given.get('is_causal') or given.get('enable_gqa'): continue
         with graph.inserting_before(node):
-            scores = graph.call_function(_scores, (given['query'], given['key'], given.get('scale')))
+            scores = graph.call_function(_scores,
+                                         (given['query'], given['key'], given.get('scale')))
             weights = graph.call_function(_attend, (scores, given.get('attn_mask')))
             out = graph.call_function(torch.matmul, (weights, given['value']))
         node.replace_all_uses_with(out)
@@ -60,7 +61,8 @@ _moves = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout2d, nn.Ident
 
 def _only_moves(node, model):
     "Does `node` call what only moves values? torchvision's stochastic depth is known by its name"
-    return calls(node, model, _moves) or getattr(node.target, '__name__', None) == 'stochastic_depth'
+    return calls(node, model, _moves) or getattr(node.target, '__name__',
+                                                 None) == 'stochastic_depth'
 
 def _keeps_levels(node, model):
     """Does `node` keep the levels as they are? An item does, unless it is the first sight of what a module
@@ -123,7 +125,8 @@ class _Watch(fx.Interpreter):
         self.fraction = 1
     def run_node(self, node):
         out = super().run_node(node)
-        if node not in self.points or not isinstance(out, Tensor) or not out.is_floating_point(): return out
+        if node not in self.points or not isinstance(out,
+                                                     Tensor) or not out.is_floating_point(): return out
         sample = _sample(out, max(1, int(_sample_size*self.fraction)))
         if not sample[:2].isfinite().all():
             raise ValueError(f"`model` must be finite on `images`; the values after {node.name} are "
@@ -198,7 +201,8 @@ def round_biases_(
             source = source.all_input_nodes[0]
         layer = q.get_submodule(node.target)
         stored = q.get_submodule(source.target) if source.op == 'call_module' else None
-        if layer.bias is None or not isinstance(stored, FakeQuantize) or stored.fmt.kind != 'INT': continue
+        if layer.bias is None or not isinstance(stored,
+                                                FakeQuantize) or stored.fmt.kind != 'INT': continue
         unit = scales[f'{node.target}.weight'].flatten()*stored.scale
         layer.bias.copy_((layer.bias/unit).round()*unit)
 
@@ -236,7 +240,9 @@ def _hides(node, model):
         layer = model.get_submodule(node.target)
         line = model.stored.get(f'{node.target}.weight')
         if line is not None and line.role == 'weight': return False
-        return any(True for _ in layer.children()) or isinstance(layer, (nn.RNNBase, nn.MultiheadAttention))
+        return any(True for _ in layer.children()) or isinstance(layer,
+                                                                 (nn.RNNBase,
+                                                                  nn.MultiheadAttention))
     if node.op != 'call_function' or _only_moves(node, model): return False
     if node.target is F.scaled_dot_product_attention: return True
     home = getattr(node.target, '__module__', None) or 'torch'
@@ -275,7 +281,8 @@ def quantize(
     scales = _round_weights(q, spec)
     if spec.weights.kind == 'INT':
         round_biases_(q, scales)
-    return keep_facts(q, spec=spec, left_float=_unrounded(q), opaque=opaque).requires_grad_(False).eval()
+    return keep_facts(q, spec=spec, left_float=_unrounded(q),
+                      opaque=opaque).requires_grad_(False).eval()
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #f68cf10c
 def _tensor(graph, name):
@@ -294,7 +301,8 @@ def model_bytes(
                          "the model without quantisation.")
     ready = hasattr(model, 'lent') or next(model.children(), None) is None
     graph = model if ready else trace(model)
-    counted = [(line.role, _tensor(graph, name).numel()) for name, line in stored_tensors(graph).items()]
+    counted = [(line.role, _tensor(graph, name).numel())
+               for name, line in stored_tensors(graph).items()]
     few = sum(n for role, n in counted if role == 'weight')
     many = sum(n for role, n in counted if role in ('bias', 'statistics', 'other'))
     return -(-(weight_bits*few + 32*many)//8)
