@@ -88,6 +88,7 @@ def _watch(model, counter, rows):
                                             with_kwargs=True)]
     return handles
 
+# %% ../../nbs/api/models/70_complexity.ipynb #6308bdb3
 def model_complexity(
     model:nn.Module,     # Takes images `(N,C,H,W)`; in eval mode, on any device (also `meta`); not changed
     shape=(3, 32, 32),   # One image, without the batch dimension

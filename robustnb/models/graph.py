@@ -70,7 +70,7 @@ _views = ('view', 'reshape', 'transpose', 'permute', 'chunk', 'split', 'unbind',
           operator.getitem, torch.transpose, torch.permute, torch.chunk, torch.split, torch.unbind)
 
 def _writes_nothing(graph):
-    "Methods that write into their tensor become those that return a new one, in place; not those on a part of it"
+    "Methods that write into a whole tensor become those that return a new one, in place"
     order = {n: i for i, n in enumerate(graph.graph.nodes)}
     for node in graph.graph.nodes:
         name = node.target if node.op == 'call_method' else ''
@@ -137,7 +137,7 @@ def _keep(graph, name, value):
     setattr(m, last, nn.Parameter(value.detach(), requires_grad=False))
 
 def _turned(node, graph):
-    "The `get_attr` node of a matrix behind calls that only transpose it, and whether it is turned; None, if other"
+    "The node of a matrix behind calls that only transpose it, and whether it is turned; None if other"
     turned = False
     while node.op != 'get_attr':
         attribute = node.target is getattr and node.args[1] in ('T', 'mT')
@@ -156,7 +156,7 @@ def _value(node, graph):
 
 # %% ../../nbs/api/models/50_graph.ipynb #04f1f6de
 def _weight_arguments(graph):
-    "(call, weight node, dimension of its output channels) of the functions that multiply the image by weights"
+    "(call, weight, dimension of its output channels) of functions that multiply by weights"
     of_image = image_nodes(graph)
     for node in list(graph.graph.nodes):
         if node.op not in ('call_function', 'call_method') or node not in of_image: continue
@@ -295,7 +295,7 @@ def _of_functions(graph):
 # %% ../../nbs/api/models/50_graph.ipynb #a8310e7b
 def image_preparation(
     graph:fx.GraphModule,  # From `trace` or `fold_batchnorm`
-)->list:                   # The image and what is computed of it, up to what the network itself reads, in order
+)->list:                   # The image and what is made of it, up to what the network reads
     "The normalisation of pixels: everything before the first layer that scales and shifts by constants."
     of_image = image_nodes(graph)
     chain = [next(n for n in graph.graph.nodes if n.op == 'placeholder')]
@@ -315,6 +315,7 @@ _shifts = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add
            torch.mul, torch.div,
            'add', 'sub', 'mul', 'div', 'contiguous', 'clone', 'to', 'float', torch.clone)
 
+# %% ../../nbs/api/models/50_graph.ipynb #ffbc506c
 def stored_tensors(
     graph:nn.Module,  # From `trace`, `fold_batchnorm` or `quantize`, or a single layer
 )->dict:              # Name -> `StoredTensor`, in the order of the first calls
@@ -334,7 +335,8 @@ def stored_tensors(
         elif node.op == 'get_attr' and isinstance(held := _held(graph, node.target), Tensor):
             role = 'bias' if node.target.endswith('bias') else 'weight'
             role = role if node.target in lent else 'other'
-            role = 'image' if node.target in prepared or node.target.startswith('_tensor_constant') else role
+            constant = node.target in prepared or node.target.startswith('_tensor_constant')
+            role = 'image' if constant else role
             usual = role, 0, 1
             lines = [(node.target, *functions.get(node.target,
                                                   usual))] if held.is_floating_point() else []
@@ -378,7 +380,7 @@ _norms = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.Ba
           nn.ConvTranspose3d: nn.BatchNorm3d}
 
 def _fits(layer, bn):
-    "Is `bn` batch normalisation with statistics of as many channels as `layer` makes, of the right kind?"
+    "Is `bn` batch normalisation of the kind and the number of channels that `layer` makes?"
     kind = next((k for k in _norms if isinstance(layer, k)), None)
     if kind is None or not scales_with_weight(layer) or bn.running_mean is None: return False
     channels = layer.out_features if kind is nn.Linear else layer.out_channels
@@ -398,6 +400,7 @@ def _is_matrix(node, graph):
         node = node.args[0]
     return False
 
+# %% ../../nbs/api/models/50_graph.ipynb #257730a5
 class _Ranks(fx.Interpreter):
     "Notes the number of dimensions of what each node returns"
     def run_node(self, node):
@@ -407,7 +410,7 @@ class _Ranks(fx.Interpreter):
 
 @torch.no_grad()
 def _ranks(graph, x):
-    "Node -> dimensions of its value, for images `x`, or of the first of some usual sizes that the network takes"
+    "Node -> dimensions of its value, for images `x` or of the first usual size that the network takes"
     like = next((t for t in (*graph.parameters(), *graph.buffers()) if t.is_floating_point()),
                 torch.zeros(()))
     conv = next((m for m in graph.modules() if isinstance(m, nn.Conv2d)), None)
@@ -451,9 +454,10 @@ def _folded(name, layer, bn):
     new.bias = nn.Parameter(bias.detach(), layer.weight.requires_grad)
     return new
 
+# %% ../../nbs/api/models/50_graph.ipynb #34aada98
 def fold_batchnorm(
     model:nn.Module,  # Classifier; left as it is
-    x:Tensor=None,    # Images (N,C,H,W) it takes; None tries some usual sizes where the rank of a tensor matters
+    x:Tensor=None,    # Images (N,C,H,W) it takes; None tries usual sizes where a rank matters
 )->fx.GraphModule:    # A copy in evaluation mode that gives the same logits with fewer layers
     "Batch normalisation merged into the layer before it (Jacob et al. 2017, arXiv:1712.05877)."
     folded = trace(model)

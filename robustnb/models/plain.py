@@ -43,15 +43,15 @@ def copy_model(
                 memo[id(m)] = deepcopy(_inside(m), memo)
         return deepcopy(model, memo)
     except (TypeError, RuntimeError) as e:
-        raise TypeError(f"`model` must be a network that can be copied; this {type(model).__name__} cannot: "
-                        f"{str(e).partition(chr(10))[0]}. Take what is no layer out of it.") from e
+        raise TypeError(f"`model` must be a network that can be copied; this {type(model).__name__} "
+                        f"cannot: {str(e).partition(chr(10))[0]}. Take what is no layer out of it.") from e
 
 # %% ../../nbs/api/models/45_plain.ipynb #0644e0ca
 def _refuse_script(model):
     "TorchScript has neither layers that can be replaced nor calls that can be followed"
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
-        raise TypeError(f"`model` must be a Python module; this {type(model).__name__} is or holds TorchScript, "
-                        "whose layers cannot be looked at. Give the module it was made from, or bring the "
+        raise TypeError(f"`model` must be a Python module; this {type(model).__name__} is or holds "
+                        "TorchScript, whose layers cannot be looked at. Give the module it was made from, or bring the "
                         "network over as ONNX or by `torch.export`.")
 
 def _settle(m, name):
@@ -113,7 +113,8 @@ def _as(m, like): return m.to(like.device, like.dtype).eval()
 class _ChannelNorm(nn.BatchNorm2d):
     "Batch normalisation of dimension 1 of tensors of any rank"
     def _check_input_dim(self, input):
-        if input.ndim < 2: raise ValueError(f"`input` must have a dimension 1; got {tuple(input.shape)}.")
+        if input.ndim < 2:
+            raise ValueError(f"`input` must have a dimension 1; got {tuple(input.shape)}.")
 
 def _affine(m, channels):
     "Scale and shift (C,) if `m` computes `scale*x + shift` in each channel of maps, else None"
@@ -138,7 +139,7 @@ def _channels(m):
 
 # %% ../../nbs/api/models/45_plain.ipynb #8dda69ce
 def _as_batchnorm(m, bare):
-    "Batch normalisation that computes what `bare`, a copy of `m` without activations, does; None if none does"
+    "Batch normalisation that computes what `bare`, `m` without activations, does; None if none does"
     channels = _channels(m)
     found = _affine(bare, channels)
     if found is None: return None
@@ -162,7 +163,7 @@ def _as_batchnorm(m, bare):
     return _as(bn, next(t for t in (*m.parameters(), *m.buffers()) if t.is_floating_point()))
 
 def _as_norm(m):
-    "Batch normalisation, with the activations of `m` behind it if it has any; None if `m` is something else"
+    "Batch normalisation, with the activations of `m` behind it; None if `m` is something else"
     small = [(n, c) for n, c in m.named_children() if not isinstance(c, nn.Identity)]
     if any(p.ndim > 1 for _, c in small for p in c.parameters()): return None
     whole = _trial(m) if _channels(m) and not _hooked(m) else None
@@ -194,10 +195,10 @@ def _as_normalize(m):
 
 # %% ../../nbs/api/models/45_plain.ipynb #67d14da6
 class PaddedConv2d(nn.Conv2d):
-    "A convolution with zeros around its input: other numbers of them at each side, or as TensorFlow has them."
+    "A convolution with zeros around its input, other numbers at each side or as TensorFlow has them."
     def __init__(self,
         *args,         # As for `nn.Conv2d`, without `padding`
-        pads,          # (left, right, top, bottom), or 'same': outputs of the size of the input over the stride
+        pads,          # (left, right, top, bottom), or 'same': outputs of input size over stride
         **kwargs,      # As for `nn.Conv2d`
     ):
         super().__init__(*args, **kwargs)
@@ -241,7 +242,7 @@ class _Ear(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 def _zeros_around(x, z):
-    "How many zeros were put around the maps `x` to make `z`, as (left, right, top, bottom); None if it is not that"
+    "Zeros around the maps `x` that make `z`, as (left, right, top, bottom); None if it is not that"
     rows, columns = (z.abs().amax(d) > 0 for d in ((0, 1, 3), (0, 1, 2)))
     if not rows.any(): return None
     top = int(rows.nonzero()[0])
@@ -256,7 +257,7 @@ def _sizes(m):
 
 # %% ../../nbs/api/models/45_plain.ipynb #e7175f1d
 def _listen(trial, x):
-    "Answer of a convolution of other people, the arguments of the one convolution inside, and the zeros it adds"
+    "Answer of other people's convolution, arguments of the one inside, and the zeros it adds"
     with _Ear() as ear:
         out = _answer(trial, x)
     if out is None or len(ear.heard) != 1 or ear.heard[0][6]: return None
@@ -309,22 +310,23 @@ def _as_linear(m):
     return new if _alike(_answer(trial, x), new(x)) else None
 
 def _as_layer(m):
-    "A convolution or linear layer with the very weight of `m` where that is what it computes with, else baked"
+    "A plain layer with the very weight of `m` where that is what it computes with, else baked"
     new = _as_linear(m) if isinstance(m, nn.Linear) else _as_convolution(m)
     if new is None: return None
     new = _as(new, m.weight)
     for name in ('weight', 'bias'):
         own = getattr(m, name, None)
         made = getattr(new, name)
-        if isinstance(own, nn.Parameter) and made is not None and own.shape == made.shape and _alike(own, made):
+        there = isinstance(own, nn.Parameter) and made is not None
+        if there and own.shape == made.shape and _alike(own, made):
             setattr(new, name, own)
     return new
 
 # %% ../../nbs/api/models/45_plain.ipynb #2cf23773
 @torch.no_grad()
 def scales_with_weight(
-    layer:nn.Module,   # Convolution, transposed convolution or linear layer, or of a class derived from one
-)->bool:               # Whether a factor on an output channel of the weight is one of that channel's answer
+    layer:nn.Module,   # Convolution, also transposed, or linear layer, or of a derived class
+)->bool:               # Whether a factor on an output channel of the weight is one of its answer
     "Is a layer linear in the weight it stores, channel by channel?"
     if 'weight' not in layer._parameters: return False
     if type(layer).forward in _forwards and 'forward' not in vars(layer): return True
@@ -333,12 +335,11 @@ def scales_with_weight(
     if trial is None or isinstance(layer, _transposed): return False
     linear = isinstance(layer, nn.Linear)
     x = _noise(2, layer.in_features) if linear else _noise(2, layer.in_channels, *_sizes(layer)[0])
-    shift = 0.
     if trial.bias is not None:
         whole = _answer(trial, x)
         trial.bias.zero_()
-        shift = trial_bias = layer.bias.float().cpu().view(-1, *[1]*(x.ndim-2))
-        if whole is None or not _alike(whole - trial_bias, _answer(trial, x)): return False
+        shift = layer.bias.float().cpu().view(-1, *[1]*(x.ndim-2))
+        if whole is None or not _alike(whole - shift, _answer(trial, x)): return False
     before = _answer(trial, x)
     factors = _noise(len(layer.weight))*2 + .1
     trial.weight.mul_(factors.view(-1, *[1]*(layer.weight.ndim-1)))
@@ -432,7 +433,7 @@ def _replace(model, made):
 @torch.no_grad()
 def plain_layers(
     model:nn.Module,   # Any network; left as it is
-)->nn.Module:          # A copy in evaluation mode with plain weights, and plain layers where a trial proves them
+)->nn.Module:          # A copy in evaluation mode: plain weights, plain layers where proved
     "The same network with as few kinds of layers as possible."
     _refuse_script(model)
     return _show_attention(_replace(_plain_weights(copy_model(model).eval()), {}))

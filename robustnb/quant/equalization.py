@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from ..core import check_model
-from ..models.graph import calls, check_finite, fold_batchnorm, keep_facts, weighted_kinds, weighted_layers
+from ..models.graph import calls, check_finite, fold_batchnorm, keep_facts
+from ..models.graph import weighted_kinds, weighted_layers
 
 # %% ../../nbs/api/quant/40_equalization.ipynb #5b1704a6
 _elementwise = (nn.ReLU, nn.LeakyReLU, nn.Dropout, nn.Dropout2d, nn.Identity,

@@ -189,8 +189,9 @@ def _conv(w, node, m, x):
         weights = _weights(w, node, m.weight.flatten(1), m.bias)
         out = w.op('Gemm', f'{node.name}.sums', flat, *weights, transB=1)
         return w.keep(node, _reshape(w, node, out))
-    padded = isinstance(m, PaddedConv2d)
-    pads = m.pads_for(*_shape(node.all_input_nodes[0])[2:]) if padded else m._reversed_padding_repeated_twice
+    pads = m._reversed_padding_repeated_twice
+    if isinstance(m, PaddedConv2d):
+        pads = m.pads_for(*_shape(node.all_input_nodes[0])[2:])
     w.keep(node, w.op('Conv', node.name, x, *_weights(w, node, m.weight, m.bias),
                       strides=_two(m.stride),
                       dilations=_two(m.dilation), pads=[*pads[::2][::-1], *pads[1::2][::-1]],
@@ -359,16 +360,19 @@ def _pad(w, node, m, x):
 _layers = {
     FakeQuantize: _fake_quantize, Normalize: _normalize, nn.Conv2d: _conv, nn.Linear: _linear,
     nn.BatchNorm2d: _batchnorm, nn.BatchNorm1d: _batchnorm, PaddedConv2d: _conv,
-    nn.ConvTranspose2d: _conv_transposed, nn.LayerNorm: _layer_norm, nn.GroupNorm: _group_norm, nn.GELU: _gelu,
-    nn.PReLU: _prelu, nn.Upsample: _upsample, nn.ZeroPad2d: _pad, nn.ConstantPad2d: _pad, nn.ReLU: _clip, nn.ReLU6: _clip, nn.Hardtanh: _clip,
+    nn.ConvTranspose2d: _conv_transposed, nn.LayerNorm: _layer_norm, nn.GroupNorm: _group_norm,
+    nn.GELU: _gelu, nn.PReLU: _prelu, nn.Upsample: _upsample, nn.ZeroPad2d: _pad,
+    nn.ConstantPad2d: _pad, nn.ReLU: _clip, nn.ReLU6: _clip, nn.Hardtanh: _clip,
     nn.MaxPool2d: _max_pool, nn.AvgPool2d: _avg_pool, nn.AdaptiveAvgPool2d: _adaptive_pool,
     nn.Dropout: _nothing, nn.Dropout2d: _nothing, nn.Identity: _nothing, nn.Flatten: _flatten, nn.SiLU: _silu,
     nn.Softmax: _plain('Softmax', axis=lambda m: m.dim), nn.ELU: _plain('Elu',
                                                                         alpha=lambda m: m.alpha),
-    nn.Sigmoid: _plain('Sigmoid'), nn.Softplus: _plain('Softplus'), nn.Mish: _mish, nn.Tanh: _plain('Tanh'), nn.Hardswish: _plain('HardSwish'),
+    nn.Sigmoid: _plain('Sigmoid'), nn.Softplus: _plain('Softplus'), nn.Mish: _mish,
+    nn.Tanh: _plain('Tanh'), nn.Hardswish: _plain('HardSwish'),
     nn.Hardsigmoid: _plain('HardSigmoid', alpha=1/6, beta=.5),
     nn.LeakyReLU: _plain('LeakyRelu', alpha=lambda m: m.negative_slope)}
 
+# %% ../../nbs/api/quant/80_export.ipynb #4adad0ae
 def _clamp(min=None, max=None):
     return nn.Hardtanh(-math.inf if min is None else min, math.inf if max is None else max)
 
@@ -414,7 +418,8 @@ _calls = {F.relu: nn.ReLU, torch.relu: nn.ReLU, 'relu': nn.ReLU, F.relu6: nn.ReL
           F.hardtanh: nn.Hardtanh, torch.clamp: _clamp, 'clamp': _clamp, F.max_pool2d: _max,
           F.avg_pool2d: nn.AvgPool2d, F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
           F.dropout: _drop, F.gelu: nn.GELU, F.elu: nn.ELU, F.mish: nn.Mish,
-          F.softmax: _softmax, torch.softmax: _softmax, 'softmax': _softmax, F.interpolate: _resize, F.pad: _around,
+          F.softmax: _softmax, torch.softmax: _softmax, 'softmax': _softmax,
+          F.interpolate: _resize, F.pad: _around,
           F.linear: _rows, F.conv2d: _maps, F.layer_norm: _last, F.group_norm: _grouped, F.prelu: _sloped,
           torch.matmul: _columns, operator.matmul: _columns, 'matmul': _columns,
           torch.tanh: nn.Tanh, 'tanh': nn.Tanh, F.silu: nn.SiLU,
@@ -424,7 +429,8 @@ _calls = {F.relu: nn.ReLU, torch.relu: nn.ReLU, 'relu': nn.ReLU, F.relu6: nn.ReL
 # %% ../../nbs/api/quant/80_export.ipynb #3ad8edb1
 _pairs = {operator.add: 'Add', operator.iadd: 'Add', torch.add: 'Add', 'add': 'Add', 'add_': 'Add',
           operator.mul: 'Mul', operator.imul: 'Mul', torch.mul: 'Mul', 'mul': 'Mul',
-          operator.sub: 'Sub', torch.sub: 'Sub', 'sub': 'Sub', operator.truediv: 'Div', torch.div: 'Div', 'div': 'Div',
+          operator.sub: 'Sub', torch.sub: 'Sub', 'sub': 'Sub',
+          operator.truediv: 'Div', torch.div: 'Div', 'div': 'Div',
           torch.matmul: 'MatMul', operator.matmul: 'MatMul', 'matmul': 'MatMul', torch.bmm: 'MatMul'}
 _shapes = (torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, 'flatten', 'view',
            'reshape', 'squeeze', 'unsqueeze', 'unflatten')
@@ -512,7 +518,7 @@ def _expand(w, node, x):
     w.move(node, w.op('Expand', node.name, x, shape))
 
 def _products(w, node, x):
-    "Products of queries and keys, and the softmax of what a mask leaves of them, as `quantize` opens attention"
+    "Products of queries and keys, and the softmax of what a mask leaves of them"
     if node.target is _scores:
         q, k, scale = node.args
         rank = len(_shape(k))

@@ -52,8 +52,10 @@ def _open_attention(model):
 _clips = (nn.ReLU, nn.ReLU6, nn.Hardtanh, F.relu, F.relu6, F.hardtanh, torch.relu, torch.clamp,
           'relu', 'clamp')
 _moves = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout2d, nn.Identity,
-          nn.Flatten, nn.Unflatten, nn.ZeroPad2d, nn.Dropout1d, nn.Dropout3d, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
-          F.max_pool2d, F.adaptive_max_pool2d, F.dropout, F.dropout2d, F.pad, torch.clone, torch.amax, torch.flatten, torch.reshape, torch.permute, torch.transpose,
+          nn.Flatten, nn.Unflatten, nn.ZeroPad2d, nn.Dropout1d, nn.Dropout3d,
+          nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, F.max_pool2d, F.adaptive_max_pool2d,
+          F.dropout, F.dropout2d, F.pad, torch.clone, torch.amax, torch.flatten,
+          torch.reshape, torch.permute, torch.transpose,
           torch.chunk, torch.split, torch.unbind, torch.squeeze, torch.unsqueeze, torch.roll, torch.flip,
           'clone', 'to', 'float', 'detach', 'type_as', 'flip', 'amax', 't', 'narrow', 'select', 'repeat',
           'flatten', 'view', 'reshape', 'permute', 'transpose', 'contiguous', 'unsqueeze', 'squeeze',
@@ -208,8 +210,7 @@ def round_biases_(
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #dcb028ef
 def _round_weights(q, spec):
-    """Round each weight of a linear map once, a scale for each output channel; the scales by the name under which a
-    layer holds it"""
+    "Round each weight of a linear map once; the scales, by every name that a layer has for it"
     scales = {}
     for name, line in q.stored.items():
         if line.role != 'weight': continue

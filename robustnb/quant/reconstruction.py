@@ -124,8 +124,9 @@ def _patches(layer, x, shape, places):
     "Inputs (G,P,K) that make the outputs at these places of maps of size `shape`, for each group of channels"
     if isinstance(layer, nn.Linear): return x.reshape(-1, x.shape[-1])[places][None]
     mode = 'constant' if layer.padding_mode == 'zeros' else layer.padding_mode
-    pads = layer.pads_for(*x.shape[2:]) if isinstance(layer,
-                                                      PaddedConv2d) else layer._reversed_padding_repeated_twice
+    pads = layer._reversed_padding_repeated_twice
+    if isinstance(layer, PaddedConv2d):
+        pads = layer.pads_for(*x.shape[2:])
     x = F.pad(x, pads, mode=mode)
     batch, *at = torch.unravel_index(places, (len(x), *shape))
     d = len(at)

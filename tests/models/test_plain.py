@@ -149,7 +149,8 @@ def test_convolutions_that_pad_or_bake_become_plain():
 
 
 @pytest.mark.parametrize('how', (nn.utils.weight_norm, nn.utils.spectral_norm,
-                                 nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm,
+                                 nn.utils.parametrizations.weight_norm,
+                                 nn.utils.parametrizations.spectral_norm,
                                  lambda m: nn.utils.prune.random_unstructured(m, 'weight', .5)))
 def test_weights_that_are_computed_become_plain(how):
     import torch.nn.utils.prune
