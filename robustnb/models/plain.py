@@ -43,8 +43,9 @@ def copy_model(
                 memo[id(m)] = deepcopy(_inside(m), memo)
         return deepcopy(model, memo)
     except (TypeError, RuntimeError) as e:
-        raise TypeError(f"`model` must be a network that can be copied; this {type(model).__name__} "
-                        f"cannot: {str(e).partition(chr(10))[0]}. Take what is no layer out of it.") from e
+        said = str(e).partition(chr(10))[0]
+        raise TypeError("`model` must be a network that can be copied; this "
+                        f"{type(model).__name__} cannot: {said}. Take what is no layer out of it.") from e
 
 # %% ../../nbs/api/models/45_plain.ipynb #0644e0ca
 def _refuse_script(model):

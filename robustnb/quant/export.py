@@ -21,7 +21,7 @@ from ..models.wrapping import Normalize
 from ..models.plain import PaddedConv2d
 from ..models.graph import fold_batchnorm
 from .formats import number_format
-from .ptq import FakeQuantize, _attend, _scores
+from .ptq import FakeQuantize, _attend, _open_attention, _scores
 
 # %% ../../nbs/api/quant/80_export.ipynb #a7fe4444
 def _need(name):
@@ -344,9 +344,9 @@ def _upsample(w, node, m, x):
     if m.mode not in ways:
         _refuse(node, 'Upsample', f'works by {m.mode!r}')
     mode, place = ways[m.mode]
-    ratio = [b/a for a, b in zip(_shape(node.all_input_nodes[0]), _shape(node))]
-    scales = w.const(f'{node.name}.scales', np.nextafter(np.float32(ratio), np.float32(np.inf))
-                     if any(r % 1 for r in ratio) else ratio)
+    sizes = zip(_shape(node.all_input_nodes[0])[2:], _shape(node)[2:])
+    ratio = [np.nextafter(np.float32(b/a), np.float32(np.inf)) if b % a else b/a for a, b in sizes]
+    scales = w.const(f'{node.name}.scales', [1, 1, *ratio])
     w.keep(node, w.op('Resize', node.name, x, '', scales, mode=mode, nearest_mode='floor',
                       cubic_coeff_a=-.75,
                       coordinate_transformation_mode='align_corners' if m.align_corners else place))
@@ -412,8 +412,6 @@ def _grouped(num_groups, weight=None, bias=None, eps=1e-5):
     return _filled(nn.GroupNorm(num_groups, num_groups, eps), weight, bias)
 
 def _sloped(weight): return _filled(nn.PReLU(), weight, None)
-
-# %% ../../nbs/api/quant/80_export.ipynb #8b12de3d
 _calls = {F.relu: nn.ReLU, torch.relu: nn.ReLU, 'relu': nn.ReLU, F.relu6: nn.ReLU6,
           F.hardtanh: nn.Hardtanh, torch.clamp: _clamp, 'clamp': _clamp, F.max_pool2d: _max,
           F.avg_pool2d: nn.AvgPool2d, F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
@@ -608,7 +606,8 @@ def _weight_formats(model, spec):
 # %% ../../nbs/api/quant/80_export.ipynb #f0409b70
 def _shaped(model, spec, shape):
     "A copy of the model on the CPU as a graph, folded, that knows the shape of each of its tensors"
-    graph = (copy.deepcopy(model) if spec else fold_batchnorm(model)).cpu().float()
+    graph = copy.deepcopy(model) if spec else _open_attention(fold_batchnorm(model))
+    graph = graph.cpu().float()
     bad = [n for n, v in graph.state_dict().items() if not v.isfinite().all()]
     if bad:
         raise ValueError(f"`model` must have finite weights; {bad[0]} has values that are not "
