@@ -52,8 +52,8 @@ def _refuse_script(model):
     "TorchScript has neither layers that can be replaced nor calls that can be followed"
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
         raise TypeError(f"`model` must be a Python module; this {type(model).__name__} is or holds "
-                        "TorchScript, whose layers cannot be looked at. Give the module it was made from, or bring the "
-                        "network over as ONNX or by `torch.export`.")
+                        "TorchScript, whose layers cannot be looked at. Give the module it was made from, "
+                        "or bring the network over as ONNX or by `torch.export`.")
 
 def _settle(m, name):
     "Let `m` keep its tensor `name` as a parameter, in place of what it was computed from"
