@@ -1,6 +1,7 @@
 """Quantised models: weights on the levels, biases in whole multiples where an engine keeps them so,
 what stays in full precision is named, gradients, ranges, other libraries' networks."""
 import copy
+import math
 import operator
 import pickle
 
@@ -807,3 +808,38 @@ def test_a_copy_is_not_rounded_again():
 def test_the_bytes_of_a_shared_layer_are_counted_once():
     conv = nn.Conv2d(3, 3, 3, padding=1, bias=False)
     assert model_bytes(nn.Sequential(conv, conv), 4) == -(-81*4//8)
+
+
+class Tied(nn.Module):
+    "A weight under two names, a transposed convolution, a matrix in a buffer, a loose parameter nobody reads"
+    def __init__(self, unused=1.):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.b.weight = self.a.weight
+        self.up = nn.ConvTranspose2d(3, 4, 2, 2)
+        self.register_buffer('head', torch.randn(4, 5))
+        self.gain = nn.Parameter(torch.ones(4))
+        self.aux = nn.Linear(7, 7)
+        self.loose = nn.Parameter(torch.full((9,), unused))
+    def forward(self, x): return (self.up(self.b(F.relu(self.a(x)))).mean((2, 3))*self.gain) @ self.head
+
+
+def test_one_table_decides_what_is_rounded_listed_and_counted():
+    model = model_of(seeded(Tied))
+    x = images()
+    q = quantize(model, 'INT2', x)
+    assert q.left_float == ('net.gain',)
+    assert q.net.a.weight is q.net.b.weight
+    for rows in (q.net.a.weight, q.net.up.weight.transpose(0, 1), q.net.head.T):
+        assert all(len(row.unique()) <= 3 for row in rows)
+    bits = 2*(9 + 3*4*4 + 20) + 32*(3 + 3 + 4 + 4)
+    assert ptq.model_bytes(q, 2) == ptq.model_bytes(fold_batchnorm(model), 2) == -(-bits//8)
+
+
+def test_weights_that_no_image_reaches_may_be_anything():
+    a, b = (model_of(seeded(lambda v=v: Tied(v))) for v in (1., math.nan))
+    x = images()
+    assert torch.equal(predict(quantize(a, 'INT4', x), x), predict(quantize(b, 'INT4', x), x))
+    b.net.gain.data[0] = math.nan
+    with pytest.raises(ValueError, match='net.gain are NaN'):
+        quantize(b, 'INT4', x)
