@@ -8,59 +8,111 @@ __all__ = ['model_complexity']
 # %% ../../nbs/api/models/70_complexity.ipynb #fbf011c9
 import pandas as pd
 import torch
-from torch import nn
+from torch import nn, Tensor
+from torch.nn.attention import sdpa_kernel, SDPBackend
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from ..core import check_model
+from .plain import copy_model, _inside, _refuse_script
 
 # %% ../../nbs/api/models/70_complexity.ipynb #8316b8a2
 _kinds = dict(conv=_ConvNd, linear=nn.Linear, bn=_BatchNorm,
               relu=(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU),
               pool=(_MaxPoolNd, _AvgPoolNd, _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd))
 
-def _count(kind, layer, before, after):
-    """(MACs, MACs as ptflops counts them) of one call of `layer`, which took `before` and returned `after`
-    elements"""
-    if kind in ('conv', 'linear'):
-        reach = before if getattr(layer, 'transposed', False) else after
-        macs = reach*layer.weight[0].numel()
-        return macs, macs + (after if layer.bias is not None else 0)
+def _free(kind, layer, before, after):
+    "What a layer without products counts, which took `before` and returned `after` elements: MACs, ptflops"
     if kind == 'bn': return after, after*(2 if layer.affine else 1)
     if kind == 'pool': return after, before
     return (after, after) if kind == 'relu' else (0, 0)
 
-def _call_row(name, layer, args, out, first):
-    "The row of one call; a layer that is called again has no parameters of its own"
-    kind = next((k for k, types in _kinds.items() if isinstance(layer, types)), 'other')
-    params = sum(p.numel() for p in layer.parameters()) if first else 0
-    macs, ptflops = (0, 0) if kind == 'other' else _count(kind, layer, args[0].numel(), out.numel())
-    return dict(name=name, kind=kind, params=params, macs=macs, ptflops=ptflops,
-                out_shape=tuple(getattr(out, 'shape', ()))[1:])
+def _tensors(values):
+    "The tensors among arguments"
+    for v in values:
+        if isinstance(v, Tensor):
+            yield v
+        elif isinstance(v, (list, tuple)):
+            yield from _tensors(v)
+
+class _Counter(TorchDispatchMode):
+    """Hands each product of torch, and each parameter at its first use, to the innermost module that runs"""
+    def __init__(self, model):
+        super().__init__()
+        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.owned = {p.untyped_storage()._cdata: p.numel() for p in model.parameters()}
+        self.held = {t.untyped_storage()._cdata for t in named.values()}
+        self.running = [dict(macs=0, params=0, ops=set())]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        now = self.running[-1]
+        storages = {t.untyped_storage()._cdata for t in _tensors((*args, *(kwargs or {}).values()))}
+        for s in storages & self.owned.keys():
+            now['params'] += self.owned.pop(s)
+        if func._overloadpacket in flop_registry:
+            now['macs'] += flop_registry[func._overloadpacket](*args, **(kwargs or {}),
+                                                               out_val=out)//2
+            conv = 'convolution' in str(func)
+            now['ops'].add('conv' if conv else 'linear' if storages & self.held else 'product')
+        return out
 
 # %% ../../nbs/api/models/70_complexity.ipynb #7be94005
+def _row(name, layer, args, out, found):
+    "The row of one call of a module; None if it only calls others"
+    kind = next((k for k, types in _kinds.items() if isinstance(layer, types)), 'other')
+    leaf = next(layer.children(), None) is None and not isinstance(layer, nn.Sequential)
+    if not (leaf or found['macs'] or found['params'] or kind in ('conv', 'linear')): return None
+    if kind == 'other' and found['ops']:
+        kind = found['ops'].pop() if len(found['ops']) == 1 else 'product'
+    whole = next(_tensors([out]), None)
+    after = 0 if whole is None else whole.numel()
+    before = next((t.numel() for t in _tensors(args)), 0)
+    macs, ptflops = _free(kind, layer, before, after)
+    bias = after if kind in ('conv', 'linear') and getattr(layer, 'bias', None) is not None else 0
+    return dict(name=name, kind=kind, params=found['params'], macs=macs+found['macs'],
+                ptflops=ptflops + found['macs'] + bias,
+                out_shape=() if whole is None else tuple(whole.shape[1:]))
+
+def _watch(model, counter, rows):
+    "Hooks that open and close an account for each call of a module; the root's stays open"
+    def enter(m, args): counter.running.append(dict(macs=0, params=0, ops=set()))
+    def leave(m, args, kwargs, out, name):
+        rows.append(_row(name, m, (*args, *kwargs.values()), out, counter.running.pop()))
+    handles = []
+    for name, m in model.named_modules():
+        handles += [m.register_forward_pre_hook(enter),
+                    m.register_forward_hook(lambda *a, name=name: leave(*a, name),
+                                            with_kwargs=True)]
+    return handles
+
+# %% ../../nbs/api/models/70_complexity.ipynb #6308bdb3
 def model_complexity(
     model:nn.Module,     # Takes images `(N,C,H,W)`; in eval mode, on any device (also `meta`); not changed
     shape=(3, 32, 32),   # One image, without the batch dimension
 )->pd.DataFrame:         # A row per call of a layer: name, kind, params, macs, ptflops, out_shape
-    "Parameters and multiply-accumulates for one image; kinds: conv, linear, bn, relu, pool, other."
+    "Parameters and multiply-accumulates for one image; kinds: conv, linear, product, bn, relu, pool, other."
     check_model(model)
+    _refuse_script(model)
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError("`shape` must be channels, height and width, each at least 1; got "
                          f"{tuple(shape)}.")
+    if any(_inside(m) is not None for m in model.modules()):
+        model = copy_model(model).eval()
     rows = []
-    seen = set()
-    def note(name, layer, args, out):
-        rows.append(_call_row(name, layer, args, out, layer not in seen))
-        seen.add(layer)
-    layers = [(n, m) for n, m in model.named_modules()
-              if not any(True for _ in m.children()) and not isinstance(m, nn.Sequential)]
-    hooks = [m.register_forward_hook(lambda m, args, out, n=n: note(n, m, args, out)) for n, m in layers]
+    counter = _Counter(model)
+    hooks = _watch(model, counter, rows)
     like = next(model.parameters(), torch.zeros(()))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             model(torch.zeros(1, *shape, device=like.device, dtype=like.dtype))
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for h in hooks:
             h.remove()
-    return pd.DataFrame(rows, columns=['name', 'kind', 'params', 'macs', 'ptflops', 'out_shape'])
+    return pd.DataFrame([r for r in rows if r],
+                        columns=['name', 'kind', 'params', 'macs', 'ptflops', 'out_shape'])

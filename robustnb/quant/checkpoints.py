@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from ..files import fill, load_state, explain_errors, save_state
 from ..models.zoo import build_model, model_names
-from ..models.graph import fold_batchnorm, keep_facts
+from ..models.graph import fold_batchnorm, keep_facts, stored_tensors
 from .formats import number_format, NumberFormat, QuantSpec
 from .ptq import FakeQuantize
 
@@ -22,6 +22,7 @@ def _skeleton(held):
     "The graph that the facts in `held` describe, with weights and scales still to come"
     network = held['network']
     q = fold_batchnorm(build_model(**{k: network[k] for k in ('name', 'n_classes', 'width')}))
+    keep_facts(q, stored=stored_tensors(q))
     spec = QuantSpec(**{k: number_format(v) if k in ('weights', 'activations') else v
                         for k, v in held['spec'].items()})
     for point in held['rounders']:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from ..core import check_model
-from ..models.graph import calls, check_finite, fold_batchnorm, keep_facts, weighted_kinds
+from ..models.graph import calls, check_finite, fold_batchnorm, keep_facts
+from ..models.graph import weighted_kinds, weighted_layers
 
 # %% ../../nbs/api/quant/40_equalization.ipynb #5b1704a6
 _elementwise = (nn.ReLU, nn.LeakyReLU, nn.Dropout, nn.Dropout2d, nn.Identity,
@@ -46,18 +47,21 @@ def _reader(node, model):
             sixes.append(node)
         elif spatial and not flat and _flattens_all(node, model):
             flat = True
-        elif not (calls(node, model, _elementwise) or spatial and not flat and calls(node, model, _pools)):
+        elif not (calls(node, model, _elementwise) or spatial and not flat
+                  and calls(node, model, _pools)):
             return None
     return None
 
 def _pairs(model):
     "(first layer, second layer, ReLU6 nodes) that may share factors: each called once, its weights its own"
-    nodes = [n for n in model.graph.nodes if calls(n, model, weighted_kinds)]
+    layers = weighted_layers(model)
+    nodes = [n for n in model.graph.nodes if n.target in layers]
     times = Counter(model.get_submodule(n.target).weight for n in nodes)
     apart = {n.target.rpartition('.')[0] for n in model.graph.nodes if n.op == 'get_attr'}
     alone = lambda n: times[model.get_submodule(n.target).weight] == 1 and n.target not in apart
     found = [(n, *(_reader(n, model) or (None, ()))) for n in nodes if alone(n)]
-    return [(a.target, b.target, sixes) for a, b, sixes in found if b is not None and alone(b)]
+    return [(a.target, b.target, sixes) for a, b, sixes in found
+            if b is not None and b.target in layers and alone(b)]
 
 # %% ../../nbs/api/quant/40_equalization.ipynb #8b8d3263
 class _Clip(nn.Module):

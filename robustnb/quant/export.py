@@ -19,9 +19,10 @@ from ..core import check_model
 from ..contract import predict
 from ..files import atomic_path
 from ..models.wrapping import Normalize
+from ..models.plain import PaddedConv2d
 from ..models.graph import fold_batchnorm
 from .formats import number_format
-from .ptq import FakeQuantize
+from .ptq import FakeQuantize, _attend, _open_attention, _scores
 
 # %% ../../nbs/api/quant/80_export.ipynb #a7fe4444
 def _need(name):
@@ -45,6 +46,7 @@ class _Writer:
         self.name = {}
         self.grid = {}
         self.floats = []
+        self.held = {}
     def const(self, name, value, dtype=np.float32):
         value = value.detach().numpy() if isinstance(value, Tensor) else value
         self.constants[name] = np.asarray(value, dtype)
@@ -142,13 +144,14 @@ def _fake_quantize(w, node, rounding, x):
 # %% ../../nbs/api/quant/80_export.ipynb #66b5dad6
 def _shape(node): return tuple(node.meta['tensor_meta'].shape)
 
-def _two(value): return [int(o) for o in (value if isinstance(value, (tuple, list)) else (value, value))]
+def _two(value): return [int(o) for o in (value
+                                          if isinstance(value, (tuple, list)) else (value, value))]
 
 def _refuse(node, what, why='is not known'):
     known = ', '.join(sorted({k.__name__ for k in _layers if k is not FakeQuantize}))
     raise TypeError(f"`model` must consist of operators that can be written; {node.name} ({what}) "
-                    f"{why}. Known are sums, products, concatenations, means over height and width, "
-                    f"reshaping, and {known}. Replace it, or export the full-precision model with "
+                    f"{why}. Known are sums, products, concatenations, means, reshaping, "
+                    f"attention, and {known}. Replace it, or export the full-precision model with "
                     "`torch.onnx.export`.")
 
 def _readers(w, node):
@@ -159,10 +162,16 @@ def _ends(w, node):
     return any(u.op == 'output' or not isinstance(m, FakeQuantize) and _ends(w, u)
                for u, m in zip(node.users, _readers(w, node)))
 
-def _reshape(w, node, x):
-    if _shape(node)[0] != 2:
-        _refuse(node, node.target, 'mixes the images of a batch')
-    return w.op('Reshape', node.name, x, w.const(f'{node.name}.shape', (-1, *_shape(node)[1:]), np.int64))
+def _free(node):
+    "Shape of the value of `node`, with -1 where it goes with the number of images"
+    sizes = [a if a == b else -1 for a, b in zip(_shape(node), node.meta['other_shape'])]
+    if sizes.count(-1) > 1 or _shape(node) and -1 not in sizes:
+        _refuse(node, _name(node.target), 'mixes the images of a batch')
+    return sizes
+
+def _reshape(w, node, x, name=None):
+    shape = w.const(f'{node.name}.shape', _free(node), np.int64)
+    return w.op('Reshape', name or node.name, x, shape)
 
 # %% ../../nbs/api/quant/80_export.ipynb #70e01cf3
 def _is_row(w, node, m):
@@ -182,15 +191,35 @@ def _conv(w, node, m, x):
         out = w.op('Gemm', f'{node.name}.sums', flat, *weights, transB=1)
         return w.keep(node, _reshape(w, node, out))
     pads = m._reversed_padding_repeated_twice
-    w.keep(node, w.op('Conv', node.name, x, *_weights(w, node, m.weight, m.bias), strides=_two(m.stride),
+    if isinstance(m, PaddedConv2d):
+        pads = m.pads_for(*_shape(node.all_input_nodes[0])[2:])
+    w.keep(node, w.op('Conv', node.name, x, *_weights(w, node, m.weight, m.bias),
+                      strides=_two(m.stride),
                       dilations=_two(m.dilation), pads=[*pads[::2][::-1], *pads[1::2][::-1]],
                       group=m.groups, kernel_shape=_two(m.kernel_size)))
 
+# %% ../../nbs/api/quant/80_export.ipynb #de142359
+def _conv_transposed(w, node, m, x):
+    "Written with the floats that its weights were rounded to: ONNX Runtime has no integer operator for it"
+    w.floats.append(str(node.target))
+    given = [w.const(f'{node.name}.{k}', v) for k, v in (('weight', m.weight), ('bias', m.bias))
+             if v is not None]
+    w.keep(node, w.op('ConvTranspose', node.name, x, *given, strides=_two(m.stride),
+                      dilations=_two(m.dilation),
+                      pads=_two(m.padding)*2, output_padding=_two(m.output_padding), group=m.groups,
+                      kernel_shape=_two(m.kernel_size)))
+
 def _linear(w, node, m, x):
-    if len(_shape(node)) != 2:
-        _refuse(node, 'Linear', f'has inputs of {len(_shape(node))} dimensions, where only rows can be '
-                                'written')
-    w.keep(node, w.op('Gemm', node.name, x, *_weights(w, node, m.weight, m.bias), transB=1))
+    "Over tokens or the last dimension of maps, a linear layer is written for all of them as rows"
+    if len(_shape(node)) == 2:
+        return w.keep(node, w.op('Gemm', node.name, x, *_weights(w, node, m.weight, m.bias),
+                                 transB=1))
+    shape = w.const(f'{node.name}.rows', (-1, m.in_features), np.int64)
+    rows = w.op('Reshape', f'{node.name}.row', x, shape)
+    if grid := w.grid[node.all_input_nodes[0]]:
+        rows = w.pair(f'{node.name}.flat', rows, grid)
+    out = w.op('Gemm', f'{node.name}.sums', rows, *_weights(w, node, m.weight, m.bias), transB=1)
+    w.keep(node, _reshape(w, node, out))
 
 # %% ../../nbs/api/quant/80_export.ipynb #78527f12
 def _clip(w, node, m, x):
@@ -220,21 +249,25 @@ def _max_pool(w, node, m, x):
 def _avg_pool(w, node, m, x):
     if m.divisor_override:
         _refuse(node, 'AvgPool2d', 'has a divisor of its own')
-    w.keep(node, w.op('AveragePool', node.name, x, count_include_pad=int(m.count_include_pad), **_windows(m)))
+    w.keep(node, w.op('AveragePool', node.name, x, count_include_pad=int(m.count_include_pad),
+                      **_windows(m)))
 
 def _adaptive_pool(w, node, m, x):
     size = _shape(node.all_input_nodes[0])[2:]
     out = _shape(node)[2:]
     if out == (1, 1): return w.keep(node, w.op('GlobalAveragePool', node.name, x))
     if any(a % b for a, b in zip(size, out)):
-        _refuse(node, 'AdaptiveAvgPool2d', f'makes windows of several sizes out of {size} for {out}')
+        high, wide = (F.adaptive_avg_pool1d(torch.eye(n)[None], o)[0] for n, o in zip(size, out))
+        rows = w.op('MatMul', f'{node.name}.rows', w.const(f'{node.name}.high', high.T), x)
+        return w.keep(node, w.op('MatMul', node.name, rows, w.const(f'{node.name}.wide', wide)))
     window = [a//b for a, b in zip(size, out)]
     w.keep(node, w.op('AveragePool', node.name, x, kernel_shape=window, strides=window))
 
 # %% ../../nbs/api/quant/80_export.ipynb #33b5b930
 def _batchnorm(w, node, m, x):
     one = torch.ones_like(m.running_mean)
-    values = dict(weight=one if m.weight is None else m.weight, bias=one*0 if m.bias is None else m.bias,
+    values = dict(weight=one if m.weight is None else m.weight, bias=one*0
+                  if m.bias is None else m.bias,
                   mean=m.running_mean, var=m.running_var)
     given = [w.const(f'{node.name}.{k}', v) for k, v in values.items()]
     w.keep(node, w.op('BatchNormalization', node.name, x, *given, epsilon=m.eps))
@@ -243,7 +276,12 @@ def _normalize(w, node, m, x):
     centred = w.op('Sub', f'{node.name}.centred', x, w.const(f'{node.name}.mean', m.mean))
     w.keep(node, w.op('Div', node.name, centred, w.const(f'{node.name}.std', m.std)))
 
-def _silu(w, node, m, x): w.keep(node, w.op('Mul', node.name, x, w.op('Sigmoid', f'{node.name}.gate', x)))
+def _silu(w, node, m, x): w.keep(node, w.op('Mul', node.name, x,
+                                            w.op('Sigmoid', f'{node.name}.gate', x)))
+
+def _mish(w, node, m, x):
+    gate = w.op('Tanh', f'{node.name}.gate', w.op('Softplus', f'{node.name}.soft', x))
+    w.keep(node, w.op('Mul', node.name, x, gate))
 
 def _flatten(w, node, m, x): w.move(node, _reshape(w, node, x))
 
@@ -259,16 +297,83 @@ def _plain(kind, **attributes):
         w.keep(node, w.op(kind, node.name, x, **given))
     return write
 
+# %% ../../nbs/api/quant/80_export.ipynb #9ea46268
+def _affine(w, node, x, m, shape):
+    "`x` times the weight plus the bias of a normalisation, if it has them"
+    for kind, name in (('Mul', 'weight'), ('Add', 'bias')):
+        if getattr(m, name) is not None:
+            value = w.const(f'{node.name}.{name}', getattr(m, name).detach().view(shape))
+            x = w.op(kind, f'{node.name}.{kind}', x, value)
+    return x
+
+def _layer_norm(w, node, m, x):
+    ones = torch.ones(m.normalized_shape)
+    plain = w.op('LayerNormalization', f'{node.name}.plain', x, w.const(f'{node.name}.ones', ones),
+                 axis=-len(m.normalized_shape), epsilon=m.eps)
+    w.keep(node, _affine(w, node, plain, m, m.normalized_shape))
+
+def _group_norm(w, node, m, x):
+    "Groups are the channels of an instance normalisation"
+    g = m.num_groups
+    rows = w.op('Reshape', f'{node.name}.groups', x,
+                w.const(f'{node.name}.split', (0, g, -1), np.int64))
+    given = w.const(f'{node.name}.ones', torch.ones(g)), w.const(f'{node.name}.zeros',
+                                                                 torch.zeros(g))
+    plain = w.op('InstanceNormalization', f'{node.name}.plain', rows, *given, epsilon=m.eps)
+    maps = _reshape(w, node, plain, f'{node.name}.maps')
+    w.keep(node, _affine(w, node, maps, m, (-1, *[1]*(len(_shape(node))-2))))
+
+# %% ../../nbs/api/quant/80_export.ipynb #3db6f3b9
+def _gelu(w, node, m, x):
+    n = iter(range(20))
+    op = lambda kind, *a: w.op(kind, f'{node.name}.{next(n)}', *a)
+    const = lambda v: w.const(f'{node.name}.c{next(n)}', v)
+    if m.approximate == 'tanh':
+        cube = op('Mul', op('Mul', op('Mul', x, x), x), const(.044715))
+        gate = op('Tanh', op('Mul', op('Add', x, cube), const((2/math.pi)**.5)))
+    else:
+        gate = op('Erf', op('Mul', x, const(.5**.5)))
+    w.keep(node, op('Mul', op('Mul', x, op('Add', gate, const(1.))), const(.5)))
+
+def _prelu(w, node, m, x):
+    slope = m.weight.detach().view(-1, *[1]*(len(_shape(node))-2))
+    w.keep(node, w.op('PRelu', node.name, x, w.const(f'{node.name}.slope', slope)))
+
+def _upsample(w, node, m, x):
+    ways = dict(nearest=('nearest', 'asymmetric'), bilinear=('linear', 'half_pixel'),
+                bicubic=('cubic', 'half_pixel'))
+    if m.mode not in ways:
+        _refuse(node, 'Upsample', f'works by {m.mode!r}')
+    mode, place = ways[m.mode]
+    sizes = zip(_shape(node.all_input_nodes[0])[2:], _shape(node)[2:])
+    ratio = [np.nextafter(np.float32(b/a), np.float32(np.inf)) if b % a else b/a for a, b in sizes]
+    scales = w.const(f'{node.name}.scales', [1, 1, *ratio])
+    w.keep(node, w.op('Resize', node.name, x, '', scales, mode=mode, nearest_mode='floor',
+                      cubic_coeff_a=-.75,
+                      coordinate_transformation_mode='align_corners' if m.align_corners else place))
+
+def _pad(w, node, m, x):
+    left, right, top, bottom = m.padding
+    pads = w.const(f'{node.name}.pads', (0, 0, top, left, 0, 0, bottom, right), np.int64)
+    w.move(node, w.op('Pad', node.name, x, pads, w.const(f'{node.name}.value', float(m.value))))
+
 # %% ../../nbs/api/quant/80_export.ipynb #0a2a703f
 _layers = {
     FakeQuantize: _fake_quantize, Normalize: _normalize, nn.Conv2d: _conv, nn.Linear: _linear,
-    nn.BatchNorm2d: _batchnorm, nn.ReLU: _clip, nn.ReLU6: _clip, nn.Hardtanh: _clip,
+    nn.BatchNorm2d: _batchnorm, nn.BatchNorm1d: _batchnorm, PaddedConv2d: _conv,
+    nn.ConvTranspose2d: _conv_transposed, nn.LayerNorm: _layer_norm, nn.GroupNorm: _group_norm,
+    nn.GELU: _gelu, nn.PReLU: _prelu, nn.Upsample: _upsample, nn.ZeroPad2d: _pad,
+    nn.ConstantPad2d: _pad, nn.ReLU: _clip, nn.ReLU6: _clip, nn.Hardtanh: _clip,
     nn.MaxPool2d: _max_pool, nn.AvgPool2d: _avg_pool, nn.AdaptiveAvgPool2d: _adaptive_pool,
     nn.Dropout: _nothing, nn.Dropout2d: _nothing, nn.Identity: _nothing, nn.Flatten: _flatten, nn.SiLU: _silu,
-    nn.Sigmoid: _plain('Sigmoid'), nn.Tanh: _plain('Tanh'), nn.Hardswish: _plain('HardSwish'),
+    nn.Softmax: _plain('Softmax', axis=lambda m: m.dim), nn.ELU: _plain('Elu',
+                                                                        alpha=lambda m: m.alpha),
+    nn.Sigmoid: _plain('Sigmoid'), nn.Softplus: _plain('Softplus'), nn.Mish: _mish,
+    nn.Tanh: _plain('Tanh'), nn.Hardswish: _plain('HardSwish'),
     nn.Hardsigmoid: _plain('HardSigmoid', alpha=1/6, beta=.5),
     nn.LeakyReLU: _plain('LeakyRelu', alpha=lambda m: m.negative_slope)}
 
+# %% ../../nbs/api/quant/80_export.ipynb #4adad0ae
 def _clamp(min=None, max=None):
     return nn.Hardtanh(-math.inf if min is None else min, math.inf if max is None else max)
 
@@ -277,59 +382,203 @@ def _max(kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, retur
 
 def _drop(p=.5, training=True, inplace=False): return nn.Dropout(p).train(training)
 
+def _softmax(dim=None, _stacklevel=3, dtype=None): return nn.Softmax(dim)
+
+def _resize(size=None, scale_factor=None, mode='nearest', align_corners=None, **rest):
+    return nn.Upsample(size, scale_factor, mode, align_corners)
+
+def _around(pad, mode='constant', value=None):
+    return nn.ConstantPad2d(pad, value or 0.) if mode == 'constant' and len(pad) == 4 else None
+
+def _filled(layer, weight, bias):
+    "`layer` with these tensors"
+    layer.weight = None if weight is None else nn.Parameter(weight)
+    layer.bias = None if bias is None else nn.Parameter(bias)
+    return layer
+
+def _rows(weight, bias=None): return _filled(nn.Linear(*weight.shape[::-1]), weight, bias)
+
+def _columns(weight): return _rows(weight.T.contiguous(), None) if weight.ndim == 2 else None
+
+def _maps(weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    layer = nn.Conv2d(weight.shape[1]*groups, len(weight), weight.shape[2:], stride, padding,
+                      dilation, groups)
+    return _filled(layer, weight, bias)
+
+# %% ../../nbs/api/quant/80_export.ipynb #d56a7866
+def _last(normalized_shape, weight=None, bias=None, eps=1e-5):
+    return _filled(nn.LayerNorm(normalized_shape, eps), weight, bias)
+
+def _grouped(num_groups, weight=None, bias=None, eps=1e-5):
+    return _filled(nn.GroupNorm(num_groups, num_groups, eps), weight, bias)
+
+def _sloped(weight): return _filled(nn.PReLU(), weight, None)
 _calls = {F.relu: nn.ReLU, torch.relu: nn.ReLU, 'relu': nn.ReLU, F.relu6: nn.ReLU6,
           F.hardtanh: nn.Hardtanh, torch.clamp: _clamp, 'clamp': _clamp, F.max_pool2d: _max,
           F.avg_pool2d: nn.AvgPool2d, F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
-          F.dropout: _drop, 'contiguous': nn.Identity, F.silu: nn.SiLU,
+          F.dropout: _drop, F.gelu: nn.GELU, F.elu: nn.ELU, F.mish: nn.Mish,
+          F.softmax: _softmax, torch.softmax: _softmax, 'softmax': _softmax,
+          F.interpolate: _resize, F.pad: _around,
+          F.linear: _rows, F.conv2d: _maps, F.layer_norm: _last, F.group_norm: _grouped, F.prelu: _sloped,
+          torch.matmul: _columns, operator.matmul: _columns, 'matmul': _columns,
+          torch.tanh: nn.Tanh, 'tanh': nn.Tanh, F.silu: nn.SiLU,
           torch.sigmoid: nn.Sigmoid, 'sigmoid': nn.Sigmoid, F.hardswish: nn.Hardswish,
           F.hardsigmoid: nn.Hardsigmoid, F.leaky_relu: nn.LeakyReLU}
 
 # %% ../../nbs/api/quant/80_export.ipynb #3ad8edb1
 _pairs = {operator.add: 'Add', operator.iadd: 'Add', torch.add: 'Add', 'add': 'Add', 'add_': 'Add',
-          operator.mul: 'Mul', operator.imul: 'Mul', torch.mul: 'Mul', 'mul': 'Mul'}
+          operator.mul: 'Mul', operator.imul: 'Mul', torch.mul: 'Mul', 'mul': 'Mul',
+          operator.sub: 'Sub', torch.sub: 'Sub', 'sub': 'Sub',
+          operator.truediv: 'Div', torch.div: 'Div', 'div': 'Div',
+          torch.matmul: 'MatMul', operator.matmul: 'MatMul', 'matmul': 'MatMul', torch.bmm: 'MatMul'}
 _shapes = (torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, 'flatten', 'view',
-           'reshape', 'squeeze', 'unsqueeze')
+           'reshape', 'squeeze', 'unsqueeze', 'unflatten')
+_turns = (torch.transpose, torch.permute, 'transpose', 'permute', 't')
+_parts = (torch.chunk, torch.split, torch.unbind, 'chunk', 'split', 'unbind')
+_still = ('contiguous', 'clone', 'to', 'float', 'detach', torch.clone)
 
 def _argument(node, name, place, usual=None):
     return node.kwargs.get(name, node.args[place] if len(node.args) > place else usual)
 
 def _name(target): return target if isinstance(target, str) else getattr(target, '__name__', target)
 
+# %% ../../nbs/api/quant/80_export.ipynb #bdf9225b
+def _mean(w, node, x):
+    "Means over dimensions, those of maps as the pool that integer engines know"
+    before = node.all_input_nodes[0]
+    rank = len(_shape(before))
+    dims = _argument(node, 'dim', 1, list(range(rank)))
+    dims = sorted(d % rank for d in (dims if isinstance(dims, (tuple, list)) else [dims]))
+    if rank == 4 and dims == [2, 3]:
+        mean = w.op('GlobalAveragePool', f'{node.name}.maps', x)
+        return w.keep(node, mean if len(_shape(node)) == 4 else _reshape(w, node, mean))
+    if any(_free(before)[d] == -1 for d in dims):
+        _refuse(node, 'mean', 'mixes the images of a batch')
+    w.keep(node, w.op('ReduceMean', node.name, x, axes=dims,
+                      keepdims=int(len(_shape(node)) == rank)))
+
+def _turn(w, node, x):
+    "Dimensions in another order"
+    rank = len(_shape(node))
+    given = node.args[1] if len(node.args) == 2 and isinstance(node.args[1],
+                                                               (tuple, list)) else node.args[1:]
+    given = [d % rank for d in (given or node.kwargs.values() or (0, 1))]
+    order = list(range(rank))
+    if len(given) == 2 != rank or 'transpose' in str(node.target):
+        order[given[0]], order[given[1]] = given[1], given[0]
+    else:
+        order = given
+    w.move(node, w.op('Transpose', node.name, x, perm=order))
+
+# %% ../../nbs/api/quant/80_export.ipynb #59442fbe
+_end = 2**62
+
+def _slice(w, node, x, cuts):
+    "`x` from start to end along each dimension in `cuts`, which holds dimension -> (start, end)"
+    if not cuts: return x
+    rows = zip(*((d, a, b) for d, (a, b) in cuts.items()))
+    axes, starts, ends = (w.const(f'{node.name}.{k}', v, np.int64)
+                          for k, v in zip(('axes', 'from', 'till'), rows))
+    return w.op('Slice', f'{node.name}.part', x, starts, ends, axes)
+
+def _item(w, node, x):
+    "An item of what a call returned, or a part of a tensor"
+    source, index = node.args
+    if source.target in _parts:
+        metas = source.meta['tensor_meta']
+        unbound = 'unbind' in str(source.target)
+        rank = len(_shape(source.all_input_nodes[0]))
+        dim = _argument(source, 'dim', 1 if unbound else 2, 0) % rank
+        sizes = [1 if unbound else m.shape[dim] for m in metas]
+        index %= len(sizes)
+        x = _slice(w, node, x, {dim: (sum(sizes[:index]), sum(sizes[:index+1]))})
+        return w.move(node, _reshape(w, node, x) if unbound else x)
+    index = index if isinstance(index, tuple) else (index,)
+    known = all(i is None or type(i) is int or isinstance(i, slice) and i.step in (None, 1)
+                for i in index)
+    if not known: _refuse(node, 'an index')
+    cuts = {}
+    for d, i in enumerate(i for i in index if i is not None):
+        if type(i) is int:
+            cuts[d] = i, i+1 if i != -1 else _end
+        elif i != slice(None):
+            cuts[d] = i.start or 0, _end if i.stop is None else i.stop
+    if 0 in cuts: _refuse(node, 'an index', 'picks images out of a batch')
+    x = _slice(w, node, x, cuts)
+    w.move(node, x if all(isinstance(i, slice) for i in index) else _reshape(w, node, x))
+
+# %% ../../nbs/api/quant/80_export.ipynb #ae215f75
+def _expand(w, node, x):
+    "Copies along dimensions of size one, among them one for each image"
+    batch = w.op('Shape', f'{node.name}.images', 'images', start=0, end=1)
+    sizes = [batch if n == -1 else w.const(f'{node.name}.{i}', [n], np.int64)
+             for i, n in enumerate(_free(node))]
+    shape = w.op('Concat', f'{node.name}.shape', *sizes, axis=0)
+    w.move(node, w.op('Expand', node.name, x, shape))
+
+def _products(w, node, x):
+    "Products of queries and keys, and the softmax of what a mask leaves of them"
+    if node.target is _scores:
+        q, k, scale = node.args
+        rank = len(_shape(k))
+        scale = w.const(f'{node.name}.scale', _shape(q)[-1]**-.5 if scale is None else scale)
+        order = [*range(rank-2), rank-1, rank-2]
+        keys = w.op('Transpose', f'{node.name}.keys', w.name[k], perm=order)
+        return w.keep(node, w.op('Mul', node.name, w.op('MatMul', f'{node.name}.sums', x, keys),
+                                 scale))
+    mask = node.args[1]
+    if mask is not None and mask.meta['tensor_meta'].dtype == torch.bool:
+        x = w.op('Where', f'{node.name}.seen', w.name[mask], x,
+                 w.const(f'{node.name}.never', -np.inf))
+    elif mask is not None:
+        x = w.op('Add', f'{node.name}.seen', x, w.name[mask])
+    w.keep(node, w.op('Softmax', node.name, x, axis=-1))
+
 # %% ../../nbs/api/quant/80_export.ipynb #6fffe39d
 def _function(w, node, x):
     "Functions and methods that are no layers."
     target = node.target
-    if target in _pairs and 'alpha' not in node.kwargs and 'out' not in node.kwargs:
+    odd = {'alpha', 'out', 'rounding_mode'} & node.kwargs.keys()
+    if target in _pairs and not odd:
         ends = [w.name[o] if isinstance(o, fx.Node) else w.const(f'{node.name}.number', o)
                 for o in (node.args[0], _argument(node, 'other', 1))]
         return w.keep(node, w.op(_pairs[target], node.name, *ends))
     if target in _shapes: return w.move(node, _reshape(w, node, x))
-    rank = len(_shape(node.all_input_nodes[0]))
-    if target in (torch.cat, torch.concat) and (axis := _argument(node, 'dim', 1, 0) % rank):
-        parts = [w.name[o] for o in _argument(node, 'tensors', 0)]
-        return w.keep(node, w.op('Concat', node.name, *parts, axis=axis))
-    dims = _argument(node, 'dim', 1)
-    maps = isinstance(dims, (tuple, list)) and sorted(d % 4 for d in dims) == [2, 3]
-    if target in (torch.mean, 'mean') and rank == 4 and maps:
-        mean = w.op('GlobalAveragePool', f'{node.name}.maps', x)
-        return w.keep(node, mean if len(_shape(node)) == 4 else _reshape(w, node, mean))
+    if target in _turns: return _turn(w, node, x)
+    if target in _parts or target in _still: return w.same(node)
+    if target is operator.getitem: return _item(w, node, x)
+    if target in ('expand', 'expand_as'): return _expand(w, node, x)
+    if target in (_scores, _attend): return _products(w, node, x)
+    if target in (torch.mean, 'mean'): return _mean(w, node, x)
+    if target in (torch.cat, torch.concat):
+        axis = _argument(node, 'dim', 1, 0) % len(_shape(node))
+        if _free(node)[axis] != -1:
+            parts = [w.name[o] for o in _argument(node, 'tensors', 0)]
+            return w.keep(node, w.op('Concat', node.name, *parts, axis=axis))
     _refuse(node, _name(target))
+
+# %% ../../nbs/api/quant/80_export.ipynb #c5e9b237
+def _layer_of(w, node):
+    "The layer that a node calls, or that its function is with these arguments; None if there is none"
+    if node.op == 'call_module': return w.graph.get_submodule(node.target)
+    if node.target not in _calls: return None
+    given = {k: v for k, v in node.kwargs.items() if k not in ('input', 'inplace')}
+    rest, given = fx.node.map_arg((node.args[1:], given), lambda n: w.held.get(n, n))
+    free = [v for v in (*rest, *given.values()) if isinstance(v, fx.Node)]
+    return None if free else _calls[node.target](*rest, **given)
 
 def _write(w, node):
     "Append what `node` computes."
-    m = None
+    if node.op == 'get_attr':
+        w.held[node] = operator.attrgetter(node.target)(w.graph).detach()
+        kind = np.bool_ if w.held[node].dtype == torch.bool else np.float32
+        return w.keep(node, w.const(f'{node.name}.held', w.held[node], kind))
+    m = _layer_of(w, node)
     x = w.name[node.all_input_nodes[0]] if node.all_input_nodes else None
-    if node.op == 'call_module':
-        m = w.graph.get_submodule(node.target)
-    elif node.target in _calls:
-        given = {k: v for k, v in node.kwargs.items() if k != 'input'}
-        m = _calls[node.target](*node.args[1:], **given)
-    if node.op == 'get_attr' or (m is not None and type(m) not in _layers):
-        _refuse(node, type(m).__name__ if m is not None else 'a parameter')
-    if m is None:
-        _function(w, node, x)
-    else:
-        _layers[type(m)](w, node, m, x)
+    if m is None: return _function(w, node, x)
+    if type(m) not in _layers and not isinstance(m, nn.BatchNorm2d):
+        _refuse(node, type(m).__name__)
+    _layers.get(type(m), _batchnorm)(w, node, m, x)
 
 # %% ../../nbs/api/quant/80_export.ipynb #3b014bd6
 def _says(spec, writer):
@@ -358,13 +607,17 @@ def _weight_formats(model, spec):
 # %% ../../nbs/api/quant/80_export.ipynb #f0409b70
 def _shaped(model, spec, shape):
     "A copy of the model on the CPU as a graph, folded, that knows the shape of each of its tensors"
-    graph = (copy.deepcopy(model) if spec else fold_batchnorm(model)).cpu().float()
+    graph = copy.deepcopy(model) if spec else _open_attention(fold_batchnorm(model))
+    graph = graph.cpu().float()
     bad = [n for n, v in graph.state_dict().items() if not v.isfinite().all()]
     if bad:
         raise ValueError(f"`model` must have finite weights; {bad[0]} has values that are not "
                          f"({len(bad)} such tensors). Did its training diverge?")
     try:
         with torch.no_grad():
+            ShapeProp(graph).propagate(torch.zeros(3, *shape))
+            for node in graph.graph.nodes:
+                node.meta['other_shape'] = getattr(node.meta.get('tensor_meta'), 'shape', ())
             ShapeProp(graph).propagate(torch.zeros(2, *shape))
     except (RuntimeError, ValueError) as e:
         raise ValueError("`shape` must be the channels, height and width of images that `model` takes; got "
@@ -482,7 +735,8 @@ def engine_ops(
         optimized = Path(folder)/'optimized.onnx'
         _session(path, optimized=optimized)
         nodes = _need('onnx').load(optimized).graph.node
-    rows = pd.DataFrame([dict(op=n.op_type, computes=_computes(n.op_type), name=n.name) for n in nodes])
+    rows = pd.DataFrame([dict(op=n.op_type, computes=_computes(n.op_type), name=n.name)
+                         for n in nodes])
     groups = rows.groupby(['computes', 'op'], as_index=False)
     table = groups.agg(count=('name', 'size'), names=('name', tuple))
     return table.sort_values(['computes', 'count'], ascending=[False, False], ignore_index=True)

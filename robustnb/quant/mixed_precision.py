@@ -11,20 +11,28 @@ import torch
 from torch import fx, nn, Tensor
 from ..core import check_images, check_model, progress
 from ..contract import predict
-from ..models.graph import check_finite, fold_batchnorm, keep_facts, weighted_layers
+from ..models.graph import check_finite, fold_batchnorm, keep_facts, stored_tensors
 from ..models.complexity import model_complexity
 from .formats import choose_scale, fake_quantize, number_format, quant_spec
-from .ptq import quantize, round_biases_
+from .ptq import model_bytes, quantize, round_biases_
 from .sensitivity import noise_ratio
 
 # %% ../../nbs/api/quant/60_mixed_precision.ipynb #3b6ae9ea
 _formats = ('INT8', 'INT7', 'INT6', 'INT5', 'INT4', 'INT3', 'INT2')
 
-def _round_weights(layer, fmt, spec):
-    "Weights of a layer in a format, and the scales that `quantize` chooses"
-    scale = choose_scale(layer.weight, fmt, spec.rule, spec.per_channel)
-    return fake_quantize(layer.weight, fmt, scale), scale
+def _weights(graph):
+    "By the name of its layer: line of `stored_tensors` and parameter of each weight of a linear map"
+    lines = [line for line in stored_tensors(graph).values() if line.role == 'weight']
+    return {line.name.removesuffix('.weight'): (line, graph.get_parameter(line.name))
+            for line in lines}
 
+def _round_weight(line, weight, fmt, spec):
+    "A weight in a format, and the scales that `quantize` chooses"
+    rows = line.rows(weight)
+    scale = choose_scale(rows, fmt, spec.rule, spec.per_channel)
+    return line.stored(fake_quantize(rows, fmt, scale)), scale
+
+# %% ../../nbs/api/quant/60_mixed_precision.ipynb #4f311192
 @torch.no_grad()
 def weight_noise(
     model:nn.Module,     # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode; not changed
@@ -45,14 +53,14 @@ def weight_noise(
     macs = model_complexity(clean, tuple(images.shape[1:])).groupby('name').macs.sum()
     signal = predict(clean, images)
     rows = []
-    for name, layer in progress(weighted_layers(clean).items(), 'layers'):
-        exact = layer.weight.clone()
+    for name, (line, weight) in progress(_weights(clean).items(), 'layers'):
+        exact = weight.clone()
         for fmt in formats:
-            layer.weight.copy_(_round_weights(layer, fmt, spec)[0])
+            weight.copy_(_round_weight(line, exact, fmt, spec)[0])
             noise = noise_ratio(signal, predict(clean, images))
             rows.append(dict(layer=name, format=str(fmt), bits=fmt.bits, params=exact.numel(),
-                             macs=int(macs[name]), noise=noise))
-            layer.weight.copy_(exact)
+                             macs=int(macs.get(name, exact.numel())), noise=noise))
+            weight.copy_(exact)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/api/quant/60_mixed_precision.ipynb #3decb4c1
@@ -90,11 +98,7 @@ def _greedy(choices, budget):
 
 def _other_bits(clean):
     "Bits of everything in a folded model that is not a weight of a layer"
-    weights = {m.weight for m in weighted_layers(clean).values()}
-    running = sum(b.numel() for n, b in clean.named_buffers()
-                  if n.endswith(('running_mean', 'running_var')))
-    parameters = sum(p.numel() for p in clean.parameters())
-    return 32*(parameters - sum(w.numel() for w in weights) + running)
+    return 8*model_bytes(clean) - 32*sum(w.numel() for _, w in _weights(clean).values())
 
 # %% ../../nbs/api/quant/60_mixed_precision.ipynb #f3ff7487
 def _check_budget(name, budget, choices, other, by):
@@ -117,7 +121,8 @@ def allocate_bits(
     noise:pd.DataFrame=None,  # From `weight_noise`, in place of `formats`; None measures it
 )->pd.DataFrame:              # One row per layer: layer, format, bits, params, macs, noise, kb, mbops
     "Weight formats by sensitivity as in HAWQ (Dong et al. 2019, arXiv:1905.03696), greedily by logit noise."
-    given = {k: v for k, v in dict(budget_kb=budget_kb, budget_mbops=budget_mbops).items() if v is not None}
+    given = {k: v for k, v in dict(budget_kb=budget_kb, budget_mbops=budget_mbops).items()
+             if v is not None}
     if len(given) != 1:
         raise ValueError(f"one of `budget_kb` and `budget_mbops` must be given; got {given or 'neither'}.")
     spec = quant_spec(spec)
@@ -125,7 +130,7 @@ def allocate_bits(
     name, budget = given.popitem()
     by = spec.activations.bits
     clean = fold_batchnorm(check_model(model))
-    if odd := sorted(set(weighted_layers(clean)) ^ set(noise.layer)):
+    if odd := sorted(set(_weights(clean)) ^ set(noise.layer)):
         raise ValueError(f"`noise` must be that of `model`; {odd[:3]} are in one of the two only. "
                          "Measure it with `weight_noise`.")
     in_bytes = name == 'budget_kb'
@@ -145,7 +150,8 @@ def quantize_mixed(
 )->fx.GraphModule:        # A model with the same contract; `layer_formats` holds the format of each layer
     "Post-training quantisation with a weight format for each layer."
     spec = quant_spec(spec)
-    layers = weighted_layers(fold_batchnorm(check_finite(check_model(model))))
+    clean = fold_batchnorm(check_finite(check_model(model)), images)
+    layers = _weights(clean)
     formats = {k: number_format(f) for k, f in zip(table.layer, table.format)}
     odd = sorted(set(layers) ^ set(formats))
     if odd or len(table) != len(formats):
@@ -154,12 +160,12 @@ def quantize_mixed(
                          "it made for another model?")
     q = quantize(model, spec, images)
     scales = {}
-    for name, layer in weighted_layers(q).items():
-        rounded, scale = _round_weights(layers[name], formats[name], spec)
-        layer.weight.copy_(rounded)
-        if layer.bias is not None:
-            layer.bias.copy_(layers[name].bias)
+    for name, (line, weight) in _weights(q).items():
+        rounded, scale = _round_weight(*layers[name], formats[name], spec)
+        weight.copy_(rounded)
         if formats[name].kind == 'INT':
-            scales[f'{name}.weight'] = scale
+            scales[line.name] = scale
+    for name in [n for n, line in q.stored.items() if line.role == 'bias']:
+        q.get_parameter(name).copy_(clean.get_parameter(name))
     round_biases_(q, scales)
     return keep_facts(q, layer_formats=formats)

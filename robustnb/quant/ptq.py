@@ -12,11 +12,10 @@ from operator import getitem
 import torch
 import torch.nn.functional as F
 from torch import fx, nn, Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
-from ..core import batches, check_images, check_model, images_at_a_time
-from ..models.wrapping import Normalize
-from ..models.graph import calls, check_finite, fold_batchnorm, keep_facts, weighted_kinds
+from ..core import batches, check_images, images_at_a_time
+from ..contract import open_model
+from ..models.graph import calls, check_finite, fold_batchnorm, image_nodes, image_preparation
+from ..models.graph import keep_facts, stored_tensors, trace
 from .formats import choose_scale, fake_quantize, memory_order, quant_spec, QuantSpec
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #b1f0c003
@@ -41,7 +40,8 @@ def _open_attention(model):
         given = dict(zip(_attention_arguments, node.args)) | dict(node.kwargs)
         if given.get('is_causal') or given.get('enable_gqa'): continue
         with graph.inserting_before(node):
-            scores = graph.call_function(_scores, (given['query'], given['key'], given.get('scale')))
+            scores = graph.call_function(_scores,
+                                         (given['query'], given['key'], given.get('scale')))
             weights = graph.call_function(_attend, (scores, given.get('attn_mask')))
             out = graph.call_function(torch.matmul, (weights, given['value']))
         node.replace_all_uses_with(out)
@@ -53,30 +53,26 @@ def _open_attention(model):
 _clips = (nn.ReLU, nn.ReLU6, nn.Hardtanh, F.relu, F.relu6, F.hardtanh, torch.relu, torch.clamp,
           'relu', 'clamp')
 _moves = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout2d, nn.Identity,
-          nn.Flatten, nn.Unflatten, nn.ZeroPad2d, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
-          F.max_pool2d, F.dropout, F.pad, torch.flatten, torch.reshape, torch.permute, torch.transpose,
-          torch.chunk, torch.split, torch.unbind, torch.squeeze, torch.unsqueeze, torch.roll,
+          nn.Flatten, nn.Unflatten, nn.ZeroPad2d, nn.Dropout1d, nn.Dropout3d,
+          nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, F.max_pool2d, F.adaptive_max_pool2d,
+          F.dropout, F.dropout2d, F.pad, torch.clone, torch.amax, torch.flatten,
+          torch.reshape, torch.permute, torch.transpose,
+          torch.chunk, torch.split, torch.unbind, torch.squeeze, torch.unsqueeze, torch.roll, torch.flip,
+          'clone', 'to', 'float', 'detach', 'type_as', 'flip', 'amax', 't', 'narrow', 'select', 'repeat',
           'flatten', 'view', 'reshape', 'permute', 'transpose', 'contiguous', 'unsqueeze', 'squeeze',
           'chunk', 'split', 'unbind', 'unflatten', 'expand', 'roll', 'size', 'dim')
 
 def _only_moves(node, model):
     "Does `node` call what only moves values? torchvision's stochastic depth is known by its name"
-    return calls(node, model, _moves) or getattr(node.target, '__name__', None) == 'stochastic_depth'
+    return calls(node, model, _moves) or getattr(node.target, '__name__',
+                                                 None) == 'stochastic_depth'
 
 def _keeps_levels(node, model):
     """Does `node` keep the levels as they are? An item does, unless it is the first sight of what a module
     returned in a tuple."""
     if _only_moves(node, model): return True
     if node.op != 'call_function' or node.target is not getitem: return False
-    return not (isinstance(node.args[1], int) and node.args[0].op == 'call_module')
-
-def _of_image(model):
-    "The nodes that depend on the image, not on weights alone."
-    found = set()
-    for node in model.graph.nodes:
-        if node.op == 'placeholder' or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
+    return not (isinstance(node.args[1], (int, str)) and node.args[0].op == 'call_module')
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #1db0ae1a
 def _logits(model):
@@ -87,8 +83,8 @@ def _logits(model):
     return found
 
 def _is_computed(node, model):
-    "Does `node` compute new values? An image that is normalised first is stored only after that"
-    if node.op == 'placeholder': return not all(calls(u, model, (Normalize,)) for u in node.users)
+    "Does `node` compute new values?"
+    if node.op == 'placeholder': return True
     if node.op not in ('call_module', 'call_function', 'call_method'): return False
     return not (calls(node, model, _clips) or _keeps_levels(node, model))
 
@@ -97,10 +93,14 @@ def quantization_points(
 )->list:                    # Nodes after which a tensor is rounded, in the order of the calls
     "The nodes whose output an engine would store."
     logits = _logits(model)
-    of_image = _of_image(model)
+    of_image = image_nodes(model)
+    before = image_preparation(model)
+    early = set(before[:-1])
+    kept = before[-1] if len(before) > 1 else None
     points = []
     for node in model.graph.nodes:
-        if node not in of_image or not node.users or not _is_computed(node, model): continue
+        if node not in of_image or node in early or not node.users: continue
+        if node is not kept and not _is_computed(node, model): continue
         while len(node.users) == 1 and calls(next(iter(node.users)), model, _clips):
             node = next(iter(node.users))
         if node not in logits and node not in points:
@@ -118,36 +118,18 @@ def _sample(x, room):
         step += 1
     return torch.cat([torch.stack(flat.aminmax()), flat[::step]])
 
-def _derives(layer, x):
-    """Does `layer` compute with something else than its weight, a standardised one for example? Then doubling
-    the weight does not double the answer."""
-    if 'weight' not in dict(layer.named_parameters(recurse=False)): return True
-    if type(layer).forward in [kind.forward for kind in weighted_kinds]: return False
-    one = copy.deepcopy(layer)
-    if one.bias is not None:
-        one.bias.zero_()
-    before = one(x[:1])
-    one.weight.mul_(2)
-    return not torch.allclose(one(x[:1]), 2*before, rtol=1e-4, atol=1e-5*before.abs().max().item())
-
 # %% ../../nbs/api/quant/20_ptq.ipynb #3007f275
 class _Watch(fx.Interpreter):
-    """Runs a graph, keeps a sample of the values at some nodes, and finds layers whose weight is not used as
-    it is."""
+    "Runs a graph and keeps a sample of the values at some nodes."
     def __init__(self, model, points):
         super().__init__(model)
         self.points = set(points)
         self.seen = {}
         self.fraction = 1
-        self.derived = {}
-    def call_module(self, target, args, kwargs):
-        layer = self.fetch_attr(target)
-        if isinstance(layer, weighted_kinds) and target not in self.derived:
-            self.derived[target] = _derives(layer, (*args, *kwargs.values())[0])
-        return super().call_module(target, args, kwargs)
     def run_node(self, node):
         out = super().run_node(node)
-        if node not in self.points or not isinstance(out, Tensor) or not out.is_floating_point(): return out
+        if node not in self.points or not isinstance(out,
+                                                     Tensor) or not out.is_floating_point(): return out
         sample = _sample(out, max(1, int(_sample_size*self.fraction)))
         if not sample[:2].isfinite().all():
             raise ValueError(f"`model` must be finite on `images`; the values after {node.name} are "
@@ -162,7 +144,6 @@ class Calibration:
     model:nn.Module      # The model it was made from
     graph:fx.GraphModule # The model folded, attention opened, nothing rounded
     values:dict          # Node -> extremes and a sample of its values
-    derived:tuple        # Layers that compute with something else than their weight
 
 @torch.no_grad()
 def calibrate(
@@ -171,21 +152,20 @@ def calibrate(
     batch_size:int|None=None, # Images at a time; None goes by their size, at most 100
 )->Calibration:           # For `quantize`, any number of times
     "Read the ranges of all tensors of a model off some images."
-    check_model(model)
-    check_images(images, 'images')
-    check_finite(model)
+    opened = check_finite(open_model(model, check_images(images, 'images')))
     if hasattr(model, 'left_float'):
         raise ValueError("`model` must be in full precision; this one is a copy that `quantize` made. "
                          "Give the original.")
-    q = _open_attention(fold_batchnorm(model))
+    q = _open_attention(fold_batchnorm(opened, images))
+    keep_facts(q, stored=stored_tensors(q))
     watch = _Watch(q, quantization_points(q))
-    like = next(model.parameters(), images)
+    like = next((t for t in (*q.parameters(), *q.buffers()) if t.is_floating_point()), images)
     size = min(100, images_at_a_time(images, like.device)) if batch_size is None else batch_size
     for s in batches(len(images), size):
         watch.fraction = (s.stop-s.start)/len(images)
         watch.run(images[s].to(like.device).contiguous(memory_format=torch.channels_last))
     values = {name: torch.cat(parts) for name, parts in watch.seen.items()}
-    return Calibration(model, q, values, tuple(n for n, derived in watch.derived.items() if derived))
+    return Calibration(model, q, values)
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #38979904
 class FakeQuantize(nn.Module):
@@ -223,47 +203,34 @@ def round_biases_(
             source = source.all_input_nodes[0]
         layer = q.get_submodule(node.target)
         stored = q.get_submodule(source.target) if source.op == 'call_module' else None
-        if layer.bias is None or not isinstance(stored, FakeQuantize) or stored.fmt.kind != 'INT': continue
+        if layer.bias is None or not isinstance(stored,
+                                                FakeQuantize) or stored.fmt.kind != 'INT': continue
         unit = scales[f'{node.target}.weight'].flatten()*stored.scale
         layer.bias.copy_((layer.bias/unit).round()*unit)
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #dcb028ef
-_functions = (F.linear, F.conv1d, F.conv2d, F.conv3d)
-
-def _argument(node, place, name):
-    "Name of the parameter that `node` takes as an argument; None if it is no parameter"
-    value = node.args[place] if len(node.args) > place else node.kwargs.get(name)
-    return value.target if getattr(value, 'op', None) == 'get_attr' else None
-
-def _holds_weights(model, name):
-    "Is there a convolution or linear layer of that name?"
-    try:
-        return isinstance(model.get_submodule(name), weighted_kinds)
-    except AttributeError:
-        return False
-
-def _free_weights(model, original):
-    "Names of weights that functions take, not layers, each with the name of its bias or None."
-    found = {}
-    for node in model.graph.nodes:
-        if node.op == 'get_attr' and node.target.endswith('.weight'):
-            owner = node.target.removesuffix('.weight')
-            if _holds_weights(original, owner):
-                found[node.target] = f'{owner}.bias'
-        if node.op == 'call_function' and node.target in _functions:
-            if weight := _argument(node, 1, 'weight'):
-                found[weight] = _argument(node, 2, 'bias')
-    return found
+def _round_weights(q, spec):
+    "Round each weight of a linear map once; the scales, by every name that a layer has for it"
+    scales = {}
+    for name, line in q.stored.items():
+        if line.role != 'weight': continue
+        weight = q.get_parameter(name)
+        rows = line.rows(weight)
+        scale = choose_scale(rows, spec.weights, spec.rule, spec.per_channel)
+        weight.copy_(line.stored(fake_quantize(rows, spec.weights, scale)))
+        scales[weight] = scale
+    tied = q.named_parameters(remove_duplicate=False)
+    return {name: scales[p] for name, p in tied if p in scales}
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #ad77b744
-def _unrounded(model, done):
-    "Layers and single tensors with parameters outside `done`."
+def _unrounded(q):
+    "Layers and single tensors that reach the answer and were neither rounded nor are a bias or a statistic."
     names = set()
-    for n, _ in model.named_parameters():
-        if n in done: continue
-        owner = n.rpartition('.')[0]
-        alone = not owner or any(True for _ in model.get_submodule(owner).children())
-        names.add(n if alone else owner)
+    for name, line in q.stored.items():
+        if line.role != 'other': continue
+        owner = name.rpartition('.')[0]
+        alone = not owner or any(True for _ in q.get_submodule(owner).children())
+        names.add(name if alone else owner)
     return tuple(sorted(names))
 
 _seen_through = ('torch', '_operator', 'operator', 'math', 'builtins', 'robustnb', '__main__')
@@ -272,7 +239,11 @@ def _hides(node, model):
     "Does the call take several steps that the graph does not show?"
     if node.op == 'call_module':
         layer = model.get_submodule(node.target)
-        return any(True for _ in layer.children()) or isinstance(layer, (nn.RNNBase, nn.MultiheadAttention))
+        line = model.stored.get(f'{node.target}.weight')
+        if line is not None and line.role == 'weight': return False
+        return any(True for _ in layer.children()) or isinstance(layer,
+                                                                 (nn.RNNBase,
+                                                                  nn.MultiheadAttention))
     if node.op != 'call_function' or _only_moves(node, model): return False
     if node.target is F.scaled_dot_product_attention: return True
     home = getattr(node.target, '__module__', None) or 'torch'
@@ -305,37 +276,34 @@ def quantize(
         raise ValueError("`images` must be images, or the `Calibration` of this very `model`; got that "
                          "of another. Call `calibrate(model, images)`.")
     q = copy.deepcopy(seen.graph)
-    of_image = _of_image(q)
+    of_image = image_nodes(q)
     opaque = tuple(n.name for n in q.graph.nodes if n in of_image and _hides(n, q))
-    layers = {f'{n}.weight': f'{n}.bias' for n, m in q.named_modules()
-              if isinstance(m, weighted_kinds) and n not in seen.derived}
-    found = layers | _free_weights(q, model)
     _round_tensors(q, spec, seen.values)
-    scales = {}
-    for name in found:
-        owner, _, attribute = name.rpartition('.')
-        weight = getattr(q.get_submodule(owner), attribute)
-        scales[name] = choose_scale(weight, spec.weights, spec.rule, spec.per_channel)
-        weight.copy_(fake_quantize(weight, spec.weights, scales[name]))
+    scales = _round_weights(q, spec)
     if spec.weights.kind == 'INT':
         round_biases_(q, scales)
-    left_float = _unrounded(q, {*found, *found.values()})
-    return keep_facts(q, spec=spec, left_float=left_float, opaque=opaque).requires_grad_(False).eval()
+    return keep_facts(q, spec=spec, left_float=_unrounded(q),
+                      opaque=opaque).requires_grad_(False).eval()
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #f68cf10c
+def _tensor(graph, name):
+    "Parameter or buffer of that name"
+    owner, _, last = name.rpartition('.')
+    return getattr(graph.get_submodule(owner), last)
+
 def model_bytes(
-    model:nn.Module,   # Any network; fold it first to see what an engine stores
-    weight_bits=32,    # Bits per weight of convolutions and linear layers, 1 to 32
+    model:nn.Module,   # From `quantize`, or any network; fold it first to see what an engine stores
+    weight_bits=32,    # Bits of a weight of a linear map, 1 to 32
 )->int:                # Bytes, rounded up
-    "Storage of a model whose layer weights take `weight_bits` and all other numbers 32 bits."
+    "Storage of what the answer depends on: weights that are rounded in `weight_bits`, all else in 32 bits."
     whole = isinstance(weight_bits, int) and not isinstance(weight_bits, bool)
     if not (whole and 1 <= weight_bits <= 32):
         raise ValueError(f"`weight_bits` must be an integer from 1 to 32; got {weight_bits!r}. 32 is "
                          "the model without quantisation.")
-    modules = list(model.modules())
-    weights = {m.weight: m.weight.numel() for m in modules if isinstance(m, (_ConvNd, nn.Linear))}
-    running = sum(m.running_mean.numel() + m.running_var.numel() for m in modules
-                  if isinstance(m, _BatchNorm) and m.running_mean is not None)
-    few = sum(weights.values())
-    many = sum(p.numel() for p in model.parameters()) - few + running
+    ready = hasattr(model, 'lent') or next(model.children(), None) is None
+    graph = model if ready else trace(model)
+    counted = [(line.role, _tensor(graph, name).numel())
+               for name, line in stored_tensors(graph).items()]
+    few = sum(n for role, n in counted if role == 'weight')
+    many = sum(n for role, n in counted if role in ('bias', 'statistics', 'other'))
     return -(-(weight_bits*few + 32*many)//8)

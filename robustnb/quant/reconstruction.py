@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn, Tensor
 from ..core import batches, check_images, check_model, make_generator
-from ..models.graph import calls, check_finite, fold_batchnorm, weighted_kinds, weighted_layers
+from ..models.plain import PaddedConv2d
+from ..models.graph import calls, check_finite, fold_batchnorm, weighted_layers
 from .formats import choose_scale, levels, NumberFormat
 
 # %% ../../nbs/api/quant/50_reconstruction.ipynb #7a972eb4
@@ -69,13 +70,13 @@ class _Walk(fx.Interpreter):
     def __init__(self, graph, visit):
         super().__init__(graph)
         self.visit = visit
+        self.layers = weighted_layers(graph)
         self.met = set()
     def call_module(self, target, args, kwargs):
-        layer = self.fetch_attr(target)
-        if target in self.met or not isinstance(layer, weighted_kinds):
+        if target in self.met or target not in self.layers:
             return super().call_module(target, args, kwargs)
         self.met.add(target)
-        return self.visit(target, layer, *args, *kwargs.values())
+        return self.visit(target, self.layers[target], *args, *kwargs.values())
 
 # %% ../../nbs/api/quant/50_reconstruction.ipynb #91b2fa67
 def _channel_mean(layer, out):
@@ -123,7 +124,10 @@ def _patches(layer, x, shape, places):
     "Inputs (G,P,K) that make the outputs at these places of maps of size `shape`, for each group of channels"
     if isinstance(layer, nn.Linear): return x.reshape(-1, x.shape[-1])[places][None]
     mode = 'constant' if layer.padding_mode == 'zeros' else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    pads = layer._reversed_padding_repeated_twice
+    if isinstance(layer, PaddedConv2d):
+        pads = layer.pads_for(*x.shape[2:])
+    x = F.pad(x, pads, mode=mode)
     batch, *at = torch.unravel_index(places, (len(x), *shape))
     d = len(at)
     index = []

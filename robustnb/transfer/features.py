@@ -11,17 +11,18 @@ from torch import fx, nn, Tensor
 from ..core import check_images
 from ..contract import predict
 from ..metrics import js_divergence
-from ..models.graph import fold_batchnorm
+from ..models.graph import fold_batchnorm, stored_tensors
 from ..models.complexity import model_complexity
 from ..quant.ptq import FakeQuantize
 from ..quant.sensitivity import RunningNoise
 
 # %% ../../nbs/api/transfer/20_features.ipynb #6cac53ad
 def _changed_weights(model, quantised):
-    "(name, weight before, weight after) of each rounded layer"
-    floats = dict(fold_batchnorm(model).named_parameters())
-    return [(n.removesuffix('.weight'), floats[n].detach(), p.detach())
-            for n, p in quantised.named_parameters() if n.endswith('weight') and p.ndim > 1]
+    "(name, weight before, weight after) of each rounded weight, output channels first"
+    before = fold_batchnorm(model)
+    return [(n.removesuffix('.weight'), line.rows(before.get_parameter(n)).detach(),
+             line.rows(quantised.get_parameter(n)).detach())
+            for n, line in stored_tensors(quantised).items() if line.role == 'weight']
 
 @torch.no_grad()
 def noise_sum(
