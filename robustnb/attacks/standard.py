@@ -6,12 +6,12 @@
 __all__ = ['autoattack', 'search_copy', 'cascade']
 
 # %% ../../nbs/api/attacks/90_standard.ipynb #3d10cacf
-import copy
 from functools import partial
 import torch
 from torch import nn, Tensor
 from ..core import fast_bf16, make_generator
 from ..contract import memory_format
+from ..models.plain import copy_model
 from ..models.graph import fold_batchnorm
 from .threat_models import L1, L2, Linf
 from .gradient import (
@@ -45,12 +45,12 @@ def autoattack(
 # %% ../../nbs/api/attacks/90_standard.ipynb #94f00662
 class _Lowered(nn.Module):
     "A frozen copy of a model, computed in bfloat16 where the processor has it"
-    def __init__(self, model):
+    def __init__(self, model, x):
         super().__init__()
         try:
-            self.net = fold_batchnorm(model)
+            self.net = fold_batchnorm(model, x)
         except Exception:
-            self.net = copy.deepcopy(model)
+            self.net = copy_model(model)
         self.layout = memory_format(model)
         self.net.eval().requires_grad_(False).to(memory_format=self.layout)
     def forward(self, x):
@@ -63,7 +63,7 @@ def search_copy(
     y:Tensor,           # Their labels (N,)
 )->nn.Module:           # A faster copy, its weights frozen; the model itself where the copy would mislead
     "The model to follow in a search."
-    lowered = _Lowered(model).eval()
+    lowered = _Lowered(model, x).eval()
     with torch.no_grad():
         exact = margin(model(x), y)
         near = margin(lowered(x), y)

@@ -17,6 +17,7 @@ from torch import fx, nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from ..contract import open_model
 from .wrapping import Normalize
 from .plain import PaddedConv2d, plain_layers, scales_with_weight, _ChannelNorm
 
@@ -457,10 +458,12 @@ def _folded(name, layer, bn):
 # %% ../../nbs/api/models/50_graph.ipynb #34aada98
 def fold_batchnorm(
     model:nn.Module,  # Classifier; left as it is
-    x:Tensor=None,    # Images (N,C,H,W) it takes; None tries usual sizes where a rank matters
+    # Images (N,C,H,W) it takes, to find out how it is asked; None asks nothing, and tries usual sizes
+    # where a rank matters
+    x:Tensor=None,
 )->fx.GraphModule:    # A copy in evaluation mode that gives the same logits with fewer layers
     "Batch normalisation merged into the layer before it (Jacob et al. 2017, arXiv:1712.05877)."
-    folded = trace(model)
+    folded = trace(open_model(model, x))
     modules = dict(folded.named_modules())
     nodes = list(folded.graph.nodes)
     uses = Counter(n.target for n in nodes if n.op == 'call_module')

@@ -605,9 +605,14 @@ def _weight_formats(model, spec):
     return single or ({spec.weights} if spec else set())
 
 # %% ../../nbs/api/quant/80_export.ipynb #f0409b70
+def _blank(model, shape):
+    "Two black images on the device and in the dtype of the model"
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    return torch.zeros(2, *shape, device=like.device, dtype=like.dtype)
+
 def _shaped(model, spec, shape):
     "A copy of the model on the CPU as a graph, folded, that knows the shape of each of its tensors"
-    graph = copy.deepcopy(model) if spec else _open_attention(fold_batchnorm(model))
+    graph = copy.deepcopy(model) if spec else _open_attention(fold_batchnorm(model, _blank(model, shape)))
     graph = graph.cpu().float()
     bad = [n for n, v in graph.state_dict().items() if not v.isfinite().all()]
     if bad:

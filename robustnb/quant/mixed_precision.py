@@ -9,7 +9,7 @@ __all__ = ['weight_noise', 'allocate_bits', 'quantize_mixed']
 import pandas as pd
 import torch
 from torch import fx, nn, Tensor
-from ..core import check_images, check_model, progress
+from ..core import check_images, progress
 from ..contract import predict
 from ..models.graph import check_finite, fold_batchnorm, keep_facts, stored_tensors
 from ..models.complexity import model_complexity
@@ -43,11 +43,10 @@ def weight_noise(
     # the variance of the logits)
 )->pd.DataFrame:
     "First-order logit noise of the weights of each layer in each format."
-    check_finite(check_model(model))
     check_images(images, 'images')
     formats = [number_format(f) for f in formats]
     spec = quant_spec(spec)
-    clean = fold_batchnorm(model)
+    clean = check_finite(fold_batchnorm(model, images))
     if not formats:
         raise ValueError("`formats` must name at least one number format, such as 'INT8'; got none.")
     macs = model_complexity(clean, tuple(images.shape[1:])).groupby('name').macs.sum()
@@ -129,7 +128,7 @@ def allocate_bits(
     noise = weight_noise(model, images, formats, spec) if noise is None else noise
     name, budget = given.popitem()
     by = spec.activations.bits
-    clean = fold_batchnorm(check_model(model))
+    clean = fold_batchnorm(model, images)
     if odd := sorted(set(_weights(clean)) ^ set(noise.layer)):
         raise ValueError(f"`noise` must be that of `model`; {odd[:3]} are in one of the two only. "
                          "Measure it with `weight_noise`.")
@@ -150,7 +149,7 @@ def quantize_mixed(
 )->fx.GraphModule:        # A model with the same contract; `layer_formats` holds the format of each layer
     "Post-training quantisation with a weight format for each layer."
     spec = quant_spec(spec)
-    clean = fold_batchnorm(check_finite(check_model(model)), images)
+    clean = check_finite(fold_batchnorm(model, images))
     layers = _weights(clean)
     formats = {k: number_format(f) for k, f in zip(table.layer, table.format)}
     odd = sorted(set(layers) ^ set(formats))

@@ -10,7 +10,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import fx, nn, Tensor
-from ..core import batches, check_images, check_model, make_generator
+from ..core import batches, check_images, make_generator
 from ..models.plain import PaddedConv2d
 from ..models.graph import calls, check_finite, fold_batchnorm, weighted_layers
 from .formats import choose_scale, levels, NumberFormat
@@ -43,11 +43,10 @@ def _check_same_layers(ours, theirs):
 
 def _twins(model, quantized, images):
     "The folded original, and a copy of `quantized`, once it is certain that they belong together"
-    check_finite(check_model(model))
     check_images(images, 'images')
     if not (isinstance(quantized, fx.GraphModule) and hasattr(quantized, 'spec')):
         raise TypeError(f"`quantized` must come from `quantize`; got {type(quantized).__name__}.")
-    clean = fold_batchnorm(model)
+    clean = check_finite(fold_batchnorm(model, images))
     q = copy.deepcopy(quantized)
     theirs = weighted_layers(q)
     _check_same_layers(weighted_layers(clean), theirs)

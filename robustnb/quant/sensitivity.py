@@ -100,9 +100,9 @@ def _stored(rounder, args, kwargs):
 
 def _tensors(model): return dict([*model.named_parameters(), *model.named_buffers()])
 
-def _nothing_rounded(model, quantized):
+def _nothing_rounded(model, quantized, x):
     "A copy with exact weights and its rounders off; by name what each rounded weight was and became"
-    exact = _tensors(fold_batchnorm(model))
+    exact = _tensors(fold_batchnorm(model, x))
     partial = copy.deepcopy(quantized)
     for m in partial.modules():
         if isinstance(m, FakeQuantize):
@@ -211,7 +211,7 @@ def layer_sensitivity(
     "First-order noise of each rounding at the logits, of all roundings in the same few passes."
     check_images(x)
     if not directions >= 1: raise ValueError(f"`directions` must be at least 1; got {directions}.")
-    partial, changed = _nothing_rounded(model, quantized)
+    partial, changed = _nothing_rounded(model, quantized, x)
     x = x.to(next(model.parameters(), x).device)
     rounded = {n: after for n, (_, after) in changed.items()}
     layers, free = _readers(partial, changed)

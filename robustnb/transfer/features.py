@@ -17,9 +17,9 @@ from ..quant.ptq import FakeQuantize
 from ..quant.sensitivity import RunningNoise
 
 # %% ../../nbs/api/transfer/20_features.ipynb #6cac53ad
-def _changed_weights(model, quantised):
+def _changed_weights(model, quantised, x):
     "(name, weight before, weight after) of each rounded weight, output channels first"
-    before = fold_batchnorm(model)
+    before = fold_batchnorm(model, x)
     return [(n.removesuffix('.weight'), line.rows(before.get_parameter(n)).detach(),
              line.rows(quantised.get_parameter(n)).detach())
             for n, line in stored_tensors(quantised).items() if line.role == 'weight']
@@ -40,7 +40,7 @@ def noise_sum(
         for h in hooks:
             h.remove()
     return dict(weights=sum(((b-a).square().sum()/a.square().sum().clamp_min(1e-30)).item()
-                            for _, a, b in _changed_weights(model, quantised)),
+                            for _, a, b in _changed_weights(model, quantised, x)),
                 activations=sum(noise.ratio() for noise in heard.values()))
 
 # %% ../../nbs/api/transfer/20_features.ipynb #ed4d52f2
@@ -60,9 +60,10 @@ def softmax_js(
     shape=(3, 32, 32),          # One image, for the multiply-accumulates
 )->dict:                        # flops, params: the mean over layers weighted by either share, in nats
     "Divergence of softmaxed weights, as in klin02/Model-Transfer-Adaptability (GitHub)."
-    macs = model_complexity(fold_batchnorm(model), shape).groupby('name').macs.sum()
+    blank = torch.zeros(1, *shape)
+    macs = model_complexity(fold_batchnorm(model, blank), shape).groupby('name').macs.sum()
     rows = lambda w: w.double().softmax(1).movedim(1, -1).flatten(0, -2).numpy()
     layers = [(js_divergence(rows(a), rows(b)).sum().item(), float(macs.get(n, 0)), a.numel())
-              for n, a, b in _changed_weights(model, quantised)]
+              for n, a, b in _changed_weights(model, quantised, blank)]
     js, flops, params = torch.tensor(layers, dtype=torch.float64).T
     return dict(flops=(js @ flops/flops.sum()).item(), params=(js @ params/params.sum()).item())

@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core import batches, check_model, fast_bf16, make_generator, progress, subseed
+from ..core import batches, fast_bf16, make_generator, progress, subseed
+from ..contract import open_model
 from ..files import fill, load_state, explain_errors, save_state
 from ..distributed import (as_main_, init_distributed, moments, part,
                                   world_size as processes, all_sum, all_sum_gradients_, whole_batch)
@@ -143,6 +144,7 @@ def energy(
     raw = generator.unclipped(targets, noise)
     x = raw.clamp(0, 1)
     clip_rate = ((raw < 0) | (raw > 1)).float().mean().item()
+    model = open_model(model, x)
     with bn_inputs(model) as seen:
         model(x.to(next(model.parameters()).device))
     if seen:
@@ -228,7 +230,8 @@ def train_generator(
     device=None,          # Where to train; None takes CUDA if there is one
 )->tuple[Generator, pd.DataFrame]:  # Generator in eval mode on the CPU; history, one row per step
     "A generator from the model alone, with the losses of Xu et al. 2020 (GDFQ, arXiv:2003.03603)."
-    if not hasattr(check_model(model), 'normalize'):
+    model = open_model(model)
+    if not hasattr(model, 'normalize'):
         raise TypeError("`model` must have its normalisation inside; this "
                         f"{type(model).__name__} has none. Use `wrap_model`.")
     if steps < 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
@@ -237,7 +240,9 @@ def train_generator(
         raise ValueError("`batch_size` must be at least the number of processes, "
                          f"{processes()}; got {batch_size}.")
     g = make_generator(seed, 'generator')
-    net = _fresh(model, _side(model, size), width, seed).to(device).train()
+    size = _side(model, size)
+    net = _fresh(model, size, width, seed).to(device).train()
+    model = open_model(model, torch.zeros(2, len(net.mean.flatten()), size, size))
     own = part(batch_size)
     as_main_(net)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, betas=(.5, .999))

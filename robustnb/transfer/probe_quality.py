@@ -14,9 +14,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core import (
-    batches, check_images, check_labels, check_model, make_generator, progress, subseed)
-from ..contract import predict
+from ..core import batches, check_images, check_labels, make_generator, progress, subseed
+from ..contract import open_model, predict
 from ..data import ImageSet
 from ..models.wrapping import batchnorms, last_linear
 from ..attacks.threat_models import Linf
@@ -194,7 +193,7 @@ def adjust(
 )->tuple[Composition, pd.DataFrame]:
     "Choose the composition of a generated set so that it agrees with `target`."
     if not rounds >= 1: raise ValueError(f"`rounds` must be at least 1; got {rounds}.")
-    check_model(model)
+    model = open_model(model, generate(generator, 2, seed=seed)[0])
     value, wanted = _statistic(model, target, eps, seed)
 
     def of(composition, *names):
@@ -331,11 +330,13 @@ def optimize_images(
 )->tuple[Tensor, pd.DataFrame]:
     """Direct optimisation of images on batch-norm statistics, after Cai et al. 2020 (ZeroQ,
     arXiv:2001.00281), with the cross-entropy."""
-    if not hasattr(check_model(model), 'normalize'):
+    model = open_model(model)
+    if not hasattr(model, 'normalize'):
         raise TypeError("`model` must have its normalisation inside; this "
                         f"{type(model).__name__} has none. Use `wrap_model`.")
     mean = model.normalize.mean
     std = model.normalize.std
+    model = open_model(model, torch.zeros(2, mean.shape[1], size, size))
     g = make_generator(seed, 'optimise')
     out = []
     history = []
