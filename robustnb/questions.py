@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cache_key']
 
-# %% ../nbs/api/07_questions.ipynb #5a4cc78f
+# %% ../nbs/api/07_questions.ipynb #3989c363
 import builtins, copyreg, dis, functools, hashlib, importlib, platform, sys, types
 from importlib import metadata
 from importlib.util import find_spec, resolve_name
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 
-# %% ../nbs/api/07_questions.ipynb #e9449e5a
+# %% ../nbs/api/07_questions.ipynb #651ccc2c
 @functools.lru_cache(None)
 def _version(root):
     "The version of an installed library, by the name under which it is imported"
@@ -46,8 +46,9 @@ def _address(o):
         found = getattr(found, part, None)
     return (module, name) if found is o and found is not None else None
 
-# %% ../nbs/api/07_questions.ipynb #b7bcb3f2
+# %% ../nbs/api/07_questions.ipynb #5d3855a3
 _asks = ('LOAD_ATTR', 'LOAD_METHOD')
+_loads = ('LOAD_GLOBAL', 'LOAD_NAME', 'LOAD_DEREF', 'LOAD_CLASSDEREF', 'LOAD_FROM_DICT_OR_DEREF')
 
 def _imports(steps, i):
     "(name, level) of the import at step `i`, and the names that are taken from it"
@@ -78,6 +79,20 @@ def _reads(code):
             found += _reads(inner)
     return tuple(dict.fromkeys(found))
 
+@functools.lru_cache(None)
+def _uses(code):
+    "Name -> whether a code, or one inside it, does more with a list of this name than to append to it"
+    used = {}
+    steps = list(dis.get_instructions(code))
+    for o, then in zip(steps, steps[1:]):
+        if o.opname in _loads:
+            appends = then.opname in _asks and then.argval == 'append'
+            used[o.argval] = used.get(o.argval, False) or not appends
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            used |= {k: used.get(k, False) or v for k, v in _uses(inner).items()}
+    return used
+
 def _imported(name, level, space):
     "A module that a function imports when it is called; None if there is none, or it is a library's"
     full = name
@@ -89,12 +104,12 @@ def _imported(name, level, space):
     except ImportError:
         return None
 
-# %% ../nbs/api/07_questions.ipynb #bc37d028
+# %% ../nbs/api/07_questions.ipynb #d65d67d5
 class _Teller:
     "A hash to which things are told"
     def __init__(self, arg, seen=()):
         self.arg = arg
-        self.hash = hashlib.blake2b(digest_size=16)
+        self.hash = hashlib.sha256()
         self.seen = dict(seen)     # id -> number, and the thing itself, so that its id stays its own
         self.inside = []           # ids of the lists and dicts that are being told
         self.where = []
@@ -126,7 +141,7 @@ def _once(way):
             way(t, o)
     return told
 
-# %% ../nbs/api/07_questions.ipynb #91162fbc
+# %% ../nbs/api/07_questions.ipynb #2ec558f5
 _words = {type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented)}
 
 def _word(t, o): t.word(type(o).__name__, o)
@@ -167,7 +182,7 @@ def _numbers(t, o):
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         t.refuse(o)
 
-# %% ../nbs/api/07_questions.ipynb #2593ff05
+# %% ../nbs/api/07_questions.ipynb #0accae93
 def _code(t, o):
     "The instructions and constants of a code, not its file and lines"
     t.word('code', o.co_code, o.co_names, o.co_varnames, o.co_freevars, o.co_cellvars, o.co_flags,
@@ -188,6 +203,12 @@ def _follow(t, value, asked, name):
     if mine or not library:
         t.tell(value, name)
 
+def _is_log(used, name, held):
+    "Is it a list to which is only appended?"
+    if isinstance(held, types.CellType) and not used.get(name, True):
+        held = held.cell_contents
+    return type(held) is list and not used.get(name, True)
+
 @_once
 def _function(t, o):
     "Code, defaults, closure and attributes of a function, and the globals that it reads"
@@ -196,14 +217,17 @@ def _function(t, o):
     name = getattr(o, '__name__', '')
     _code(t, o.__code__)
     t.tell((o.__defaults__, sorted((o.__kwdefaults__ or {}).items()), sorted(vars(o).items())), name)
+    used = _uses(o.__code__)
     for key, cell in zip(o.__code__.co_freevars, o.__closure__ or ()):
-        t.tell(cell, f'{key} of {name}')
+        t.tell(None if _is_log(used, key, cell) else cell, f'{key} of {name}')
     if library: return
     t.files.add(o.__code__.co_filename)
     for read, asked in _reads(o.__code__):
         t.word(read, asked)
         if isinstance(read, tuple):
             _follow(t, _imported(*read, o.__globals__), asked, f'{read[0]} in {name}')
+        elif _is_log(used, read, o.__globals__.get(read)):
+            t.word('a log')
         elif read in o.__globals__:
             _follow(t, o.__globals__[read], asked, f'{read} in {name}')
         else:
@@ -217,7 +241,7 @@ def _cell(t, o):
         return t.word('empty')
     t.tell(held)
 
-# %% ../nbs/api/07_questions.ipynb #c05a95eb
+# %% ../nbs/api/07_questions.ipynb #ef402bfc
 _unsaid = {'__dict__', '__weakref__', '__module__', '__doc__', '__qualname__', '__firstlineno__',
            '__static_attributes__', '__annotations__', '__annotate__', '__annotate_func__',
            '__annotations_cache__', '__dataclass_fields__', '__dataclass_params__',
@@ -263,7 +287,7 @@ def _built_in(t, o):
     held = getattr(o, '__self__', None)
     t.tell(getattr(o, '__objclass__', None if isinstance(held, types.ModuleType) else held))
 
-# %% ../nbs/api/07_questions.ipynb #05b4885f
+# %% ../nbs/api/07_questions.ipynb #f02e62ae
 @_once
 def _module(t, o):
     "A library by its version, a file of one's own by all that it holds"
@@ -322,7 +346,7 @@ def _thing(t, o):
         t.tell(state)
     t.tell([None if many is None else list(many) for many in (items, pairs)])
 
-# %% ../nbs/api/07_questions.ipynb #cbcb8d87
+# %% ../nbs/api/07_questions.ipynb #fb49a7a2
 _ways = [
     ((tuple, list, set, frozenset, dict), _several),
     ((torch.Tensor, np.ndarray, np.generic), _numbers),
@@ -365,4 +389,4 @@ def cache_key(
     if files:
         texts = {f: Path(f).read_bytes() for f in t.files if Path(f).is_file()}
         t.tell(sorted(texts.values()))
-    return t.hash.hexdigest()
+    return t.hash.hexdigest()[:32]
