@@ -100,8 +100,6 @@ def _save(data, folder):
 # %% ../nbs/api/20_data.ipynb #117e6f0c
 class ImageSet:
     "Images with soft labels, checked when they are put together."
-    matched = None    # After `match_classes`: 'by name', 'by number' or 'by position'
-
     def __init__(self,
         images:np.ndarray,   # Images (N,H,W,C), uint8, with 1 or 3 channels
         labels:np.ndarray,   # Rows of probabilities (N,K), or class numbers (N,) in [0,K)
@@ -127,9 +125,7 @@ class ImageSet:
         if isinstance(i, (int, np.integer)):
             raise TypeError("an ImageSet is indexed by a slice, an array of positions or a mask; "
                             f"got {i}. Use `[{i}:{i+1}]`.")
-        part = ImageSet(self.images[i], self.labels[i], self.classes)
-        part.matched = self.matched
-        return part
+        return ImageSet(self.images[i], self.labels[i], self.classes)
 
     def __repr__(self):
         counts = np.bincount(self.y, minlength=len(self.classes))
@@ -276,6 +272,7 @@ def _by_number(names):
     numbers = all(o.isascii() and o.isdigit() for o in names)
     return sorted(names, key=lambda o: (int(o), o) if numbers else o)
 
+# %% ../nbs/api/20_data.ipynb #48fabaaa
 def _check_folders(names, around, depth, classes, source):
     "Raise if a class folder holds no image; the classes are those of all splits"
     inside = [o[len(around):] for o in names if o.startswith(around) and not _is_litter(o)]
@@ -408,6 +405,7 @@ def _tree(path):
             for d, folders, files in os.walk(path, followlinks=True)
             for many, end in ((folders, '/'), (files, '')) for o in many]
 
+# %% ../nbs/api/20_data.ipynb #88878cc2
 def _entries(z, path):
     "Name -> entry of an open zip file"
     entries = {}
@@ -616,9 +614,7 @@ class NamedSet(ImageSet):
 
     def __getitem__(self, i):
         part = super().__getitem__(i)
-        named = NamedSet(part.images, part.labels, part.classes, np.array(self.names, object)[i])
-        named.matched = self.matched
-        return named
+        return NamedSet(part.images, part.labels, part.classes, np.array(self.names, object)[i])
 
     def at(self,
         names,           # Names, a nested list or array of any shape

@@ -48,6 +48,7 @@ def _arrays(source, size, channels, crop_pct, choose):
     fitted = np.stack([np.asarray(_fit(o, size, crop_pct)) for o in pictures])
     return fitted.reshape(len(images), size, size, channels)
 
+# %% ../nbs/api/25_images.ipynb #13c3e0ab
 def load_images(
     # Folder of pictures, also in folders inside it; zip file; folder with data.npy; 'digits',
     # 'cifar10' or 'cifar100' (their training images)
@@ -138,6 +139,7 @@ def _by_place(data, n):
                      f"have {len(data.classes)} ({some_of(data.classes)}), so nobody knows which is "
                      "which. Give the model's class names in its order.")
 
+# %% ../nbs/api/25_images.ipynb #4d56d58c
 def match_classes(
     data:ImageSet,          # Images whose classes have names
     classes=None,           # Names of the model's classes in its order; None if it has none

@@ -79,6 +79,7 @@ def _reads(code):
             found += _reads(inner)
     return tuple(dict.fromkeys(found))
 
+# %% ../nbs/api/07_questions.ipynb #054ef7a1
 @functools.lru_cache(None)
 def _uses(code):
     "Name -> whether a code, or one inside it, does more with a list of this name than to append to it"
@@ -211,6 +212,7 @@ def _is_log(used, name, held):
         held = held.cell_contents
     return type(held) is list and not used.get(name, True)
 
+# %% ../nbs/api/07_questions.ipynb #27b89768
 @_once
 def _function(t, o):
     "Code, defaults, closure and attributes of a function, and the globals that it reads"
@@ -283,6 +285,7 @@ def _holder(t, o):
     if hasattr(o, 'cache_parameters'):
         t.tell(o.cache_parameters())
 
+# %% ../nbs/api/07_questions.ipynb #92cebbb5
 def _built_in(t, o):
     "A function written in C, perhaps bound to something"
     t.word('built in', o.__qualname__, _library(getattr(o, '__module__', None) or 'builtins'))
@@ -325,6 +328,7 @@ def _network(t, o):
         t.word(k)
         t.tell(v, k if k.startswith('_') else f'{type(o).__name__}.{k}')
 
+# %% ../nbs/api/07_questions.ipynb #19ee18f5
 @_once
 def _thing(t, o):
     "Any other object: its class, and what a copy of it would be made from"
@@ -376,6 +380,7 @@ def _way(o):
     if type(o).__module__ == 'torch._ops': return lambda t, o: t.word(str(o))
     return _thing
 
+# %% ../nbs/api/07_questions.ipynb #1ddb3002
 def cache_key(
     *things,            # Functions, networks, tensors, settings: all that an answer depends on
     arg:str='save',     # The argument that asks for a cache, for the message

@@ -328,6 +328,7 @@ def _check_counts(**counts):
         if isinstance(v, bool) or not isinstance(v, (int, np.integer)) or v < 1:
             raise ValueError(f"`{k}` must be a whole number, at least 1; got {v!r}.")
 
+# %% ../nbs/api/70_sweeps.ipynb #13d767bd
 def sweep(
     job,                    # Function (arguments) -> dict of numbers and words, at the top of a module
     table,                  # Arguments: DataFrame or dicts, one per job; empty cells take the default

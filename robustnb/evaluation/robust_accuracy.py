@@ -137,6 +137,7 @@ def _question(model, x, y, attacks, threat, seed):
 
 def _plain(o): return re.sub(' at 0x[0-9a-f]+', '', repr(o))
 
+# %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #0ba5c945
 def _rows_of(folder, question):
     "The rows that earlier runs with the same question have left."
     file = folder/'question.json'
