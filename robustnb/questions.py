@@ -345,6 +345,7 @@ def _thing(t, o):
         state = [(k, v) for k, v in state.items() if not computed(k)]
         if all(isinstance(k, str) for k, v in state):
             state.sort(key=lambda kv: kv[0])
+        t.tell(None if not state else len(state))
         for k, v in state:
             t.tell(k)
             t.tell(v, f'{type(o).__name__}.{k}')
