@@ -1,6 +1,6 @@
 """Sweeps on this machine: what runs, what runs again, what is refused; kill -9 at any moment loses
 nothing. The jobs mark each call, so that calls can be counted."""
-import json, os, signal, subprocess, sys, time, warnings
+import importlib, json, os, signal, subprocess, sys, time, warnings
 from functools import wraps
 from pathlib import Path
 
@@ -338,3 +338,20 @@ def test_a_worker_ends_with_the_one_that_feeds_it(lab, tmp_path):
         worker.stdin.close()
         assert worker.wait(20) == 0
         assert not (tmp_path/'row.json').exists()
+
+
+def test_rows_are_those_of_the_code(tmp_path, monkeypatch):
+    file = tmp_path/'lab_of_code.py'
+    monkeypatch.syspath_prepend(str(tmp_path))
+    def found(factor):
+        file.write_text(f'def times(x): return x*{factor}\ndef job(x): return dict(y=times(x))\n')
+        sys.modules.pop('lab_of_code', None)
+        importlib.invalidate_caches()
+        job = importlib.import_module('lab_of_code').job
+        return sweep(job, [dict(x=2)], tmp_path/'out', workers=1).y.tolist()
+    assert found(3) == [6]
+    assert found(55) == [110]
+    assert sweep_rows(tmp_path/'out').y.tolist() == [110]
+    (tmp_path/'out'/'code.json').unlink()
+    with pytest.raises(ValueError, match='`out` must be.*another version of this library'):
+        found(3)

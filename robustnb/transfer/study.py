@@ -20,6 +20,7 @@ from ..core import (
 from ..contract import predict
 from ..files import manifest
 from ..data import ImageSet, load_data, subset
+from ..images import match_classes
 from ..models.loading import load_model
 from ..quant.formats import quant_spec
 from ..quant.ptq import calibrate, model_bytes, quantize, FakeQuantize
@@ -174,6 +175,12 @@ def _check_study(model, threats, test, attacked=None):
         classes = predict(model, test[:1].x).shape[1]
         check_labels(torch.as_tensor(test.y), len(test), classes, 'test')
 
+def _in_order_of(model, test):
+    "The test set with its labels in the order of the model's classes"
+    if test is None: return None
+    n_classes = predict(model, test[:1].x).shape[1]
+    return match_classes(test, getattr(model, 'classes', None), n_classes)
+
 # %% ../../nbs/api/transfer/60_study.ipynb #479fb021
 class _Original:
     "What no format changes: each part is computed when it is first asked for, and kept."
@@ -238,6 +245,9 @@ def _images_notes(study):
     if worst_case(study._on_probes[1][0]).correct.sum() < 20:
         yield few.format('probes')
     if study.test is None: return
+    if study.test.matched == 'by position':
+        yield ('The model has no names for its classes: those of the test images were taken in '
+               'their order. If the model counts them in another one, losses mean nothing.')
     rows = study._on_test[1][0]
     if worst_case(rows).correct.sum() < 20:
         yield few.format('test images')
@@ -330,7 +340,9 @@ class Study(_Copies):
     seed:int=0                  # Random starts
     began:float=field(default_factory=time.time, init=False, repr=False) # When it was made, seconds
 
-    def __post_init__(self): _check_study(self.model, self.threats, self.test, self.attacked)
+    def __post_init__(self):
+        _check_study(self.model, self.threats, self.test, self.attacked)
+        object.__setattr__(self, 'test', _in_order_of(self.model, self.test))
 
     def change(self,
         format,     # As for `copy`

@@ -1,6 +1,6 @@
 """Rows and what is derived from them: every prediction kept, nothing counted as robust that is not,
 nothing lost when a run is killed."""
-import json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, threading, time
 from functools import partial
 from pathlib import Path
 
@@ -378,9 +378,12 @@ def folder(tmp_path):
     return tmp_path/'run'
 
 
-def test_finished_batches_are_not_evaluated_again(folder):
+def test_finished_batches_are_not_evaluated_again(tmp_path):
     asked = []
+    folder = tmp_path/'run'
     hook = model.register_forward_pre_hook(lambda m, args: asked.append(len(args[0])))
+    evaluate(**question(batch_size=15), save=folder)
+    asked.clear()
     evaluate(**question(batch_size=15), save=folder)
     assert asked == [1], 'a look at the first image'
     (folder/'1_0000015.csv').unlink()
@@ -516,9 +519,37 @@ def test_the_folder_can_be_read_by_people(folder):
     tables = [pd.read_csv(f, comment='#') for f in sorted(folder.glob('*.csv'))]
     assert len(tables) == 12
     assert pd.concat(tables).correct.mean() == evaluate(**question()).correct.mean()
-    assert json.loads((folder/'question.json').read_text())['attacks'] == [
-        ['jitter', '<function jitter>'], ['pgd', ['<function pgd>', [], [['steps', 3]]]],
-        ['again', '<function eight_bit_free>']]
+    known = json.loads((folder/'question.json').read_text())
+    assert [name for name, key in known['attacks']] == ['jitter', 'pgd', 'again']
+    assert known['threat'][0] == repr(threat)
+
+
+def test_rows_of_another_scheme_are_refused(folder):
+    file = folder/'question.json'
+    old = json.loads(file.read_text())
+    del old['scheme']
+    file.write_text(json.dumps(old))
+    with pytest.raises(ValueError, match='`save` holds rows of another version of this library'):
+        evaluate(**question(), save=folder)
+
+
+def test_what_nobody_can_tell_is_refused_before_anything_is_written(tmp_path):
+    lock = threading.Lock()
+    def locked(model, x, y, threat, *, generator=None):
+        with lock:
+            return x
+    with pytest.raises(ValueError, match='`save` needs to know.*lock of locked is a _thread.lock'):
+        evaluate(**question(attacks=dict(a=locked)), save=tmp_path/'run')
+    assert not (tmp_path/'run').exists()
+
+
+def test_crafted_images_are_those_of_the_weights():
+    net = make_net(4)
+    kept = transfer_attack(net, fgsm)
+    before = kept(None, x, y, threat)
+    net.load_state_dict(make_net(5).state_dict())
+    assert torch.equal(kept(None, x, y, threat), fgsm(net, x, y, threat))
+    assert not torch.equal(kept(None, x, y, threat), before)
 
 
 # Curves

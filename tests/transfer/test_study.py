@@ -302,3 +302,19 @@ def test_share_lost_needs_twenty():
     def rows(n): return evaluate(First(n).eval(), x, y, {}, Linf(.1))
     assert relative_loss(rows(20), rows(15), 'clean')[0] == pytest.approx(.25)
     assert np.isnan(relative_loss(rows(19), rows(15), 'clean')).all()
+
+
+def test_classes_of_the_test_set_are_those_of_the_model_by_name():
+    net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()).eval()
+    images = np.zeros((3, 4, 4, 3), np.uint8)
+    images[[0, 1, 2], :, :, [1, 2, 0]] = 255
+    test = ImageSet(images, [0, 1, 2], ('bee', 'cow', 'ant'))
+    probes = Probes.of(test.x)
+    net.classes = ('ant', 'bee', 'cow')
+    study = Study(net, probes, (Linf(1/255),), test)
+    assert (study.test.y == predict(net, test.x).argmax(1).numpy()).all()
+    net.classes = ('ant', 'bee', 'fox')
+    with pytest.raises(ValueError, match="`classes` must have.*'cow'"):
+        Study(net, probes, (Linf(1/255),), test)
+    net.classes = None
+    assert Study(net, probes, (Linf(1/255),), test).test.matched == 'by position'
