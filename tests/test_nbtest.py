@@ -35,7 +35,7 @@ ENDS = {                                # a cell that does not come to its end, 
     'leaving': ('import sys\nsys.exit(0)', 'SystemExit: 0'),
     'dying': ('import os\nos._exit(0)', 'left before its end'),
     'crashing': ('import os\nos.kill(os.getpid(), 11)', 'ended by SIGSEGV'),
-    'hanging': ('import time\ntime.sleep(600)', 'still running after 20 s'),
+    'hanging': ('import time\ntime.sleep(600)', 'still running after 10 s'),
 }
 CELLS = SAME | OTHER
 
@@ -71,7 +71,7 @@ def tested(tmp_path_factory):
     write(nbs/'random.ipynb', [RANDOM])
     for name, (source, _) in ENDS.items():
         write(nbs/f'{name}.ipynb', ['x = 1', source])
-    return folder, *run('nbtest', folder, '--timeout', '20')
+    return folder, *run('nbtest', folder, '--timeout', '10')
 
 
 def about(said, name):

@@ -47,7 +47,7 @@ def with_weights(command, out, **given):
     command.__wrapped__(str(out.parent/'weights.pt'), out=str(out/'out'), **given)
 
 
-def generate(out): with_weights(transfer.generate_command, out, n=20, steps=30, width=8)
+def generate(out): with_weights(transfer.generate_command, out, n=20, steps=12, width=8)
 
 
 def quantize(out):
@@ -84,7 +84,7 @@ def attack(out):
     oracle = BlackBox(box, limit=1000, cache=out/'asked.db')
     targets = oracle(data.x[4:8])[:, None]
     x_adv = attack_descriptor(oracle, x, targets, SSIM(.95), students=[student],
-                              plan=Plan(queries=12))
+                              plan=Plan(queries=8))
     np.save(out/'attacked.npy', x_adv.numpy())
 
 

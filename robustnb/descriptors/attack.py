@@ -189,6 +189,15 @@ def _masked(grad):
     return .016*_std*grad.sign()*(grad.abs() > _each(size.mean(1) + size.std(1)))
 
 # %% ../../nbs/api/descriptors/40_attack.ipynb #3a6b951f
+def _signs(student, x, targets):
+    "Sum over the targets (N,T,D) of the signs of the student's gradient towards each"
+    x = x.detach().requires_grad_(True)
+    with torch.enable_grad():
+        said = student(x)
+        losses = [(said-goal).square().mean(1).sum() for goal in targets.unbind(1)]
+        grads = [torch.autograd.grad(o, x, retain_graph=True)[0] for o in losses]
+    return sum(g.sign() for g in grads)
+
 def baseline(
     oracle:Callable,         # Queried about start and result: images (N,C,H,W) -> descriptors (N,D)
     x:Tensor,                # Clean images (N,C,H,W), pixels k/255
@@ -205,11 +214,7 @@ def baseline(
     kept = first.clone()
     left = torch.arange(len(x), device=x.device)
     for _ in range(1000):
-        step = 0
-        for goal in targets[left].unbind(1):
-            loss = lambda d: (d-goal).square().mean(1)
-            step = step + student_gradient(students[:1], now[left], loss).sign()
-        now[left] = now[left] - .01*_std*step
+        now[left] = now[left] - .01*_std*_signs(students[0], now[left], targets[left])
         new = round_to_8bit(now[left].clamp(0, 1))
         passed = allows_saved(x[left], new, threat)
         if range_fault:

@@ -367,7 +367,7 @@ def prediction_error(
     out = []
     for source, g in rows.groupby('source', sort=False):
         for names in features:
-            left = fit_predictor(g, tuple(names.split()), 'measured_loss')[1]
+            left = fit_predictor(g, tuple(names.split()), 'measured_loss', resamples=1)[1]
             e = left.predicted-left.measured_loss
             loss = left.measured_loss
             mid = loss.between(.02, .8)

@@ -13,20 +13,28 @@ from robustnb.attacks.standard import autoattack, cascade, search_copy
 from robustnb.core import make_generator
 from robustnb.contract import predict
 from robustnb.data import digits, subset
-from robustnb.models.zoo import build_model
+from robustnb.models.blocks import he_init
 from robustnb.attacks.threat_models import L1, L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
 from robustnb.models.training import Recipe, train
 
 
+def quick_network(seed):
+    "A small network that knows its digits of 16 pixels"
+    fresh = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(),
+                          nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU(),
+                          nn.Flatten(), nn.Linear(512, 10))
+    he_init(fresh, make_generator(seed))
+    recipe = Recipe(flip=False, batch_size=20, lr=.05, crop=1).shortened(6)
+    pool = subset(digits('train', size=16), 300, seed=seed)
+    return train(recipe, fresh.eval(), pool, device='cpu')[0]
+
+
 @pytest.fixture(scope='module')
 def trained():
-    "A small network that knows its digits, and test images"
-    recipe = Recipe(flip=False, batch_size=20, lr=.05).shortened(6)
-    net, _ = train(recipe, build_model('ResNet_18', width=.125),
-                   subset(digits('train'), 300, seed=0), device='cpu')
-    test = subset(digits('test'), 30, seed=0)
-    return net, test.x, torch.as_tensor(test.y)
+    "Such a network, and test images"
+    test = subset(digits('test', size=16), 30, seed=0)
+    return quick_network(0), test.x, torch.as_tensor(test.y)
 
 
 @pytest.fixture
@@ -59,17 +67,15 @@ def test_the_cascade_reaches_the_answer_of_the_long_way(trained, threat):
 
 
 def test_sparse_steps_get_enough_iterations():
-    "A network on which a third of the iterations misses several images that the long way finds under L1"
-    recipe = Recipe(flip=False, batch_size=20, lr=.05).shortened(6)
-    net, _ = train(recipe, build_model('ResNet_18', width=.125),
-                   subset(digits('train'), 300, seed=7), device='cpu')
-    test = subset(digits('test'), 40, seed=7)
+    "A network on which a third of the iterations misses an image that the long way finds under L1"
+    net = quick_network(7)
+    test = subset(digits('test', size=16), 40, seed=7)
     x = test.x
     y = torch.as_tensor(test.y)
     long_way = multi_attack(partial(apgd, steps=50),
-                            partial(apgd_targeted, steps=20, targets=4))(net, x, y, L1(8.))
+                            partial(apgd_targeted, steps=20, targets=4))(net, x, y, L1(4.))
     left = survives(net, long_way, y).sum()
-    assert survives(net, cascade(net, x, y, L1(8.)), y).sum() <= left + 1 < survives(net, x, y).sum()
+    assert survives(net, cascade(net, x, y, L1(4.)), y).sum() <= left < survives(net, x, y).sum()
 
 
 def test_the_cascade_asks_for_a_fraction_of_the_gradients(trained, monkeypatch):

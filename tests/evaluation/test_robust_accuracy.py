@@ -349,19 +349,36 @@ def question(**other):
 def eight_bit_free(model, x, y, threat, *, generator=None): return fgsm(model, x, y, threat)
 
 
+starter = f'''
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_robust_accuracy as t
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        t.evaluate(**t.question(), save={{folder!r}})
+        os._exit(0)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+'''
+
+
 def test_killed_runs_continue(tmp_path):
+    "A process that has imported everything starts one run after the other; each is killed"
     folder = tmp_path/'run'
     undisturbed = evaluate(**question())
     seen = [0]
-    code = (f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import '
-            f'test_robust_accuracy as t; t.evaluate(**t.question(), save={str(folder)!r})')
-    for more in (1, 7, 20, 2):
-        run = subprocess.Popen([sys.executable, '-c', code])
-        while run.poll() is None and len(list(folder.glob('*.csv'))) < seen[-1] + more:
-            time.sleep(.0005)
-        run.send_signal(signal.SIGKILL)
-        assert run.wait() == -signal.SIGKILL, 'the run was killed, not finished'
-        seen.append(len(list(folder.glob('*.csv'))))
+    with subprocess.Popen([sys.executable, '-c', starter.format(folder=str(folder))], text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        for more in (1, 7, 20, 2):
+            print(file=parent.stdin, flush=True)
+            run = int(parent.stdout.readline())
+            limit = time.monotonic() + 60
+            while len(list(folder.glob('*.csv'))) < seen[-1] + more and time.monotonic() < limit:
+                time.sleep(.0005)
+            os.kill(run, signal.SIGKILL)
+            assert int(parent.stdout.readline()) == -signal.SIGKILL, 'killed, not finished'
+            seen.append(len(list(folder.glob('*.csv'))))
     assert all(a < b for a, b in zip(seen, seen[1:]))
     assert seen[-1] < 80
     pd.testing.assert_frame_equal(evaluate(**question(), save=folder), undisturbed,

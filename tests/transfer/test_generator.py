@@ -14,21 +14,9 @@ from robustnb.models.wrapping import batchnorms, last_linear, wrap_model
 from robustnb.models.zoo import build_model, model_names
 from robustnb.quant.checkpoints import load_quantized, save_quantized
 from robustnb.quant.ptq import quantize
+from helpers_transfer import settled
 
 tiny = dict(steps=2, batch_size=8, size=16, width=8, device='cpu')
-
-
-def settled(model, size=16):
-    "An untrained generator for `model` whose own batch norm has seen some batches"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = Generator(last_linear(model).weight, model.normalize.mean.flatten(),
-                        model.normalize.std.flatten(), size, 8)
-    g = make_generator(0)
-    for _ in range(30):
-        net.train()(draw_targets(32, len(net.embedding), .5, g),
-                    torch.randn(32, net.embedding.shape[1], generator=g))
-    return net.eval()
 
 
 @pytest.mark.parametrize('boundary', (0., .25, 1.))

@@ -15,24 +15,12 @@ from robustnb.contract import predict
 from robustnb.data import ImageSet
 from robustnb.transfer.generator import bn_distance, bn_inputs, draw_targets, generate, Generator
 from robustnb.models.wrapping import batchnorms, last_linear
-from robustnb.models.zoo import build_model, model_names
+from robustnb.models.zoo import build_model
 from robustnb.transfer.probe_quality import (
     adjust, compose, effective_rank, feature_pca, features, generator_quality, optimize_images,
     plot_features, plot_sources, prediction_error, Composition, is_robust)
 from robustnb.attacks.threat_models import Linf
-
-
-def settled(model, size=32):
-    "An untrained generator for `model` whose own batch norm has seen some batches"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = Generator(last_linear(model).weight, model.normalize.mean.flatten(),
-                        model.normalize.std.flatten(), size, 8)
-    g = make_generator(0)
-    for _ in range(20):
-        net.train()(draw_targets(32, len(net.embedding), .5, g),
-                    torch.randn(32, net.embedding.shape[1], generator=g))
-    return net.eval()
+from helpers_transfer import settled
 
 
 class Painter(Generator):
