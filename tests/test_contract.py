@@ -72,8 +72,8 @@ class Scaled(nn.Module):
 
 Answer = namedtuple('Answer', 'logits hidden')
 forms = {'dict': lambda o: dict(logits=o, hidden=o[:, :2]), 'one key': lambda o: dict(out=o),
-         'tuple': lambda o: (o, None), 'auxiliary': lambda o: (o, 2*o), 'object': lambda o: Answer(o, o[:, :1]),
-         'maps': lambda o: o[:, :, None, None]}
+         'tuple': lambda o: (o, None), 'auxiliary': lambda o: (o, 2*o),
+         'object': lambda o: Answer(o, o[:, :1]), 'maps': lambda o: o[:, :, None, None]}
 attacks = dict(fgsm=fgsm, pgd=partial(pgd, steps=3), apgd=partial(apgd, steps=5), fab=partial(fab, steps=5),
                square=partial(square, queries=20), random_search=partial(random_search, tries=10),
                cascade=cascade, several=multi_attack(fgsm, pgd), restarts=restarts(pgd, 2))

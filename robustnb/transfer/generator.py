@@ -185,6 +185,13 @@ def _frozen(model, device):
         for p, flag in zip(model.parameters(), flags):
             p.requires_grad_(flag)
 
+def _normalized(model):
+    "The model without wrappers; refused without normalisation inside"
+    model = open_model(model)
+    if hasattr(model, 'normalize'): return model
+    raise TypeError("`model` must have its normalisation inside; this "
+                    f"{type(model).__name__} has none. Use `wrap_model`.")
+
 def _side(model, size):
     "The side of the images, as the caller or the model states it"
     side = getattr(model, 'image_size', None) if size is None else size
@@ -230,10 +237,7 @@ def train_generator(
     device=None,          # Where to train; None takes CUDA if there is one
 )->tuple[Generator, pd.DataFrame]:  # Generator in eval mode on the CPU; history, one row per step
     "A generator from the model alone, with the losses of Xu et al. 2020 (GDFQ, arXiv:2003.03603)."
-    model = open_model(model)
-    if not hasattr(model, 'normalize'):
-        raise TypeError("`model` must have its normalisation inside; this "
-                        f"{type(model).__name__} has none. Use `wrap_model`.")
+    model = _normalized(model)
     if steps < 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
     device = init_distributed(device)
     if batch_size < processes():

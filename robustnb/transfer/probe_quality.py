@@ -20,7 +20,7 @@ from ..data import ImageSet
 from ..models.wrapping import batchnorms, last_linear
 from ..attacks.threat_models import Linf
 from ..attacks.gradient import multi_attack, margin, pgd, is_correct
-from .generator import bn_distance, bn_inputs, generate, Generator
+from .generator import bn_distance, bn_inputs, generate, Generator, _normalized
 from .predictor import fit_predictor
 
 # %% ../../nbs/api/transfer/40_probe_quality.ipynb #ab826ad9
@@ -330,10 +330,7 @@ def optimize_images(
 )->tuple[Tensor, pd.DataFrame]:
     """Direct optimisation of images on batch-norm statistics, after Cai et al. 2020 (ZeroQ,
     arXiv:2001.00281), with the cross-entropy."""
-    model = open_model(model)
-    if not hasattr(model, 'normalize'):
-        raise TypeError("`model` must have its normalisation inside; this "
-                        f"{type(model).__name__} has none. Use `wrap_model`.")
+    model = _normalized(model)
     mean = model.normalize.mean
     std = model.normalize.std
     model = open_model(model, torch.zeros(2, mean.shape[1], size, size))

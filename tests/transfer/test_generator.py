@@ -10,7 +10,7 @@ from robustnb.files import load_state, save_state
 from robustnb.transfer.generator import (
     bn_distance, bn_inputs, draw_targets, energy, generate, Generator, load_generator,
     match_energy, save_generator, train_generator)
-from robustnb.models.wrapping import batchnorms, last_linear, wrap_model
+from robustnb.models.wrapping import batchnorms, wrap_model
 from robustnb.models.zoo import build_model, model_names
 from robustnb.quant.checkpoints import load_quantized, save_quantized
 from robustnb.quant.ptq import quantize
