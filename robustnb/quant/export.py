@@ -604,39 +604,31 @@ def _weight_formats(model, spec):
     single = {number_format(f) for f in getattr(model, 'layer_formats', {}).values()}
     return single or ({spec.weights} if spec else set())
 
-# %% ../../nbs/api/quant/80_export.ipynb #f0409b70
 def _blank(model, shape):
     "Two black images on the device and in the dtype of the model"
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     return torch.zeros(2, *shape, device=like.device, dtype=like.dtype)
 
-def _bad_shape(shape, e):
-    return ValueError("`shape` must be the channels, height and width of images that `model` takes; got "
-                      f"{shape!r}. It says: {e.__cause__ or e}")
-
+# %% ../../nbs/api/quant/80_export.ipynb #f0409b70
 def _shaped(model, spec, shape):
     "A copy of the model on the CPU as a graph, folded, that knows the shape of each of its tensors"
     try:
-        plain = copy.deepcopy(model) if spec else _open_attention(fold_batchnorm(model, _blank(model, shape)))
-    except ValueError as e:
-        if '`model` must take' not in str(e) and '`x` must be' not in str(e): raise
-        raise _bad_shape(shape, e) from e
-    graph = plain.cpu().float()
-    bad = [n for n, v in graph.state_dict().items() if not v.isfinite().all()]
-    if bad:
-        raise ValueError(f"`model` must have finite weights; {bad[0]} has values that are not "
-                         f"({len(bad)} such tensors). Did its training diverge?")
-    try:
+        graph = copy.deepcopy(model) if spec else _open_attention(fold_batchnorm(model, _blank(model, shape)))
+        graph = graph.cpu().float()
         with torch.no_grad():
             ShapeProp(graph).propagate(torch.zeros(3, *shape))
             for node in graph.graph.nodes:
                 node.meta['other_shape'] = getattr(node.meta.get('tensor_meta'), 'shape', ())
             ShapeProp(graph).propagate(torch.zeros(2, *shape))
     except (RuntimeError, ValueError) as e:
-        raise _bad_shape(shape, e) from e
-    return graph
+        if str(e).startswith('`model` must') and 'must take images' not in str(e): raise
+        raise ValueError("`shape` must be the channels, height and width of images that `model` takes; got "
+                         f"{shape!r}. It says: {e.__cause__ or e}") from e
+    bad = [n for n, v in graph.state_dict().items() if not v.isfinite().all()]
+    if not bad: return graph
+    raise ValueError(f"`model` must have finite weights; {bad[0]} has values that are not "
+                     f"({len(bad)} such tensors). Did its training diverge?")
 
-# %% ../../nbs/api/quant/80_export.ipynb #f0409b71
 def _translate(model, shape):
     "What a folded copy of `model` computes, its format if it has one, and the shape of its logits."
     check_model(model)
