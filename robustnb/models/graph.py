@@ -114,7 +114,7 @@ def _show_attention(model):
             model.set_submodule(name, opened.setdefault(id(m), _Attention(m)))
     return model
 
-_facts = ('name', 'n_classes', 'width', 'classes')
+_facts = ('name', 'n_classes', 'width', 'classes', 'image_size', 'crop_pct', 'title')
 
 # %% ../../nbs/api/models/50_graph.ipynb #4addbfe0
 def trace(

@@ -121,8 +121,8 @@ def blank_model(
     name:str,          # One of `model_names`
     n_classes:int=10,  # Number of logits, >= 2
     width:float=1.,    # Multiplier of channels and hidden layers, in (0, 4]
-    mean=None,         # Mean per channel of pixels in [0,1]; None is that of CIFAR-10
-    std=None,          # Standard deviation per channel, positive; None is that of CIFAR-10
+    mean=None,         # Mean per channel of pixels in [0,1] or in 0-255; None is that of CIFAR-10
+    std=None,          # Standard deviation per channel, in the same unit; None is that of CIFAR-10
 )->Normalized:         # In evaluation mode, with weights that mean nothing
     "One of the nine networks of the transfer study, its weights not set."
     _check_build(name, n_classes, width)
@@ -131,15 +131,17 @@ def blank_model(
     mean = _cifar_mean if mean is None else mean
     std = _cifar_std if std is None else std
     net = net.to_empty(device='cpu')
-    return Normalized(net, mean, std, _fixed_size.get(name), name, n_classes, width).eval()
+    model = Normalized(net, mean, std, _fixed_size.get(name), name, n_classes, width).eval()
+    model.image_size = 32
+    return model
 
 # %% ../../nbs/api/models/30_zoo.ipynb #f36bb95b
 def build_model(
     name:str,          # One of `model_names`
     n_classes:int=10,  # Number of logits, >= 2
     width:float=1.,    # Multiplier of channels and hidden layers, in (0, 4]
-    mean=_cifar_mean,  # Mean per channel of pixels in [0,1]; the default is that of CIFAR-10
-    std=_cifar_std,    # Standard deviation per channel, positive
+    mean=_cifar_mean,  # Mean per channel of pixels in [0,1] or in 0-255; the default is that of CIFAR-10
+    std=_cifar_std,    # Standard deviation per channel, positive, in the same unit
     seed:int=0,        # The weights are a function of `name`, `n_classes`, `width` and this
 )->Normalized:         # In evaluation mode: images `(N,3,H,W)`, pixels in [0,1], to logits `(N,n_classes)`
     "One of the nine networks of the transfer study, with random weights (He et al. 2015, arXiv:1502.01852)."
