@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from ..core import predict, subseed
-from ..files import atomic_path, fingerprint
+from ..files import atomic_path
+from ..questions import cache_key
 from ..data import ImageSet
 from ..augmentation.transforms import (
     affine, gamma, gaussian_noise, photometric, posterize, salt_and_pepper, uniform_noise)
@@ -130,10 +131,10 @@ def count_correct(
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #1cd0a63e
 def _key(data, hidden, config, model):
-    "A short name for everything a run depends on, apart from its seed"
+    "A short name for everything a run depends on, apart from its seed: code and first weights too"
     parts = hidden.rows[['family', 'slice']].to_csv()
-    return fingerprint(data.images, data.labels, hidden.images, hidden.labels,
-                       (sorted(config.items()), model, parts))
+    return cache_key(data.images, data.labels, hidden.images, hidden.labels, parts, model,
+                     sorted(config.items()), contest_train, count_correct, arg='folder')[:16]
 
 def score_training_sets(
     sets:dict,             # Name -> `ImageSet` or `TrainingSet`
@@ -148,16 +149,17 @@ def score_training_sets(
     if not (sets and networks and len(seeds)):
         raise ValueError("`sets`, `networks` and `seeds` must each hold at least one; got "
                          f"{len(sets)}, {len(networks)} and {len(seeds)}.")
+    jobs = list(itertools.product(sets, seeds, networks))
+    keys = [folder and _key(sets[name], hidden, config[network], networks[network](seed))
+            for name, seed, network in jobs]
     parts = []
-    for name, seed, network in itertools.product(sets, seeds, networks):
+    for (name, seed, network), key in zip(jobs, keys):
         data = sets[name]
-        untrained = networks[network](seed)
-        key = _key(data, hidden, config[network], untrained)
         run = folder and Path(folder)/f'{name}-{network}-{seed}-{key}'
         if run and (run/'answers.csv').exists():
             rows = pd.read_csv(run/'answers.csv')
         else:
-            model, _ = contest_train(untrained, data.images, data.labels, config[network],
+            model, _ = contest_train(networks[network](seed), data.images, data.labels, config[network],
                                      seed=seed, checkpoint=run and run/'checkpoint.pt',
                                      device=device)
             rows = count_correct(model, hidden)

@@ -7,7 +7,7 @@ __all__ = ['transfer_attack', 'on_8bit_images', 'evaluate', 'worst_case', 'summa
            'plot_curve', 'quantized_attacks']
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #a3a80d4a
-import hashlib, inspect, io, json, re
+import io, json, re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,53 +16,51 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 from ..core import batches, check_images, check_labels, make_generator, progress
-from ..files import atomic_path, save_json
+from ..files import atomic_path, fingerprint, save_json
+from ..questions import cache_key
 from ..metrics import paired_difference, wilson
 from ..plots import plot_lines
+from ..jobs import digest
 from ..attacks.gradient import check_attack, margin, pgd
 from ..attacks.score_based import square
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #a6e7bf23
-def _said(o):
-    "What a model or an attack is, in words that are the same in every process."
-    if isinstance(o, (str, int, float)): return o
-    if isinstance(o, (tuple, list)): return [_said(v) for v in o]
-    if isinstance(o, partial): return [_said(v) for v in (o.func, o.args, sorted(o.keywords.items()))]
-    if isinstance(o, nn.Module): return _digest(repr(o), *(v for kv in o.state_dict().items() for v in kv))
-    held = inspect.getclosurevars(o).nonlocals if inspect.isfunction(o) else {}
-    told = [[k, _said(v)] for k, v in sorted(held.items())
-            if callable(v) or isinstance(v, (str, int, float, tuple))]
-    return [o.__qualname__, *told] if told else re.sub(' at 0x[0-9a-f]+', '', repr(o))
+class _Transfer:
+    "What is crafted on one model and judged on any, kept by what it was crafted from."
+    def __init__(self, source, attack):
+        self.source = source
+        self.attack = attack
+        self.kept = {}
 
-def _digest(*parts):
-    "A short name for what tensors hold and words say."
-    h = hashlib.blake2b(digest_size=16)
-    for o in parts:
-        values = isinstance(o, Tensor)
-        h.update(repr([o.dtype, tuple(o.shape)] if values else _said(o)).encode())
-        if values:
-            h.update(o.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return h.hexdigest()
+    def __reduce__(self): return transfer_attack, (self.source, self.attack)
+
+    def _made(self, x, threat, state):
+        "What was crafted by the same attack on the same weights; nothing where nobody can tell"
+        try:
+            key = cache_key(self.source, self.attack, threat, state, x.dtype, x.shape[1:])
+        except ValueError:
+            return {}
+        return self.kept.setdefault(key, {})
+
+    def __call__(self, model, x, y, threat, *, generator=None):
+        state = lambda: None if generator is None else generator.get_state()
+        made = self._made(x, threat, state())
+        names = [fingerprint(*o) for o in zip(x.cpu(), y.cpu())]
+        new = [i for i, name in enumerate(names) if name not in made]
+        if new:
+            crafted = self.attack(self.source, x[new], y[new], threat, generator=generator)
+            made.update(zip([names[i] for i in new], crafted))
+            made['state'] = state()
+        if generator is not None:
+            generator.set_state(made['state'])
+        return torch.stack([made[name] for name in names])
 
 def transfer_attack(
     source:nn.Module,   # Model whose gradient is followed
     attack:Callable,    # (model, x, y, threat, *, generator) -> x_adv
 )->Callable:            # The same contract, whatever model is then attacked
     "A transfer attack: crafted on `source`, judged on the model that is evaluated."
-    kept = {}
-    def transferred(model, x, y, threat, *, generator=None):
-        state = lambda: None if generator is None else generator.get_state()
-        made = kept.setdefault(_digest(threat, state()), {})
-        names = [_digest(*o) for o in zip(x.cpu(), y.cpu())]
-        new = [i for i, name in enumerate(names) if name not in made]
-        if new:
-            made.update(zip([names[i] for i in new],
-                            attack(source, x[new], y[new], threat, generator=generator)))
-            made['state'] = state()
-        if generator is not None:
-            generator.set_state(made['state'])
-        return torch.stack([made[name] for name in names])
-    return transferred
+    return _Transfer(source, attack)
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #3145d84c
 def on_8bit_images(
@@ -120,15 +118,24 @@ def _write_rows(rows, path, question):
     "One table with a checksum above it."
     body = rows.to_csv(index=False)
     with atomic_path(path) as tmp:
-        tmp.write_bytes(f'# {_digest(question, body)}\n{body}'.encode())
+        tmp.write_bytes(f'# {digest([question, body])}\n{body}'.encode())
 
 def _read_rows(path, question):
     "The table, if it is what was written."
     head, _, body = path.read_bytes().decode(errors='replace').partition('\n')
-    if head != f'# {_digest(question, body)}':
+    if head != f'# {digest([question, body])}':
         raise ValueError(f"{path} is damaged, incomplete or from another run. Delete it: its "
                          "images are evaluated again.")
     return pd.read_csv(io.StringIO(body), dtype=_types, keep_default_na=False)
+
+def _question(model, x, y, attacks, threat, seed):
+    "What rows depend on, in words that are the same in every process"
+    return dict(scheme='robustnb.evaluate/2', model=cache_key(model), images=cache_key(x.cpu()),
+                labels=cache_key(y.cpu()), threat=[_plain(threat), cache_key(threat)],
+                seed=int(seed), attacks=[[k, cache_key(v)] for k, v in attacks.items()],
+                judge=cache_key(_judge))
+
+def _plain(o): return re.sub(' at 0x[0-9a-f]+', '', repr(o))
 
 def _rows_of(folder, question):
     "The rows that earlier runs with the same question have left."
@@ -146,6 +153,10 @@ def _rows_of(folder, question):
     except (ValueError, TypeError) as e:
         raise ValueError(f"{file} is damaged ({e}), so nobody knows what the rows answer. "
                          "Delete the folder, or name another.") from e
+    if known.get('scheme') != question['scheme']:
+        raise ValueError(f"`save` holds rows of another version of this library ({file}), which "
+                         "told attacks apart in another way. Name another folder, or delete "
+                         "this one.")
     differ = [k for k in question if known.get(k) != question[k]]
     if differ:
         raise ValueError(f"`save` holds rows of another question: {', '.join(differ)} differ "
@@ -189,8 +200,7 @@ def evaluate(
     parts = []
     jobs = dict(clean=lambda model, x, y, threat, generator: x) | attacks
     if save is not None:
-        question = dict(model=_said(model), images=_digest(x), labels=_digest(y),
-                        threat=repr(threat), seed=int(seed), attacks=_said([*attacks.items()]))
+        question = _question(model, x, y, attacks, threat, seed)
         parts = _rows_of(Path(save), question)
     for k, (name, attack) in enumerate(jobs.items()):
         left = np.setdiff1d(np.arange(len(x)),
