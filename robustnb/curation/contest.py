@@ -22,7 +22,7 @@ from ..files import (
 from ..archives import MAX_IMAGES, open_members, read_array, verdict_row
 from ..models.wrapping import Normalized
 from ..models.blocks import conv_layers, joined, resnet
-from ..models.loading import strip_prefixes
+from ..models.states import strip_prefixes
 from ..models.training import crop_and_flip
 
 # %% ../../nbs/api/curation/30_contest.ipynb #3b8b74fe

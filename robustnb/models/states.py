@@ -123,15 +123,18 @@ def fitting_state(
     net:nn.Module,    # The network to fill
     path,             # The file, for the message
     chosen:str=None,  # The part meant, by its name in the file; None is the only one that fits
+    what:str=None,    # What the network is, for the message; None is its class
 )->tuple:             # Name -> tensor as `net.state_dict()` has them, half precision widened; `mean` and `std` if stored
     "The weights of a network in a checkpoint."
     parts = find_parts(held, net, chosen)
     fits = [o for o in parts if not describe_misfits(o[1], net)]
     if not fits:
-        what = f"a dict with {list(held)[:4]}" if isinstance(held, dict) else f"a {type(held).__name__}"
-        said = f"its part {parts[0][0]!r} has {describe_misfits(parts[0][1], net)}" if parts else f"it holds {what}"
-        raise ValueError(f"`path` must hold a state_dict (named tensors) that fits the network; {path} does not "
-                         f"fit this {type(net).__name__}: {said}.")
+        table = f"a dict with {list(held)[:4]}" if isinstance(held, dict) else f"a {type(held).__name__}"
+        part = f"{parts[0][0]!r}: " if parts and parts[0][0] else ''
+        said = part + describe_misfits(parts[0][1], net) if parts else f"it holds {table}"
+        raise ValueError(f"`path` must hold a state_dict (named tensors) of the network; {path} does not "
+                         f"fit {what or type(net).__name__} ({said}). Give the network and the number of classes "
+                         "that it was trained with.")
     name, state, rest = _only(fits, path)
     wide = {k: v.float() if v.is_floating_point() and v.itemsize < 4 else v for k, v in state.items()}
     own = net.state_dict()

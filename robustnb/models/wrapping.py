@@ -6,7 +6,8 @@
 __all__ = ['Normalize', 'Normalized', 'unwrap', 'model_name', 'last_linear', 'batchnorms', 'read_classes', 'wrap_model']
 
 # %% ../../nbs/api/models/10_wrapping.ipynb #cf1f3ac2
-import json, sys
+import io, json, sys
+from contextlib import redirect_stderr
 from itertools import chain
 from pathlib import Path
 import torch
@@ -167,7 +168,7 @@ def _ask(net, channels, side):
     hooks = [m.register_forward_hook(lambda m, args, out: worked.append(m)) for m in net.modules()
              if isinstance(m, (nn.Linear, nn.Conv2d)) and not isinstance(m, torch.jit.ScriptModule)]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), redirect_stderr(io.StringIO()):
             return _rows(net(torch.zeros(2, channels, side, side, dtype=like.dtype, device=like.device))), worked
     except Exception:
         return None, []

@@ -26,17 +26,17 @@ class Generator(nn.Module):
         embedding:Tensor,  # Class embeddings (K,D)
         mean:Tensor,       # Mean of each channel (C,), pixels
         std:Tensor,        # Standard deviation of each channel (C,), pixels
-        size:int=32,       # Height and width of the images, a multiple of 4
+        size:int=32,       # Height and width of the images, at least 4; other than a multiple of 4 is cut from one
         width:int=64,      # Channels of the body; the paper has 128
     ):
         super().__init__()
-        if not (size >= 4 and size % 4 == 0): raise ValueError(f"`size` must be a multiple of 4; got {size}.")
+        if not size >= 4: raise ValueError(f"`size` must be at least 4 pixels; got {size}.")
         if not width >= 2: raise ValueError(f"`width` must be at least 2 channels; got {width}.")
         rows = embedding.detach().float().flatten(1)
         rows = (rows-rows.mean(1, keepdim=True))/rows.std(1, keepdim=True).clamp_min(1e-8)
         for k, v in dict(embedding=rows, mean=mean, std=std, contrast=torch.ones(())).items():
             self.register_buffer(k, v.detach().clone())
-        self.size, self.knows, low = size, 'nothing: it was not trained', size//4
+        self.size, self.knows, low = size, 'nothing: it was not trained', -(-size//4)
         conv = lambda i, o: [nn.Upsample(scale_factor=2), nn.Conv2d(i, o, 3, padding=1),
                              nn.BatchNorm2d(o), nn.LeakyReLU(.2)]
         self.body = nn.Sequential(
@@ -49,6 +49,7 @@ class Generator(nn.Module):
     ):
         "Images before the clamp to [0,1]."
         out = self.body(targets.to(noise.dtype) @ self.embedding + noise).float()
+        out = out[..., :self.size, :self.size]
         return self.mean.view(1, -1, 1, 1) + self.contrast*self.std.view(1, -1, 1, 1)*out
     def forward(self,
         targets:Tensor,    # Class mixtures (N,K), rows sum to 1
@@ -213,7 +214,7 @@ def train_generator(
     model:nn.Module,      # Classifier with `normalize.mean` and `.std`, in eval mode; not changed
     steps:int=300,        # Optimiser steps, >= 0
     batch_size:int=64,    # Images in a step
-    size:int=32,          # Height and width of the images, a multiple of 4
+    size:int=None,        # Height and width of the images in pixels; None is what the model states
     width:int=64,         # Channels of the generator's body, >= 2
     boundary:float=.4,    # Share of samples between two classes
     seed:int=0,           # Weights, classes and noise
@@ -223,6 +224,10 @@ def train_generator(
     if not hasattr(check_model(model), 'normalize'):
         raise TypeError("`model` must have its normalisation inside; this "
                         f"{type(model).__name__} has none. Use `wrap_model`.")
+    size = size or getattr(model, 'image_size', None)
+    if size is None:
+        raise ValueError("`size` must be given, the side in pixels of the images that this model was made for: "
+                         "neither its network nor its caller stated it. `wrap_model(net, size=...)` remembers it.")
     if steps < 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
     device = init_distributed(device)
     if batch_size < processes():
