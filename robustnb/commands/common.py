@@ -17,11 +17,12 @@ from ..core import make_generator, pick_device
 from ..files import atomic_path, fingerprint, save_json
 from ..data import ImageSet, load_data, subset
 from ..models.zoo import build_model, model_names
+from ..models.sources import is_source
 from ..models.loading import load_model
 from ..quant.formats import quant_spec
 
 # %% ../../nbs/api/commands/10_common.ipynb #5b0b0001
-# Stands in for the branches `load` and `data` until they are merged: delete this cell then
+# Stands in for the branch `data` until it is merged: delete this cell then, and `_supported` below
 try:
     from robustnb.data import load_images, match_classes
 except ImportError:
@@ -32,14 +33,6 @@ except ImportError:
     def match_classes(data, classes=None, n_classes=None): return data
 
 def _supported(f, given): return {k: v for k, v in given.items() if k in signature(f).parameters}
-
-def _known(net, size, classes):
-    "What the branch `load` makes a model know"
-    size = size or getattr(net, 'image_size', None) or net.normalize.size
-    for k, v in dict(image_size=size, crop_pct=1., channels=net.normalize.mean.shape[1], classes=classes).items():
-        if v is not None and not getattr(net, k, None): setattr(net, k, v)
-    if not hasattr(net, 'image_size'): net.image_size = None
-    return net
 
 # %% ../../nbs/api/commands/10_common.ipynb #5e2a81c4
 def _writable(out):
@@ -100,6 +93,7 @@ def _specs(formats):
         raise ValueError(f"`formats` must not name one twice; got {formats!r}.")
     return {str(s): s for s in specs}
 
+# %% ../../nbs/api/commands/10_common.ipynb #f01de204
 def _continue(out, question):
     "Raise unless the folder is new, or answers the same question so far"
     file, hint = out/'question.json', 'Name another folder, or delete this one.'
@@ -123,11 +117,13 @@ def _mark_of(images): return fingerprint(images.images, images.y)
 # %% ../../nbs/api/commands/10_common.ipynb #7a1c0e01
 def _given(options, *functions):
     "Options of each of the functions; one that none of them takes is refused"
-    takes = [signature(f).parameters for f in functions]
-    known = [k for t in takes for k, o in t.items() if o.default is not o.empty]
+    parameters = [signature(f).parameters for f in functions]
+    known = [k for t in parameters for k, o in t.items() if o.default is not o.empty]
     wrong = [k for k in options if k not in known]
-    if wrong: raise TypeError(f"`{wrong[0]}` is no option of this command; it takes {', '.join(dict.fromkeys(known))}.")
-    return [{k: v for k, v in options.items() if k in t} for t in takes]
+    if wrong:
+        takes = ', '.join(dict.fromkeys(known))
+        raise TypeError(f"`{wrong[0]}` is no option of this command; it takes {takes}.")
+    return [{k: v for k, v in options.items() if k in t} for t in parameters]
 
 def _numbers(text, name):
     "Numbers between commas; None for an empty text"
@@ -139,22 +135,10 @@ def _numbers(text, name):
                          f".485,.456,.406; got {text!r}.") from None
 
 def _names(classes):
-    "Names of classes from a file or from a text with commas; None for an empty text"
+    "Names of classes from a text with commas, or the file that holds them; None for an empty text"
     if not classes: return None
-    file = Path(classes)
-    if file.suffix.lower() not in ('.json', '.txt'): return tuple(_listed(classes, 'classes'))
-    if not file.is_file():
-        raise FileNotFoundError(f"`classes` must name a .json or .txt file, or the classes; there is none at {file}.")
-    text = file.read_text(encoding='utf-8')
-    if file.suffix.lower() == '.txt': return tuple(o.strip() for o in text.splitlines() if o.strip())
-    try:
-        names = json.loads(text)
-    except ValueError as e:
-        raise ValueError(f"`classes` must be a JSON list of names; {file}: {e}.") from e
-    if isinstance(names, dict): names = [names[k] for k in sorted(names, key=int)]
-    if not isinstance(names, list):
-        raise ValueError(f"`classes` must be a JSON list of names; {file} holds a {type(names).__name__}.")
-    return tuple(map(str, names))
+    if Path(classes).suffix.lower() in ('.json', '.txt'): return classes
+    return tuple(_listed(classes, 'classes'))
 
 # %% ../../nbs/api/commands/10_common.ipynb #7a1c0e02
 def open_model(
@@ -175,12 +159,10 @@ def open_model(
     if model in model_names and not weights:
         raise ValueError(f"`weights` must be given with {model}, which comes untrained: a file of "
                          "`robustnb train`, or of its state_dict.")
-    told = dict(mean=_numbers(mean, 'mean'), std=_numbers(std, 'std'), size=size or None,
-                classes=_names(classes))
-    known = {k: v for k, v in told.items() if v is not None}
     net = load_model(model or weights, weights if model and weights else None,
-                     **_supported(load_model, known))
-    return _known(net, size, told['classes']).to(pick_device(device or None)).eval()
+                     mean=_numbers(mean, 'mean'), std=_numbers(std, 'std'), size=size or None,
+                     classes=_names(classes))
+    return net.to(pick_device(device or None)).eval()
 
 def _one_size(net):
     "Height and width that a model takes; the nine networks, which take more than one, are for 32 pixels"
@@ -198,7 +180,7 @@ def _opened_by_name(model, weights='', untrained=False, **given):
     words = _listed(model or weights, 'model')
     if model and weights and len(words) > 1:
         raise ValueError(f"`weights` must be left out where `model` names several; got {weights}.")
-    paths = [Path(o) for o in words if Path(o).suffix]
+    paths = [Path(o) for o in words if not (is_source(o) or o in model_names)]
     stems = {p.stem for p in paths}
     def name(word):
         path = Path(word)
@@ -225,7 +207,7 @@ def unlabelled_images(
     net:nn.Module,    # Model that will see them, from `open_model`
     n:int,            # Images at most, >= 1
     seed:int,         # Which ones
-    images:str='',    # Images without labels: a folder (any layout), a zip file, a data.npy, or digits, cifar10
+    images:str='',    # Images without labels: a folder of any layout, a zip file, a data.npy, digits, cifar10
 )->Tensor:            # Images (N,C,H,W), float, pixels in [0,1]
     "Some images of a source, as the model takes them; labels are not looked at."
     if images in _FETCHED: load_data(images, 'train', download=True)
@@ -235,7 +217,9 @@ def labelled_images(
     net:nn.Module,    # Model that will see them, from `open_model`
     n:int,            # Images at most, balanced over the classes
     seed:int,         # Which ones
-    test:str='',      # Images with labels: class folders (test/class or class), a zip file, label.npy, digits, cifar10
+    # Images with labels: class folders (class/image or test/class/image), a zip file, a folder with
+    # data.npy and label.npy, digits, cifar10
+    test:str='',
 )->ImageSet:          # Its classes are those of the model, in the order of the logits
     "Test images, as the model takes them."
     if not test: raise ValueError("`test` must name labelled images: class folders, a zip file, a folder "
@@ -245,6 +229,7 @@ def labelled_images(
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
     return data if len(data) <= n else subset(data, n, seed=seed)
 
+# %% ../../nbs/api/commands/10_common.ipynb #7a1c0e07
 def on_device(
     device:str='',       # Where to compute: cpu, cuda, cuda:1; none takes CUDA where there is one
 )->torch.device|None:    # The device; None leaves the choice to the function that trains
@@ -259,7 +244,8 @@ def pool_split(
 
 def training_images(
     split:str,           # 'train' or 'test'
-    data:str='digits',   # Labelled images: digits, cifar10, cifar100, or a folder or zip file of split/class/image
+    # Labelled images: digits, cifar10, cifar100, or a folder or zip file of split/class/image
+    data:str='digits',
     size:int=0,          # Height and width to resize them to, pixels; none leaves them as they are
 )->ImageSet:             # The images of the split
     "Images to train on."

@@ -40,9 +40,10 @@ def _flag_rows(net, test, attack, threat, seed):
     "Rows of `red_flags`, or one that says why they could not be judged"
     some = test[:_FLAGGED]
     try:
-        return red_flags(net, some.x, torch.as_tensor(some.y), threat, _ATTACKS[attack], seed).to_dict('records')
+        table = red_flags(net, some.x, torch.as_tensor(some.y), threat, _ATTACKS[attack], seed)
     except ValueError as e:
         return [dict(check='all', verdict='not judged', figure=str(e), what_to_do='')]
+    return table.to_dict('records')
 
 def _told(table, flags):
     "What a person wants to know"

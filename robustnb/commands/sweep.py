@@ -15,7 +15,7 @@ from ..quant.formats import all_formats
 from ..attacks.threat_models import Linf
 from ..transfer.study import job_attacks, measure_one
 from .common import (
-    _command, _given, _listed, _mark_model, _mark_of, _names, _numbers, _one_of, _opened_by_name, _specs, _write,
+    _command, _given, _listed, _mark_model, _mark_of, _numbers, _one_of, _opened_by_name, _specs, _write,
     labelled_images, open_model, unlabelled_images)
 
 # %% ../../nbs/api/commands/50_sweep.ipynb #801037c5
@@ -91,14 +91,18 @@ def _check_jobs(same, measure, seeds):
                          f"1 for n; got {measure!r}.")
     Linf(eps)
 
-def _where_it_is(word): return str(Path(word).resolve()) if Path(word).exists() else word
+# %% ../../nbs/api/commands/50_sweep.ipynb #0abf96cf
+def _where_it_is(word):
+    "A file or folder by its full path, for jobs that run elsewhere; what follows # is kept"
+    file, mark, part = word.partition('#')
+    return str(Path(file).resolve()) + mark + part if Path(file).exists() else word
 
 def _job_words(model='', weights='', **given):
     "What a job needs to open its model again, and the models by the words that say where they are"
     nets = _opened_by_name(model, weights, **given)
     words = [_where_it_is(o) for o in _listed(model or weights, 'model')]
     told = dict(mean=_numbers(given.get('mean'), 'mean'), std=_numbers(given.get('std'), 'std'),
-                classes=_names(given.get('classes')))
+                classes=given.get('classes') and next(iter(nets.values())).classes)
     same = {k: json.dumps(v) for k, v in told.items() if v}
     if given.get('size'): same['size'] = given['size']
     if model and weights: same['weights'] = _where_it_is(weights)
@@ -115,12 +119,10 @@ def _test_images(nets, data, n): return labelled_images(next(iter(nets.values())
 @_command
 def sweep_command(
     model:str='',              # Networks or files, separated by commas
-    # Number formats, separated by commas, or 'all'
-    formats:str='INT8,INT6,INT4,POT4,FP8,FLOAT4',
+    formats:str='INT8,INT6,INT4,POT4,FP8,FLOAT4', # Number formats, separated by commas, or all
     attacks:str='pgd',         # fgsm, pgd (10 steps), apgd (100 steps), separated by commas
     seeds:int=1,               # Seeds 0, 1, ... of calibration images and random starts
-    # n=500 test images at most, eps=1/255 of the Linf ball
-    measure:str='',
+    measure:str='',            # n=500 test images at most, eps=1/255 of the Linf ball
     # Jobs at a time here, as 4, or parameters of Slurm, as timeout_min=60,mem_gb=8; none: all cores
     where:str='',
     out:str='sweep',           # Folder for rows, sweep.csv, manifest.json
@@ -132,7 +134,7 @@ def sweep_command(
 
     Example:
 
-        robustnb sweep runs/resnet/weights.pt,runs/vgg/weights.pt --test cifar10 --formats INT8,POT4 --seeds 3"""
+        robustnb sweep runs/resnet/weights.pt,timm:resnet18 --test photos --formats INT8,POT4"""
     started = time.time()
     opening, labelled, free = _given(given, open_model, labelled_images, unlabelled_images)
     out = Path(out)
@@ -146,8 +148,8 @@ def sweep_command(
     images = _where_it_is(free['images']) if free.get('images') else ''
     _check_files(out, nets, data, images, same | words)
     if images: words['images'] = images
-    table = grid(model=[*nets], format=specs, attack=names, seed=range(seeds), data=data).assign(**same, **words)
-    rows = sweep(measure_one, table, out, **place)
+    table = grid(model=[*nets], format=specs, attack=names, seed=range(seeds), data=data)
+    rows = sweep(measure_one, table.assign(**same, **words), out, **place)
     _write(rows, out/'sweep.csv')
     failed = rows[rows.status == 'failed']
     facts = dict(model=[*nets], formats=specs, attacks=attacks, seeds=seeds, test=data, images=images, **same,

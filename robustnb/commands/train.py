@@ -24,8 +24,7 @@ def train_command(
     width:float=1.,           # Multiplier of the channels
     epochs:int=200,           # Passes over the data; the milestones keep their shares of the run
     lr:float=.1,              # Learning rate after the warm-up
-    # Never flip an image: for digits, letters and everything else with a handedness
-    no_flip:bool=False,
+    no_flip:bool=False,       # Never flip an image: for digits and everything else with a handedness
     seed:int=0,               # Weights, order, crops and flips
     **given,                  # Those of `training_images`, `on_device`
 ):

@@ -85,6 +85,7 @@ def _probes(net, out, images, n, seed):
     if images is None: return Probes.generated(net, n, _kept_generator(net, out/'generator.pt', seed), seed)
     return Probes.of(images)
 
+# %% ../../nbs/api/commands/30_transfer.ipynb #a55e55c1
 @_command
 def assess_command(
     model:str='',         # Network, as `open_model` takes it
@@ -263,6 +264,7 @@ def _write_copies(net, specs, x, table):
         _write(pd.DataFrame(rows.values()), table)
     return rows
 
+# %% ../../nbs/api/commands/30_transfer.ipynb #d734702b
 def _calibration(net, out, images, n, steps, seed):
     "Images (N,C,H,W) to calibrate with, and what a folder remembers of them"
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")

@@ -1,4 +1,4 @@
-"The command `robustnb`: its help reads well, its examples can be typed, and nothing heavy is imported for them"
+"The command `robustnb`: its help reads well, its examples can be typed, nothing heavy is imported for it"
 import json, os, re, resource, shlex, subprocess, sys
 from configparser import ConfigParser
 from importlib import import_module
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from robustnb.commands import common, main as cli
+from robustnb.commands import command_line as cli, common
 
 root = Path(__file__).parents[2]
 NAMES = ('assess evaluate cost quantize export generate fit-predictor sweep build-set score-set validate-set '
@@ -21,7 +21,8 @@ def run(*words, folder=None, start=(sys.executable, '-m', 'robustnb')):
                           env=os.environ | dict(COLUMNS='80', PYTHONPATH=str(root), OMP_NUM_THREADS='1'))
 
 
-def function(name): return getattr(import_module(f'robustnb.commands.{cli._HOMES[name]}'), cli._function(name))
+def function(name):
+    return getattr(import_module(f'robustnb.commands.{cli._HOMES[name]}'), cli._function(name))
 
 
 def said(capsys, *words):
@@ -36,7 +37,7 @@ def said(capsys, *words):
 def test_one_script_and_its_commands():
     settings = ConfigParser(delimiters=['='])
     settings.read(root/'settings.ini', encoding='utf-8')
-    assert settings['DEFAULT']['console_scripts'].split() == ['robustnb=robustnb.commands.main:main']
+    assert settings['DEFAULT']['console_scripts'].split() == ['robustnb=robustnb.commands.command_line:main']
     assert sorted(cli._HOMES) == sorted(NAMES)
 
 
@@ -56,15 +57,15 @@ def test_the_example_parses(name):
 def test_what_is_read_from_the_source_is_what_the_function_takes(name):
     _, options = cli._options(cli._HOMES[name], cli._function(name))
     job = signature(function(name)).parameters
-    own = {k: o for k, o in job.items() if o.kind is not o.VAR_KEYWORD}
-    for k, o in own.items():
+    named = {k: o for k, o in job.items() if o.kind is not o.VAR_KEYWORD}
+    for k, o in named.items():
         kind, default, _, _ = options[k]
         assert kind is o.annotation
         assert o.default is o.empty if default is cli._REQUIRED else default == o.default
-    shared = set(options) - set(own)
-    assert bool(shared) == (len(own) < len(job))
-    known = {k for f in vars(common).values() if callable(f) and getattr(f, '__module__', '') == common.__name__
-             for k in signature(f).parameters}
+    shared = set(options) - set(named)
+    assert bool(shared) == (len(named) < len(job))
+    own = [f for f in vars(common).values() if getattr(f, '__module__', '') == common.__name__]
+    known = {k for f in own for k in signature(f).parameters}
     assert shared <= known
 
 
@@ -84,7 +85,7 @@ def test_the_same_words_for_a_model(name, capsys):
     (['quantize', '--fromats', 'INT8'], 'Did you mean --formats?'), (['evaluate', '--n', 'few'], 'few')])
 def test_answers_at_once(words, says):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = run('-c', 'import sys; from robustnb.commands.main import main\n'
+    done = run('-c', 'import sys; from robustnb.commands.command_line import main\n'
                'try: status = main(sys.argv[1:])\nexcept SystemExit as e: status = e.code\n'
                'assert not {"torch", "numpy", "pandas", "fastcore"} & set(sys.modules); sys.exit(status)',
                *words, start=[sys.executable])
@@ -97,7 +98,8 @@ def test_answers_at_once(words, says):
 
 @pytest.mark.parametrize('words, says', [
     ([], 'a command must be given'), (['tarin'], 'Did you mean train?'), (['zzz'], 'no command'),
-    (['train', '--epoch', '3'], 'no --epoch. Did you mean --epochs?'), (['train', '--zzzz'], 'no --zzzz. See'),
+    (['train', '--epoch', '3'], 'no --epoch. Did you mean --epochs?'),
+    (['train', '--zzzz'], 'no --zzzz. See'),
     (['train', '--epochs', 'x'], '--epochs'), (['train', '--epochs'], '--epochs'),
     (['build-set', 'clean'], '--model must be given'),
     (['assess', 'a.pt', '--model', 'b.pt'], 'given twice'), (['demo', 'a'], 'no a')])
@@ -111,9 +113,10 @@ def test_a_command_line_that_is_none(words, says, capsys):
 
 
 def test_a_model_may_stand_without_its_option_and_words_may_have_lines_below():
-    assert cli._given('cost', ['a.pt', '--size=64']) == dict(model='a.pt', size=64, json=False, quiet=False)
+    assert cli._given('cost', ['a.pt', '--size=64']) == dict(
+        model='a.pt', size=64, json=False, quiet=False)
     assert cli._given('train', ['--no_flip'])['no_flip'] is True
-    assert cli._given('attack_descriptors'.replace('_', '-'), ['b', 's', 'd', '--n_pairs', '3'])['n_pairs'] == 3
+    assert cli._given('attack-descriptors', ['b', 's', 'd', '--n_pairs', '3'])['n_pairs'] == 3
     assert cli._given('score-set', ['a,b', '--model', 'w.pt'])['model'] == 'w.pt'
     assert 'formats' not in cli._given('assess', []), 'defaults are those of the function'
 
@@ -157,7 +160,8 @@ def pretended(monkeypatch):
 
 def test_json_is_one_document_and_nothing_else(pretended, capsys):
     import numpy as np
-    pretended(dict(a=np.float32(.5), b=float('nan'), c=[np.int64(3)], d=np.array([1., np.inf]), e=Path('x')))
+    pretended(dict(a=np.float32(.5), b=float('nan'), c=[np.int64(3)], d=np.array([1., np.inf]),
+                   e=Path('x')))
     status, out, _ = said(capsys, 'demo', '--json')
     assert status == 0
     assert json.loads(out) == dict(a=.5, b=None, c=[3], d=[1., None], e='x')
@@ -185,11 +189,11 @@ def test_exit_statuses(pretended, capsys):
 
 
 def test_every_page_types_commands_that_exist():
-    "In README, notebooks, docstrings and messages: no name of the fifteen scripts, no option that is none"
+    "In README, notebooks, docstrings and messages none of the fifteen scripts"
     old = re.compile(r'\brobustnb_(?:train|assess|cost|quantize|generate|fit_predictor|build_set|score_set|'
                      r'validate_set|distill|attack_descriptors|check_submission|sweep|demo)\b')
-    files = [*root.glob('*.md'), root/'Makefile', *root.glob('nbs/**/*.ipynb'), *root.glob('robustnb/**/*.py'),
-             *root.glob('benchmarks/**/*.py'), *root.glob('tools/*.py')]
+    files = [*root.glob('*.md'), root/'Makefile', *root.glob('nbs/**/*.ipynb'),
+             *root.glob('robustnb/**/*.py'), *root.glob('benchmarks/**/*.py'), *root.glob('tools/*.py')]
     held = {f: f.read_text(encoding='utf-8') for f in files if '.ipynb_checkpoints' not in str(f)}
     assert not [f.name for f, text in held.items() if old.search(text) and f.name != 'CHANGELOG.md']
     typed = set()
