@@ -95,7 +95,7 @@ def _check_jobs(same, measure, seeds):
 def _where_it_is(word):
     "A file or folder by its full path, for jobs that run elsewhere; what follows # is kept"
     file, mark, part = word.partition('#')
-    return str(Path(file).resolve()) + mark + part if Path(file).exists() else word
+    return str(Path(file).resolve()) + mark + part if file and Path(file).exists() else word
 
 def _job_words(model='', weights='', **given):
     "What a job needs to open its model again, and the models by the words that say where they are"
@@ -108,9 +108,9 @@ def _job_words(model='', weights='', **given):
     if model and weights: same['weights'] = _where_it_is(weights)
     return dict(zip(words, nets.values())), same
 
-def _check_files(out, nets, data, images, same):
+def _check_files(out, nets, data, same):
     "Raise unless the models and images are those of the rows that `out` has"
-    facts = dict(data=data, images=images, test=_mark_of(_test_images(nets, data, same.get('n', 500)))) | same
+    facts = dict(data=data, test=_mark_of(_test_images(nets, data, same.get('n', 500)))) | same
     _same_files(out, facts, {k: _mark_model(v) for k, v in nets.items()})
 
 def _test_images(nets, data, n): return labelled_images(next(iter(nets.values())), n, 0, data)
@@ -145,15 +145,15 @@ def sweep_command(
     names = [_one_of(o, job_attacks, 'attacks') for o in _listed(attacks, 'attacks')]
     nets, words = _job_words(model, **opening)
     data = _where_it_is(labelled.get('test', ''))
-    images = _where_it_is(free['images']) if free.get('images') else ''
-    _check_files(out, nets, data, images, same | words)
-    if images: words['images'] = images
+    images = _where_it_is(free.get('images') or '')
+    words |= dict(images=images) if images else {}
+    _check_files(out, nets, data, same | words)
     table = grid(model=[*nets], format=specs, attack=names, seed=range(seeds), data=data)
     rows = sweep(measure_one, table.assign(**same, **words), out, **place)
     _write(rows, out/'sweep.csv')
     failed = rows[rows.status == 'failed']
-    facts = dict(model=[*nets], formats=specs, attacks=attacks, seeds=seeds, test=data, images=images, **same,
-                 where=where, jobs=len(rows), failed=len(failed))
+    facts = dict(model=[*nets], formats=specs, attacks=attacks, seeds=seeds, test=data, images=images,
+                 **same, where=where, jobs=len(rows), failed=len(failed))
     save_json(manifest(**facts, seconds=round(time.time()-started)), out/'manifest.json')
     _tell(rows, failed, out)
     return dict(out=str(out), rows=rows.to_dict('records'), **facts)
