@@ -7,10 +7,12 @@ __all__ = ['check_pixels', 'ImageSet', 'digits', 'split_data', 'subset', 'class_
            'load_zip', 'load_npy', 'cifar10', 'cifar100', 'load_data', 'check_names', 'NamedSet']
 
 # %% ../nbs/api/20_data.ipynb #d661dbf3
-import errno, io, json, os, zipfile
+import errno, io, json, math, os, warnings, zipfile
+from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from PIL import Image
+from PIL import Image, ImageOps
 import numpy as np
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -98,6 +100,8 @@ def _save(data, folder):
 # %% ../nbs/api/20_data.ipynb #117e6f0c
 class ImageSet:
     "Images with soft labels, checked when they are put together."
+    matched = None    # After `match_classes`: 'by name', 'by number' or 'by position'
+
     def __init__(self,
         images:np.ndarray,   # Images (N,H,W,C), uint8, with 1 or 3 channels
         labels:np.ndarray,   # Rows of probabilities (N,K), or class numbers (N,) in [0,K)
@@ -123,7 +127,9 @@ class ImageSet:
         if isinstance(i, (int, np.integer)):
             raise TypeError("an ImageSet is indexed by a slice, an array of positions or a mask; "
                             f"got {i}. Use `[{i}:{i+1}]`.")
-        return ImageSet(self.images[i], self.labels[i], self.classes)
+        part = ImageSet(self.images[i], self.labels[i], self.classes)
+        part.matched = self.matched
+        return part
 
     def __repr__(self):
         counts = np.bincount(self.y, minlength=len(self.classes))
@@ -209,7 +215,10 @@ def subset(
     return data[order[(rank < want[y])[order]]]
 
 # %% ../nbs/api/20_data.ipynb #5c1891ab
-_SUFFIXES = '.png', '.jpg', '.jpeg', '.bmp', '.pgm'
+_SUFFIXES = ('.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.bmp', '.pgm', '.ppm', '.pnm', '.webp',
+             '.tif', '.tiff')
+_FORMATS = 'PNG', 'JPEG', 'BMP', 'PPM', 'WEBP', 'TIFF'
+_BESIDE = ('.md', '.txt', '.csv', '.json', '.yaml', '.yml', '.html', '.pdf', '')  # beside class folders
 _MAX_PIXELS = 2**26    # of one image
 _MAX_SET = 2**36       # bytes of a set
 
@@ -218,14 +227,29 @@ def _count(names):
     tops = [o.split('/')[0] for o in names]
     return ', '.join(f'{o} ({tops.count(o)})' for o in sorted(set(tops))) or 'none'
 
-# %% ../nbs/api/20_data.ipynb #f7975051
+def _suffix(name): return os.path.splitext(name)[1].lower()
+
+def _is_litter(name):
+    "Whether a file is what operating systems leave behind"
+    parts = name.rstrip('/').split('/')
+    return (any(p[0] == '.' or p == '__MACOSX' for p in parts)
+            or parts[-1].lower() in ('thumbs.db', 'desktop.ini'))
+
 def _is_image(name):
     "Whether a file is an image and no litter of an operating system"
-    litter = any(p[0] == '.' or p == '__MACOSX' for p in name.split('/'))
-    return name.lower().endswith(_SUFFIXES) and not litter
+    return _suffix(name) in _SUFFIXES and not _is_litter(name)
 
+def _passed_over(names, source):
+    "A warning that counts the files which are not read"
+    kinds = Counter(_suffix(o) or 'without a suffix' for o in names)
+    if kinds:
+        said = ', '.join(f'{n} {k}' for k, n in sorted(kinds.items()))
+        warnings.warn(f"{len(names)} files in {source} are no images that can be read and were "
+                      f"passed over: {said}. Read are {' '.join(_SUFFIXES)}.", stacklevel=4)
+
+# %% ../nbs/api/20_data.ipynb #f7975051
 def _short_names(images, split, source):
-    "Image -> split/class/file or class/file, whichever `split` asks for"
+    "Image -> split/class/file or class/file, whichever `split` asks for; the folder around all, if any"
     by_depth = {o.count('/'): o for o in reversed(images)}
     if len(by_depth) > 1:
         raise ValueError("`source` must hold all images at one depth, split/class/image or "
@@ -238,28 +262,50 @@ def _short_names(images, split, source):
     depth -= strip
     if depth not in (1, 2):
         raise ValueError("`source` must hold images as split/class/image or class/image; "
-                         f"{source} has {images[0]!r}.")
+                         f"{source} has {images[0]!r}. Pictures without labels are read by "
+                         "`load_images`.")
     if split is None and depth == 2:
         raise ValueError(f"`split` must name one of the splits of {source}; found "
                          f"{_count(short.values())}.")
     if split is not None and depth == 1:
         raise ValueError(f"`split` must be None, as {source} holds class folders only; got "
                          f"{split!r}. Found {_count(short.values())}.")
-    return short
+    return short, images[0].split('/')[0] + '/' if strip else ''
+def _by_number(names):
+    "Names in their order; those that are all whole numbers as numbers"
+    numbers = all(o.isascii() and o.isdigit() for o in names)
+    return sorted(names, key=lambda o: (int(o), o) if numbers else o)
+
+def _check_folders(names, around, depth, classes, source):
+    "Raise if a class folder holds no image; the classes are those of all splits"
+    inside = [o[len(around):] for o in names if o.startswith(around) and not _is_litter(o)]
+    found = {}
+    for parts in (o.split('/') for o in inside):
+        if len(parts) > depth:
+            found.setdefault(parts[depth-1], set()).update(_suffix(o) for o in parts[depth:] if o)
+    for folder, kinds in sorted(found.items()):
+        if folder not in classes:
+            held = f"only {' '.join(sorted(kinds - {''})) or 'other files'}" if kinds else 'nothing'
+            raise ValueError(f"`source` must hold images in every class folder; {folder!r} of "
+                             f"{source} holds {held}, and classes behind it would move up. Add "
+                             f"images ({' '.join(_SUFFIXES)}), or remove the folder.")
 
 # %% ../nbs/api/20_data.ipynb #9fd596bc
 def class_folders(
-    names,            # Names of files, folders divided by /
+    names,            # Names of files, and of folders with / at the end; folders divided by /
     split:str|None,   # Name of the split; None where there are only class folders
     source,           # Where they are, for messages
 )->tuple:             # Names of the images, sorted by class; their class numbers (N,); class names
     "The images of one split and their classes, by the folders they are in."
+    names = list(names)
     images = sorted(filter(_is_image, names))
     if not images:
         raise ValueError(f"`source` must hold images ({' '.join(_SUFFIXES)}) in folders "
                          f"split/class or class; none in {source}.")
-    short = _short_names(images, split, source)
-    classes = sorted({o.split('/')[-2] for o in images})
+    short, around = _short_names(images, split, source)
+    depth = 1 if split is None else 2
+    classes = _by_number({o.split('/')[-2] for o in images})
+    _check_folders(names, around, depth, classes, source)
     if len(classes) < 2:
         raise ValueError(f"`source` must hold at least 2 classes; {source} has only "
                          f"{classes[0]!r}. Splits found: {_count(short.values())}.")
@@ -267,38 +313,77 @@ def class_folders(
     if not chosen:
         raise ValueError(f"`split` must name a split with images; {split!r} has none in "
                          f"{source}. Splits found: {_count(short.values())}.")
-    chosen.sort(key=lambda o: o.split('/')[-2:])
-    return chosen, np.array([classes.index(o.split('/')[-2]) for o in chosen]), classes
+    place = {k: i for i, k in enumerate(classes)}
+    chosen.sort(key=lambda o: (place[o.split('/')[-2]], o.split('/')[-1]))
+    start = around if split is None else f'{around}{split}/'
+    _passed_over([o for o in names if o.startswith(start) and o[-1] != '/' and not _is_litter(o)
+                  and _suffix(o) not in _SUFFIXES
+                  and (o.count('/') >= chosen[0].count('/') or _suffix(o) not in _BESIDE)], source)
+    return chosen, np.array([place[o.split('/')[-2]] for o in chosen]), classes
 
 # %% ../nbs/api/20_data.ipynb #4e9cae8d
+def _check_fit(size, channels, crop_pct):
+    "Raise unless images can be brought to this form"
+    if size is not None and not (isinstance(size, (int, np.integer)) and size >= 1):
+        raise ValueError(f"`size` must be at least 1 pixel, a whole number; got {size!r}.")
+    if channels not in (1, 3):
+        raise ValueError(f"`channels` must be 1 (grey) or 3 (red, green, blue); got {channels!r}.")
+    if not 0 < crop_pct <= 1 or size is None and crop_pct != 1:
+        raise ValueError("`crop_pct` must lie in (0, 1], and be 1 where no `size` is given; got "
+                         f"{crop_pct} with size {size}.")
+
+def _fit(image, size, crop_pct):
+    "The centre of a picture whose shorter side was brought to size/crop_pct"
+    if image.size == (size, size): return image
+    short = math.floor(size/crop_pct)
+    scale = short/min(image.size)
+    wide = max(short, int(scale*image.width + 1e-9))
+    high = max(short, int(scale*image.height + 1e-9))
+    image = image.resize((wide, high), Image.BICUBIC)
+    left = round((wide-size)/2)
+    top = round((high-size)/2)
+    return image.crop((left, top, left+size, top+size))
+
+def _upright(image):
+    "A picture as its EXIF says that it is looked at; one whose EXIF is damaged as it lies"
+    try:
+        return ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image
+    except (SyntaxError, ValueError, KeyError, TypeError):
+        return image
+
+# %% ../nbs/api/20_data.ipynb #94440541
 def decode_image(
     f,                     # Open file
-    size:int|None=None,    # Height and width to resize to; None leaves the image as it is
-)->np.ndarray:             # Image (H,W,3), uint8; grey is repeated over the channels
-    "An image from a PNG, JPEG, BMP or PPM file."
-    with Image.open(f, formats=('PNG', 'JPEG', 'BMP', 'PPM')) as im:
+    size:int|None=None,    # Height and width wanted; None leaves the image as it is
+    channels:int=3,        # 3, grey repeated over them, or 1, the brightness
+    crop_pct:float=1.,     # Share of the resized image that the cut keeps, in (0, 1]
+)->np.ndarray:             # Image (H,W,channels), uint8
+    "An upright image from a PNG, JPEG, BMP, PPM, WebP or TIFF file."
+    _check_fit(size, channels, crop_pct)
+    with Image.open(f, formats=_FORMATS) as im:
         if im.width*im.height > _MAX_PIXELS:
             raise ValueError(f"{im.width}x{im.height} pixels, over the limit of {_MAX_PIXELS}")
         if im.mode[0] in 'IF': raise ValueError(f"mode {im.mode}, more than 8 bits a pixel")
+        if im.format in ('TIFF', 'WEBP') and getattr(im, 'n_frames', 1) > 1:
+            raise ValueError(f"{im.n_frames} pictures in one file")
         if size:
-            im.draft('RGB', (2*size, 2*size))  # a large JPEG is decoded at a fraction of its size
-        rgb = im.convert('RGB')
-    if size and rgb.size != (size, size):
-        rgb = rgb.resize((size, size), Image.BICUBIC)
-    return np.asarray(rgb)
+            enough = 2*math.floor(size/crop_pct)
+            im.draft('RGB', (enough, enough))  # a large JPEG is decoded at a fraction of its size
+        image = _upright(im).convert('RGB' if channels == 3 else 'L')
+    if size:
+        image = _fit(image, size, crop_pct)
+    return np.asarray(image).reshape(image.height, image.width, channels)
 
 # %% ../nbs/api/20_data.ipynb #f7f56d9d
-def _read(names, open_file, size, source, prepare=None):
-    "Images `names` of `source` as one array (N,H,W,3), each through `prepare(image, name)`"
-    if size is not None and not size >= 1:
-        raise ValueError(f"`size` must be at least 1 pixel; got {size}.")
+def _read(names, open_file, source, decode, prepare=None):
+    "Images `names` of `source` as one array (N,H,W,C), each through `prepare(image, name)`"
     wh = lambda shape: f'{shape[1]}x{shape[0]}'
     images = None
     shape = None
     for i,name in enumerate(progress(names, f'reading {Path(source).name}')):
         try:
             with open_file(name) as f:
-                a = decode_image(f, size)
+                a = decode(f)
         except Exception as e:
             raise ValueError(f"{name!r} in {source} cannot be read as an image: {e}. Replace "
                              "or remove it.") from e
@@ -315,40 +400,55 @@ def _read(names, open_file, size, source, prepare=None):
             images = np.empty((len(names), *a.shape), np.uint8)
         images[i] = a
     return images
+def _tree(path):
+    "Files of a folder and of those inside it; the folders end in /"
+    if not path.is_dir():
+        raise FileNotFoundError(f"`path` must be a folder of images; there is none at {path}.")
+    return [Path(d, o).relative_to(path).as_posix() + end
+            for d, folders, files in os.walk(path, followlinks=True)
+            for many, end in ((folders, '/'), (files, '')) for o in many]
+
+def _entries(z, path):
+    "Name -> entry of an open zip file"
+    entries = {}
+    for e in z.infolist():
+        check_entry(e, path)
+        if e.filename in entries:
+            raise ValueError(f"entry names must be unique; {path} has {e.filename!r} twice.")
+        entries[e.filename] = e
+    return entries
 
 # %% ../nbs/api/20_data.ipynb #81659270
 def load_folder(
     path,                 # Folder with split/class/image or class/image
     split:str|None=None,  # Name of the split; None where there are only class folders
     size:int|None=None,   # Height and width to resize to; None wants all images alike
-)->ImageSet:              # Images (N,H,W,3), grey repeated over the channels; classes sorted by name
+    channels:int=3,       # 3, grey repeated over them, or 1, the brightness
+    crop_pct:float=1.,    # Share of the resized image that the cut keeps, in (0, 1]
+)->ImageSet:              # Images (N,H,W,channels); classes sorted by name, or as numbers
     "Images from class folders, as ImageNet is usually kept."
     path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"`path` must be a folder of images; there is none at {path}.")
-    files = [Path(d, f).relative_to(path).as_posix()
-             for d,_,fs in os.walk(path, followlinks=True) for f in fs]
-    names, y, classes = class_folders(files, split, path)
-    return ImageSet(_read(names, lambda o: open(path/o, 'rb'), size, path), y, classes)
+    _check_fit(size, channels, crop_pct)
+    names, y, classes = class_folders(_tree(path), split, path)
+    decode = partial(decode_image, size=size, channels=channels, crop_pct=crop_pct)
+    return ImageSet(_read(names, lambda o: open(path/o, 'rb'), path, decode), y, classes)
 
 def load_zip(
     path,                 # Zip file with split/class/image or class/image
     split:str|None=None,  # Name of the split; None where there are only class folders
     size:int|None=None,   # Height and width to resize to; None wants all images alike
-    prepare=None,         # (image (H,W,3), its name in the file) -> uint8 image; None leaves them
-)->ImageSet:              # Images (N,H,W,3), grey repeated over the channels; classes sorted by name
+    prepare=None,         # (image (H,W,C), its name in the file) -> uint8 image; None leaves them
+    channels:int=3,       # 3, grey repeated over them, or 1, the brightness
+    crop_pct:float=1.,    # Share of the resized image that the cut keeps, in (0, 1]
+)->ImageSet:              # Images (N,H,W,channels); classes sorted by name, or as numbers
     "Images from a zip file, read in memory: nothing is extracted."
+    _check_fit(size, channels, crop_pct)
+    decode = partial(decode_image, size=size, channels=channels, crop_pct=crop_pct)
     with open_zip(path) as z:
-        entries = {}
-        for e in z.infolist():
-            check_entry(e, path)
-            if e.filename in entries:
-                raise ValueError(f"entry names must be unique; {path} has {e.filename!r} twice.")
-            entries[e.filename] = e
-        files = [o for o, e in entries.items() if not e.is_dir()]
-        names, y, classes = class_folders(files, split, path)
+        entries = _entries(z, path)
+        names, y, classes = class_folders(entries, split, path)
         open_entry = lambda o: io.BytesIO(z.read(entries[o]))
-        return ImageSet(_read(names, open_entry, size, path, prepare), y, classes)
+        return ImageSet(_read(names, open_entry, path, decode, prepare), y, classes)
 
 # %% ../nbs/api/20_data.ipynb #4dd2f678
 def _load_npy(path):
@@ -420,7 +520,26 @@ def _cifar(name, split, root, download):
                       "there by hand and leave `download` out.") from e
     return ImageSet(raw.data, np.array(raw.targets), raw.classes)
 
+# %% ../nbs/api/20_data.ipynb #7da973b8
+def _ready_made(source, split, size, root, download):
+    "A set that is kept as arrays: by its name, or a folder with data.npy"
+    if source == 'digits': return digits(split or 'all', 32 if size is None else size)
+    if size is not None:
+        raise ValueError(f"`size` cannot be changed for {source}; leave it out.")
+    if source == 'cifar10': return cifar10(split, root, download)
+    if source == 'cifar100': return cifar100(split, root, download)
+    if split is not None:
+        raise ValueError(f"`split` must be None for a folder with data.npy; got {split!r} "
+                         f"for {source}. Give the folder of that split.")
+    return load_npy(source)
+
 # %% ../nbs/api/20_data.ipynb #8165d24a
+def _in_channels(images, channels):
+    "Images (N,H,W,C) with 1 or 3 channels, grey by the weights of ITU-R 601"
+    if images.shape[-1] == channels: return images
+    if channels == 3: return np.repeat(images, 3, -1)
+    return np.stack([np.asarray(Image.fromarray(o).convert('L')) for o in images])[..., None]
+
 def load_data(
     # 'digits', 'cifar10', 'cifar100', or a path: zip file, folder of images, folder with data.npy
     source,
@@ -428,21 +547,20 @@ def load_data(
     size:int|None=None,    # Height and width in pixels; None leaves files as they are (digits: 32)
     root=None,             # Folder of the CIFAR files; None is `~/.cache/robustnb`
     download:bool=False,   # Whether CIFAR may be downloaded
+    channels:int|None=None, # 1 (grey) or 3; None is 3, or what data.npy has
+    crop_pct:float=1.,     # Share of the resized image that the cut keeps, in (0, 1]
 )->ImageSet:               # The images and their labels
     "An image set by name or path."
-    if source == 'digits': return digits(split or 'all', 32 if size is None else size)
-    named = {'cifar10': cifar10, 'cifar100': cifar100}
     path = Path(source)
-    if source in named or (path/'data.npy').is_file():
-        if size is not None:
-            raise ValueError(f"`size` cannot be changed for {source}; leave it out.")
-        if source in named: return named[source](split, root, download)
-        if split is not None:
-            raise ValueError(f"`split` must be None for a folder with data.npy; got {split!r} "
-                             f"for {path}. Give the folder of that split.")
-        return load_npy(path)
-    if path.is_dir(): return load_folder(path, split, size)
-    if zipfile.is_zipfile(path): return load_zip(path, split, size)
+    if channels is not None or crop_pct != 1:
+        _check_fit(size, channels or 3, crop_pct)
+    if source in ('digits', 'cifar10', 'cifar100') or (path/'data.npy').is_file():
+        data = _ready_made(source, split, size, root, download)
+        if channels is None: return data
+        return ImageSet(_in_channels(data.images, channels), data.labels, data.classes)
+    form = dict(channels=channels or 3, crop_pct=crop_pct)
+    if path.is_dir(): return load_folder(path, split, size, **form)
+    if zipfile.is_zipfile(path): return load_zip(path, split, size, **form)
     found = 'a file that is not a zip file' if path.is_file() else 'nothing there'
     raise ValueError("`source` must be 'digits', 'cifar10', 'cifar100', or the path of a zip "
                      "file of images, a folder of images or a folder with data.npy; got "
@@ -498,7 +616,9 @@ class NamedSet(ImageSet):
 
     def __getitem__(self, i):
         part = super().__getitem__(i)
-        return NamedSet(part.images, part.labels, part.classes, np.array(self.names, object)[i])
+        named = NamedSet(part.images, part.labels, part.classes, np.array(self.names, object)[i])
+        named.matched = self.matched
+        return named
 
     def at(self,
         names,           # Names, a nested list or array of any shape

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cache_key']
 
-# %% ../nbs/api/07_questions.ipynb #3989c363
+# %% ../nbs/api/07_questions.ipynb #7943adc8
 import builtins, copyreg, dis, functools, hashlib, importlib, platform, sys, types
 from importlib import metadata
 from importlib.util import find_spec, resolve_name
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 
-# %% ../nbs/api/07_questions.ipynb #651ccc2c
+# %% ../nbs/api/07_questions.ipynb #ea9577b8
 @functools.lru_cache(None)
 def _version(root):
     "The version of an installed library, by the name under which it is imported"
@@ -46,7 +46,7 @@ def _address(o):
         found = getattr(found, part, None)
     return (module, name) if found is o and found is not None else None
 
-# %% ../nbs/api/07_questions.ipynb #5d3855a3
+# %% ../nbs/api/07_questions.ipynb #ece56b5c
 _asks = ('LOAD_ATTR', 'LOAD_METHOD')
 _loads = ('LOAD_GLOBAL', 'LOAD_NAME', 'LOAD_DEREF', 'LOAD_CLASSDEREF', 'LOAD_FROM_DICT_OR_DEREF')
 
@@ -104,11 +104,12 @@ def _imported(name, level, space):
     except ImportError:
         return None
 
-# %% ../nbs/api/07_questions.ipynb #d65d67d5
+# %% ../nbs/api/07_questions.ipynb #bd08085f
 class _Teller:
     "A hash to which things are told"
-    def __init__(self, arg, seen=()):
+    def __init__(self, arg, seen=(), lenient=False):
         self.arg = arg
+        self.lenient = lenient
         self.hash = hashlib.sha256()
         self.seen = dict(seen)     # id -> number, and the thing itself, so that its id stays its own
         self.inside = []           # ids of the lists and dicts that are being told
@@ -123,6 +124,7 @@ class _Teller:
         self.where.pop()
 
     def refuse(self, o, why=''):
+        if self.lenient: return self.word('any', type(o).__qualname__)
         place = ' > '.join(w for w in self.where if w) or 'it'
         raise ValueError(
             f"`{self.arg}` needs to know what is computed, to the last value; {place} is a "
@@ -141,7 +143,7 @@ def _once(way):
             way(t, o)
     return told
 
-# %% ../nbs/api/07_questions.ipynb #2ec558f5
+# %% ../nbs/api/07_questions.ipynb #cd14f9b7
 _words = {type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented)}
 
 def _word(t, o): t.word(type(o).__name__, o)
@@ -165,7 +167,7 @@ def _several(t, o):
 
 def _alone(t, o):
     "What a thing says by itself"
-    other = _Teller(t.arg, t.seen)
+    other = _Teller(t.arg, t.seen, t.lenient)
     other.where = [*t.where]
     other.tell(o)
     t.files |= other.files
@@ -182,7 +184,7 @@ def _numbers(t, o):
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         t.refuse(o)
 
-# %% ../nbs/api/07_questions.ipynb #0accae93
+# %% ../nbs/api/07_questions.ipynb #b6cfe5d9
 def _code(t, o):
     "The instructions and constants of a code, not its file and lines"
     t.word('code', o.co_code, o.co_names, o.co_varnames, o.co_freevars, o.co_cellvars, o.co_flags,
@@ -241,7 +243,7 @@ def _cell(t, o):
         return t.word('empty')
     t.tell(held)
 
-# %% ../nbs/api/07_questions.ipynb #ef402bfc
+# %% ../nbs/api/07_questions.ipynb #fa875004
 _unsaid = {'__dict__', '__weakref__', '__module__', '__doc__', '__qualname__', '__firstlineno__',
            '__static_attributes__', '__annotations__', '__annotate__', '__annotate_func__',
            '__annotations_cache__', '__dataclass_fields__', '__dataclass_params__',
@@ -287,7 +289,7 @@ def _built_in(t, o):
     held = getattr(o, '__self__', None)
     t.tell(getattr(o, '__objclass__', None if isinstance(held, types.ModuleType) else held))
 
-# %% ../nbs/api/07_questions.ipynb #f02e62ae
+# %% ../nbs/api/07_questions.ipynb #59395e97
 @_once
 def _module(t, o):
     "A library by its version, a file of one's own by all that it holds"
@@ -304,7 +306,7 @@ _graph_parts = {'_graph', '_code', '_lineno_map', '_prologue_start', '_tracer_cl
 def _network(t, o):
     "The class of a network, its attributes, parameters, buffers, hooks and parts"
     if isinstance(o, torch.jit.ScriptModule):
-        t.refuse(o, ' (TorchScript hides its code)')
+        return t.refuse(o, ' (TorchScript hides its code)')
     kept = vars(o)
     if isinstance(o, torch.fx.GraphModule):
         t.tell((type(o).__bases__, type(o).forward))
@@ -329,8 +331,8 @@ def _thing(t, o):
     try:
         reduce = copyreg.dispatch_table.get(type(o))
         parts = reduce(o) if reduce else type(o).__reduce_ex__(o, 4)
-    except Exception as e:
-        t.refuse(o)
+    except Exception:
+        return t.refuse(o)
     if isinstance(parts, str): return t.word('named', type(o).__module__, _library(type(o).__module__), parts)
     make, args, state, items, pairs = (*parts, None, None, None)[:5]
     t.tell((type(o), make, args))
@@ -346,7 +348,7 @@ def _thing(t, o):
         t.tell(state)
     t.tell([None if many is None else list(many) for many in (items, pairs)])
 
-# %% ../nbs/api/07_questions.ipynb #fb49a7a2
+# %% ../nbs/api/07_questions.ipynb #d4ea2800
 _ways = [
     ((tuple, list, set, frozenset, dict), _several),
     ((torch.Tensor, np.ndarray, np.generic), _numbers),
@@ -377,11 +379,12 @@ def _way(o):
 def cache_key(
     *things,            # Functions, networks, tensors, settings: all that an answer depends on
     arg:str='save',     # The argument that asks for a cache, for the message
-    # Whether the text of the files counts as well: for other processes, which read them anew
+    # Whether the text of the files counts as well, and stands for values that nobody can tell: for
+    # other processes, which read the files anew
     files:bool=False,
 )->str:                 # 32 hexadecimal digits, the same in every process and on every device
     "A name for a question, equal only where code, defaults, closures, globals, values and weights are."
-    t = _Teller(arg)
+    t = _Teller(arg, lenient=files)
     try:
         t.tell(things)
     except RecursionError:

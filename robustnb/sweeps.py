@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from .core import progress
 from .files import save_json
+from .questions import cache_key
 from .jobs import digest, facts, plain, read_row, run_jobs, worker_command, write_row
 
 # %% ../nbs/api/70_sweeps.ipynb #fc9b72b3
@@ -300,6 +301,27 @@ def _table(rows):
     return pd.DataFrame([r['arguments'] | {k: r[k] for k in facts} | r['values'] for r in rows])
 
 # %% ../nbs/api/70_sweeps.ipynb #48632b11
+def _codes(out):
+    "Name of a job -> key of its code, as the sweeps of a folder left them"
+    try:
+        return dict(json.loads((Path(out)/'code.json').read_text(encoding='utf-8')))
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
+
+def _same_code(job, out):
+    "The key of the code of a job, noted in the folder of its rows"
+    known = _codes(out)
+    if not known and any((out/'rows').glob('*.json')):
+        raise ValueError("`out` must be a new folder or that of an earlier sweep; the rows of "
+                         f"{out} do not say which code they are of: another version of this "
+                         "library wrote them. Name another folder, or delete this one.")
+    code = cache_key(job, arg='job', files=True)[:16]
+    if known.get(_name(job)) != code:
+        save_json(known | {_name(job): code}, out/'code.json')
+    return code
+
+def _job_of(path): return Path(path).stem.partition('-')[0]
+
 def _check_counts(**counts):
     "Raise unless all are whole numbers of at least 1"
     for k, v in counts.items():
@@ -316,7 +338,7 @@ def sweep(
     slurm:dict|None=None,
     chunk:int=1,            # Jobs that a Slurm task computes one after the other, >= 1
 )->pd.DataFrame:           # A row per job, in their order: arguments, status, error, ..., values
-    "Run every job that has no row yet."
+    "Run every job that has no row yet, or whose function has changed since."
     jobs = _jobs(job, table)
     out = Path(out)
     _check_counts(workers=1 if workers is None else workers, tries=tries, chunk=chunk)
@@ -325,13 +347,14 @@ def sweep(
                         f"or None for this machine; got {type(slurm).__name__}.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"`out` must be a folder; {out} is a file.")
-    paths = {key: str(out.resolve()/'rows'/f'{key}.json') for key in jobs}
+    code = _same_code(job, out)
+    paths = {key: str(out.resolve()/'rows'/f'{key}-{code}.json') for key in jobs}
     orders = [(_name(job), a, paths[key]) for key, a in jobs.items()
               if (read_row(paths[key]) or {}).get('status') != 'done']
     executor = _executor(out, slurm, workers) if slurm is not None and orders else None
     with _board(jobs) as board:
-        tell = lambda o: board(Path(o[2]).stem, read_row(o[2]))
-        for key in jobs.keys() - {Path(o[2]).stem for o in orders}:
+        tell = lambda o: board(_job_of(o[2]), read_row(o[2]))
+        for key in jobs.keys() - {_job_of(o[2]) for o in orders}:
             board(key, dict(status='done'))
         if executor:
             _run_slurm(orders, out, executor, tries, tell, chunk)
@@ -348,5 +371,7 @@ def sweep_rows(
     folder = Path(out)/'rows'
     if not folder.is_dir():
         raise FileNotFoundError(f"`out` must be the folder of a sweep; there are no rows in {out}.")
-    files = sorted(folder.glob('*.json'), key=lambda f: (f.stat().st_mtime_ns, f.name))
+    codes = {*_codes(out).values()}
+    files = [f for f in folder.glob('*.json') if not codes or f.stem.partition('-')[2] in codes]
+    files.sort(key=lambda f: (f.stat().st_mtime_ns, f.name))
     return _table([r for f in files if (r := read_row(f))])
