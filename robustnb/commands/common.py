@@ -11,28 +11,17 @@ from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
 from pathlib import Path
+import numpy as np
 import torch
 from torch import nn, Tensor
-from ..core import make_generator, pick_device
+from ..core import pick_device, subseed, to_uint8
 from ..files import atomic_path, fingerprint, save_json
 from ..data import ImageSet, load_data, subset
+from ..images import load_images, match_classes
 from ..models.zoo import build_model, model_names
 from ..models.sources import is_source
 from ..models.loading import load_model
 from ..quant.formats import quant_spec
-
-# %% ../../nbs/api/commands/10_common.ipynb #5b0b0001
-# Stands in for the branch `data` until it is merged: delete this cell then, and `_supported` below
-try:
-    from robustnb.data import load_images, match_classes
-except ImportError:
-    def load_images(source, size=None, n=None, seed=0, channels=3, crop_pct=1.):
-        data = load_data(source, _split_of(source, 'train'), size)
-        order = torch.randperm(len(data), generator=make_generator(seed, 'calibration'))
-        return data[order[:n].numpy()].x
-    def match_classes(data, classes=None, n_classes=None): return data
-
-def _supported(f, given): return {k: v for k, v in given.items() if k in signature(f).parameters}
 
 # %% ../../nbs/api/commands/10_common.ipynb #5e2a81c4
 def _writable(out):
@@ -159,6 +148,7 @@ def open_model(
     if model in model_names and not weights:
         raise ValueError(f"`weights` must be given with {model}, which comes untrained: a file of "
                          "`robustnb train`, or of its state_dict.")
+    if size < 0: raise ValueError(f"`size` must be at least 1 pixel; got {size}.")
     net = load_model(model or weights, weights if model and weights else None,
                      mean=_numbers(mean, 'mean'), std=_numbers(std, 'std'), size=size or None,
                      classes=_names(classes))
@@ -198,10 +188,29 @@ def _opened_by_name(model, weights='', untrained=False, **given):
 # %% ../../nbs/api/commands/10_common.ipynb #7a1c0e06
 _FETCHED = 'cifar10', 'cifar100'
 
-def _size_for(net, source):
-    "The size to read images at; None leaves files as they are"
-    fixed = source in _FETCHED or (Path(source)/'data.npy').is_file()
-    return None if fixed else net.image_size
+def _labelled(net, source):
+    "Test images at the size of a model; those of a data.npy are resized, CIFAR's 32 pixels are what they are"
+    form = dict(channels=net.channels, crop_pct=net.crop_pct)
+    size = net.image_size
+    if (Path(source)/'data.npy').is_file():
+        x = load_images(source, size, **form)
+        data = load_data(source)
+        return ImageSet(to_uint8(x), data.labels, data.classes)
+    if source in _FETCHED:
+        if size not in (None, 32):
+            raise ValueError(f"`test` must have images of {size} pixels, which the model takes; those of "
+                             f"{source} have 32. Save them as files, which are resized.")
+        return _images(source, 'test', channels=net.channels)
+    return _images(source, 'test', size, **form)
+
+def _some(data, n, seed):
+    "At most `n` images, as many of each class where there are enough, else by chance"
+    if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
+    if len(data) <= n: return data
+    counts = np.bincount(data.y, minlength=len(data.classes))
+    if n >= len(counts) and counts.min() >= -(-n//len(counts)): return subset(data, n, seed=seed)
+    order = np.random.default_rng(subseed(seed, 'test images')).permutation(len(data))
+    return data[np.sort(order[:n])]
 
 def unlabelled_images(
     net:nn.Module,    # Model that will see them, from `open_model`
@@ -211,7 +220,7 @@ def unlabelled_images(
 )->Tensor:            # Images (N,C,H,W), float, pixels in [0,1]
     "Some images of a source, as the model takes them; labels are not looked at."
     if images in _FETCHED: load_data(images, 'train', download=True)
-    return load_images(images, _size_for(net, images), n, seed, net.channels, net.crop_pct)
+    return load_images(images, net.image_size, n, seed, net.channels, net.crop_pct)
 
 def labelled_images(
     net:nn.Module,    # Model that will see them, from `open_model`
@@ -224,10 +233,8 @@ def labelled_images(
     "Test images, as the model takes them."
     if not test: raise ValueError("`test` must name labelled images: class folders, a zip file, a folder "
                                   "with data.npy and label.npy, digits or cifar10.")
-    data = _images(test, 'test', _size_for(net, test), channels=net.channels, crop_pct=net.crop_pct)
-    data = match_classes(data, net.classes, net.n_classes)
-    if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
-    return data if len(data) <= n else subset(data, n, seed=seed)
+    data = _some(_labelled(net, test), n, seed)
+    return match_classes(data, net.classes, net.n_classes)
 
 # %% ../../nbs/api/commands/10_common.ipynb #7a1c0e07
 def on_device(
@@ -274,4 +281,4 @@ def _split_of(source, wanted):
 def _images(source, split, size=None, **how):
     "The images a command names; naming CIFAR on a command line is the request to fetch it."
     split = _split_of(source, split)
-    return load_data(source, split, size, download=source in _FETCHED, **_supported(load_data, how))
+    return load_data(source, split, size, download=source in _FETCHED, **how)

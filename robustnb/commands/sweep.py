@@ -126,16 +126,16 @@ def sweep_command(
     # Jobs at a time here, as 4, or parameters of Slurm, as timeout_min=60,mem_gb=8; none: all cores
     where:str='',
     out:str='sweep',           # Folder for rows, sweep.csv, manifest.json
-    **given,                   # Those of `open_model`, `labelled_images`, `unlabelled_images`
+    # Those of `open_model`, `labelled_images`, `unlabelled_images`; without --images the train split
+    # of --test calibrates
+    **given,
 ):
     """Measure networks x formats x attacks x seeds.
-
-    Without --images the train split of --test calibrates.
 
     Example:
 
         robustnb sweep runs/resnet/weights.pt,timm:resnet18 --test photos --formats INT8,POT4"""
-    started = time.time()
+    began = time.time()
     opening, labelled, free = _given(given, open_model, labelled_images, unlabelled_images)
     out = Path(out)
     specs = list(_specs(','.join(all_formats()) if formats.lower() == 'all' else formats))
@@ -145,8 +145,8 @@ def sweep_command(
     names = [_one_of(o, job_attacks, 'attacks') for o in _listed(attacks, 'attacks')]
     nets, words = _job_words(model, **opening)
     data = _where_it_is(labelled.get('test', ''))
-    images = _where_it_is(free.get('images') or '')
-    words |= dict(images=images) if images else {}
+    images = _where_it_is(free.get('images', ''))
+    if images: words['images'] = images
     _check_files(out, nets, data, same | words)
     table = grid(model=[*nets], format=specs, attack=names, seed=range(seeds), data=data)
     rows = sweep(measure_one, table.assign(**same, **words), out, **place)
@@ -154,6 +154,6 @@ def sweep_command(
     failed = rows[rows.status == 'failed']
     facts = dict(model=[*nets], formats=specs, attacks=attacks, seeds=seeds, test=data, images=images,
                  **same, where=where, jobs=len(rows), failed=len(failed))
-    save_json(manifest(**facts, seconds=round(time.time()-started)), out/'manifest.json')
+    save_json(manifest(**facts, seconds=round(time.time()-began)), out/'manifest.json')
     _tell(rows, failed, out)
     return dict(out=str(out), rows=rows.to_dict('records'), **facts)

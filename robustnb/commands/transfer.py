@@ -216,6 +216,7 @@ def generate_command(
     started = time.time()
     out = Path(out)
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
+    if not steps >= 1: raise ValueError(f"`steps` must be at least 1; got {steps}.")
     if not 0 <= boundary <= 1: raise ValueError(f"`boundary` must be a share in [0, 1]; got {boundary}.")
     net = open_model(model, **_given(given, open_model)[0])
     how = dict(steps=steps, size=_one_size(net), width=width)

@@ -19,6 +19,7 @@ from ..core import (
     check_images, check_labels, check_model, make_generator, pick_device, predict, progress)
 from ..files import manifest
 from ..data import ImageSet, load_data, subset
+from ..images import match_classes
 from ..models.loading import load_model
 from ..quant.formats import quant_spec
 from ..quant.ptq import calibrate, model_bytes, quantize, FakeQuantize
@@ -401,8 +402,9 @@ def _opened(model, weights='', **told):
 def _read(model, source, split):
     "Images of a source, at the size of the model where their own can be changed"
     kept = (Path(source)/'data.npy').is_file()
-    size = None if kept or source in ('cifar10', 'cifar100') else getattr(model, 'image_size', None)
-    return load_data(source, None if kept else split, size)
+    size = None if kept or source in ('cifar10', 'cifar100') else model.image_size
+    return load_data(source, None if kept else split, size, channels=model.channels,
+                     crop_pct=model.crop_pct)
 
 @lru_cache(1)
 def study_of(
@@ -420,7 +422,7 @@ def study_of(
         raise ValueError(f"`attack` must be one of {', '.join(job_attacks)}; got {attack!r}.")
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
     net = _opened(model, **opening)
-    test = _read(net, data, 'test')
+    test = match_classes(_read(net, data, 'test'), net.classes, net.n_classes)
     if len(test) > n:
         test = subset(test, n, seed=0)
     pool = _read(net, images or data, 'train')

@@ -301,16 +301,16 @@ def test_generate_errors(weights, tmp_path, capsys):
 
 def test_a_question_that_is_refused_leaves_the_folder_free(weights, tmp_path, capsys):
     out = tmp_path/'out'
-    refused(capsys, '`steps` must be', run_generate, weights, n=4, steps=0, out=str(out))
+    refused(capsys, '`width` must be at least 2', run_generate, weights, n=4, width=1, out=str(out))
     assert not [*out.iterdir()]
     run_generate(weights, n=4, steps=2, width=8, out=str(out))
-    refused(capsys, 'steps is 2 there and 0 here', run_generate, weights, n=4, steps=0, width=8,
+    refused(capsys, 'width is 8 there and 1 here', run_generate, weights, n=4, steps=2, width=1,
             out=str(out))
-    assert json.loads((out/'question.json').read_text())['steps'] == 2, 'an answered question stays'
+    assert json.loads((out/'question.json').read_text())['width'] == 8, 'an answered question stays'
     kept = tmp_path/'kept'
     kept.mkdir()
     (kept/'question.json').write_text((out/'question.json').read_text())
-    refused(capsys, 'steps is 2 there', run_generate, weights, n=4, steps=0, width=8, out=str(kept))
+    refused(capsys, 'width is 8 there', run_generate, weights, n=4, steps=2, width=1, out=str(kept))
     assert names(kept) == ['question.json'], 'nor is that of another run taken away'
 
 
