@@ -212,6 +212,7 @@ def _some(data, n, seed):
     order = np.random.default_rng(subseed(seed, 'test images')).permutation(len(data))
     return data[np.sort(order[:n])]
 
+# %% ../../nbs/api/commands/10_common.ipynb #7a1c0e0a
 def unlabelled_images(
     net:nn.Module,    # Model that will see them, from `open_model`
     n:int,            # Images at most, >= 1

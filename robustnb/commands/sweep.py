@@ -126,11 +126,9 @@ def sweep_command(
     # Jobs at a time here, as 4, or parameters of Slurm, as timeout_min=60,mem_gb=8; none: all cores
     where:str='',
     out:str='sweep',           # Folder for rows, sweep.csv, manifest.json
-    # Those of `open_model`, `labelled_images`, `unlabelled_images`; without --images the train split
-    # of --test calibrates
-    **given,
+    **given,                   # Those of `open_model`, `labelled_images`, `unlabelled_images`
 ):
-    """Measure networks x formats x attacks x seeds.
+    """Measure networks x formats x attacks x seeds; without --images the train split calibrates.
 
     Example:
 
