@@ -15,7 +15,8 @@ from ..quant.formats import all_formats
 from ..attacks.threat_models import Linf
 from ..transfer.study import job_attacks, measure_one
 from .common import (
-    _command, _given, _listed, _mark_model, _mark_of, _numbers, _one_of, _opened_by_name, _specs, _write,
+    _command, _given, _listed, _mark_model, _mark_of, _numbers, _one_of, _opened_by_name, _specs, _split_of,
+    _write,
     labelled_images, open_model, unlabelled_images)
 
 # %% ../../nbs/api/commands/50_sweep.ipynb #801037c5
@@ -113,6 +114,12 @@ def _check_files(out, nets, data, same):
     facts = dict(data=data, test=_mark_of(_test_images(nets, data, same.get('n', 500)))) | same
     _same_files(out, facts, {k: _mark_model(v) for k, v in nets.items()})
 
+def _split_words(data, images):
+    "How a job reads test images and those to calibrate with; without splits they are the same"
+    split = _split_of(data, 'test')
+    named = dict(images=images or ('' if split else data)) if images or not split else {}
+    return named if split == 'test' else named | dict(split=split or '')
+
 def _test_images(nets, data, n): return labelled_images(next(iter(nets.values())), n, 0, data)
 
 # %% ../../nbs/api/commands/50_sweep.ipynb #5eeb0001
@@ -143,15 +150,14 @@ def sweep_command(
     names = [_one_of(o, job_attacks, 'attacks') for o in _listed(attacks, 'attacks')]
     nets, words = _job_words(model, **opening)
     data = _where_it_is(labelled.get('test', ''))
-    images = _where_it_is(free.get('images', ''))
-    if images: words['images'] = images
+    words |= _split_words(data, _where_it_is(free.get('images', '')))
     _check_files(out, nets, data, same | words)
     table = grid(model=[*nets], format=specs, attack=names, seed=range(seeds), data=data)
     rows = sweep(measure_one, table.assign(**same, **words), out, **place)
     _write(rows, out/'sweep.csv')
     failed = rows[rows.status == 'failed']
-    facts = dict(model=[*nets], formats=specs, attacks=attacks, seeds=seeds, test=data, images=images,
-                 **same, where=where, jobs=len(rows), failed=len(failed))
+    facts = dict(model=[*nets], formats=specs, attacks=attacks, seeds=seeds, test=data, **same, **words,
+                 where=where, jobs=len(rows), failed=len(failed))
     save_json(manifest(**facts, seconds=round(time.time()-began)), out/'manifest.json')
     _tell(rows, failed, out)
     return dict(out=str(out), rows=rows.to_dict('records'), **facts)

@@ -19,7 +19,7 @@ from ..core import (
     check_images, check_labels, check_model, make_generator, pick_device, predict, progress)
 from ..files import manifest
 from ..data import ImageSet, load_data, subset
-from ..images import match_classes
+from ..images import load_images, match_classes
 from ..models.loading import load_model
 from ..quant.formats import quant_spec
 from ..quant.ptq import calibrate, model_bytes, quantize, FakeQuantize
@@ -406,6 +406,14 @@ def _read(model, source, split):
     return load_data(source, None if kept else split, size, channels=model.channels,
                      crop_pct=model.crop_pct)
 
+def _to_calibrate(model, images, data, seed):
+    "At most 300 images (N,C,H,W): of a source of their own, or of the train split of the labelled ones"
+    if images: return load_images(images, model.image_size, 300, seed, model.channels, model.crop_pct)
+    pool = _read(model, data, 'train')
+    chosen = torch.randperm(len(pool), generator=make_generator(seed, 'calibration'))[:300]
+    return pool[chosen.numpy()].x
+
+# %% ../../nbs/api/transfer/60_study.ipynb #e9bb9f44
 @lru_cache(1)
 def study_of(
     model:str,            # Network, as `load_model` names it, or a file of `robustnb train`
@@ -414,20 +422,21 @@ def study_of(
     data:str='digits',    # Labelled images to measure on, as for `load_data`; their test split
     n:int=500,            # Test images at most, balanced over the classes
     eps:float=1/255,      # Radius of the Linf ball, pixels in [0,1]
-    images:str='',        # Images to calibrate with, as `data`; none is the train split of `data`
-    **opening,            # weights (a file), and mean, std, size, classes of `load_model`, lists as JSON
+    images:str='',        # Images to calibrate with, as for `load_images`; none is the train split of `data`
+    # weights (a file); mean, std, size, classes of `load_model`, lists as JSON; split of `data`, 'test'
+    # unless given, '' where there are none
+    **opening,
 )->Study:                 # The same one as long as it is asked for with the same arguments
     "The study of a model, from what a job of a sweep can name."
     if attack not in job_attacks:
         raise ValueError(f"`attack` must be one of {', '.join(job_attacks)}; got {attack!r}.")
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
+    split = opening.pop('split', 'test') or None
     net = _opened(model, **opening)
-    test = match_classes(_read(net, data, 'test'), net.classes, net.n_classes)
+    test = match_classes(_read(net, data, split), net.classes, net.n_classes)
     if len(test) > n:
         test = subset(test, n, seed=0)
-    pool = _read(net, images or data, 'train')
-    chosen = torch.randperm(len(pool), generator=make_generator(seed, 'calibration'))[:300]
-    probes = Probes.of(pool[chosen.numpy()].x)
+    probes = Probes.of(_to_calibrate(net, images, data, seed))
     return Study(net, probes, (Linf(eps),), test, job_attacks[attack], seed=seed)
 
 # %% ../../nbs/api/transfer/60_study.ipynb #52926c15
@@ -439,7 +448,7 @@ def measure_one(
     data:str='digits',    # Labelled images to measure on, as for `load_data`; their test split
     n:int=500,            # Test images at most, balanced over the classes
     eps:float=1/255,      # Radius of the Linf ball, pixels in [0,1]
-    **opening,            # images, weights, mean, std, size, classes, as for `study_of`
+    **opening,            # images, weights, mean, std, size, classes, split, as for `study_of`
 )->dict:                  # The columns of an assessment with a test set, and the accuracies of the original
     "What one format costs one network under one attack."
     spec = quant_spec(format)
