@@ -31,7 +31,7 @@ $(VENV)/.dev: $(VENV)/.run
 	@touch $@
 
 demo: $(VENV)/.run       ## install the package and run its demonstration
-	$(BIN)/robustnb_demo
+	$(BIN)/robustnb demo
 
 test: $(VENV)/.dev       ## test the notebooks, then run the unit tests, and count both
 	@rc=0; $(MAKE) --no-print-directory nbtest || rc=1; $(MAKE) --no-print-directory unit || rc=1; exit $$rc

@@ -110,11 +110,11 @@ def _in_both(out):
                out/f'{distributed.rank()}.pt')
     with patch.object(train_cli, 'train',
                       lambda *args, **kw: (build_model('ResNet_18', width=.0625).eval(), history)):
-        train_cli.train_command.__wrapped__(model='ResNet_18', width=.0625, epochs=2, out=str(out/'run'))
+        train_cli.train_command(model='ResNet_18', width=.0625, epochs=2, out=str(out/'run'))
     distributed.wait()
     with patch.object(transfer_cli, 'train_generator', lambda net, **kw: (made, steps)):
         try:
-            transfer_cli.generate_command.__wrapped__(
+            transfer_cli.generate_command(
                 str(out/'run'/'weights.pt'), n=8, size=16, out=str(out/'images'))
         except SystemExit as e:
             assert distributed.rank() == 1

@@ -48,7 +48,7 @@ def test_wheel_says_what_settings_say(wheel):
     assert 'LICENSE' in text
     assert '# robustnb' in meta.get_payload()
     assert sorted(re.findall(
-        r'^robustnb_\w+ = robustnb[.\w]+:\w+$', text['entry_points.txt'],
+        r'^robustnb\w* = robustnb[.\w]+:\w+$', text['entry_points.txt'],
         re.M)) == sorted(o.strip().replace('=', ' = ') for o in settings['console_scripts'].split())
 
 

@@ -16,7 +16,7 @@ root = Path(__file__).parent.parent
 
 if __name__ == '__main__':
     with tempfile.TemporaryDirectory() as out:
-        fit_predictor_command.__wrapped__(','.join(sys.argv[1:]), out=out)
+        fit_predictor_command(','.join(sys.argv[1:]), out=out)
         for name, place in (
                 ('predictors.json', 'robustnb/transfer/predictors.json'),
                 ('manifest.json', 'results/transfer_lomo.json'),

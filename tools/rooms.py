@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOMS = 'ground augmentation models quant attacks evaluation transfer|curation|descriptors commands'
-SKIPPED = '__init__', '_modidx'
+SKIPPED = '__init__', '__main__', '_modidx'
 HINT = 'private names of another module'            # allowed inside a room
 
 

@@ -10,7 +10,7 @@ process on the same images.
     python benchmarks/attacks/peers.py memory ...
 
 Rows go to results/attacks_<part>.csv, with a manifest beside them; `weights.pt` comes from
-`robustnb_train` (ResNet_18, width .25). Medians of several repetitions, tools in turn within
+`robustnb train` (ResNet_18, width .25). Medians of several repetitions, tools in turn within
 each, so that a busy minute of the machine hits all of them.
 """
 import argparse, resource, subprocess, sys, time, warnings

@@ -2,7 +2,7 @@
 search for a better one.
 
     # surrogates of the hidden set, which no builder sees
-    robustnb_train DATA --model VGG_16 --width .15 --out vgg ...
+    robustnb train --data DATA --model VGG_16 --width .15 --out vgg ...
     python benchmarks/curation/training_sets.py ladder cifar10-images.zip \\
         --hidden vgg/weights.pt,mobilenet/weights.pt
     python benchmarks/curation/training_sets.py proxy ...      # and teams, search, final

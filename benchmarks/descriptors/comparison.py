@@ -1,8 +1,8 @@
 """Attacks on a black box that answers with descriptors, side by side on the same images, with the
 same number of queries.
 
-    robustnb_train_descriptor PHOTOS:train[0:12000] --width .25 --epochs 8 --out cifar/teacher
-    robustnb_distill cifar/teacher/descriptor.pt PHOTOS:train[12000:24000] --models ResNet_18,... \\
+    robustnb train-descriptor PHOTOS:train[0:12000] --width .25 --epochs 8 --out cifar/teacher
+    robustnb distill cifar/teacher/descriptor.pt PHOTOS:train[12000:24000] --models ResNet_18,... \\
         --width .25 --epochs 12 --copies 2 --noise 0 --out cifar/students
     python benchmarks/descriptors/comparison.py compare PHOTOS:test --name cifar10 \\
         --teacher cifar/teacher/descriptor.pt --students cifar/students/ResNet_18.pt,...
@@ -194,7 +194,7 @@ def main():
     parser.add_argument('--name', required=True, help='of the table, e.g. cifar10')
     parser.add_argument('--teacher', required=True, help='the black box')
     parser.add_argument('--students', required=True,
-                        help='files of robustnb_distill, separated by commas')
+                        help='files of robustnb distill, separated by commas')
     parser.add_argument('--n_pairs', type=int, default=6)
     parser.add_argument('--budgets', type=lambda s: [int(o) for o in s.split(',')],
                         default=[50, 100, 500, 5000])

@@ -2,7 +2,7 @@
 
     python benchmarks/quant/export.py runs/ResNet_18/weights.pt ... --data PHOTOS
 
-Each file of `robustnb_train` is quantised with ranges from 300 training photographs, exported,
+Each file of `robustnb train` is quantised with ranges from 300 training photographs, exported,
 and run on test photographs. Seconds are wall clock of one thread, the median of --repeats
 passes over the same images by the engine, with the full-precision and the INT8 file in turn.
 Rows go to results/export_cifar10.csv with a manifest beside them.

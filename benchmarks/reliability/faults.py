@@ -20,7 +20,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
 from kills import contents, forked, net, short_generator
-from robustnb.commands import curation, demo, descriptors, fit_predictor, sweep, train, transfer
+from robustnb.commands import (
+    curation, demo, descriptors, evaluation, fit_predictor, sweep, train, transfer)
 from robustnb.files import manifest, save_json
 from robustnb.data import digits, subset
 from robustnb.models.loading import save_model
@@ -44,7 +45,7 @@ def inputs(folder):
     box = str(folder/'teacher'/'descriptor.pt')
     descriptors.train_descriptor_command(photos, 'Caffe34', str(folder/'teacher'), .0625, 1)
     descriptors.distill_command(box, photos, 'Caffe34', str(folder/'students'), .0625, 1, 1)
-    curation.build_set_command('clean', str(folder/'weights.pt'), 'digits', n=40,
+    curation.build_set_command('clean', str(folder/'weights.pt'), data='digits', n=40,
                                out=str(folder/'set'))
 
 
@@ -54,15 +55,17 @@ def commands(at):
     box = str(at/'teacher'/'descriptor.pt')
     photos = str(at/'digits')
     return dict(
-        train=partial(train.train_command, photos, 'AlexNet_BN', width=.0625, epochs=2, lr=.05),
+        train=partial(train.train_command, 'AlexNet_BN', data=photos, width=.0625, epochs=2, lr=.05),
         assess=partial(transfer.assess_command, weights, formats='INT8'),
         build_set=partial(curation.build_set_command, 'augmented', weights, 'digits', n=40),
-        score_set=partial(curation.score_set_command, str(at/'set'), weights, 'digits', 20,
-                          .0625, 1, 1),
+        score_set=partial(curation.score_set_command, str(at/'set'), weights, 20, .0625, 1, 1,
+                          test='digits'),
         demo=partial(demo.demo_command, epochs=1, steps=2, n=20),
         cost=partial(transfer.cost_command, 'AlexNet,ResNet_18'),
         generate=partial(transfer.generate_command, weights, 20, steps=3, width=8),
-        quantize=partial(transfer.quantize_command, weights, 'INT8,POT4', photos, 20),
+        quantize=partial(transfer.quantize_command, weights, 'INT8,POT4', images=photos, n=20),
+        export=partial(transfer.export_command, weights, images=photos, n=20),
+        evaluate=partial(evaluation.evaluate_command, weights, 'fgsm', n=20, test=photos),
         fit_predictor=partial(fit_predictor.fit_predictor_command,
                               f"{at/'measured'/'a'},{at/'measured'/'b'}"),
         train_descriptor=partial(descriptors.train_descriptor_command, 'digits:train[0:20]',
@@ -72,7 +75,7 @@ def commands(at):
         attack_descriptors=partial(descriptors.attack_descriptors_command, box,
                                    str(at/'students'/'Caffe34.pt'), 'digits:test[0:250]',
                                    n_pairs=1, queries=6),
-        sweep=partial(sweep.sweep_command, weights, 'INT8', data=photos, measure='n=10',
+        sweep=partial(sweep.sweep_command, weights, 'INT8', test=photos, measure='n=10',
                       where='1'))
 
 

@@ -39,12 +39,12 @@ data = subset(digits('train'), 60, seed=0)
 
 
 def train(out):
-    train_command.__wrapped__(data='digits', model='AlexNet_BN', width=.0625, epochs=4, lr=.05,
+    train_command(data='digits', model='AlexNet_BN', width=.0625, epochs=4, lr=.05,
                               no_flip=True, out=str(out))
 
 
 def with_weights(command, out, **given):
-    command.__wrapped__(str(out.parent/'weights.pt'), out=str(out/'out'), **given)
+    command(str(out.parent/'weights.pt'), out=str(out/'out'), **given)
 
 
 def generate(out): with_weights(transfer.generate_command, out, n=20, steps=12, width=8)

@@ -46,7 +46,7 @@ def measure(wanted, tests, folder):
         env/'bin/python', '-c',
         f"from importlib.metadata import version; print(version('{name}'), end='')").stdout
     start = time.monotonic()
-    demo = said(env/'bin/robustnb_demo').returncode == 0
+    demo = said(env/'bin/robustnb', 'demo').returncode == 0
     demo_seconds = time.monotonic()-start
     start = time.monotonic()
     run = said(env/'bin/python', '-m', 'pytest', '-rfE', '-p', 'no:cacheprovider', '-n', '2',

@@ -4,7 +4,7 @@ optimised one by one (ZeroQ), noise.
     python benchmarks/transfer/generator.py runs/AlexNet runs/AlexNet_BN runs/VGG_16 \\
         runs/ResNet_18 runs/MobileNetV2 --data cifar10-images.zip
 
-Each network is a folder of `robustnb_train`. Every source gives 300 images; they calibrate a
+Each network is a folder of `robustnb train`. Every source gives 300 images; they calibrate a
 copy of the network in each format and measure how its answers change. The loss of that copy is
 measured on 1,000 test photographs. The unlabelled photographs, those that the owner's two
 accuracies come from and those 1,000 are different test photographs. Rows go to

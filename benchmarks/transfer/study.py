@@ -1,9 +1,9 @@
 """What every number format costs every trained network, and what could be seen of it without its data.
 
-    robustnb_train --data PHOTOS --model ResNet_18 --width .25 --epochs 10 --out runs/ResNet_18
+    robustnb train --data PHOTOS --model ResNet_18 --width .25 --epochs 10 --out runs/ResNet_18
     ... and so each network
     python benchmarks/transfer/study.py runs/ResNet_18/weights.pt ... --data PHOTOS --work transfer_work
-    robustnb_fit_predictor transfer_work/AlexNet,transfer_work/AlexNet_BN,... --out results
+    robustnb fit-predictor transfer_work/AlexNet,transfer_work/AlexNet_BN,... --out results
 
 Ranges come from generated images, and the features from their answers: `measured_*` columns are
 what 1,000 labelled test photographs say, and are never used for a prediction of the same
@@ -96,8 +96,8 @@ def assess(path, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('weights', nargs='+', help='files of robustnb_train')
-    parser.add_argument('--data', required=True, help='photographs, as for robustnb_train')
+    parser.add_argument('weights', nargs='+', help='files of robustnb train')
+    parser.add_argument('--data', required=True, help='photographs, as for robustnb train')
     parser.add_argument('--formats', default=','.join(formats))
     parser.add_argument('--eps', default='.25,.5,1,2', help='Linf budgets, grey levels')
     parser.add_argument('--probes', type=int, default=500)

@@ -6,7 +6,7 @@
 __all__ = ['build_set_command', 'validate_set_command', 'score_set_command']
 
 # %% ../../nbs/api/commands/60_curation.ipynb #5bbcc578
-import sys, time
+import time
 from pathlib import Path
 from ..files import manifest, save_json
 from ..data import load_npy
@@ -16,43 +16,45 @@ from ..curation.hidden import (hidden_set, proxy_networks, score_training_sets,
                                       rank_training_sets)
 from ..curation.published import published_mixture
 from .common import (
-    _command, _continue, _images, _listed, _mark, _mark_of, _networks, _readable, _write)
+    _command, _continue, _given, _images, _listed, _mark_model, _mark_of, _opened_by_name, _write,
+    labelled_images, open_model, pool_split)
 
 # %% ../../nbs/api/commands/60_curation.ipynb #8bcaa177
 @_command
-@_readable
 def build_set_command(
     plan:str,              # One of the published sets, e.g. lyx3911, kanra, tenth
-    weights:str,           # Networks to attack and to ask, separated by commas
-    data:str='cifar10',    # Clean images: 'digits', 'cifar10', or a folder or zip
-    split:str='train',     # Which of them: train, or test where the rules allow it
+    model:str,             # Networks to attack and to ask, separated by commas
+    data:str='cifar10',    # Clean images
     n:int=50_000,          # Images wanted
     effort:float=1.,       # Share of the published attack steps
     out:str='set',         # Folder for data.npy, label.npy, config.py, provenance.csv, card.html
     seed:int=0,            # Everything random
+    **given,               # Those of `open_model`, `pool_split`
 ):
-    """Build a published training set and write it to `out`.
+    """Build a published training set.
 
     Example:
 
-        robustnb_build_set lyx3911 runs/resnet/weights.pt,runs/vgg/weights.pt --out submission"""
+        robustnb build-set lyx3911 runs/resnet/weights.pt,runs/vgg/weights.pt --out submission"""
     started = time.time()
+    opening, read = _given(given, open_model, pool_split)
     out = Path(out)
-    nets = _networks(_listed(weights, 'weights'))
+    nets = _opened_by_name(model, **opening)
     sources = published_mixture(plan, nets, teacher=nets[next(iter(nets))], effort=effort)
-    pool = _images(data, split)
+    pool = _images(data, pool_split(**read), opening.get('size') or None)
     made = build_training_set(pool, **sources, n=n, seed=seed)
     made.save(out)
     write_config(default_config(2), out/'config.py')
     set_card(made, out/'card.html', plan, f'{n} images from {len(pool)} of {data}, seed {seed}')
-    save_json(manifest(plan=plan, data=str(data), split=split, n=n, effort=effort,
-                       networks=list(nets), seed=seed, seconds=round(time.time()-started)),
-              out/'manifest.json')
-    print(summary(made).round(3).to_string(), f'\n\nImages of each source: {out}/card.html')
+    facts = dict(plan=plan, data=str(data), split=pool_split(**read), n=n, effort=effort, networks=list(nets),
+                 seed=seed, seconds=round(time.time()-started))
+    save_json(manifest(**facts), out/'manifest.json')
+    table = summary(made)
+    print(table.round(3).to_string(), f'\n\nImages of each source: {out}/card.html')
+    return dict(out=str(out), rows=table.reset_index().to_dict('records'), **facts)
 
 # %% ../../nbs/api/commands/60_curation.ipynb #6877201a
 @_command
-@_readable
 def validate_set_command(
     path:str,    # Folder or zip with data.npy, label.npy, config.py
 ):
@@ -60,19 +62,15 @@ def validate_set_command(
 
     Example:
 
-        robustnb_validate_set submission"""
+        robustnb validate-set submission"""
     table = validate_set(path)
     print(table.to_string(index=False))
-    if (table.verdict == 'broken').any():
-        sys.exit(1)
+    return dict(rows=table.to_dict('records'), failed=int((table.verdict == 'broken').sum()))
 
 # %% ../../nbs/api/commands/60_curation.ipynb #74a30214
-def _hidden_images(out, data, surrogates, n):
+def _hidden_images(out, nets, pool, n):
     "The hidden set of `out`, made at the first call; refused if it was made of something else"
-    files = _listed(surrogates, 'surrogates')
-    nets = _networks(files)
-    pool = _images(data, 'test')
-    made_with = {k: _mark(Path(o).read_bytes()) for k, o in zip(nets, files)}
+    made_with = {k: _mark_model(v) for k, v in nets.items()}
     _continue(out, dict(surrogates=made_with, images=_mark_of(pool), n=n))
     if (out/'hidden'/'data.npy').exists(): return load_training_set(out/'hidden')
     hidden = hidden_set(pool, nets, n)
@@ -81,23 +79,25 @@ def _hidden_images(out, data, surrogates, n):
 
 # %% ../../nbs/api/commands/60_curation.ipynb #f73303c0
 @_command
-@_readable
 def score_set_command(
     sets:str,              # Folders of training sets, separated by commas
     # Networks that tamper with the hidden images, separated by commas; not those that made the sets
-    surrogates:str,
-    data:str='cifar10',    # Test images to tamper with: 'digits', 'cifar10', or a folder or zip
+    model:str,
     n:int=20_000,          # Hidden images
     width:float=.25,       # Multiplier of the channels of the networks trained
     epochs:int=20,         # Passes over each set
     seeds:int=3,           # Trainings of each network on each set
     out:str='scores',      # Folder for hidden images, finished trainings, answers.csv, standings.csv
+    **given,               # Those of `open_model`, `labelled_images`
 ):
     """Score training sets on stand-in hidden images.
 
+    The test images are those that the networks tamper with.
+
     Example:
 
-        robustnb_score_set sets/clean,sets/lyx3911 runs/alexnet/weights.pt --epochs 20 --out scores"""
+        robustnb score-set sets/clean,sets/lyx3911 runs/alexnet/weights.pt --test cifar10 --epochs 20"""
+    opening, labelled = _given(given, open_model, labelled_images)
     out = Path(out)
     folders = [Path(o) for o in _listed(sets, 'sets')]
     named = {f.name: load_npy(f) for f in folders}
@@ -105,12 +105,15 @@ def score_set_command(
         raise ValueError(f"`sets` must be folders with different names; got {sets}.")
     if not seeds >= 1: raise ValueError(f"`seeds` must be at least 1; got {seeds}.")
     trained = proxy_networks(2, width, epochs)
-    hidden = _hidden_images(out, data, surrogates, n)
+    nets = _opened_by_name(model, **opening)
+    pool = labelled_images(next(iter(nets.values())), 2**31, 0, **labelled)
+    hidden = _hidden_images(out, nets, pool, n)
     rows = score_training_sets(named, hidden, *trained, seeds=range(seeds), folder=out/'runs')
     table = rank_training_sets(rows)
     _write(rows, out/'answers.csv')
     _write(table.reset_index(), out/'standings.csv')
-    save_json(manifest(sets=sets, surrogates=surrogates, data=str(data), n=len(hidden),
-                       width=width, epochs=epochs, seeds=seeds),
-              out/'manifest.json')
+    facts = dict(sets=sets, model=[*nets], test=labelled.get('test'), n=len(hidden), width=width,
+                 epochs=epochs, seeds=seeds)
+    save_json(manifest(**facts), out/'manifest.json')
     print(table.round(4).to_string())
+    return dict(out=str(out), rows=table.reset_index().to_dict('records'), **facts)

@@ -15,12 +15,11 @@ from ..models.training import Recipe, train
 from ..attacks.threat_models import Linf
 from ..transfer.generator import train_generator
 from ..transfer.study import assess
-from .common import _command, _readable
+from .common import _command
 from .transfer import _deliver
 
 # %% ../../nbs/api/commands/80_demo.ipynb #3cb14f09
 @_command
-@_readable
 def demo_command(
     out:str='demo',      # Folder for the report
     seed:int=0,          # Everything random
@@ -32,7 +31,7 @@ def demo_command(
 
     Example:
 
-        robustnb_demo --out demo"""
+        robustnb demo --out demo"""
     data = load_data('digits', 'train')
     test = subset(load_data('digits', 'test'), n, seed)
     std, mean = torch.std_mean(data.x, (0, 2, 3))
@@ -43,4 +42,4 @@ def demo_command(
     generator, _ = train_generator(net, steps=steps, batch_size=64, width=32, seed=seed)
     report = assess(net, ('INT8', 'INT4', 'INT3', 'POT4', 'FP8', 'FLOAT4'), Linf(8/255), test,
                     generator=generator, n=n, seed=seed)
-    _deliver(report, out)
+    return _deliver(report, out)

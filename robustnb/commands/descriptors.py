@@ -6,7 +6,7 @@
 __all__ = ['train_descriptor_command', 'distill_command', 'attack_descriptors_command', 'check_submission_command']
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #19668e19
-import hashlib, re, sys, time
+import hashlib, re, time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..descriptors.attack import attack_descriptor, Plan
 from ..descriptors.pairs import make_pairs, read_pairs, write_pairs
 from ..descriptors.submission import check_submission, write_submission
 from ..descriptors.comparison import attack_table, attacked_images, compare_attacks
-from .common import _command, _images, _listed, _readable, _write
+from .common import _command, _images, _listed, _write
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #5c901249
 def _named(data, size=112):
@@ -51,7 +51,6 @@ def _named(data, size=112):
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #3ec9d58e
 @_command
-@_readable
 def train_descriptor_command(
     data:str,              # Images of identities or classes, e.g. faces.zip[0:30]
     model:str='Caffe34',   # Caffe34, ResNet_18, ResNet_34, DenseNet, Xception, or a model of timm
@@ -65,7 +64,7 @@ def train_descriptor_command(
 
     Example:
 
-        robustnb_train_descriptor 'faces.zip[0:30]' --model Caffe34 --width .25 --epochs 15 --out teacher"""
+        robustnb train-descriptor 'faces.zip[0:30]' --model Caffe34 --width .25 --epochs 15 --out teacher"""
     started = time.time()
     out = Path(out)
     images = _named(data)
@@ -77,12 +76,13 @@ def train_descriptor_command(
         seed, out/'checkpoint.pt', resume=True)
     save_descriptor(net, out/'descriptor.pt')
     _write(history, out/'history.csv')
-    save_json(manifest(data=data, images=len(images), identities=int(y.max())+1, model=model,
-                       width=width, epochs=epochs, copies=copies, seed=seed,
-                       seconds=round(time.time()-started)),
-              out/'manifest.json')
-    print(f'{model}: {len(images)} images of {y.max()+1} identities or classes, loss '
-          f'{history.loss.iloc[-1]:.3f}; written to {out}/')
+    facts = dict(data=data, images=len(images), identities=int(y.max())+1, model=model, width=width,
+                 epochs=epochs, copies=copies, seed=seed, seconds=round(time.time()-started))
+    save_json(manifest(**facts), out/'manifest.json')
+    loss = history.loss.iloc[-1]
+    print(f'{model}: {len(images)} images of {y.max()+1} identities or classes, loss {loss:.3f}; '
+          f'written to {out}/')
+    return dict(out=str(out), loss=loss, **facts)
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #56c5ea13
 def _box(box):
@@ -130,9 +130,8 @@ def _students(out, recipes, images, answers, held, width):
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #6733a5dc
 @_command
-@_readable
 def distill_command(
-    box:str,                 # descriptor.pt of robustnb_train_descriptor, or an http address
+    box:str,                 # descriptor.pt of robustnb train-descriptor, or an http address
     data:str,                # Images to ask about, not those to attack, e.g. faces.zip[0:30]
     models:str='ResNet_18',  # Architectures, separated by commas
     # Folder for one file per student, fidelity.csv, manifest.json, and what was asked
@@ -147,7 +146,7 @@ def distill_command(
 
     Example:
 
-        robustnb_distill teacher/descriptor.pt 'faces.zip[0:30]' --models ResNet_18,DenseNet"""
+        robustnb distill teacher/descriptor.pt 'faces.zip[0:30]' --models ResNet_18,DenseNet"""
     started = time.time()
     out = Path(out)
     images = _named(data)
@@ -159,12 +158,13 @@ def distill_command(
     parts = split_groups(np.tile(np.arange(len(images)), copies)[known])
     table = _students(out, recipes, asked[known], said[known], parts, width)
     _write(table.reset_index(), out/'fidelity.csv')
-    save_json(manifest(box=box, data=data, models=models, width=width, epochs=epochs,
-                       copies=copies, noise=noise, asked=len(known), answered=int(known.sum()),
-                       seconds=round(time.time()-started)),
-              out/'manifest.json')
+    facts = dict(box=box, data=data, models=models, width=width, epochs=epochs, copies=copies,
+                 noise=noise, asked=len(known), answered=int(known.sum()),
+                 seconds=round(time.time()-started))
+    save_json(manifest(**facts), out/'manifest.json')
     print(table.round(4).to_string(),
           f'\n\nOn images held back; {known.sum()} of {len(known)} answered. Written to {out}/')
+    return dict(out=str(out), rows=table.reset_index().to_dict('records'), **facts)
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #5001f1b3
 _TOGETHER = 10     # images attacked at a time, whose answers teach the same students
@@ -194,10 +194,9 @@ def _attacked(ask, students, plan, x, targets, seed, folder):
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #5665c727
 @_command
-@_readable
 def attack_descriptors_command(
-    box:str,               # As for robustnb_distill
-    students:str,          # Files of robustnb_distill, separated by commas
+    box:str,               # As for robustnb distill
+    students:str,          # Files of robustnb distill, separated by commas
     data:str,              # Images of the pairs, e.g. faces.zip[30:40]
     pairs:str='',          # Pairs file; without one, pairs of different identities are drawn
     n_pairs:int=10,        # How many are drawn at most, five images to change and five to imitate in each
@@ -209,7 +208,7 @@ def attack_descriptors_command(
 
     Example:
 
-        robustnb_attack_descriptors teacher/descriptor.pt students/ResNet_18.pt 'faces.zip[30:40]'"""
+        robustnb attack-descriptors teacher/descriptor.pt students/ResNet_18.pt 'faces.zip[30:40]'"""
     started = time.time()
     out = Path(out)
     plan = Plan(queries)
@@ -227,29 +226,28 @@ def attack_descriptors_command(
     write_submission(out/'submission.zip', wanted.files, changed, images.images[at.ravel()],
                      _answers(ask, changed, cache))
     _write(rows, out/'rows.csv')
-    save_json(manifest(box=box, students=students, data=data, pairs=pairs, n_pairs=len(wanted),
-                       queries=queries, seed=seed, seconds=round(time.time()-started)),
-              out/'manifest.json')
+    facts = dict(box=box, students=students, data=data, pairs=pairs, n_pairs=len(wanted),
+                 queries=queries, seed=seed, seconds=round(time.time()-started))
+    save_json(manifest(**facts), out/'manifest.json')
     shown = ['images', 'before', 'after', 'lowest_ssim', 'queries', 'seconds']
     print(attack_table(rows)[shown].round(4).to_string(),
           f'\n\nWritten to {out}/submission.zip')
+    return dict(out=str(out), rows=rows.to_dict('records'), **facts)
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #99a12dae
 @_command
-@_readable
 def check_submission_command(
     path:str,       # Zip file or folder of a submission
     data:str,       # Images of the pairs
     pairs:str,      # Pairs file
-    box:str='',     # As for robustnb_distill; without one, no descriptor is checked
+    box:str='',     # As for robustnb distill; without one, no descriptor is checked
 ):
     """Judge a submission from its files.
 
     Example:
 
-        robustnb_check_submission submission.zip faces.zip pairs.csv --box teacher/descriptor.pt"""
+        robustnb check-submission submission.zip faces.zip pairs.csv --box teacher/descriptor.pt"""
     images = _named(data)
     table = check_submission(path, images, read_pairs(pairs, images), _box(box) if box else None)
     print(table.drop(columns='value').to_string(index=False))
-    if (table.verdict == 'broken').any():
-        sys.exit(1)
+    return dict(rows=table.to_dict('records'), failed=int((table.verdict == 'broken').sum()))

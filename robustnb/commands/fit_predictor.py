@@ -12,7 +12,7 @@ import pandas as pd
 from ..files import manifest, explain_errors, save_json
 from ..metrics import mae, mid_range, r2
 from ..transfer.predictor import fit_predictors, predict_losses
-from .common import _command, _listed, _readable, _write
+from .common import _command, _listed, _write
 
 # %% ../../nbs/api/commands/40_fit_predictor.ipynb #221508da
 def _measured(folder, name='runs'):
@@ -21,7 +21,7 @@ def _measured(folder, name='runs'):
     if not file.is_file():
         raise FileNotFoundError(
             f"`{name}` must name folders with a report_table.csv; there is none in {folder}. "
-            f"Run robustnb_assess{' with --test' if name == 'runs' else ''} first.")
+            f"Run robustnb assess{' with --test' if name == 'runs' else ''} first.")
     with explain_errors(file, 'the report_table.csv of an assessment'):
         table = pd.read_csv(file).drop(columns='network', errors='ignore')
     return table.assign(model=Path(folder).name)
@@ -44,19 +44,17 @@ def _written(predictor, left_out, name, kind, path):
 
 # %% ../../nbs/api/commands/40_fit_predictor.ipynb #75a92936
 @_command
-@_readable
 def fit_predictor_command(
-    runs:str,               # Folders of robustnb_assess --test, one per network, separated by commas
+    runs:str,               # Folders of robustnb assess --test, one per network, separated by commas
     # Folder for predictors.json, transfer_lomo.csv, robust_lomo.csv, manifest.json
     out:str='predictor',
     apply:str='',           # Folder of an assessment to predict anew; none by default
 ):
-    """Fit what predicts the loss to measured networks, and say how well it does on each when it is
-    left out.
+    """Fit a predictor of one's own to measured networks, each left out once.
 
     Example:
 
-        robustnb_fit_predictor runs/resnet,runs/vgg,runs/alexnet --apply runs/mine --out predictor"""
+        robustnb fit-predictor runs/resnet,runs/vgg,runs/alexnet --apply runs/mine --out predictor"""
     out = Path(out)
     folders = [Path(o) for o in _listed(runs, 'runs')]
     if len({f.name for f in folders}) < len(folders):
@@ -74,8 +72,11 @@ def fit_predictor_command(
     save_json(manifest(runs=[f.name for f in folders], scores=scores), out/'manifest.json')
     print(pd.DataFrame(scores).round(3).to_string(index=False),
           f'\n\nEach network predicted from the others; for `predict_losses`: {out}/predictors.json')
+    result = dict(out=str(out), scores=scores)
     if mine is not None:
         table = predict_losses(mine.drop(columns='model'), out/'predictors.json')
         _write(table, out/'predicted.csv')
         print(table[['format', *(c for c in table if c.startswith('predicted'))]].round(3)
               .to_string(index=False))
+        result['predicted'] = table.to_dict('records')
+    return result

@@ -11,11 +11,13 @@ from fractions import Fraction
 from pathlib import Path
 from ..files import manifest, save_json
 from ..sweeps import grid, sweep
-from ..models.loading import load_model
 from ..quant.formats import all_formats
 from ..attacks.threat_models import Linf
-from ..transfer.study import default_formats, job_attacks, measure_one
-from .common import _command, _images, _listed, _mark, _readable, _specs, _write
+from ..transfer.study import job_attacks, measure_one
+from .common import (
+    _command, _given, _listed, _mark_model, _mark_of, _numbers, _one_of, _opened_by_name, _specs, _split_of,
+    _write,
+    labelled_images, open_model, unlabelled_images)
 
 # %% ../../nbs/api/commands/50_sweep.ipynb #801037c5
 def _number(text):
@@ -66,7 +68,7 @@ def _same_files(out, facts, files):
 
 # %% ../../nbs/api/commands/50_sweep.ipynb #19021b76
 def _tell(rows, failed, out):
-    "Means over networks, attacks and seeds, and the jobs that failed by name; status 1 if there are any"
+    "Means over networks, attacks and seeds, and the jobs that failed by name"
     columns = [c for c in ('predicted_loss', 'measured_loss', 'predicted_robust_loss',
                            'measured_robust_loss') if c in rows]
     if columns:
@@ -75,18 +77,13 @@ def _tell(rows, failed, out):
               + '\n')
     print(f'{len(rows)-len(failed)} of {len(rows)} jobs done; rows: {out}/sweep.csv')
     for r in failed.to_dict('records'):
-        print(f"failed: {r['weights']} {r['format']} {r['attack']} seed {r['seed']}: {r['error']}")
-    if len(failed):
-        sys.exit(1)
+        print(f"failed: {r['model']} {r['format']} {r['attack']} seed {r['seed']}: {r['error']}")
 
 # %% ../../nbs/api/commands/50_sweep.ipynb #0abf96ce
-def _check_jobs(same, measure, attacks, seeds):
-    "Raise if the pairs of `measure`, an attack or the seeds are none that a job takes"
-    wrong = [k for k in same if k not in ('n', 'eps', 'images')]
-    wrong += [o for o in attacks if o not in job_attacks]
-    if wrong:
-        raise ValueError("`measure` takes n, eps and images, `attacks` takes "
-                         f"{', '.join(job_attacks)}; got {wrong[0]!r}.")
+def _check_jobs(same, measure, seeds):
+    "Raise if the pairs of `measure` or the seeds are none that a job takes"
+    wrong = [k for k in same if k not in ('n', 'eps')]
+    if wrong: raise ValueError(f"`measure` takes n and eps; got {wrong[0]!r}.")
     if not seeds >= 1: raise ValueError(f"`seeds` must be at least 1; got {seeds}.")
     eps = same.get('eps', 0.)
     n = same.get('n', 1)
@@ -95,53 +92,72 @@ def _check_jobs(same, measure, attacks, seeds):
                          f"1 for n; got {measure!r}.")
     Linf(eps)
 
-def _check_files(out, files, data, same):
-    "The networks by their full paths; a file that changed under the rows of `out` is refused"
-    paths = [str(Path(o).resolve()) for o in files]
-    for o in paths:
-        load_model(o)
-    facts = dict(data=data, test=_mark(_images(data, 'test').images.tobytes())) | same
-    _same_files(out, facts, {p: _mark(Path(p).read_bytes()) for p in paths})
-    return paths
+# %% ../../nbs/api/commands/50_sweep.ipynb #0abf96cf
+def _where_it_is(word):
+    "A file or folder by its full path, for jobs that run elsewhere; what follows # is kept"
+    file, mark, part = word.partition('#')
+    return str(Path(file).resolve()) + mark + part if file and Path(file).exists() else word
+
+def _job_words(model='', weights='', **given):
+    "What a job needs to open its model again, and the models by the words that say where they are"
+    nets = _opened_by_name(model, weights, **given)
+    words = [_where_it_is(o) for o in _listed(model or weights, 'model')]
+    told = dict(mean=_numbers(given.get('mean'), 'mean'), std=_numbers(given.get('std'), 'std'),
+                classes=given.get('classes') and next(iter(nets.values())).classes)
+    same = {k: json.dumps(v) for k, v in told.items() if v}
+    if given.get('size'): same['size'] = given['size']
+    if model and weights: same['weights'] = _where_it_is(weights)
+    return dict(zip(words, nets.values())), same
+
+def _check_files(out, nets, data, same):
+    "Raise unless the models and images are those of the rows that `out` has"
+    facts = dict(data=data, test=_mark_of(_test_images(nets, data, same.get('n', 500)))) | same
+    _same_files(out, facts, {k: _mark_model(v) for k, v in nets.items()})
+
+def _split_words(data, images):
+    "How a job reads test images and those to calibrate with; without splits they are the same"
+    split = _split_of(data, 'test')
+    named = dict(images=images or ('' if split else data)) if images or not split else {}
+    return named if split == 'test' else named | dict(split=split or '')
+
+def _test_images(nets, data, n): return labelled_images(next(iter(nets.values())), n, 0, data)
 
 # %% ../../nbs/api/commands/50_sweep.ipynb #5eeb0001
 @_command
-@_readable
 def sweep_command(
-    weights:str,               # Files of robustnb_train, separated by commas
-    formats:str=','.join(default_formats), # Number formats, separated by commas, or 'all'
+    model:str='',              # Networks or files, separated by commas
+    formats:str='INT8,INT6,INT4,POT4,FP8,FLOAT4', # Number formats, separated by commas, or all
     attacks:str='pgd',         # fgsm, pgd (10 steps), apgd (100 steps), separated by commas
     seeds:int=1,               # Seeds 0, 1, ... of calibration images and random starts
-    data:str='digits',         # Labelled images, as --data of robustnb_train: the test split counts
-    # n=500 test images at most, eps=1/255 of the Linf ball, images= to calibrate with
-    # (none takes the train split of --data)
-    measure:str='',
+    measure:str='',            # n=500 test images at most, eps=1/255 of the Linf ball
     # Jobs at a time here, as 4, or parameters of Slurm, as timeout_min=60,mem_gb=8; none: all cores
     where:str='',
     out:str='sweep',           # Folder for rows, sweep.csv, manifest.json
+    **given,                   # Those of `open_model`, `labelled_images`, `unlabelled_images`
 ):
-    """Measure networks x formats x attacks x seeds.
+    """Measure networks x formats x attacks x seeds; without --images the train split calibrates.
 
     Example:
 
-        robustnb_sweep runs/resnet/weights.pt,runs/vgg/weights.pt --formats INT8,POT4 --seeds 3"""
-    started = time.time()
+        robustnb sweep runs/resnet/weights.pt,timm:resnet18 --test photos --formats INT8,POT4"""
+    began = time.time()
+    opening, labelled, free = _given(given, open_model, labelled_images, unlabelled_images)
     out = Path(out)
-    files = _listed(weights, 'weights')
-    specs = list(_specs(','.join(all_formats()) if formats == 'all' else formats))
+    specs = list(_specs(','.join(all_formats()) if formats.lower() == 'all' else formats))
     place = _place(where)
     same = _pairs(measure, 'measure')
-    names = _listed(attacks, 'attacks')
-    _check_jobs(same, measure, names, seeds)
-    paths = _check_files(out, files, data, same)
-    images = str(Path(data).resolve()) if Path(data).exists() else data
-    table = grid(weights=paths, format=specs, attack=names, seed=range(seeds),
-                 data=images).assign(**same)
-    rows = sweep(measure_one, table, out, **place)
+    _check_jobs(same, measure, seeds)
+    names = [_one_of(o, job_attacks, 'attacks') for o in _listed(attacks, 'attacks')]
+    nets, words = _job_words(model, **opening)
+    data = _where_it_is(labelled.get('test', ''))
+    words |= _split_words(data, _where_it_is(free.get('images', '')))
+    _check_files(out, nets, data, same | words)
+    table = grid(model=[*nets], format=specs, attack=names, seed=range(seeds), data=data)
+    rows = sweep(measure_one, table.assign(**same, **words), out, **place)
     _write(rows, out/'sweep.csv')
     failed = rows[rows.status == 'failed']
-    facts = manifest(weights=files, formats=specs, attacks=attacks, seeds=seeds, data=str(data),
-                     **same, where=where, jobs=len(rows), failed=len(failed),
-                     seconds=round(time.time()-started))
-    save_json(facts, out/'manifest.json')
+    facts = dict(model=[*nets], formats=specs, attacks=attacks, seeds=seeds, test=data, **same, **words,
+                 where=where, jobs=len(rows), failed=len(failed))
+    save_json(manifest(**facts, seconds=round(time.time()-began)), out/'manifest.json')
     _tell(rows, failed, out)
+    return dict(out=str(out), rows=rows.to_dict('records'), **facts)

@@ -11,48 +11,49 @@ from pathlib import Path
 import torch
 from ..files import manifest, save_json
 from ..distributed import is_main
-from ..models.zoo import build_model
+from ..models.zoo import build_model, model_names
 from ..models.loading import save_model
 from ..models.training import Recipe, train
-from .common import _command, _images, _readable, _write
+from .common import _command, _given, _one_of, _write, on_device, training_images
 
 # %% ../../nbs/api/commands/20_train.ipynb #49f24fe0
 @_command
-@_readable
 def train_command(
-    data:str='digits',        # 'digits', 'cifar10', 'cifar100', or a folder or zip of split/class/*.png
     model:str='ResNet_18',    # One of the nine networks
     out:str='run',            # Folder for weights.pt, history.csv, manifest.json
     width:float=1.,           # Multiplier of the channels
     epochs:int=200,           # Passes over the data; the milestones keep their shares of the run
     lr:float=.1,              # Learning rate after the warm-up
-    # Never flip an image: for digits, letters and everything else with a handedness
-    no_flip:bool=False,
+    no_flip:bool=False,       # Never flip an image: for digits and everything else with a handedness
     seed:int=0,               # Weights, order, crops and flips
+    **given,                  # Those of `training_images`, `on_device`
 ):
-    """Train one of the nine networks and write it to `out`.
+    """Train one of the nine networks.
 
     Example:
 
-        robustnb_train --data cifar10 --model ResNet_18 --width .5 --epochs 50 --out runs/resnet"""
+        robustnb train --data cifar10 --model ResNet_18 --width .5 --epochs 50 --out runs/resnet"""
     started = time.time()
+    read, where = _given(given, training_images, on_device)
     out = Path(out)
-    images = _images(data, 'train')
-    val = _images(data, 'test')
+    device = on_device(**where)
+    images = training_images('train', **read)
+    val = training_images('test', **read)
     std, mean = torch.std_mean(images[::1 + len(images)//10_000].x, (0, 2, 3))
     rounded = lambda t: [round(o, 4) for o in t.tolist()]
+    model = _one_of(model, model_names, 'model')
     net = build_model(model, len(images.classes), width, rounded(mean), rounded(std), seed=seed)
     recipe = Recipe(lr=lr, flip=not no_flip).shortened(epochs)
-    net, history = train(recipe, net, images, val, seed=seed, checkpoint=out/'checkpoint.pt',
+    net, history = train(recipe, net, images, val, seed=seed, device=device, checkpoint=out/'checkpoint.pt',
                          resume=True)
     if not is_main(): return
     net.classes = images.classes
     save_model(net, out/'weights.pt')
     _write(history, out/'history.csv')
     accuracy = history.val_accuracy.iloc[-1]
-    facts = manifest(data=str(data), images=len(images), model=model, width=width,
-                     recipe=repr(recipe), seed=seed,
-                     parameters=sum(p.numel() for p in net.parameters()),
-                     test_accuracy=accuracy, seconds=round(time.time()-started))
-    save_json(facts, out/'manifest.json')
+    facts = dict(data=read.get('data', 'digits'), images=len(images), model=model, width=width,
+                 recipe=repr(recipe), seed=seed, parameters=sum(p.numel() for p in net.parameters()),
+                 test_accuracy=accuracy, seconds=round(time.time()-started))
+    save_json(manifest(**facts), out/'manifest.json')
     print(f'{model}: test accuracy {accuracy:.4f} after {epochs} epochs; written to {out}/')
+    return dict(out=str(out), **facts)

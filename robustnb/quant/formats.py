@@ -9,6 +9,7 @@ __all__ = ['NumberFormat', 'number_format', 'all_formats', 'memory_order', 'to_l
 # %% ../../nbs/api/quant/10_formats.ipynb #c08264d8
 import math, re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from itertools import product
 import torch
@@ -61,15 +62,22 @@ _sizes = dict(INT=(2, 16), POT=(2, 8), APOT=(3, 8), FLOAT=(3, 8))
 _named = ("`name` must be INT2 to INT16, POT2 to POT8, APOT3 to APOT8, FLOAT3 to FLOAT8 with _E1 to "
           "_E(bits-2), FP8_E4M3 or FP8_E5M2")
 
+def _near(text):
+    "A question that names the nearest format, if one is near"
+    known = [f'{kind}{b}' for kind, (least, most) in _sizes.items() for b in range(least, most+1)]
+    near = get_close_matches(text, ['FP8', 'FP8_E4M3', 'FP8_E5M2', *known], 1, .7)
+    return f' Did you mean {near[0]}?' if near else ''
+
 def number_format(
     name:str,          # Like 'INT4', 'POT4', 'APOT4', 'FLOAT6_E3', 'FLOAT4', 'FP8_E4M3'; or a `NumberFormat`
 )->NumberFormat:       # The format; a `NumberFormat` is returned as it is
     "The number format of that name."
     if isinstance(name, NumberFormat): return name
-    text = {'FP8': 'FP8_E4M3'}.get(name, name)
+    text = str(name).upper()
+    text = {'FP8': 'FP8_E4M3'}.get(text, text)
     if text in ('FP8_E4M3', 'FP8_E5M2'): return NumberFormat('FLOAT', 8, int(text[5]), finite_only=False)
-    m = re.fullmatch(r'(INT|A?POT|FLOAT)_?(\d+)(?:_?E(\d+))?', str(text))
-    if not m or (m[3] and m[1] != 'FLOAT'): raise ValueError(f"{_named}; got {name!r}.")
+    m = re.fullmatch(r'(INT|A?POT|FLOAT)_?(\d+)(?:_?E(\d+))?', text)
+    if not m or (m[3] and m[1] != 'FLOAT'): raise ValueError(f"{_named}; got {name!r}.{_near(text)}")
     kind = m[1]
     bits = int(m[2])
     least, most = _sizes[kind]

@@ -127,7 +127,7 @@ def load_predictor(
     path=_shipped,   # JSON file of predictors
 )->LossPredictor:    # The predictor
     "A predictor that was fitted before."
-    with explain_errors(path, 'a file of predictors, as robustnb_fit_predictor writes it'):
+    with explain_errors(path, 'a file of predictors, as robustnb fit-predictor writes it'):
         held = json.loads(Path(path).read_text(encoding='utf-8'))['links']
         if name not in held: raise ValueError(f"`name` must be one of {sorted(held)}; got {name!r}.")
         return LossPredictor(
@@ -136,7 +136,7 @@ def load_predictor(
 # %% ../../nbs/api/transfer/30_predictor.ipynb #bb0bcfb7
 def predict_losses(
     table:pd.DataFrame,   # Rows with n_classes and what `Study.change` gives
-    # JSON file of other predictors, as robustnb_fit_predictor writes it; None takes those of the package
+    # JSON file of other predictors, as robustnb fit-predictor writes it; None takes those of the package
     path=None,
     # The rows with predicted_loss and predicted_robust_loss, each with _lo, _hi and _outside
 )->pd.DataFrame:

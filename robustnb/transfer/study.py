@@ -6,7 +6,7 @@
 __all__ = ['default_formats', 'job_attacks', 'relative_loss', 'Probes', 'Study', 'assess', 'study_of', 'measure_one']
 
 # %% ../../nbs/api/transfer/60_study.ipynb #7d19ff15
-import time
+import json, time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
@@ -20,7 +20,7 @@ from ..core import (
 from ..contract import predict
 from ..files import manifest
 from ..data import ImageSet, load_data, subset
-from ..images import match_classes
+from ..images import load_images, match_classes
 from ..models.loading import load_model
 from ..quant.formats import quant_spec
 from ..quant.ptq import calibrate, model_bytes, quantize, FakeQuantize
@@ -405,44 +405,66 @@ def assess(
 # %% ../../nbs/api/transfer/60_study.ipynb #e9bb9f43
 job_attacks = dict(fgsm=fgsm, pgd=partial(pgd, steps=10), apgd=apgd)
 
+def _opened(model, weights='', **told):
+    "The model that a job names; lists come as JSON, as a job holds numbers and words only"
+    told = {k: json.loads(v) if isinstance(v, str) else v for k, v in told.items()}
+    net = load_model(model, weights, **told) if weights else load_model(model, **told)
+    return net.to(pick_device())
+
+def _read(model, source, split):
+    "Images of a source, at the size of the model where their own can be changed"
+    kept = (Path(source)/'data.npy').is_file()
+    size = None if kept or source in ('cifar10', 'cifar100') else model.image_size
+    return load_data(source, None if kept else split, size, channels=model.channels,
+                     crop_pct=model.crop_pct)
+
+def _to_calibrate(model, images, data, seed):
+    "At most 300 images (N,C,H,W): of a source of their own, or of the train split of the labelled ones"
+    if images: return load_images(images, model.image_size, 300, seed, model.channels, model.crop_pct)
+    pool = _read(model, data, 'train')
+    chosen = torch.randperm(len(pool), generator=make_generator(seed, 'calibration'))[:300]
+    return pool[chosen.numpy()].x
+
+# %% ../../nbs/api/transfer/60_study.ipynb #e9bb9f44
 @lru_cache(1)
 def study_of(
-    weights:str,          # File of robustnb_train or `save_model`
+    model:str,            # Network, as `load_model` names it, or a file of `robustnb train`
     attack:str='pgd',     # fgsm, pgd (10 steps) or apgd (100 steps)
     seed:int=0,           # Calibration images and random starts
     data:str='digits',    # Labelled images to measure on, as for `load_data`; their test split
-    images:str='',        # As `data`, or a folder of robustnb_generate; none is the train split of `data`
     n:int=500,            # Test images at most, balanced over the classes
     eps:float=1/255,      # Radius of the Linf ball, pixels in [0,1]
+    images:str='',        # Images to calibrate with, as for `load_images`; none is the train split of `data`
+    # weights (a file); mean, std, size, classes of `load_model`, lists as JSON; split of `data`, 'test'
+    # unless given, '' where there are none
+    **opening,
 )->Study:                 # The same one as long as it is asked for with the same arguments
-    "The study of a file, from what a job of a sweep can name."
+    "The study of a model, from what a job of a sweep can name."
     if attack not in job_attacks:
         raise ValueError(f"`attack` must be one of {', '.join(job_attacks)}; got {attack!r}.")
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
-    model = load_model(weights).to(pick_device())
-    test = load_data(data, 'test')
+    split = opening.pop('split', 'test') or None
+    net = _opened(model, **opening)
+    test = match_classes(_read(net, data, split), net.classes, net.n_classes)
     if len(test) > n:
         test = subset(test, n, seed=0)
-    source = images or data
-    pool = load_data(source, None if (Path(source)/'data.npy').is_file() else 'train')
-    chosen = torch.randperm(len(pool), generator=make_generator(seed, 'calibration'))[:300]
-    probes = Probes.of(pool[chosen.numpy()].x)
-    return Study(model, probes, (Linf(eps),), test, job_attacks[attack], seed=seed)
+    probes = Probes.of(_to_calibrate(net, images, data, seed))
+    return Study(net, probes, (Linf(eps),), test, job_attacks[attack], seed=seed)
 
 # %% ../../nbs/api/transfer/60_study.ipynb #52926c15
 def measure_one(
-    weights:str,          # File of robustnb_train or `save_model`
+    model:str,            # Network, as `load_model` names it, or a file of `robustnb train`
     format:str,           # Number format, as INT8, POT4, FLOAT6_E3, INT4/INT8
     attack:str='pgd',     # fgsm, pgd (10 steps) or apgd (100 steps)
     seed:int=0,           # Calibration images and random starts
     data:str='digits',    # Labelled images to measure on, as for `load_data`; their test split
-    images:str='',        # As `data`, or a folder of robustnb_generate; none is the train split of `data`
     n:int=500,            # Test images at most, balanced over the classes
     eps:float=1/255,      # Radius of the Linf ball, pixels in [0,1]
+    **opening,            # images, weights, mean, std, size, classes, split, as for `study_of`
 )->dict:                  # The columns of an assessment with a test set, and the accuracies of the original
     "What one format costs one network under one attack."
     spec = quant_spec(format)
-    study = study_of(weights, attack, seed, data, images, n, eps)
+    study = study_of(model, attack, seed, data, n, eps, **opening)
     row = {k: v for k, v in study.rows(spec)[0].items() if k not in ('format', 'eps')}
     first = dict(n_classes=row['n_classes'], size_kb=row['size_kb'], n_test=len(study.test))
     names = 'accuracy', 'robust_accuracy'

@@ -1,106 +1,203 @@
-"Every command of settings.ini: its help reads well, and its example can be typed"
-import os, re, shlex, subprocess, sys
-from argparse import ArgumentParser
+"The command `robustnb`: its help reads well, its examples can be typed, nothing heavy is imported for it"
+import json, os, re, resource, shlex, subprocess, sys
 from configparser import ConfigParser
 from importlib import import_module
-from inspect import cleandoc, signature
+from inspect import signature
 from pathlib import Path
+
 import pytest
-from fastcore.script import anno_parser
+
+from robustnb.commands import command_line as cli, common
 
 root = Path(__file__).parents[2]
-settings = ConfigParser(delimiters=['='])
-settings.read(root/'settings.ini', encoding='utf-8')
-commands = dict(re.findall(r'^\s*(\w+)=(\S+)$', settings['DEFAULT']['console_scripts'], re.M))
-# what pip writes
-STUB = 'import sys\nfrom {} import {} as main\nif __name__ == "__main__": sys.exit(main())\n'
+NAMES = ('assess evaluate cost quantize export generate fit-predictor sweep build-set score-set validate-set '
+         'train train-descriptor distill attack-descriptors check-submission demo').split()
+WORDS = dict(model='--model', weights='--weights', mean='--mean', std='--std', size='--size',
+             classes='--classes', device='--device')
 
 
-def command(name):
-    module, function = commands[name].split(':')
-    return getattr(import_module(module), function)
+def run(*words, folder=None, start=(sys.executable, '-m', 'robustnb')):
+    return subprocess.run([*start, *words], capture_output=True, text=True, timeout=120, cwd=folder,
+                          env=os.environ | dict(COLUMNS='80', PYTHONPATH=str(root), OMP_NUM_THREADS='1'))
 
 
-def example(name):
-    "The words of the example in the docstring of a command"
-    found = [o.strip() for o in cleandoc(command(name).__doc__).splitlines()
-             if o.startswith('    ')]
-    assert len(found) == 1, f'{name} must have one example: {found}'
-    assert found[0].startswith(name), f'{name} must have one example: {found}'
-    return shlex.split(found[0])[1:]
+def function(name):
+    return getattr(import_module(f'robustnb.commands.{cli._HOMES[name]}'), cli._function(name))
 
 
-def run(name, *words, folder, columns=80):
-    module, function = commands[name].split(':')
-    (folder/name).write_text(STUB.format(module, function))
-    return subprocess.run([sys.executable, folder/name, *words], capture_output=True,
-                          text=True, timeout=120, cwd=folder,
-                          env=os.environ | dict(COLUMNS=str(columns), PYTHONPATH=str(root)))
+def said(capsys, *words):
+    "Status, standard output and standard error of a command line"
+    try:
+        status = cli.main(list(words))
+    except SystemExit as e:
+        status = e.code
+    return status, *capsys.readouterr()
 
 
-@pytest.mark.parametrize('name', commands)
-def test_example_parses(name, monkeypatch):
-    monkeypatch.setattr(ArgumentParser, 'error',
-                        lambda self, message: pytest.fail(f'{name}: {message}'))
-    given = vars(anno_parser(command(name), name).parse_args(example(name)))
-    assert set(signature(command(name)).parameters) <= set(given)
+def test_one_script_and_its_commands():
+    settings = ConfigParser(delimiters=['='])
+    settings.read(root/'settings.ini', encoding='utf-8')
+    assert settings['DEFAULT']['console_scripts'].split() == ['robustnb=robustnb.commands.command_line:main']
+    assert sorted(cli._HOMES) == sorted(NAMES)
 
 
-@pytest.mark.parametrize('name', commands)
-def test_every_argument_is_explained(name):
-    for o in anno_parser(command(name), name)._actions:
-        assert o.help, f'{name}: {o.dest} has no help'
-        assert len(o.help) > 4, f'{name}: {o.dest} has no help'
+@pytest.mark.parametrize('name', NAMES)
+def test_the_example_parses(name):
+    about, options = cli._options(cli._HOMES[name], cli._function(name))
+    lines = [o.strip() for o in about.splitlines() if o.startswith('    ')]
+    assert len(lines) == 1
+    words = shlex.split(lines[0])
+    assert words[:2] == ['robustnb', name]
+    given = cli._given(name, words[2:])
+    assert len(given) > 2, 'an example gives something'
+    assert all(len(text) > 4 for _, _, text, _ in options.values())
 
 
-def test_an_unknown_option_does_not_parse():
-    with pytest.raises(SystemExit):
-        anno_parser(command('robustnb_demo')).parse_args(['--epoch_count', '3'])
+@pytest.mark.parametrize('name', NAMES)
+def test_what_is_read_from_the_source_is_what_the_function_takes(name):
+    _, options = cli._options(cli._HOMES[name], cli._function(name))
+    job = signature(function(name)).parameters
+    named = {k: o for k, o in job.items() if o.kind is not o.VAR_KEYWORD}
+    for k, o in named.items():
+        kind, default, _, _ = options[k]
+        assert kind is o.annotation
+        assert o.default is o.empty if default is cli._REQUIRED else default == o.default
+    shared = set(options) - set(named)
+    assert bool(shared) == (len(named) < len(job))
+    own = [f for f in vars(common).values() if getattr(f, '__module__', '') == common.__name__]
+    known = {k for f in own for k in signature(f).parameters}
+    assert shared <= known
 
 
-@pytest.mark.parametrize('name', ['robustnb_train', 'robustnb_check_submission'])
-def test_help_in_a_shell(name, tmp_path):
-    said = run(name, '--help', folder=tmp_path)
-    assert said.returncode == 0
-    assert not said.stderr
-    lines = said.stdout.splitlines()
-    assert lines[0].startswith(f'usage: {name} ')
-    assert any(o.startswith(f'    {name} ') for o in lines)
-    assert '(default: )' not in said.stdout
-    assert 'default: False' not in said.stdout
-    # folded, but for the example: it is copied as it stands
+@pytest.mark.parametrize('name', 'assess evaluate cost quantize export generate sweep'.split())
+def test_the_same_words_for_a_model(name, capsys):
+    status, help, _ = said(capsys, name, '--help')
+    assert status == 0
+    assert all(f'  {o} ' in help for o in (*WORDS.values(), '--out'))
+    assert all(o in help for o in ('--json', '--quiet', '--version'))
+    assert ('--images' in help) == (name in 'assess quantize export sweep'.split())
+    assert ('--test' in help) == (name in 'assess evaluate sweep'.split())
+
+
+@pytest.mark.parametrize('words, says', [
+    (['--help'], 'attack-descriptors'), (['--version'], 'robustnb '), (['assess', '--help'], '--images'),
+    (['cost', '--version'], 'robustnb '), (['asses'], 'Did you mean assess?'),
+    (['quantize', '--fromats', 'INT8'], 'Did you mean --formats?'), (['evaluate', '--n', 'few'], 'few')])
+def test_answers_at_once(words, says):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run('-c', 'import sys; from robustnb.commands.command_line import main\n'
+               'try: status = main(sys.argv[1:])\nexcept SystemExit as e: status = e.code\n'
+               'assert not {"torch", "numpy", "pandas", "fastcore"} & set(sys.modules); sys.exit(status)',
+               *words, start=[sys.executable])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert says in done.stdout + done.stderr
+    assert 'Error' not in done.stderr
+    assert done.returncode == (2 if words[-1] in ('asses', 'INT8', 'few') else 0)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+@pytest.mark.parametrize('words, says', [
+    ([], 'a command must be given'), (['tarin'], 'Did you mean train?'), (['zzz'], 'no command'),
+    (['train', '--epoch', '3'], 'no --epoch. Did you mean --epochs?'),
+    (['train', '--zzzz'], 'no --zzzz. See'),
+    (['train', '--epochs', 'x'], '--epochs'), (['train', '--epochs'], '--epochs'),
+    (['build-set', 'clean'], '--model must be given'),
+    (['assess', 'a.pt', '--model', 'b.pt'], 'given twice'), (['demo', 'a'], 'no a')])
+def test_a_command_line_that_is_none(words, says, capsys):
+    status, out, err = said(capsys, *words)
+    assert status == 2
+    assert out == ''
+    assert says in err
+    assert err.count('\n') == 1
+    assert err.startswith('robustnb')
+
+
+def test_a_model_may_stand_without_its_option_and_words_may_have_lines_below():
+    assert cli._given('cost', ['a.pt', '--size=64']) == dict(
+        model='a.pt', size=64, json=False, quiet=False)
+    assert cli._given('train', ['--no_flip'])['no_flip'] is True
+    assert cli._given('attack-descriptors', ['b', 's', 'd', '--n_pairs', '3'])['n_pairs'] == 3
+    assert cli._given('score-set', ['a,b', '--model', 'w.pt'])['model'] == 'w.pt'
+    assert 'formats' not in cli._given('assess', []), 'defaults are those of the function'
+
+
+def test_help_is_folded_but_for_the_example():
+    done = run('train', '--help')
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0
+    assert not done.stderr
+    assert lines[0] == 'usage: robustnb train [MODEL] [options]'
+    assert '(default: ResNet_18)' in done.stdout
+    assert '(default: )' not in done.stdout
+    assert 'default: False' not in done.stdout
     assert all(len(o) <= 80 or o.startswith('    ') for o in lines)
-    assert name != 'robustnb_train' or '(default: ResNet_18)' in said.stdout
 
 
 def test_a_command_runs_and_complains_in_one_line(tmp_path):
-    said = run('robustnb_validate_set', 'nowhere', folder=tmp_path)
-    assert said.returncode == 1
-    assert 'nowhere' in said.stdout + said.stderr
-    assert 'Traceback' not in said.stderr
-    said = run('robustnb_demo', '--epochs', '0', folder=tmp_path)
-    assert said.returncode == 1
-    assert said.stderr.strip() == 'ValueError: `epochs` must be at least 1; got 0.'
-    said = run('robustnb_demo', '--epoch_count', '0', folder=tmp_path)
-    assert said.returncode == 2
-    assert 'unrecognized arguments' in said.stderr
+    done = run('validate-set', 'nowhere', folder=tmp_path)
+    assert done.returncode == 1
+    assert 'nowhere' in done.stdout + done.stderr
+    assert 'Traceback' not in done.stderr
+    done = run('demo', '--epochs', '0', '--json', folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ''
+    assert done.stderr.strip() == 'ValueError: `epochs` must be at least 1; got 0.'
 
 
-@pytest.mark.parametrize('call', [
-    'main("nowhere")',
-    'def job(): main()\ntry: job()\nexcept TypeError: sys.exit("ValueError: nothing given")'],
-                         ids=['with arguments', 'in a function'])
-def test_a_script_of_ones_own_keeps_its_command_line(call, tmp_path):
-    (tmp_path/'script.py').write_text(
-        f'import sys\nfrom robustnb.commands.curation import validate_set_command as main\n{call}\n')
-    said = subprocess.run([sys.executable, tmp_path/'script.py', '--help'], capture_output=True,
-                          text=True, timeout=120, env=os.environ | dict(PYTHONPATH=str(root)))
-    assert 'usage' not in said.stdout
-    assert said.returncode == 1
-    assert 'Error: ' in said.stderr
+@pytest.fixture
+def pretended(monkeypatch):
+    "A command that says what the test wants and returns what it wants"
+    import robustnb.commands.demo as demo
+    def with_result(result):
+        def job(**given):
+            print('a table')
+            print('a bar' if sys.stderr.isatty() else 'no bar', file=sys.stderr)
+            if isinstance(result, BaseException): raise result
+            return result
+        monkeypatch.setattr(demo, 'demo_command', job)
+    return with_result
 
 
-def test_from_python_the_arguments_of_the_command_line_are_ignored(monkeypatch):
-    monkeypatch.setattr(sys, 'argv', ['anything', '--help'])
-    with pytest.raises((SystemExit, TypeError), match='weights|path'):
-        command('robustnb_validate_set')()
+def test_json_is_one_document_and_nothing_else(pretended, capsys):
+    import numpy as np
+    pretended(dict(a=np.float32(.5), b=float('nan'), c=[np.int64(3)], d=np.array([1., np.inf]),
+                   e=Path('x')))
+    status, out, _ = said(capsys, 'demo', '--json')
+    assert status == 0
+    assert json.loads(out) == dict(a=.5, b=None, c=[3], d=[1., None], e='x')
+    assert 'NaN' not in out
+    assert said(capsys, 'demo')[1] == 'a table\n'
+    assert said(capsys, 'demo', '--quiet')[1] == ''
+
+
+def test_quiet_draws_no_bar(pretended, capsys, monkeypatch):
+    pretended(dict())
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+    assert said(capsys, 'demo')[2] == 'a bar\n'
+    assert said(capsys, 'demo', '--quiet')[2] == 'no bar\n'
+
+
+def test_exit_statuses(pretended, capsys):
+    pretended(dict(failed=2))
+    assert said(capsys, 'demo')[0] == 1
+    pretended(KeyboardInterrupt())
+    status, _, err = said(capsys, 'demo')
+    assert status == 130
+    assert 'goes on where it was' in err
+    pretended(None)
+    assert said(capsys, 'demo', '--json')[:2] == (0, '')
+
+
+def test_every_page_types_commands_that_exist():
+    "In README, notebooks, docstrings and messages none of the fifteen scripts"
+    old = re.compile(r'\brobustnb_(?:train|assess|cost|quantize|generate|fit_predictor|build_set|score_set|'
+                     r'validate_set|distill|attack_descriptors|check_submission|sweep|demo)\b')
+    files = [*root.glob('*.md'), root/'Makefile', *root.glob('nbs/**/*.ipynb'),
+             *root.glob('robustnb/**/*.py'), *root.glob('benchmarks/**/*.py'), *root.glob('tools/*.py')]
+    held = {f: f.read_text(encoding='utf-8') for f in files if '.ipynb_checkpoints' not in str(f)}
+    assert not [f.name for f, text in held.items() if old.search(text) and f.name != 'CHANGELOG.md']
+    typed = set()
+    for f, text in held.items():
+        typed |= set(re.findall(r'robustnb ([a-z]+(?:-[a-z]+)*) (?:--?[a-z]|[\w./]+\.pt|timm:)', text))
+    assert typed <= set(NAMES), typed - set(NAMES)
+    assert 'assess' in typed

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 def test_scores_of_one_folder_are_on_the_same_hidden_images(tmp_path):
     weights = str(tmp_path/'weights.pt')
     save_model(build_model('AlexNet_BN', 10, .0625, seed=0), weights)
-    score = partial(score_set_command.__wrapped__, surrogates=weights, data='digits', n=20,
+    score = partial(score_set_command, model=weights, test='digits', n=20,
                     width=.0625, epochs=1, seeds=1, out=str(tmp_path/'scores'))
     out = tmp_path/'scores'
     for k in 'ab':
@@ -29,8 +29,8 @@ def test_scores_of_one_folder_are_on_the_same_hidden_images(tmp_path):
         (tmp_path/'moved'/'test'/str(k)).mkdir(parents=True)
         Image.new('RGB', (32, 32), (k, k, k)).save(tmp_path/'moved'/'test'/str(k)/'a.png')
     for given, said in ((dict(n=30), 'n is 20 there and 30 here'),
-                        (dict(data=str(tmp_path/'moved')), 'images is'),
-                        (dict(surrogates=str(tmp_path/'other'/'weights.pt')), 'surrogates is')):
+                        (dict(test=str(tmp_path/'moved')), 'images is'),
+                        (dict(model=str(tmp_path/'other'/'weights.pt')), 'surrogates is')):
         with pytest.raises(SystemExit, match=f'`out` answers another question: {said}'):
             score(str(tmp_path/'a'), **given)
     assert (out/'hidden'/'data.npy').read_bytes() == hidden

@@ -12,9 +12,9 @@ from robustnb.files import load_state
 from robustnb.descriptors.students import load_descriptor
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-train = descriptors.train_descriptor_command.__wrapped__
-distill = descriptors.distill_command.__wrapped__
-attack = descriptors.attack_descriptors_command.__wrapped__
+train = descriptors.train_descriptor_command
+distill = descriptors.distill_command
+attack = descriptors.attack_descriptors_command
 photos = 'digits:train[0:24]'
 
 

@@ -1,4 +1,4 @@
-"robustnb_fit_predictor: what is written, and each refusal"
+"robustnb fit-predictor: what is written, and each refusal"
 import json
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def test_tables_links_and_scores(runs, capsys):
 
 @pytest.mark.parametrize('given, said', [
     ('', 'at least one'), ('a,a', 'twice'), ('a', 'at least 2 models'),
-    ('a,nowhere', 'robustnb_assess with --test'), ('a,deep/a', 'different names')])
+    ('a,nowhere', 'robustnb assess with --test'), ('a,deep/a', 'different names')])
 def test_refusals(runs, given, said):
     (runs/'deep').mkdir()
     (runs/'deep'/'a').symlink_to(runs/'a')

@@ -12,7 +12,7 @@ from PIL import Image
 
 from robustnb.commands import transfer
 from robustnb.commands.train import train_command
-from robustnb.core import to_float
+from robustnb.core import to_float, to_uint8
 from robustnb.contract import predict
 from robustnb.files import load_state, save_state
 from robustnb.models.complexity import model_complexity
@@ -26,13 +26,14 @@ from robustnb.quant.ptq import quantize
 from robustnb.quant.checkpoints import load_quantized
 from robustnb.transfer.generator import load_generator
 from robustnb.transfer.study import Study
+from robustnb.commands.common import open_model, unlabelled_images
 from robustnb.commands.transfer import (
     assess_command, cost_command, generate_command, quantize_command)
 
-run_assess = assess_command.__wrapped__
-run_cost = cost_command.__wrapped__
-run_quantize = quantize_command.__wrapped__
-run_generate = generate_command.__wrapped__
+run_assess = assess_command
+run_cost = cost_command
+run_quantize = quantize_command
+run_generate = generate_command
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
@@ -40,7 +41,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 def weights(tmp_path_factory):
     "A network that two epochs of digits have shown what digits are"
     out = tmp_path_factory.mktemp('net')/'run'
-    train_command.__wrapped__(model='AlexNet_BN', width=.125, epochs=2, lr=.05, no_flip=True,
+    train_command(model='AlexNet_BN', width=.125, epochs=2, lr=.05, no_flip=True,
                               out=str(out))
     return str(out/'weights.pt')
 
@@ -56,29 +57,21 @@ def refused(capsys, said, job, *args, **kwargs):
     assert re.match(r'\w+Error: ', text), text
 
 
-def test_console_scripts_are_registered():
-    settings = (Path(__file__).parents[2]/'settings.ini').read_text()
-    for name in ('assess', 'cost', 'quantize', 'generate'):
-        assert f'robustnb_{name}=robustnb.commands.transfer:{name}_command\n' in settings
-
-
 def test_from_a_shell(weights, tmp_path):
     "The command line itself: arguments, help, exit status"
-    def shell(name, *args):
-        script = tmp_path/f'robustnb_{name}'     # as pip writes it
-        script.write_text('import sys\nfrom robustnb.commands.transfer import '
-                          f'{name}_command\nif __name__ == "__main__": '
-                          f'sys.exit({name}_command())\n')
-        return subprocess.run([sys.executable, script, *args], cwd=tmp_path,
+    def shell(*args):
+        return subprocess.run([sys.executable, '-m', 'robustnb', *args], cwd=tmp_path,
                               capture_output=True, text=True,
                               env=os.environ | dict(PYTHONPATH=str(Path(__file__).parents[2])))
-    done = shell('cost', weights, '--formats', 'INT4', '--out', 'sizes')
+    done = shell('cost', weights, '--formats', 'int4', '--out', 'sizes', '--json')
     assert done.returncode == 0
     assert names(tmp_path/'sizes') == ['layers.csv', 'manifest.json', 'networks.csv']
-    assert 'kb_INT4' in done.stdout
+    told = json.loads(done.stdout)
+    assert told['rows'][0]['kb_INT4'] < told['rows'][0]['kb_float32']
     assert not done.stderr
-    failed = shell('quantize', weights, '--formats', 'INT44', '--images', 'digits')
+    failed = shell('quantize', weights, '--formats', 'INT44', '--images', 'digits', '--json')
     assert failed.returncode == 1
+    assert failed.stdout == ''
     assert failed.stderr.startswith('ValueError: `name` must be INT2')
     assert failed.stderr.count('\n') == 1
     assert not (tmp_path/'quantized').exists()
@@ -144,7 +137,7 @@ def test_an_assessment_keeps_to_its_question(narrow, asked, tmp_path):
         run_assess(narrow, formats='INT8', test='digits', out=str(out))
     with pytest.raises(SystemExit, match='must not name one twice'):
         run_assess(narrow, formats='INT8,INT8', out=str(tmp_path/'new'))
-    run_assess(narrow, formats='INT8', test='digits', n_test=20, out=str(tmp_path/'tested'))
+    run_assess(narrow, formats='INT8', test='digits', n=20, out=str(tmp_path/'tested'))
     with pytest.raises(SystemExit, match="test is '.*' there and None here"):
         run_assess(narrow, formats='INT8', out=str(tmp_path/'tested'))
     assert asked == ['INT8', 'INT8']
@@ -214,13 +207,12 @@ def test_cost_errors(weights, tmp_path, capsys):
     refused(capsys, 'there is none at', run_cost, str(tmp_path/'none.pt'), **out)
     refused(capsys, "got 'INT1'", run_cost, weights, 'INT8,INT1', **out)
     for text in ('', ' , '):
-        refused(capsys, '`weights` must name at least one', run_cost, text, **out)
+        refused(capsys, '`model` must name at least one', run_cost, text, **out)
     refused(capsys, '`formats` must name at least one', run_cost, weights, '', **out)
     refused(capsys, 'must not name one twice', run_cost, f'{weights},{weights}', **out)
-    refused(capsys, 'batch .* of 32x32', run_cost, weights, size=48, **out)
-    for size in (0, -1):
-        refused(capsys, f'each at least 1; got .3, {size}, {size}', run_cost, weights,
-                size=size, **out)
+    refused(capsys, '`size` must be 32: AlexNet_BN takes images of no other side', run_cost, weights,
+            size=48, **out)
+    refused(capsys, '`size` must be', run_cost, weights, size=-1, **out)
     for folder in ('a', 'b'):
         save_model(build_model('AlexNet_BN', width=.05), tmp_path/folder/'same'/'w.pt')
     refused(capsys, 'differ in their name', run_cost,
@@ -295,7 +287,7 @@ def test_generate_errors(weights, tmp_path, capsys):
     refused(capsys, '`out` must be a folder; .* is a file', run_generate, weights, out=weights)
     refused(capsys, 'holds other files', run_generate, weights, out=str(Path(weights).parent))
     run_generate(weights, n=10, steps=2, width=8, **out)
-    for k, v in dict(steps=3, width=12, seed=1, size=16).items():
+    for k, v in dict(steps=3, width=12, seed=1).items():
         refused(capsys, f'another question: {k} is', run_generate, weights,
                 **dict(n=10, steps=2, width=8) | {k: v}, **out)
     other = tmp_path/'other.pt'
@@ -310,24 +302,22 @@ def test_generate_errors(weights, tmp_path, capsys):
 
 def test_a_question_that_is_refused_leaves_the_folder_free(weights, tmp_path, capsys):
     out = tmp_path/'out'
-    refused(capsys, '`size` must be at least 4 pixels', run_generate, weights, n=4, size=3,
-            out=str(out))
+    refused(capsys, '`width` must be at least 2', run_generate, weights, n=4, width=1, out=str(out))
     assert not [*out.iterdir()]
     run_generate(weights, n=4, steps=2, width=8, out=str(out))
-    refused(capsys, 'size is 32 there and 30 here', run_generate, weights, n=4, steps=2,
-            size=30, width=8, out=str(out))
-    assert json.loads((out/'question.json').read_text())['size'] == 32, 'an answered question stays'
+    refused(capsys, 'width is 8 there and 1 here', run_generate, weights, n=4, steps=2, width=1,
+            out=str(out))
+    assert json.loads((out/'question.json').read_text())['width'] == 8, 'an answered question stays'
     kept = tmp_path/'kept'
     kept.mkdir()
     (kept/'question.json').write_text((out/'question.json').read_text())
-    refused(capsys, 'size is 32 there', run_generate, weights, n=4, steps=2, size=30, width=8,
-            out=str(kept))
+    refused(capsys, 'width is 8 there', run_generate, weights, n=4, steps=2, width=1, out=str(kept))
     assert names(kept) == ['question.json'], 'nor is that of another run taken away'
 
 
 def test_quantised_copies(weights, tmp_path, capsys):
     out = tmp_path/'q'
-    run_quantize(weights, 'INT8,INT3/INT8,POT4', 'digits', 60, out=str(out))
+    run_quantize(weights, 'INT8,INT3/INT8,POT4', images='digits', n=60, out=str(out))
     table = pd.read_csv(out/'quantized.csv')
     net = load_model(weights)
     assert names(out) == ['INT3-INT8.pt', 'INT8.pt', 'POT4.pt', 'manifest.json',
@@ -335,11 +325,10 @@ def test_quantised_copies(weights, tmp_path, capsys):
     assert list(table) == ['format', 'file', 'size_kb', 'agreement', 'n', 'left_float']
     assert table.format.tolist() == ['INT8', 'INT3/INT8', 'POT4']
     pool = digits('train')
-    x = transfer._some('digits', 60, 0).x
+    x = unlabelled_images(open_model(weights), 60, 0, 'digits')
     everything = {o.tobytes() for o in pool.images}
     assert len(x) == 60
-    assert all(o.tobytes() in everything for o in transfer._some('digits', 60, 0).images)
-    assert len(np.unique(transfer._some('digits', 60, 0).y)) == 10
+    assert all(o.tobytes() in everything for o in to_uint8(x))
     for row in table.to_dict('records'):
         q = load_quantized(out/row['file'])
         made = quantize(net, row['format'], x)
@@ -366,7 +355,7 @@ def test_an_interrupted_run_is_continued(weights, tmp_path, monkeypatch):
         return real(net, spec, x)
     def killed(table, path): raise KeyboardInterrupt
     monkeypatch.setattr(transfer, 'quantize', counted)
-    def ask(formats): run_quantize(weights, formats, 'digits', 30, out=str(out))
+    def ask(formats): run_quantize(weights, formats, images='digits', n=30, out=str(out))
     def dies(net, spec, x):
         if str(spec) == 'POT4': raise KeyboardInterrupt
         return counted(net, spec, x)
@@ -396,27 +385,27 @@ def test_an_interrupted_run_is_continued(weights, tmp_path, monkeypatch):
     assert made[5:] == ['INT4'], 'a file that is gone is made again, the rows of the others stay'
     assert pd.read_csv(out/'quantized.csv').equals(rows), (
         'a file that is gone is made again, the rows of the others stay')
-    run_quantize(weights, 'INT8,INT4,POT4,INT2', 'digits', 30, out=str(tmp_path/'whole'))
+    run_quantize(weights, 'INT8,INT4,POT4,INT2', images='digits', n=30, out=str(tmp_path/'whole'))
     assert pd.read_csv(tmp_path/'whole'/'quantized.csv').equals(rows), (
         'in one go or in pieces, the rows are the same')
 
 
 def test_images_from_a_folder_and_from_nothing(weights, tmp_path, monkeypatch):
     run_generate(weights, n=24, out=str(tmp_path/'g'), steps=2, width=8)
-    run_quantize(weights, 'INT8', str(tmp_path/'g'), 20, out=str(tmp_path/'a'))
-    some = transfer._some(str(tmp_path/'g'), 20, 0)
+    run_quantize(weights, 'INT8', images=str(tmp_path/'g'), n=20, out=str(tmp_path/'a'))
+    some = unlabelled_images(open_model(weights), 20, 0, str(tmp_path/'g'))
     made = load_data(tmp_path/'g').images
     assert len(some) == 20
-    assert {o.tobytes() for o in some.images} <= {o.tobytes() for o in made}
-    assert torch.equal(predict(load_quantized(tmp_path/'a'/'INT8.pt'), some.x),
-                       predict(quantize(load_model(weights), 'INT8', some.x), some.x))
+    assert {o.tobytes() for o in to_uint8(some)} <= {o.tobytes() for o in made}
+    assert torch.equal(predict(load_quantized(tmp_path/'a'/'INT8.pt'), some),
+                       predict(quantize(load_model(weights), 'INT8', some), some))
     trained = []
     train = transfer.train_generator
     monkeypatch.setattr(transfer, 'train_generator',
                         lambda *a, **k: trained.append(k) or train(*a, **k))
     for formats in ('INT8', 'INT8,INT4'):
         run_quantize(weights, formats, n=20, steps=2, out=str(tmp_path/'b'), seed=3)
-    assert trained == [dict(seed=3, steps=2)]
+    assert trained == [dict(seed=3, steps=2, size=32)]
     assert names(tmp_path/'b') == ['INT4.pt', 'INT8.pt', 'images', 'manifest.json',
                                    'quantized.csv', 'question.json']
     x = load_data(tmp_path/'b'/'images').x
@@ -432,29 +421,29 @@ def test_quantize_errors(weights, tmp_path, capsys):
     refused(capsys, "got 'INT99'", run_quantize, weights, 'INT8,INT99', **out)
     refused(capsys, '`formats` must name at least one', run_quantize, weights, ',', **out)
     refused(capsys, 'must not name one twice', run_quantize, weights, 'INT8,INT8', **out)
-    refused(capsys, "`source` must be 'digits'", run_quantize, weights, 'INT8',
-            str(tmp_path/'nowhere'), **out)
-    refused(capsys, '`n` must be at least 1', run_quantize, weights, 'INT8', 'digits', 0, **out)
+    refused(capsys, "`source` must be", run_quantize, weights, 'INT8',
+            images=str(tmp_path/'nowhere'), **out)
+    refused(capsys, '`n` must be at least 1', run_quantize, weights, 'INT8', images='digits', n=0, **out)
     assert not (tmp_path/'o').exists()
-    refused(capsys, 'holds other files', run_quantize, weights, 'INT8', 'digits', 20,
+    refused(capsys, 'holds other files', run_quantize, weights, 'INT8', images='digits', n=20,
             out=str(Path(weights).parent))
     assert not (Path(weights).parent/'question.json').exists()
-    run_quantize(weights, 'INT8', 'digits', 20, **out)
-    refused(capsys, 'another question: images is', run_quantize, weights, 'INT8', 'digits', 21,
+    run_quantize(weights, 'INT8', images='digits', n=20, **out)
+    refused(capsys, 'another question: images is', run_quantize, weights, 'INT8', images='digits', n=21,
             **out)
     refused(capsys, 'another question: images is', run_quantize, weights, 'INT8', **out)
     other = tmp_path/'other.pt'
     save_model(build_model('AlexNet_BN', width=.125), other)
-    refused(capsys, 'another question: network is', run_quantize, str(other), 'INT8', 'digits',
-            20, **out)
+    refused(capsys, 'another question: network is', run_quantize, str(other), 'INT8',
+            images='digits', n=20, **out)
     file = tmp_path/'o'/'INT8.pt'
     whole = file.read_bytes()
     file.write_bytes(whole[:3000])
-    refused(capsys, 'INT8.pt is damaged', run_quantize, weights, 'INT8', 'digits', 20, **out)
+    refused(capsys, 'INT8.pt is damaged', run_quantize, weights, 'INT8', images='digits', n=20, **out)
     file.write_bytes(whole)
     broken = load_state(weights)
     next(iter(broken['state_dict'].values())).fill_(float('nan'))
     save_state(broken, tmp_path/'nan.pt')
-    refused(capsys, 'finite', run_quantize, str(tmp_path/'nan.pt'), 'INT8', 'digits', 20,
+    refused(capsys, 'finite', run_quantize, str(tmp_path/'nan.pt'), 'INT8', images='digits', n=20,
             out=str(tmp_path/'nan'))
     assert not list((tmp_path/'nan').glob('*.pt'))

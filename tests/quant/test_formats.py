@@ -99,6 +99,9 @@ def test_short_names():
         'FLOAT3_E1', 'FLOAT4_E2', 'FLOAT5_E2', 'FLOAT6_E3', 'FLOAT7_E3', 'FLOAT8_E4']
     assert str(number_format('FP8')) == 'FP8_E4M3'
     assert number_format('INT_8') == number_format('INT8')
+    for name in ('int8', 'Int8', 'pot4', 'aPOT4', 'fp8', 'fp8_e5m2', 'float6_e3', 'float4'):
+        assert number_format(name) == number_format(name.upper())
+    assert quant_spec('Int4/int8') == quant_spec('INT4/INT8')
     spec = quant_spec('INT4/FP8', per_channel=False, rule='minmax')
     assert (str(spec.weights), str(spec.activations), spec.per_channel,
             spec.rule) == ('INT4', 'FP8_E4M3', False, 'minmax')
@@ -110,12 +113,22 @@ def test_short_names():
 @pytest.mark.parametrize('bad',
                          ('INT1', 'INT17', 'POT1', 'POT9', 'APOT2', 'APOT9', 'APOT4_E2', 'AINT8',
                           'FLOAT2', 'FLOAT9', 'FLOAT4_E0', 'FLOAT4_E3', 'INT8_E2', 'POT4_E2',
-                          'FP8_E3M4', 'FP16', 'int8', '8', '', 'INT', 'INT8 ', 8, None))
+                          'FP8_E3M4', 'FP16', '8', '', 'INT', 'INT8 ', 8, None))
 def test_formats_that_do_not_exist(bad):
     with pytest.raises(ValueError, match='`name` must be INT2 to INT16'):
         number_format(bad)
     with pytest.raises(ValueError):
         quant_spec(f'INT8/{bad}')
+
+
+@pytest.mark.parametrize('typed, meant', [('INT8_', 'INT8'), ('itn4', 'INT4'), ('FP8_E4M', 'FP8_E4M3'),
+                                          ('POTT4', 'POT4'), ('FLAOT4', 'FLOAT4')])
+def test_a_format_that_is_nearly_right(typed, meant):
+    with pytest.raises(ValueError, match=f'Did you mean {meant}\\?$'):
+        number_format(typed)
+    with pytest.raises(ValueError) as e:
+        number_format('nothing')
+    assert 'Did you mean' not in str(e.value)
 
 
 def test_rules_that_do_not_exist():
