@@ -96,11 +96,13 @@ def loss_and_grad(
     with torch.enable_grad():
         logits = model(x)
         value = loss(logits, y)
-        if not value.requires_grad:
+        grad = None
+        if value.requires_grad:
+            grad, = torch.autograd.grad(value.sum(), x, allow_unused=True)
+        if grad is None:
             raise ValueError("`model` must be differentiable for a gradient attack; its logits do "
                              "not depend on the images through autograd. Use `square`, which "
                              "needs no gradient, or craft the images on a differentiable copy.")
-        grad, = torch.autograd.grad(value.sum(), x)
     bad = (~grad.flatten(1).isfinite().all(1)).sum().item()
     if bad:
         raise ValueError(f"`model` must have finite gradients; {bad} of {len(x)} images have NaN or "

@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn, Tensor
-from ..core import (
-    check_images, check_labels, check_model, make_generator, pick_device, progress)
-from ..contract import predict
+from ..core import check_images, check_labels, make_generator, pick_device, progress
+from ..contract import check_repeatable, open_model, predict
 from ..files import manifest
 from ..data import ImageSet, load_data, subset
 from ..images import load_images, match_classes
+from ..models.wrapping import model_name
 from ..models.loading import load_model
 from ..quant.formats import quant_spec
 from ..quant.ptq import calibrate, model_bytes, quantize, FakeQuantize
@@ -157,7 +157,7 @@ def _check_study(model, threats, test, attacked=None):
         raise TypeError("`test` must be an ImageSet, images with their labels; got "
                         f"{type(test).__name__}. Use `ImageSet(images, labels, classes)` or "
                         "`load_data`.")
-    check_model(model)
+    model = open_model(model)
     if not (isinstance(threats, tuple) and threats):
         raise TypeError("`threats` must be a tuple of threat models, such as `(Linf(1/255),)`; "
                         f"got {threats!r}.")
@@ -292,10 +292,9 @@ def _words(threats):
 
 def _facts(study, copy):
     "What was done, for the report"
-    name = getattr(study.model, 'name', None) or type(study.model).__name__
     known = {k: round(v, 4) for k, v in study.original[0].items()}
     return manifest(
-        model=name, threat=_words(study.threats), probes=study.probes.words, seed=study.seed,
+        model=model_name(study.model), threat=_words(study.threats), probes=study.probes.words, seed=study.seed,
         notes=[*_notes(study, copy)],
         test_images=0 if study.test is None else len(study.test), **study.probes.facts, **known,
         seconds=round(time.time()-study.began))
@@ -342,6 +341,7 @@ class Study(_Copies):
 
     def __post_init__(self):
         _check_study(self.model, self.threats, self.test, self.attacked)
+        check_repeatable(self.model, self.probes.x)
         object.__setattr__(self, 'test', _in_order_of(self.model, self.test))
 
     def change(self,
