@@ -6,7 +6,7 @@
 __all__ = ['cache_key']
 
 # %% ../nbs/api/07_questions.ipynb #7943adc8
-import builtins, copyreg, dis, functools, hashlib, importlib, platform, sys, types
+import builtins, copyreg, dis, functools, hashlib, importlib, platform, sys, types, weakref
 from importlib import metadata
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
@@ -354,6 +354,10 @@ def _thing(t, o):
     t.tell([None if many is None else list(many) for many in (items, pairs)])
 
 # %% ../nbs/api/07_questions.ipynb #d4ea2800
+def _memory(t, o):
+    "What is held weakly is remembered for speed; nothing depends on it"
+    t.word(type(o).__name__)
+
 _ways = [
     ((tuple, list, set, frozenset, dict), _several),
     ((torch.Tensor, np.ndarray, np.generic), _numbers),
@@ -366,7 +370,8 @@ _ways = [
     ((types.MethodType, functools.partial, property, staticmethod, classmethod,
       functools.cached_property, type(_version)), _holder),
     ((types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType,
-      types.MethodWrapperType, types.ClassMethodDescriptorType), _built_in)]
+      types.MethodWrapperType, types.ClassMethodDescriptorType), _built_in),
+    ((weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet), _memory)]
 _exact = {tuple, list, set, frozenset, dict}
 
 def _named(t, o): t.word('library', _address(o), _library(o.__module__))

@@ -294,8 +294,8 @@ def _facts(study, copy):
     "What was done, for the report"
     known = {k: round(v, 4) for k, v in study.original[0].items()}
     return manifest(
-        model=model_name(study.model), threat=_words(study.threats), probes=study.probes.words, seed=study.seed,
-        notes=[*_notes(study, copy)],
+        model=model_name(study.model), threat=_words(study.threats), probes=study.probes.words,
+        seed=study.seed, notes=[*_notes(study, copy)],
         test_images=0 if study.test is None else len(study.test), **study.probes.facts, **known,
         seconds=round(time.time()-study.began))
 
