@@ -338,7 +338,6 @@ class Study(_Copies):
     attacked:int|None=None      # Probes and test images to attack, the first ones, >= 1; None is all
     seed:int=0                  # Random starts
     began:float=field(default_factory=time.time, init=False, repr=False) # When it was made, seconds
-
     def __post_init__(self):
         _check_study(self.model, self.threats, self.test, self.attacked)
         check_repeatable(self.model, self.probes.x)
