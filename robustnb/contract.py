@@ -86,10 +86,18 @@ def _check_logits(logits, n):
     if logits.ndim != 2: raise ValueError(f"`model` must return logits (N,K); got {got}.")
     return logits
 
-def _check_no_probabilities(logits):
-    "Refuse a softmax: where one logit leads far, its output is 1 and no gradient is left"
+def _are_probabilities(logits):
+    "Are all rows at least 0, with sum 1?"
     p = logits.double()
-    if bool((p >= 0).all()) and bool(((p.sum(1)-1).abs() < 1e-3).all()):
+    return bool((p >= 0).all()) and bool(((p.sum(1)-1).abs() < 1e-3).all())
+
+def _check_no_softmax(model, x, logits, where):
+    """Refuse a softmax: where one logit leads far, its output is 1 and no gradient is left. Decisions, ones
+    and zeros that no gradient reaches, are another thing"""
+    if not _are_probabilities(logits): return
+    with torch.enable_grad():
+        reached = _found(model(x.clone().requires_grad_().clone()), where).requires_grad
+    if reached or not bool(((logits == 0) | (logits == 1)).all()):
         raise ValueError("`model` must return logits; its answers are probabilities, at least 0 with sum "
                          "1. Take its softmax away, or return the logarithm if there is nothing else.")
 
@@ -154,7 +162,7 @@ def _manner(model, x):
         logits = _check_logits(raw, 2)
         layout = torch.contiguous_format if contiguous else torch.channels_last
         again = _found(model(two.clone(memory_format=layout)), where).view_as(raw)
-    _check_no_probabilities(logits)
+        _check_no_softmax(model, two, logits, where)
     spread = logits.abs().amax().clamp_min(1e-30)
     random = bool((raw-again).abs().amax() > 1e-5*spread)
     return _Manner(where, contiguous, not torch.equal(given, two), raw.ndim > 2, raw.dtype != x.dtype, random)
@@ -204,7 +212,7 @@ def open_model(
     "Any classifier, ready to be asked."
     check_model(model)
     if x is None: return unwrap(model)
-    if isinstance(model, _Adapted): return model
+    if isinstance(model, _Adapted) or getattr(model, 'opened', None) == x.dtype: return model
     bare, how = _known_manner(model, x)
     plain = how.where == '' and not (how.contiguous or how.in_place or how.flat or how.cast)
     return bare if plain else _Adapted(bare, how, x.dtype).eval()
@@ -214,8 +222,8 @@ def memory_format(
     model:nn.Module,     # From `open_model`
 )->torch.memory_format:  # Layout for its images, and for the weights of a copy
     "Channels last, unless the model cannot take that."
-    wants = isinstance(model, _Adapted) and model.manner.contiguous
-    return torch.contiguous_format if wants else torch.channels_last
+    if isinstance(model, _Adapted) and model.manner.contiguous: return torch.contiguous_format
+    return getattr(model, 'layout', torch.channels_last)
 
 # %% ../nbs/api/02_contract.ipynb #703b64b6
 def answers_at_random(

@@ -47,9 +47,10 @@ def test_wheel_says_what_settings_say(wheel):
         re.match(r'[\w-]+', o)[0] for o in settings['requirements'].split()]
     assert 'LICENSE' in text
     assert '# robustnb' in meta.get_payload()
-    assert sorted(re.findall(
-        r'^robustnb\w* = robustnb[.\w]+:\w+$', text['entry_points.txt'],
-        re.M)) == sorted(o.strip().replace('=', ' = ') for o in settings['console_scripts'].split())
+    entries = ConfigParser(delimiters=['='])
+    entries.read_string(text['entry_points.txt'])
+    scripts = [o.partition('=')[::2] for o in settings['console_scripts'].split()]
+    assert dict(entries['console_scripts']) == dict(scripts)
 
 
 def test_wheel_works_without_the_repository(wheel, tmp_path):

@@ -9,7 +9,7 @@ __all__ = ['mean_normalized', 'mi_fgsm', 'ni_fgsm', 'resize_matrix', 'di_fgsm', 
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core import draw, image_generators
+from ..core import check_model, draw, image_generators
 from ..contract import open_model
 from .gradient import check_attack, cross_entropy, loss_and_grad
 
@@ -218,7 +218,7 @@ def ensemble(
     combine:str='logits',   # What is added up when a gradient is wanted: 'logits' or 'gradients'
 )->nn.Module:               # A classifier
     "Several models as one (Liu et al. 2017, arXiv:1611.02770; Dong et al. 2018, arXiv:1710.06081)."
-    models = [open_model(m) for m in models]
+    models = [check_model(m) for m in models]
     weights = [1.]*len(models) if weights is None else [float(w) for w in weights]
     if not models: raise ValueError("`models` must hold at least one model; got none.")
     if len(weights) != len(models) or not all(0 < w < float('inf') for w in weights):

@@ -17,7 +17,7 @@ from torch import fx, nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
-from ..contract import open_model
+from ..contract import memory_format, open_model, unwrap
 from .wrapping import Normalize
 from .plain import PaddedConv2d, plain_layers, scales_with_weight, _ChannelNorm
 
@@ -463,7 +463,8 @@ def fold_batchnorm(
     x:Tensor=None,
 )->fx.GraphModule:    # A copy in evaluation mode that gives the same logits with fewer layers
     "Batch normalisation merged into the layer before it (Jacob et al. 2017, arXiv:1712.05877)."
-    folded = trace(open_model(model, x))
+    opened = unwrap(model) if x is None else open_model(model, x)
+    folded = trace(opened)
     modules = dict(folded.named_modules())
     nodes = list(folded.graph.nodes)
     uses = Counter(n.target for n in nodes if n.op == 'call_module')
@@ -480,4 +481,5 @@ def fold_batchnorm(
         folded.graph.erase_node(node)
     folded.delete_all_unused_submodules()
     folded.recompile()
-    return folded
+    if x is None: return folded
+    return keep_facts(folded, opened=x.dtype, layout=memory_format(opened))

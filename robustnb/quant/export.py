@@ -604,16 +604,12 @@ def _weight_formats(model, spec):
     single = {number_format(f) for f in getattr(model, 'layer_formats', {}).values()}
     return single or ({spec.weights} if spec else set())
 
-def _blank(model, shape):
-    "Two black images on the device and in the dtype of the model"
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    return torch.zeros(2, *shape, device=like.device, dtype=like.dtype)
 
 # %% ../../nbs/api/quant/80_export.ipynb #f0409b70
 def _shaped(model, spec, shape):
     "A copy of the model on the CPU as a graph, folded, that knows the shape of each of its tensors"
     try:
-        graph = copy.deepcopy(model) if spec else _open_attention(fold_batchnorm(model, _blank(model, shape)))
+        graph = copy.deepcopy(model) if spec else _open_attention(fold_batchnorm(model))
         graph = graph.cpu().float()
         with torch.no_grad():
             ShapeProp(graph).propagate(torch.zeros(3, *shape))
@@ -621,7 +617,6 @@ def _shaped(model, spec, shape):
                 node.meta['other_shape'] = getattr(node.meta.get('tensor_meta'), 'shape', ())
             ShapeProp(graph).propagate(torch.zeros(2, *shape))
     except (RuntimeError, ValueError) as e:
-        if str(e).startswith('`model` must') and 'must take images' not in str(e): raise
         raise ValueError("`shape` must be the channels, height and width of images that `model` takes; got "
                          f"{shape!r}. It says: {e.__cause__ or e}") from e
     bad = [n for n, v in graph.state_dict().items() if not v.isfinite().all()]

@@ -14,6 +14,7 @@ from robustnb.attacks.adapters import brendel_bethge, from_foolbox, hop_skip_jum
 from robustnb.attacks.gradient import margin
 from robustnb.attacks.threat_models import L0, L1, L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
+from robustnb.contract import open_model
 from robustnb.core import image_generators, make_generator
 from helpers_attacks import Ten, make_batch, make_net, same, snapshot, wrong_uses
 
@@ -226,6 +227,7 @@ def test_an_image_without_a_start_does_not_stop_the_others(alone, monkeypatch):
 def test_batches_are_used_where_images_do_not_meet():
     model, x, y, *_ = case('FGSM')
     sizes = []
+    open_model(model, x)
     model.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
     for attack, alone, expected in (
             (fa.LinfPGD(steps=2, random_start=False), None, 12), (fa.LinfPGD(steps=2), None, 1),

@@ -322,7 +322,7 @@ def test_wrong_uses(net):
             (dict(y=y+1), ValueError, 'class numbers'),
             (dict(y=(y+1) % 10), ValueError,
              'at least 20 images that the model classifies correctly; got'),
-            (dict(model=Around(net, after=lambda z: (z, z)).eval()), TypeError, 'got tuple'),
+            (dict(model=Around(net, after=lambda z: (z, z[:, :2])).eval()), TypeError, 'got a tuple'),
             (dict(model=Around(net, after=lambda z: z/0).eval()), ValueError, 'finite logits')):
         with pytest.raises(error, match=words):
             red_flags(**{**dict(model=net, x=x, y=y, threat=threat), **kw})

@@ -255,7 +255,7 @@ def test_attacks_return_images(out):
 
 
 class Pair(nn.Module):
-    def forward(self, x): return model(x), None
+    def forward(self, x): return model(x), model(x)[:, :2]
 
 
 wrong = (
@@ -269,7 +269,7 @@ wrong = (
     (dict(attacks=dict(a=threat)), "'a' is Linf"),
     (dict(threat=8/255), r'such as `Linf\(8/255\)`; got 0.03'),
     (dict(model=make_net().train()), 'Call `model.eval'),
-    (dict(model=Pair().eval()), 'got tuple'), (dict(model=len), 'torch.nn.Module'),
+    (dict(model=Pair().eval()), 'got a tuple'), (dict(model=len), 'torch.nn.Module'),
     (dict(model=nn.Sequential(nn.Flatten(), nn.Threshold(2., torch.nan)).eval()), 'finite logits'),
     (dict(batch_size=0), 'at least 1'))
 
