@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from robustnb.core import make_generator
-from robustnb.contract import predict
+from robustnb.contract import open_model, predict
 from robustnb.models.graph import fold_batchnorm
 from robustnb.models.wrapping import wrap_model
 from robustnb.quant.ptq import FakeQuantize
@@ -51,6 +51,7 @@ def small():
 def outputs(model, x):
     "Inputs and outputs of each layer with weights at its first call, in the order of the calls"
     found = {}
+    model = open_model(model, x)    # asked before anybody listens
     hooks = [m.register_forward_hook(lambda m, a, out, n=n: found.setdefault(
         n, (a[0], out)) and None) for n, m in model.named_modules() if isinstance(m, layers)]
     predict(model, x, batch_size=len(x))

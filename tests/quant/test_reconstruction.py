@@ -150,10 +150,11 @@ def test_every_weight_is_on_one_of_its_two_levels(name, per_channel):
 
 
 def pair():
-    "Weights 3, .4 and .45, whose scale is 1 in INT3 by min-max; equal inputs of the last two"
-    model = wrap_model(nn.Sequential(nn.Flatten(), nn.Linear(3, 1, bias=False)), (0.,), (1.,))
+    """Weights 3, .4 and .45, whose scale is 1 in INT3 by min-max, with equal inputs of the last two; a second
+    logit is that of the first input"""
+    model = wrap_model(nn.Sequential(nn.Flatten(), nn.Linear(3, 2, bias=False)), (0.,), (1.,))
     with torch.no_grad():
-        model.net[1].weight.copy_(torch.tensor([[3., .4, .45]]))
+        model.net[1].weight.copy_(torch.tensor([[3., .4, .45], [3., 0., 0.]]))
     common = torch.rand(300, 1, 1, 1, generator=make_generator(0))
     return model, torch.cat([0*common, common, common], 3)
 
@@ -161,12 +162,12 @@ def pair():
 def test_errors_of_equal_inputs_cancel_where_the_sum_is_nearer_to_another_level():
     spec = quant_spec('INT3/INT16', rule='minmax')
     model, x = pair()
-    learnt = adaround(model, quantize(model, spec, x), x).get_submodule('net.1').weight.flatten()
+    learnt = adaround(model, quantize(model, spec, x), x).get_submodule('net.1').weight[0]
     assert sorted(learnt.round(decimals=4).tolist()) == [
         0, 1, 3], '.85 of the common input is nearer to 1 than to 0'
     with torch.no_grad():
         model.net[1].weight[0, 1:] = torch.tensor([.2, .15])
-    learnt = adaround(model, quantize(model, spec, x), x).get_submodule('net.1').weight.flatten()
+    learnt = adaround(model, quantize(model, spec, x), x).get_submodule('net.1').weight[0]
     assert sorted(learnt.round(decimals=4).tolist()) == [0, 0, 3], '.35 is nearer to 0'
 
 
