@@ -162,6 +162,7 @@ def _needs_pairs(model, two, layout, where, logits, random):
                          "keep running statistics (`track_running_stats=True`), or freeze them.")
     return False
 
+# %% ../nbs/api/02_contract.ipynb #7ad9651f
 @torch.no_grad()
 def _manner(model, x):
     "Ask about two images, and look at the answer"

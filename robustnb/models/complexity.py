@@ -38,6 +38,7 @@ def _tensors(values):
         elif isinstance(v, (list, tuple)):
             yield from _tensors(v)
 
+# %% ../../nbs/api/models/70_complexity.ipynb #2a77b357
 class _Counter(TorchDispatchMode):
     """Hands each product of torch, and each parameter at its first use, to the innermost module that runs"""
     def __init__(self, model):

@@ -93,6 +93,7 @@ def _writes(node, graph):
     return node.op == 'call_function' and getattr(node.target, '__name__', '') in ('setitem',
                                                                                    'iadd', 'imul')
 
+# %% ../../nbs/api/models/50_graph.ipynb #953cb486
 _idle = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
          nn.FeatureAlphaDropout)
 _idle_names = 'dropout', 'dropout1d', 'dropout2d', 'dropout3d', 'stochastic_depth', 'drop_block2d'
@@ -211,6 +212,7 @@ def _norm_layers(graph):
             node.replace_all_uses_with(graph.graph.call_module(f'{node.name}_layer', (given['input'],)))
         graph.graph.erase_node(node)
 
+# %% ../../nbs/api/models/50_graph.ipynb #1f04505d
 @torch.no_grad()
 def _compute_weights(graph):
     "Weights that are computed from others are computed once and held as parameters, in place"

@@ -115,7 +115,8 @@ def _of_code(module, name):
         net = made()
     except Exception as e:
         raise ValueError(f"`name` must be a function or class that makes a network; {module}:{name} "
-                         f"raised {type(e).__name__}: {' '.join(str(e).split())[:150]}. Mend it there.") from e
+                         f"raised {type(e).__name__}: {' '.join(str(e).split())[:150]}. "
+                         "Mend it there.") from e
     if isinstance(net, nn.Module): return net, dict(title=None)
     raise TypeError(f"`name` must be a function or class that makes an nn.Module; {module}:{name} made a "
                     f"{type(net).__name__}.")

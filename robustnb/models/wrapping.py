@@ -243,6 +243,7 @@ def _in_order(table):
              for i in range(len(places)) if i in places]
     return names if len(names) == len(table) else table
 
+# %% ../../nbs/api/models/10_wrapping.ipynb #dcf0d0da
 def read_classes(
     classes,           # Names in the order of the logits; or a file, a JSON list or one name on a line
     n_classes:int=None,  # How many there must be; None is any number

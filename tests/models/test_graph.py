@@ -208,7 +208,8 @@ class _Functional(nn.Module):
 
     def forward(self, x):
         conv, bn, *rest = self.net
-        x = nn.functional.batch_norm(conv(x), bn.running_mean, bn.running_var, bn.weight, bn.bias, self.on, 0., bn.eps)
+        x = nn.functional.batch_norm(conv(x), bn.running_mean, bn.running_var, bn.weight, bn.bias, self.on,
+                                     0., bn.eps)
         for m in rest:
             x = m(x)
         return x

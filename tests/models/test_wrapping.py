@@ -66,8 +66,9 @@ def test_class_names_in_json(tmp_path, text, names):
     assert read_classes(tmp_path/'c.json', 2) == tuple(names)
 
 
-@pytest.mark.parametrize('text, words', (('{"a": ', 'is damaged'), ('{"a": 0, "b": 2}', 'a dict that is none'),
-                                         ('{"a": 0, "b": 0}', 'a dict that is none')))
+@pytest.mark.parametrize('text, words', (
+    ('{"a": ', 'is damaged'), ('{"a": 0, "b": 2}', 'a dict that is none'),
+    ('{"a": 0, "b": 0}', 'a dict that is none')))
 def test_class_names_that_cannot_be_put_in_order(tmp_path, text, words):
     (tmp_path/'c.json').write_text(text)
     with pytest.raises((ValueError, TypeError), match=f'`classes` must .*{words}'):
