@@ -50,7 +50,8 @@ def check_labels(
                         "Use `torch.as_tensor`.")
     if y.dtype != torch.int64 or y.ndim != 1:
         raise TypeError(f"`{name}` must be int64 class numbers (N,); got {y.dtype} of shape "
-                        f"{tuple(y.shape)}. For soft labels take `y.argmax(1)`.")
+                        f"{tuple(y.shape)}. For other whole numbers take `y.long()`, for soft "
+                        "labels `y.argmax(1)`.")
     if len(y) != n:
         raise ValueError(f"`{name}` must have one label per image; got {len(y)} labels for "
                          f"{n} images.")

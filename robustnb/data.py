@@ -401,9 +401,14 @@ def _tree(path):
     "Files of a folder and of those inside it; the folders end in /"
     if not path.is_dir():
         raise FileNotFoundError(f"`path` must be a folder of images; there is none at {path}.")
-    return [Path(d, o).relative_to(path).as_posix() + end
-            for d, folders, files in os.walk(path, followlinks=True)
-            for many, end in ((folders, '/'), (files, '')) for o in many]
+    found = []
+    for d, folders, files in os.walk(path, followlinks=True):
+        links = [o for o in folders if Path(d, o).is_symlink()]
+        around = [o for o in links if Path(d).resolve().is_relative_to(Path(d, o).resolve())]
+        folders[:] = [o for o in folders if o not in around]
+        found += [Path(d, o).relative_to(path).as_posix() + end
+                  for many, end in ((folders, '/'), (files, '')) for o in many]
+    return found
 
 # %% ../nbs/api/20_data.ipynb #88878cc2
 def _entries(z, path):

@@ -66,10 +66,10 @@ def _zip_kind(path):
     ends = {o.rpartition('/')[2] for o in names}
     if 'serialized_exported_program.json' in ends or 'archive_format' in ends: return 'exported'
     if 'constants.pkl' in ends: return 'torchscript'
-    return 'state' if 'data.pkl' in ends else 'other'
+    return 'state' if 'data.pkl' in ends else 'archive'
 
 _starts = {b'\x89HDF': 'Keras', b'\x93NUMPY': 'numpy', b'version https://git-lfs': 'Git LFS pointer',
-           b'<!doctype': 'web page', b'<html': 'web page', b'\x80': 'state'}
+           b'\x1f\x8b': 'gzip', b'<!doctype': 'web page', b'<html': 'web page', b'\x80': 'state'}
 
 # %% ../nbs/api/05_files.ipynb #7810d654
 def file_kind(
@@ -96,6 +96,8 @@ _hints = {'torchscript': "TorchScript (torch.jit), whose layers cannot be taken 
           'numpy': "a file of numpy. Write the tensors with `torch.save`.",
           'Git LFS pointer': "a pointer of Git LFS, not the file itself. Fetch it with `git lfs pull`.",
           'web page': "a web page: the download failed. Download it again.",
+          'gzip': "packed by gzip. Unpack it first: `gunzip` or `tar xf`.",
+          'archive': "a zip archive of other files. Unpack it, and give the file of weights in it.",
           'empty': "damaged: it is empty. Copy or download it again.",
           'onnx': "an ONNX model: `load_model` reads it."}
 

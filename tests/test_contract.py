@@ -258,3 +258,80 @@ def test_answers_at_random_are_the_same_in_two_runs():
     with pytest.raises(ValueError, match='its answers are random'):
         check_repeatable(model, x)
     assert check_repeatable(small(), x)
+
+
+class Pooled(nn.Module):
+    "A network whose `squeeze` takes the batch away where there is one image, or its right twin"
+    def __init__(self, squeeze):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc, self.squeeze = nn.Conv2d(3, 8, 3), nn.Linear(8, 5), squeeze
+
+    def forward(self, x):
+        x = nn.functional.adaptive_avg_pool2d(self.conv(x), 1)
+        return self.fc(x.squeeze() if self.squeeze else x.flatten(1))
+
+
+def test_a_single_image_left_for_the_last_batch():
+    odd, plain = Pooled(True).eval(), Pooled(False).eval()
+    x = torch.rand(7, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    y = predict(plain, x).argmax(1)
+    torch.testing.assert_close(predict(odd, x, 3), predict(plain, x))
+    for attack in (pgd, apgd, square, cascade):
+        torch.testing.assert_close(attack(odd, x[:1], y[:1], threat), attack(plain, x[:1], y[:1], threat),
+                                   rtol=0, atol=1e-4)
+    rows = [evaluate(m, x, y, dict(pgd=pgd), threat, batch_size=3).correct.tolist() for m in (odd, plain)]
+    assert rows[0] == rows[1]
+    many = x.repeat(15, 1, 1, 1)[:101]
+    torch.testing.assert_close(predict(quantize(odd, 'INT8', many), x[:1]),
+                               predict(quantize(plain, 'INT8', many), x[:1]))
+
+
+@pytest.mark.parametrize('ask', (lambda m, x, y: predict(m, x), lambda m, x, y: pgd(m, x, y, threat),
+                                 lambda m, x, y: quantize(m, 'INT8', x)))
+def test_an_answer_that_changes_with_the_batch_is_refused(ask):
+    def net(**how):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, **how), nn.ReLU(),
+                             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    y = torch.zeros(4).long()
+    with pytest.raises(ValueError, match='`model` must answer each image by itself'):
+        ask(net(track_running_stats=False), x, y)
+    ask(net(), x, y)
+
+
+def test_a_model_that_was_changed_is_asked_again():
+    class Half(nn.Module):
+        def forward(self, x): return x.mul_(.5)
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    before = x.clone()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).eval()
+    predict(model, x)
+    model.insert(0, Half().eval())
+    predict(model, x)
+    assert torch.equal(x, before)
+    model.append(nn.Softmax(1).eval())
+    with pytest.raises(ValueError, match='its answers are probabilities'):
+        predict(model, x)
+
+
+def test_a_sigmoid_is_refused_once_it_saturates():
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.Sigmoid()).eval()
+    predict(model, x)
+    strong = copy.deepcopy(model)
+    strong[1].weight.data.mul_(1000)
+    with pytest.raises(ValueError, match='as behind a sigmoid'):
+        pgd(strong, x, torch.zeros(4).long(), threat)
+
+
+@pytest.mark.parametrize('attack', (fgsm, pgd, apgd, fab, square, random_search, cascade,
+                                    multi_attack(pgd), restarts(pgd, 2)))
+def test_images_that_require_a_gradient(attack):
+    x = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    model = Pooled(False).eval()
+    y = predict(model, x).argmax(1)
+    found = attack(model, x.clone().requires_grad_(), y, threat)
+    assert not found.requires_grad
+    assert torch.equal(found, attack(model, x, y, threat))

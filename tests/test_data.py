@@ -461,3 +461,14 @@ def test_real_images():
     # CIFAR-10's test means
     np.testing.assert_allclose(data.images.mean((0, 1, 2))/255, [.494, .485, .450], atol=.01)
     np.testing.assert_allclose(data.images.std((0, 1, 2))/255, [.247, .243, .262], atol=.01)
+
+
+def test_a_link_to_a_folder_around_it_is_not_followed(tmp_path):
+    data = random_set()
+    for name, content in tree(data).items():
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/name).write_bytes(content)
+    os.symlink(tmp_path, tmp_path/'test'/data.classes[0]/'loop')
+    assert len(load_folder(tmp_path)) == len(data)
+    os.symlink(tmp_path/'test'/data.classes[0], tmp_path/'test'/'z')
+    assert len(load_folder(tmp_path)) == len(data) + int((data.y == 0).sum())

@@ -260,3 +260,13 @@ def test_a_network_is_filled_whole_or_refused():
                 state | dict(bias=torch.ones(3))):
         with pytest.raises(ValueError, match='the tensors in a.pt do not fit'):
             fill(nn.Linear(3, 2), bad, 'a.pt')
+
+
+def test_packed_files_are_told_to_be_unpacked(tmp_path):
+    import gzip, zipfile
+    (tmp_path/'a.pt.gz').write_bytes(gzip.compress(b'x'))
+    with zipfile.ZipFile(tmp_path/'a.zip', 'w') as z: z.writestr('a.pt', b'x')
+    with pytest.raises(ValueError, match='packed by gzip. Unpack it'):
+        load_state(tmp_path/'a.pt.gz')
+    with pytest.raises(ValueError, match='a zip archive of other files. Unpack it'):
+        load_state(tmp_path/'a.zip')

@@ -56,7 +56,7 @@ def _start(attack, bounded, x, y):
 def _attacked(attack, model, x, y, eps, seed):
     "What foolbox's attack answers; images without a starting point come back unchanged."
     bounded = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
-    out = x.clone()
+    out = x.detach().clone()
     options = dict(epsilon=eps) if isinstance(attack, FixedEpsilonAttack) else {}
     with _lent(model, x, seed):
         found = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -97,7 +97,7 @@ def from_foolbox(
                             f"{attack.distance}; got {threat}. Choose the attack of foolbox for "
                             "this norm, or one that looks for the nearest wrong image.")
         left, logits = is_correct(model, x, y)
-        out = x.clone()
+        out = x.detach().clone()
         own = image_generators(generator, x)
         best = margin(logits, y)
         seed = lambda i: torch.randint(2**62, (), generator=own[i]).item()

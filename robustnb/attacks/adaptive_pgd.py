@@ -120,7 +120,7 @@ def apgd(
     "Auto-PGD (Croce and Hein 2020, arXiv:2003.01690)."
     model = check_attack(model, x, y, threat)
     if not steps >= 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
-    out = x.clone()
+    out = x.detach().clone()
     left, _ = is_correct(model, x, y)
     start = x if generator is None else threat.sample(x, generator)
     if len(left):
@@ -143,7 +143,7 @@ def apgd_targeted(
     if not (steps >= 0 and targets >= 1):
         raise ValueError("`steps` must not be negative and `targets` at least 1; got "
                          f"{steps} and {targets}.")
-    out = x.clone()
+    out = x.detach().clone()
     left, logits = is_correct(model, x, y)
     wrong = logits[left].scatter(1, y[left, None], -torch.inf)
     wanted = wrong.sort(dim=1, descending=True, stable=True).indices

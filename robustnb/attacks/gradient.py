@@ -122,7 +122,7 @@ def fgsm(
     arXiv:1412.6572); for `L2` the fast gradient method."""
     model = check_attack(model, x, y, threat)
     _, grad, _ = loss_and_grad(model, x, y, loss)
-    return threat.project(x, x + threat.eps*threat.steepest(grad, x, x))
+    return threat.project(x, x + threat.eps*threat.steepest(grad, x, x)).detach()
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #c3dde2e1
 def pgd(
@@ -179,7 +179,7 @@ def multi_attack(
     "Each attack works on the images that survived those before it."
     def all_of_them(model, x, y, threat, generator=None):
         model = open_model(model, x)
-        out = x.clone()
+        out = x.detach().clone()
         left, _ = is_correct(model, x, y)
         for attack in attacks:
             if not len(left): break
@@ -199,7 +199,7 @@ def restarts(
     def repeated(model, x, y, threat, generator=None):
         model = open_model(model, x)
         generator = generator or make_generator(0)
-        best = x.clone()
+        best = x.detach().clone()
         height = margin(is_correct(model, x, y)[1], y)
         seeds = torch.randint(2**62, (n,), generator=generator, device=generator.device)
         for seed in seeds.tolist():

@@ -47,7 +47,7 @@ def _begin(model, x, y, threat, classes):
     order = logits.scatter(1, y[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
     wrong = order[:, :min(classes, logits.shape[1]-1)]
     unlimited = threat.allows(torch.zeros_like(x[:1]), torch.ones_like(x[:1])).item()
-    return x.clone(), far, wrong, 0 if unlimited else threat.eps
+    return x.detach().clone(), far, wrong, 0 if unlimited else threat.eps
 
 def _finish(model, x, y, threat, found):
     "What is inside as it is, what is outside projected, and nothing that is worse than doing nothing."
@@ -161,7 +161,7 @@ def fab(
 def _adam_search(model, x, y, threat, const, steps, lr, confidence):
     """The nearest wrong image on Adam's way (N,C,H,W), its distance (N,), and was any wrong in the
     second half of the steps (N,)?"""
-    found = x.clone()
+    found = x.detach().clone()
     far = torch.full_like(const, torch.inf)
     worked = torch.zeros_like(y, dtype=torch.bool)
     lack = lambda logits, y: (confidence-margin(logits, y)).clamp_min(0)

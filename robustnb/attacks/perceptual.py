@@ -20,7 +20,7 @@ def _search(model, x, y, threat, loss, steps, form):
     image they make and the next step."""
     model = check_attack(model, x, y, threat)
     if not steps >= 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
-    out = x.clone()
+    out = x.detach().clone()
     left, logits = is_correct(model, x, y)
     if not len(left): return out
     height = margin(logits, y)[left]

@@ -27,7 +27,7 @@ def random_search(
     model = check_attack(model, x, y, threat)
     if not tries >= 1: raise ValueError(f"`tries` must be at least 1; got {tries}.")
     left, logits = is_correct(model, x, y)
-    out = x.clone()
+    out = x.detach().clone()
     best = margin(logits, y)
     generator = generator or make_generator(0)
     seeds = torch.randint(2**62, (tries,), generator=generator, device=generator.device)
@@ -127,7 +127,7 @@ def _propose(threat, x, best, side, u):
 def _search(model, x, y, threat, generator, queries, p, loss):
     "The loop of `square`: images leave it when they fall."
     left, logits = is_correct(model, x, y)
-    out = x.clone()
+    out = x.detach().clone()
     clean = margin(logits, y)
     own = image_generators(generator, x)
     own = [own[i] for i in left.tolist()]
@@ -184,7 +184,7 @@ def paint_pixels(
     genes:Tensor,    # n pixels for each (N,n,2+C): row, column and colour, all in [0,1]
 )->Tensor:           # Images like `x`
     "Images with some pixels painted over."
-    x = x.clone()
+    x = x.detach().clone()
     size = torch.tensor(x.shape[2:], device=x.device)
     i = torch.arange(len(x), device=x.device)
     rows, cols = (genes[:, :, :2]*size).long().minimum(size-1).unbind(2)
@@ -232,7 +232,7 @@ def one_pixel(
         raise ValueError("`population` must be at least 3 and `generations` not negative; got "
                          f"{population} and {generations}.")
     left, logits = is_correct(model, x, y)
-    out = x.clone()
+    out = x.detach().clone()
     clean = margin(logits, y)
     own = image_generators(generator, x)
     own = [own[i] for i in left.tolist()]

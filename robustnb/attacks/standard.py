@@ -99,7 +99,7 @@ class _Climbed:
     "Images on their way: what came nearest (`out`), its margin (`height`), and that of the clean image"
     def __init__(self, x, y, threat, logits):
         self.x, self.y, self.threat, self.logits = x, y, threat, logits
-        self.out = x.clone()
+        self.out = x.detach().clone()
         self.clean = margin(logits, y)
         self.height = self.clean.clone()
         # sparse steps need more

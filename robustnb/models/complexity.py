@@ -13,10 +13,11 @@ from torch.nn.attention import sdpa_kernel, SDPBackend
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from ..core import check_model
-from .plain import copy_model, _inside, _refuse_script
+from .plain import copy_model, _inside, _plain_weights, _refuse_script
 
 # %% ../../nbs/api/models/70_complexity.ipynb #8316b8a2
 _kinds = dict(conv=_ConvNd, linear=nn.Linear, bn=_BatchNorm,
@@ -37,6 +38,7 @@ def _tensors(values):
         elif isinstance(v, (list, tuple)):
             yield from _tensors(v)
 
+# %% ../../nbs/api/models/70_complexity.ipynb #2a77b357
 class _Counter(TorchDispatchMode):
     """Hands each product of torch, and each parameter at its first use, to the innermost module that runs"""
     def __init__(self, model):
@@ -47,6 +49,10 @@ class _Counter(TorchDispatchMode):
         self.running = [dict(macs=0, params=0, ops=set())]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if torch.is_inference_mode_enabled() and func._overloadpacket not in flop_registry:
+            with self:
+                parts = func.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented: return parts
         out = func(*args, **(kwargs or {}))
         now = self.running[-1]
         storages = {t.untyped_storage()._cdata for t in _tensors((*args, *(kwargs or {}).values()))}
@@ -99,8 +105,8 @@ def model_complexity(
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError("`shape` must be channels, height and width, each at least 1; got "
                          f"{tuple(shape)}.")
-    if any(_inside(m) is not None for m in model.modules()):
-        model = copy_model(model).eval()
+    if any(_inside(m) is not None or parametrize.is_parametrized(m) for m in model.modules()):
+        model = _plain_weights(copy_model(model)).eval()
     rows = []
     counter = _Counter(model)
     hooks = _watch(model, counter, rows)

@@ -7,7 +7,7 @@ __all__ = ['weighted_kinds', 'keep_facts', 'image_nodes', 'trace', 'calls', 'wei
            'image_preparation', 'stored_tensors', 'check_finite', 'fold_batchnorm']
 
 # %% ../../nbs/api/models/50_graph.ipynb #b9adf11b
-import operator
+import inspect, operator
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass
@@ -93,6 +93,34 @@ def _writes(node, graph):
     return node.op == 'call_function' and getattr(node.target, '__name__', '') in ('setitem',
                                                                                    'iadd', 'imul')
 
+# %% ../../nbs/api/models/50_graph.ipynb #953cb486
+_idle = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+         nn.FeatureAlphaDropout)
+_idle_names = 'dropout', 'dropout1d', 'dropout2d', 'dropout3d', 'stochastic_depth', 'drop_block2d'
+
+def _arguments(node):
+    "The arguments of a call of a function by name, with its defaults"
+    given = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    given.apply_defaults()
+    return given.arguments
+
+def _hands_on(node, graph):
+    "Does a call return its input, as dropout does in evaluation mode?"
+    if node.op == 'call_module':
+        layer = graph.get_submodule(node.target)
+        return type(layer) in _idle and not (layer._forward_hooks or layer._forward_pre_hooks)
+    named = node.op == 'call_function' and getattr(node.target, '__name__', '') in _idle_names
+    return named and _arguments(node).get('training') is False
+
+def _drop_idle(graph):
+    "What hands its input on to a batch normalisation, which could else not be folded, in place"
+    for node in reversed(list(graph.graph.nodes)):
+        norms = [u for u in node.users if u.op == 'call_module'
+                 and isinstance(graph.get_submodule(u.target), _BatchNorm)]
+        if norms and len(norms) == len(node.users) and _hands_on(node, graph):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.graph.erase_node(node)
+
 def _drop_unread(graph):
     "Nodes that do not reach the answer, in place"
     for node in reversed(list(graph.graph.nodes)):
@@ -167,6 +195,25 @@ def _weight_arguments(graph):
                 yield node, weight, axis
 
 @torch.no_grad()
+def _norm_layers(graph):
+    "Calls of the function for batch normalisation become layers, in place"
+    of_image = image_nodes(graph)
+    for node in [n for n in graph.graph.nodes if n.target is F.batch_norm]:
+        given = _arguments(node)
+        held = [given[k] for k in ('running_mean', 'running_var', 'weight', 'bias')]
+        if given['training'] or None in held[:2] or not of_image.isdisjoint(held): continue
+        mean, var, weight, bias = (None if v is None else _value(v, graph).detach().clone() for v in held)
+        bn = _ChannelNorm(len(mean), given['eps'], device=mean.device, dtype=mean.dtype)
+        bn.running_mean, bn.running_var = mean, var
+        bn.weight = None if weight is None else nn.Parameter(weight)
+        bn.bias = None if bias is None else nn.Parameter(bias)
+        graph.add_submodule(f'{node.name}_layer', bn.eval())
+        with graph.graph.inserting_before(node):
+            node.replace_all_uses_with(graph.graph.call_module(f'{node.name}_layer', (given['input'],)))
+        graph.graph.erase_node(node)
+
+# %% ../../nbs/api/models/50_graph.ipynb #1f04505d
+@torch.no_grad()
 def _compute_weights(graph):
     "Weights that are computed from others are computed once and held as parameters, in place"
     for node, weight, _ in list(_weight_arguments(graph)):
@@ -203,6 +250,8 @@ def trace(
     model = plain_layers(model)
     graph = _follow(model)
     _writes_nothing(graph)
+    _norm_layers(graph)
+    _drop_idle(graph)
     _drop_unread(graph)
     _compute_weights(graph)
     _drop_unread(graph)
@@ -355,7 +404,7 @@ def _not_finite(model, names=None):
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         counts = isinstance(t, nn.Parameter) or name.rpartition('.')[2].startswith('running_')
         if not (counts and t.is_floating_point()
-                and t.numel()) or names and name not in names: continue
+                and t.numel()) or t.is_meta or names and name not in names: continue
         if not torch.stack(t.detach().aminmax()).isfinite().all():
             found.append((name, t))
     return found

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from .wrapping import Normalize
@@ -409,6 +410,8 @@ def _show_attention(model):
     return model
 
 # %% ../../nbs/api/models/45_plain.ipynb #befae537
+_statistic_norms = _BatchNorm, _InstanceNorm
+
 def _plain(m):
     "The plain layer that computes what `m` does, or None"
     weighted = isinstance(m, (*_convolutions, *_transposed, nn.Linear))
@@ -416,7 +419,7 @@ def _plain(m):
         own = type(m).forward in _forwards and 'forward' not in vars(m)
         return None if own or _hooked(m) or isinstance(m, _transposed) else _as_layer(m)
     if type(m) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, Normalize): return None
-    if type(m).__module__.startswith('torch.nn.') and not isinstance(m, _BatchNorm): return None
+    if type(m).__module__.startswith('torch.nn.') and not isinstance(m, _statistic_norms): return None
     return _as_normalize(m) or _as_norm(m)
 
 def _replace(model, made):

@@ -111,7 +111,12 @@ def _of_code(module, name):
     except (TypeError, ValueError) as e:
         raise ValueError(f"`name` must be a function or class that needs no argument; {module}:{name} does "
                          f"({e}). Write a function that calls it with what it needs.") from e
-    net = made()
+    try:
+        net = made()
+    except Exception as e:
+        raise ValueError(f"`name` must be a function or class that makes a network; {module}:{name} "
+                         f"raised {type(e).__name__}: {' '.join(str(e).split())[:150]}. "
+                         "Mend it there.") from e
     if isinstance(net, nn.Module): return net, dict(title=None)
     raise TypeError(f"`name` must be a function or class that makes an nn.Module; {module}:{name} made a "
                     f"{type(net).__name__}.")

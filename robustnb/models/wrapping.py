@@ -225,6 +225,25 @@ def _own_side(net):
     shape = tuple(_config(net, 'input_size') or (0, 0, 1))
     return shape[1] if shape[1] == shape[2] else None
 
+def _names_in(path):
+    "What a file of class names holds"
+    text = path.read_text(encoding='utf-8-sig')
+    try:
+        return json.loads(text) if path.suffix == '.json' else text.splitlines()
+    except ValueError as e:
+        raise ValueError(f"`classes` must be a file of JSON where it ends in .json; {path} is damaged: {e}. "
+                         "Write a list of names.") from e
+
+def _in_order(table):
+    "The names of a dict from place to name or from name to place; the dict itself if it is neither"
+    pairs = [(v, k) if isinstance(v, int) else (k, v) for k, v in table.items()]
+    places = {int(k): v for k, v in pairs if str(k).isascii() and str(k).isdigit()}
+    # torchvision's own index of ImageNet has (number of the synset, name)
+    names = [places[i][0] if isinstance(places[i], list) and places[i] else places[i]
+             for i in range(len(places)) if i in places]
+    return names if len(names) == len(table) else table
+
+# %% ../../nbs/api/models/10_wrapping.ipynb #dcf0d0da
 def read_classes(
     classes,           # Names in the order of the logits; or a file, a JSON list or one name on a line
     n_classes:int=None,  # How many there must be; None is any number
@@ -235,8 +254,9 @@ def read_classes(
     if isinstance(classes, (str, Path)):
         if not Path(classes).is_file(): raise ValueError("`classes` must be names, or a file of them; there "
                                                          f"is none at {classes}.")
-        text = Path(classes).read_text(encoding='utf-8-sig')
-        classes = json.loads(text) if Path(classes).suffix == '.json' else text.splitlines()
+        classes = _names_in(Path(classes))
+    if isinstance(classes, dict):
+        classes = _in_order(classes)
     if isinstance(classes, dict) or not all(isinstance(o, str) for o in classes):
         raise TypeError("`classes` must be a list of names in the order of the logits; got "
                         f"{str(said)[:80]!r}, "

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn, Tensor
 from ..core import batches, check_images, images_at_a_time
-from ..contract import open_model
+from ..contract import open_model, smallest_batch
 from ..models.graph import calls, check_finite, fold_batchnorm, image_nodes, image_preparation
 from ..models.graph import keep_facts, stored_tensors, trace
 from .formats import choose_scale, fake_quantize, memory_order, quant_spec, QuantSpec
@@ -54,6 +54,8 @@ _clips = (nn.ReLU, nn.ReLU6, nn.Hardtanh, F.relu, F.relu6, F.hardtanh, torch.rel
           'relu', 'clamp')
 _moves = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout2d, nn.Identity,
           nn.Flatten, nn.Unflatten, nn.ZeroPad2d, nn.Dropout1d, nn.Dropout3d,
+          nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d,
+          nn.ReplicationPad2d, nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
           nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, F.max_pool2d, F.adaptive_max_pool2d,
           F.dropout, F.dropout2d, F.pad, torch.clone, torch.amax, torch.flatten,
           torch.reshape, torch.permute, torch.transpose,
@@ -161,9 +163,12 @@ def calibrate(
     watch = _Watch(q, quantization_points(q))
     like = next((t for t in (*q.parameters(), *q.buffers()) if t.is_floating_point()), images)
     size = min(100, images_at_a_time(images, like.device)) if batch_size is None else batch_size
+    least = smallest_batch(opened)
     for s in batches(len(images), size):
         watch.fraction = (s.stop-s.start)/len(images)
-        watch.run(images[s].to(like.device).contiguous(memory_format=torch.channels_last))
+        some = images[s].to(like.device)
+        some = some.expand(max(len(some), least), -1, -1, -1) if len(some) == 1 else some
+        watch.run(some.contiguous(memory_format=torch.channels_last))
     values = {name: torch.cat(parts) for name, parts in watch.seen.items()}
     return Calibration(model, q, values)
 

@@ -38,3 +38,20 @@ def test_complexity_of_shared_and_transposed_layers():
                              (3, 4, 4))
     assert table.params.tolist() == [81, 0, 3*5*4 + 5]
     assert table.macs.tolist() == [16*81, 16*81, 16*3*5*4]
+
+
+def test_complexity_without_autograd_and_of_computed_weights():
+    class Inside(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+        @torch.inference_mode()
+        def forward(self, x): return self.net(x)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5)).eval()
+    right = model_complexity(plain, (3, 4, 4)).macs.sum()
+    assert right == 4*27*4 + 80
+    assert model_complexity(Inside(plain).eval(), (3, 4, 4)).macs.sum() == right
+    turned = copy.deepcopy(plain)
+    nn.utils.parametrizations.orthogonal(turned[2])
+    assert model_complexity(turned, (3, 4, 4)).macs.sum() == right
+    assert nn.utils.parametrize.is_parametrized(turned[2])

@@ -157,3 +157,71 @@ def test_a_transformer_layer_of_torch_keeps_its_own_attention():
     model = wrap_model(net, (.5,)*3, (.25,)*3)
     x = torch.rand(2, 3, 32, 32)
     assert torch.allclose(trace(model)(x), model(x), atol=1e-5)
+
+
+def _small(norm, between=None):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, bias=False), between, norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+              nn.Linear(8, 5)]
+    return randomize(nn.Sequential(*[m for m in layers if m]).eval())
+
+
+@pytest.mark.parametrize('between', (nn.Identity(), nn.Dropout2d(.5),
+                                     torchvision.ops.StochasticDepth(.5, 'row'),
+                                     torchvision.ops.DropBlock2d(.3, 3)))
+@torch.no_grad()
+def test_what_does_nothing_in_evaluation_is_no_wall_before_a_norm(between):
+    net = _small(nn.BatchNorm2d(8), between.eval())
+    x = images()
+    folded = fold_batchnorm(net)
+    assert not batchnorms(folded)
+    assert same(folded(x), net(x))
+
+
+@torch.no_grad()
+def test_dropout_that_stays_on_is_kept_before_a_norm():
+    class Always(nn.Module):
+        def forward(self, x): return nn.functional.dropout(x, .5)
+    assert batchnorms(fold_batchnorm(_small(nn.BatchNorm2d(8), Always())))
+
+
+@torch.no_grad()
+def test_instance_norm_with_statistics_folds_and_others_do_not():
+    x = images()
+    with_statistics = _small(nn.InstanceNorm2d(8, affine=True, track_running_stats=True))
+    with_statistics[1].running_mean.copy_(torch.linspace(-1, 1, 8))
+    with_statistics[1].running_var.copy_(torch.linspace(.5, 2, 8))
+    folded = fold_batchnorm(with_statistics)
+    assert not any(isinstance(m, nn.InstanceNorm2d) for m in folded.modules())
+    assert not batchnorms(folded)
+    assert same(folded(x), with_statistics(x))
+    alone = _small(nn.InstanceNorm2d(8, affine=True))
+    kept = fold_batchnorm(alone)
+    assert any(isinstance(m, nn.InstanceNorm2d) for m in kept.modules())
+    assert same(kept(x), alone(x))
+
+
+class _Functional(nn.Module):
+    def __init__(self, training=False):
+        super().__init__()
+        self.net, self.on = _small(nn.BatchNorm2d(8)), training
+
+    def forward(self, x):
+        conv, bn, *rest = self.net
+        x = nn.functional.batch_norm(conv(x), bn.running_mean, bn.running_var, bn.weight, bn.bias, self.on,
+                                     0., bn.eps)
+        for m in rest:
+            x = m(x)
+        return x
+
+
+@torch.no_grad()
+def test_the_function_for_batch_norm_folds_unless_it_uses_the_batch():
+    x = images()
+    net = _Functional().eval()
+    folded = fold_batchnorm(net)
+    assert not any(n.target is nn.functional.batch_norm for n in folded.graph.nodes)
+    assert not batchnorms(folded)
+    assert same(folded(x), net(x))
+    on = trace(_Functional(True).eval())
+    assert any(n.target is nn.functional.batch_norm for n in on.graph.nodes)

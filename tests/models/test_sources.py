@@ -85,3 +85,10 @@ def test_somebodys_module_in_the_current_folder(tmp_path, monkeypatch):
         load_model('my_own_nets:small', width=.5)
     with pytest.raises(ValueError, match='`n_classes` must agree'):
         load_model('my_own_nets:small', n_classes=3, mean=(.5,)*3, std=(.5,)*3)
+
+
+def test_a_function_that_fails_is_named(tmp_path, monkeypatch):
+    (tmp_path/'my_failing_nets.py').write_text("def net(): raise OSError('no such weights')")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match='`name` .*my_failing_nets:net raised OSError: no such weights'):
+        load_model('my_failing_nets:net')

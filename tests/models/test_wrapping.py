@@ -6,7 +6,7 @@ from torch import nn
 
 from helpers_models import images, imagenet, randomize, same
 from robustnb.models.graph import fold_batchnorm
-from robustnb.models.wrapping import batchnorms, last_linear, wrap_model
+from robustnb.models.wrapping import batchnorms, last_linear, read_classes, wrap_model
 from robustnb.models.zoo import build_model, model_names
 
 
@@ -56,3 +56,20 @@ def test_wrap_refuses():
         wrap_model(lambda x: x, (.5,)*3, (.5,)*3)
     with pytest.raises(TypeError, match='as it is'):
         wrap_model(build_model('AlexNet', width=.125), (.5,)*3, (.5,)*3)
+
+
+@pytest.mark.parametrize('text, names', (
+    ('{"0": "a", "1": "b"}', 'ab'), ('{"b": 1, "a": 0}', 'ab'), ('["b", "a"]', 'ba'),
+    ('{"0": ["n01", "a"], "1": ["n02", "b"]}', ('n01', 'n02'))))
+def test_class_names_in_json(tmp_path, text, names):
+    (tmp_path/'c.json').write_text(text)
+    assert read_classes(tmp_path/'c.json', 2) == tuple(names)
+
+
+@pytest.mark.parametrize('text, words', (
+    ('{"a": ', 'is damaged'), ('{"a": 0, "b": 2}', 'a dict that is none'),
+    ('{"a": 0, "b": 0}', 'a dict that is none')))
+def test_class_names_that_cannot_be_put_in_order(tmp_path, text, words):
+    (tmp_path/'c.json').write_text(text)
+    with pytest.raises((ValueError, TypeError), match=f'`classes` must .*{words}'):
+        read_classes(tmp_path/'c.json')

@@ -844,3 +844,15 @@ def test_weights_that_no_image_reaches_may_be_anything():
     b.net.gain.data[0] = math.nan
     with pytest.raises(ValueError, match='net.gain are NaN'):
         quantize(b, 'INT4', x)
+
+
+@pytest.mark.parametrize('mode, pad', (('reflect', nn.ReflectionPad2d), ('replicate', nn.ReplicationPad2d),
+                                       ('circular', nn.CircularPad2d)))
+def test_a_padding_layer_rounds_nothing(mode, pad):
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 3, padding=1, padding_mode=mode),
+                          nn.Flatten()).eval()
+    apart = nn.Sequential(whole[0], pad(1), nn.Conv2d(4, 5, 3), whole[2]).eval()
+    apart[2].load_state_dict(whole[1].state_dict())
+    x = torch.rand(8, 3, 6, 6)
+    assert torch.equal(predict(quantize(whole, 'INT3', x), x), predict(quantize(apart, 'INT3', x), x))
