@@ -44,7 +44,7 @@ def _first_order_noise(clean, layers, formats, spec, x, seed):
     for part in batches(len(formats), many):
         rounded = {(name, f): (line.name, _round_weight(line, w, f, spec)[0])
                    for name, (line, w) in layers.items() for f in formats[part]}
-        signal, noise, _ = _estimated(clean, rounded, x, 4, seed)
+        signal, noise, _ = _estimated(clean, rounded, x, 8, seed)
         for key, (name, weight) in rounded.items():
             changed = not torch.equal(weight, clean.get_parameter(name))
             if changed and not noise.get(key):
