@@ -73,7 +73,7 @@ def _checked(name, model):
     kb = _budget(name)
     if kb is None: return quant_spec(name)
     least = 0 if model is None else model_bytes(fold_batchnorm(model), 2)/1000
-    if kb >= least: return f'mixed {kb:g} kB'
+    if kb >= least: return f'mixed {kb:.10g} kB'
     raise ValueError(f"`formats` must leave {least:g} kB, what the model takes with 2 bits a weight; got "
                      f"{str(name)!r}. Allow more.")
 
