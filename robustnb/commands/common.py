@@ -248,7 +248,8 @@ def rows_to_assess(
 )->dict:              # By its name, as it is written: a `QuantSpec`, or the name of a mixed assignment
     "The rows of a report, from what was typed."
     words = _listed(formats, 'formats') if formats else []
-    if target: words += [o for o in target_formats(target) if o.lower() not in map(str.lower, words)]
+    known = [o.lower() for o in words]
+    if target: words += [o for o in target_formats(target) if o.lower() not in known]
     if budget: words.append(f'mixed {kilobytes(budget):.10g} kB')
     return {str(f): f for f in format_list(words or default, net)}
 

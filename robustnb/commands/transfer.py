@@ -93,6 +93,18 @@ def _check_advice(formats, allowed, target='', budget=''):
     if target: target_formats(target)
     if budget: kilobytes(budget)
 
+def _in_steps(study, specs, out):
+    "The report, each part of it kept in a file of its own"
+    rows = []
+    layers = []
+    engine = []
+    for name, spec in progress(specs.items(), 'formats'):
+        file = f"{name.replace('/', '-').replace(' ', '_')}.json"
+        rows += _once(out/'formats'/file, study.rows, spec)
+        layers += _once(out/'layers'/file, _layer_rows, study, spec)
+        engine += _once(out/'engine'/file, _engine_rows, study, spec)
+    return study.report(rows, pd.DataFrame(layers), engine)
+
 # %% ../../nbs/api/commands/30_transfer.ipynb #a55e55c1
 @_command
 def assess_command(
@@ -105,7 +117,8 @@ def assess_command(
     n:int=500,            # Images to probe with, and test images, at most
     out:str='assessment', # Folder for the report
     seed:int=0,           # Everything random
-    **given,              # Those of `open_model`, `unlabelled_images`, `labelled_images`, `rows_to_assess`, `mark_advice`
+    # Those of `open_model`, `unlabelled_images`, `labelled_images`, `rows_to_assess`, `mark_advice`
+    **given,
 ):
     """Predict what quantisation will cost a classifier, without its training data.
 
@@ -129,15 +142,7 @@ def assess_command(
                  test=_mark_of(test) if test else None)
     _continue(out, asked | (dict(n=n) if images is None else dict(images=fingerprint(images))))
     study = Study(net, _probes(net, out, images, n, seed), (threat,), test, seed=seed)
-    rows = []
-    layers = []
-    engine = []
-    for name, spec in progress(specs.items(), 'formats'):
-        file = f"{name.replace('/', '-').replace(' ', '_')}.json"
-        rows += _once(out/'formats'/file, study.rows, spec)
-        layers += _once(out/'layers'/file, _layer_rows, study, spec)
-        engine += _once(out/'engine'/file, _engine_rows, study, spec)
-    return _deliver(study.report(rows, pd.DataFrame(layers), engine), out, **allowed)
+    return _deliver(_in_steps(study, specs, out), out, **allowed)
 
 # %% ../../nbs/api/commands/30_transfer.ipynb #9fe96ce1
 def _costs(net, specs):

@@ -292,6 +292,7 @@ class QuantSpec:
         name = str(self.weights) if self.activations == usual else f'{self.weights}/{self.activations}'
         return name if self.per_channel else f'{name} per tensor'
 
+# %% ../../nbs/api/quant/10_formats.ipynb #c2c8c94e
 def _scales_of(name, per_channel):
     "The formats of a name, and whether it asks for a scale per channel; `per_channel` where it says nothing"
     formats, per, rest = ' '.join(name.split()).partition(' ')

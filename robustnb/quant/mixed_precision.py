@@ -52,6 +52,7 @@ def _first_order_noise(clean, layers, formats, spec, x, seed):
             found[key] = noise.get(key, 0.)
     return found
 
+# %% ../../nbs/api/quant/60_mixed_precision.ipynb #4f311193
 def weight_noise(
     model:nn.Module,     # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode; not changed
     images:Tensor,       # Images (N,C,H,W), float, pixels in [0,1], real or generated; some dozens are enough
@@ -71,9 +72,12 @@ def weight_noise(
     layers = _weights(clean)
     x = images.to(next(clean.parameters(), images).device)
     noise = _first_order_noise(clean, layers, formats, quant_spec(spec), x, seed)
-    return pd.DataFrame([dict(layer=name, format=str(f), bits=f.bits, params=layers[name][1].numel(),
-                              macs=int(macs.get(name, layers[name][1].numel())), noise=value)
-                         for (name, f), value in sorted(noise.items(), key=lambda o: [*layers].index(o[0][0]))])
+    rows = []
+    for name, (_, weight) in layers.items():
+        params = weight.numel()
+        rows += [dict(layer=name, format=str(f), bits=f.bits, params=params,
+                      macs=int(macs.get(name, params)), noise=noise[name, f]) for f in formats]
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/api/quant/60_mixed_precision.ipynb #3decb4c1
 def _choices(noise, each):

@@ -77,6 +77,7 @@ def _checked(name, model):
     raise ValueError(f"`formats` must leave {least:g} kB, what the model takes with 2 bits a weight; got "
                      f"{str(name)!r}. Allow more.")
 
+# %% ../../nbs/api/quant/90_targets.ipynb #3fa0c1d2
 def format_list(
     formats,          # Names with commas between, or a list of names, `QuantSpec` and `MixedSpec`
     model:nn.Module=None, # Classifier that budgets must be large enough for; None leaves that open

@@ -73,6 +73,7 @@ def _cell(row, name):
     hi = 100*row[name + '_hi']
     return f'{value:.1f} ({lo:.1f} to {hi:.1f})' + ('*' if row.get(f'{name}_outside') else '')
 
+# %% ../../nbs/api/transfer/50_report.ipynb #2741f092
 _long = dict(size_kb='weights, kB', predicted_loss='accuracy lost, predicted', measured_loss='measured',
              predicted_robust_loss='robust accuracy lost, predicted', measured_robust_loss='measured ',
              file_kb='file, kB', engine_ms='engine, ms', float_ms='in float32, ms')
@@ -174,7 +175,8 @@ def _screen(report):
     about = f"Losses in percent of what the original has, 95 % intervals; robust: {facts['threat']}."
     title = f"{facts['model']}: what quantisation will cost"
     words = [title, _advice(report), original, about]
-    return '\n'.join([textwrap.fill(o, _width) for o in words] + ['', _lines(_percent_table(report.table, _short))])
+    table = _percent_table(report.table, _short)
+    return '\n'.join([*(textwrap.fill(o, _width) for o in words), '', _lines(table)])
 
 # %% ../../nbs/api/transfer/50_report.ipynb #3a73eec1
 @dataclass(repr=False)

@@ -221,13 +221,6 @@ class _Original:
         return [a | b for a, b in zip(found, robust)]
 
 # %% ../../nbs/api/transfer/60_study.ipynb #23b874a2
-def _timed(model, images):
-    "Figures of a model in the engine, and why there are none"
-    try:
-        return measure_engine(model, images), ''
-    except Exception as e:  # whatever the writer or the engine does not know
-        return {}, f'{type(e).__name__}: {e}'
-
 class _Copies(_Original):
     "The quantised copies of a network, and what its layers add."
     @cached_property
@@ -239,9 +232,6 @@ class _Copies(_Original):
     @cached_property
     def _known(self):
         return lru_cache(None)(lambda name: network_spec(name, self.model, self.probes.x[:50], self._noise))
-
-    @cached_property
-    def _in_float(self): return _timed(self.model, self.probes.x)[0]
 
     def spec(self,
         format,     # Name as in `format_list`, or a `QuantSpec` or `MixedSpec`
@@ -262,6 +252,19 @@ class _Copies(_Original):
         spec = self.spec(format)
         noise = layer_sensitivity(self.model, self.copy(spec), self.probes.x[:50])
         return noise.assign(format=str(spec))
+
+# %% ../../nbs/api/transfer/60_study.ipynb #23b874a3
+def _timed(model, images):
+    "Figures of a model in the engine, and why there are none"
+    try:
+        return measure_engine(model, images), ''
+    except Exception as e:  # whatever the writer or the engine does not know
+        return {}, f'{type(e).__name__}: {e}'
+
+class _InEngine(_Copies):
+    "What an engine makes of the copies."
+    @cached_property
+    def _in_float(self): return _timed(self.model, self.probes.x)[0]
 
     def engine(self,
         format,     # As for `spec`
@@ -403,7 +406,7 @@ def _assessed(study, formats, engine):
     return study.report(rows, pd.concat(layers, ignore_index=True), found)
 
 # %% ../../nbs/api/transfer/60_study.ipynb #77cf4342
-class _Answers(_Copies):
+class _Answers(_InEngine):
     "The report of a study."
     def report(self,
         rows,       # Those of one or more formats, in one list
