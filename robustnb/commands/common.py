@@ -241,15 +241,16 @@ def labelled_images(
 # %% ../../nbs/api/commands/10_common.ipynb #7a1c0e0b
 def rows_to_assess(
     net:nn.Module,    # Model that will be rounded, from `open_model`
-    formats:str,      # Names with commas between, as `format_list` takes them; none is left to the other two
+    formats:str,      # Names with commas between, as `format_list` takes them; may be empty
     default:str,      # The same where nothing is named
     target:str='',    # Engine whose formats are rows: onnxruntime
     budget:str='',    # Size for a row of mixed precision, each layer its own bits: 300kB, 0.3MB
-)->dict:              # By its name, as it is written: a `QuantSpec`, or the name of a mixed assignment
+)->dict:              # By its name: a `QuantSpec`, or the name of a mixed assignment
     "The rows of a report, from what was typed."
     words = _listed(formats, 'formats') if formats else []
     known = [o.lower() for o in words]
-    if target: words += [o for o in target_formats(target) if o.lower() not in known]
+    for name in target_formats(target) if target else ():
+        if name.lower() not in known: words.append(name)
     if budget: words.append(f'mixed {kilobytes(budget):.10g} kB')
     return {str(f): f for f in format_list(words or default, net)}
 
@@ -257,7 +258,7 @@ def mark_advice(
     report,             # From `Study.report`; what may be lost is noted among its facts
     max_loss:float=.01, # Share of the accuracy that may be lost, in [0,1], for the advice
     robust:bool=False,  # Whether the robust accuracy may lose no more either
-)->dict:                # max_loss, robust, recommended: the name of the smallest format, None if there is none
+)->dict:                # max_loss, robust, recommended (name of the smallest format, or None)
     "What to deploy."
     best = report.recommend(max_loss, robust)
     report.facts |= dict(max_loss=max_loss, max_loss_robust=robust)

@@ -69,7 +69,7 @@ def _budget(name):
 
 def _checked(name, model):
     "The name of a row as it is written"
-    if isinstance(name, MixedSpec): return name
+    if isinstance(name, (QuantSpec, MixedSpec)): return name
     kb = _budget(name)
     if kb is None: return quant_spec(name)
     least = 0 if model is None else model_bytes(fold_batchnorm(model), 2)/1000
