@@ -23,6 +23,7 @@ from ..models.zoo import build_model, model_names
 from ..models.sources import is_source
 from ..models.loading import load_model
 from ..quant.formats import quant_spec
+from ..quant.targets import format_list, kilobytes, target_formats
 
 # %% ../../nbs/api/commands/10_common.ipynb #5e2a81c4
 def _writable(out):

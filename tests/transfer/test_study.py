@@ -226,7 +226,8 @@ def test_assess_is_a_study_in_a_loop(net, probes, labelled):
     rows = study.rows('INT8') + study.rows('INT3')
     layers = pd.concat([study.layers(f) for f in ('INT8', 'INT3')], ignore_index=True)
     expected = study.report(rows, layers)
-    pd.testing.assert_frame_equal(report.table, expected.table, check_exact=True)
+    table = report.table.drop(columns=['file_kb', 'engine_ms', 'float_ms'], errors='ignore')
+    pd.testing.assert_frame_equal(table, expected.table, check_exact=True)
     pd.testing.assert_frame_equal(report.layers, expected.layers, check_exact=True)
     assert report.probes.equal(expected.probes)
 
