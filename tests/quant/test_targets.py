@@ -29,7 +29,8 @@ def x(): return torch.rand(50, 3, 12, 12, generator=make_generator(0, 'targets')
 def net():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(),
+        body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+                             nn.Conv2d(8, 16, 3, 2), nn.ReLU(),
                              nn.Flatten(), nn.Linear(256, 20), nn.ReLU(), nn.Linear(20, 6))
         body[3].weight.data[:4] *= 30
     return wrap_model(body.eval(), (.5,)*3, (.25,)*3)
@@ -70,7 +71,7 @@ def test_the_name_of_a_row_is_read_back():
 
 def test_targets_by_name():
     assert target_formats(' ONNXruntime') == ('INT8', 'INT8 per tensor')
-    with pytest.raises(ValueError, match='`target` must be one of onnxruntime; got .onnx-runtime.. Did you mean'):
+    with pytest.raises(ValueError, match='must be one of onnxruntime; got .onnx-runtime.. Did you mean'):
         target_formats('onnx-runtime')
     with pytest.raises(ValueError, match="got 'tflite'"):
         target_formats('tflite')
@@ -96,7 +97,8 @@ def test_rows_by_name(net):
     assert names('onnxruntime,FP8') == ['INT8', 'INT8 per tensor', 'FP8_E4M3']
     assert names(['Mixed 3kb', 'int4/int8']) == ['mixed 3 kB', 'INT4/INT8']
     assert names('mixed0.1MB') == names(names('mixed0.1MB')) == ['mixed 100 kB']
-    for bad, says in (('INT8,onnxruntime', 'INT8 more than once'), ([], 'at least one'), ('', 'INT2 to INT16'),
+    for bad, says in (('INT8,onnxruntime', 'INT8 more than once'), ([], 'at least one'),
+                      ('', 'INT2 to INT16'),
                       ('mixed 100kB,mixed 0.1MB', 'more than once'), ('mixed', 'such as 300kB'),
                       ('mixed 1kB', 'must leave')):
         with pytest.raises(ValueError, match=says): format_list(bad, net)
@@ -136,7 +138,8 @@ def test_a_table_is_a_row(net, x):
 
 
 @pytest.mark.parametrize('name, yes', [('INT8', True), ('INT4/INT8', True), ('INT8 per tensor', True),
-                                       ('INT4', False), ('FP8', False), ('POT4', False), ('INT16/INT8', False)])
+                                       ('INT4', False), ('FP8', False), ('POT4', False),
+                                       ('INT16/INT8', False)])
 def test_which_rows_have_an_engine_is_what_the_export_says(net, x, name, yes, tmp_path):
     pytest.importorskip('onnx')
     q = quantize(net, name, x)

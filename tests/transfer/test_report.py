@@ -18,7 +18,8 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def table(**columns):
-    made = pd.DataFrame(dict(format=['INT8', 'INT6', 'INT4'], size_kb=[80., 60., 40.], predicted_loss=[0, .01, .2],
+    made = pd.DataFrame(dict(format=['INT8', 'INT6', 'INT4'], size_kb=[80., 60., 40.],
+                             predicted_loss=[0, .01, .2],
                              predicted_loss_lo=[0, 0, .1], predicted_loss_hi=[.005, .02, .4],
                              predicted_robust_loss=[.01, .02, .4], predicted_robust_loss_lo=[0, 0, .2],
                              predicted_robust_loss_hi=[.03, .04, .6]))
@@ -31,7 +32,8 @@ def report(rows, **facts):
 
 
 @pytest.mark.parametrize('most, robust, best', [
-    (.004, False, None), (.005, False, 'INT8'), (.019, False, 'INT8'), (.02, False, 'INT6'), (.4, False, 'INT4'),
+    (.004, False, None), (.005, False, 'INT8'), (.019, False, 'INT8'), (.02, False, 'INT6'),
+    (.4, False, 'INT4'),
     (.02, True, None), (.03, True, 'INT8'), (.04, True, 'INT6'), (1, True, 'INT4')])
 def test_the_smallest_whose_whole_interval_is_low_enough(most, robust, best):
     assert report(table()).recommend(most, robust) == best
@@ -43,7 +45,8 @@ def test_what_was_measured_refutes():
     assert report(rows).recommend(.02) == 'INT8'
     assert report(rows).recommend(.03) == 'INT6'
     assert report(rows).recommend(.4) == 'INT4'
-    assert report(table(measured_loss=[np.nan]*3)).recommend(.02) == 'INT6', 'what was not measured refutes nothing'
+    unknown = report(table(measured_loss=[np.nan]*3))
+    assert unknown.recommend(.02) == 'INT6', 'what was not measured refutes nothing'
     rows = table(measured_loss=0., measured_robust_loss=[0, .1, .1])
     assert report(rows).recommend(.04) == 'INT6'
     assert report(rows).recommend(.04, robust=True) == 'INT8'
@@ -67,9 +70,10 @@ def test_six_formats_fit_a_screen():
     wide = dict(lo=.123456, hi=.98765)
     rows = pd.concat([table(), table()], ignore_index=True)
     for kind in ('predicted_loss', 'predicted_robust_loss', 'measured_loss', 'measured_robust_loss'):
-        rows = rows.assign(**{kind: .5432, f'{kind}_lo': wide['lo'], f'{kind}_hi': wide['hi'], f'{kind}_outside': True})
-    rows = rows.assign(format=[*'INT8', 'INT8 per tensor', 'mixed 12345.5 kB'], file_kb=123456., engine_ms=1234.5,
-                       float_ms=[.000123]*3 + [np.nan]*3)
+        rows = rows.assign(**{kind: .5432, f'{kind}_lo': wide['lo'],
+                              f'{kind}_hi': wide['hi'], f'{kind}_outside': True})
+    rows = rows.assign(format=[*'INT8', 'INT8 per tensor', 'mixed 12345.5 kB'], file_kb=123456.,
+                       engine_ms=1234.5, float_ms=[.000123]*3 + [np.nan]*3)
     shown = str(report(rows, accuracy=.91, robust_accuracy=.2, max_loss_robust=True, max_loss=.0001))
     assert max(map(len, shown.splitlines())) <= 110
     assert all(word in shown for word in ('engine, ms', '54.3 (12.3 to 98.8)*', '123456', 'mixed 12345.5 kB'))
@@ -80,8 +84,8 @@ def test_six_formats_fit_a_screen():
 def net():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layers = nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 20), nn.ReLU(), nn.Linear(20, 4)
-        return nn.Sequential(*layers).eval()
+        return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 20),
+                             nn.ReLU(), nn.Linear(20, 4)).eval()
 
 
 @pytest.fixture(scope='module')
@@ -122,7 +126,8 @@ def test_off_or_not_installed_there_are_no_columns(net, x, monkeypatch):
     without = study.assess('INT8,INT4')
     assert 'file_kb' not in without.table
     assert [o for o in without.facts['notes'] if 'not installed' in o] == [
-        "ONNX Runtime is not installed, so no file was written and nothing timed: pip install 'robustnb[export]'."]
+        "ONNX Runtime is not installed, so no file was written and nothing timed: "
+        "pip install 'robustnb[export]'."]
 
 
 def test_a_model_that_cannot_be_written_is_a_note_with_the_reason(net, x):
