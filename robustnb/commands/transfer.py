@@ -27,13 +27,14 @@ from ..quant.ptq import model_bytes, quantize
 from ..quant.sensitivity import output_change
 from ..quant.checkpoints import load_quantized, save_quantized
 from ..quant.export import check_export, export_onnx, OnnxModel
+from ..quant.targets import format_list, kilobytes, target_formats
 from ..attacks.threat_models import L1, L2, Linf
 from ..transfer.generator import (
     energy, generate, load_generator, save_generator, train_generator)
 from ..transfer.study import default_formats, Probes, Study
 from .common import (
     _command, _continue, _given, _listed, _mark_model, _mark_of, _one_of, _one_size, _opened_by_name, _specs,
-    _write, labelled_images, open_model, unlabelled_images)
+    _write, labelled_images, mark_advice, open_model, rows_to_assess, unlabelled_images)
 
 # %% ../../nbs/api/commands/30_transfer.ipynb #0523aa23
 def _threat(norm, eps):
@@ -65,20 +66,13 @@ def _once(file, job, *args):
     if not found: raise ValueError(damaged.format(file, 'it is empty'))
     return found
 
-def _layer_rows(study, spec): return study.layers(spec).to_dict('records')
-
-def _deliver(report, out):
-    "Write the report and its manifest, and print the table."
+def _deliver(report, out, **allowed):
+    "Write the report and its manifest, and print it."
+    advice = mark_advice(report, **allowed)
     report.save(Path(out)/'report.html')
     save_json(report.facts, Path(out)/'manifest.json')
-    columns = dict(predicted_loss='predicted', measured_loss='measured',
-                   predicted_robust_loss='robust predicted', measured_robust_loss='robust measured')
-    shown = report.table.set_index('format')[[c for c in columns if c in report.table]]
-    table = shown.mul(100).round(1).rename(columns=columns)
-    known = {k: report.facts[k] for k in ('accuracy', 'robust_accuracy') if k in report.facts}
-    print('\nAccuracy lost, percent of what the original has', known or '', '\n')
-    print(table.to_string(), f'\n\nIntervals, layers and figures: {out}/report.html')
-    return dict(out=str(out), rows=report.table.to_dict('records'), **report.facts)
+    print(f'{report}\n\nIntervals, layers and figures: {out}/report.html')
+    return advice | dict(out=str(out), rows=report.table.to_dict('records'), **report.facts)
 
 # %% ../../nbs/api/commands/30_transfer.ipynb #a55e55c0
 def _probes(net, out, images, n, seed):
@@ -86,17 +80,45 @@ def _probes(net, out, images, n, seed):
     if images is None: return Probes.generated(net, n, _kept_generator(net, out/'generator.pt', seed), seed)
     return Probes.of(images)
 
+def _layer_rows(study, spec): return study.layers(spec).to_dict('records')
+
+def _engine_rows(study, spec): return [study.engine(spec)]
+
+def _check_advice(formats, allowed, target='', budget=''):
+    "Raise before anything is opened, where words cannot be meant"
+    most = allowed.get('max_loss', 0)
+    if not 0 <= most <= 1:
+        raise ValueError(f"`max_loss` must be a share of the accuracy in [0, 1]; got {most}.")
+    if formats: format_list(_listed(formats, 'formats'))
+    if target: target_formats(target)
+    if budget: kilobytes(budget)
+
+def _in_steps(study, specs, out):
+    "The report, each part of it kept in a file of its own"
+    rows = []
+    layers = []
+    engine = []
+    for name, spec in progress(specs.items(), 'formats'):
+        file = f"{name.replace('/', '-').replace(' ', '_')}.json"
+        rows += _once(out/'formats'/file, study.rows, spec)
+        layers += _once(out/'layers'/file, _layer_rows, study, spec)
+        engine += _once(out/'engine'/file, _engine_rows, study, spec)
+    return study.report(rows, pd.DataFrame(layers), engine)
+
 # %% ../../nbs/api/commands/30_transfer.ipynb #a55e55c1
 @_command
 def assess_command(
     model:str='',         # Network, as `open_model` takes it
-    formats:str='INT8,INT6,INT4,POT4,FP8,FLOAT4', # Number formats, separated by commas
+    # Number formats, separated by commas; none takes those of --target and --budget, or else
+    # INT8,INT6,INT4,POT4,FP8,FLOAT4
+    formats:str='',
     eps:str='1/255',      # Radius of the threat, pixels in [0,1]
     norm:str='Linf',      # Linf, L2 or L1
     n:int=500,            # Images to probe with, and test images, at most
     out:str='assessment', # Folder for the report
     seed:int=0,           # Everything random
-    **given,              # Those of `open_model`, `unlabelled_images`, `labelled_images`
+    # Those of `open_model`, `unlabelled_images`, `labelled_images`, `rows_to_assess`, `mark_advice`
+    **given,
 ):
     """Predict what quantisation will cost a classifier, without its training data.
 
@@ -104,12 +126,15 @@ def assess_command(
 
     Example:
 
-        robustnb assess timm:resnet18 --images photos --formats INT8,INT4,POT4,FP8 --out assessment"""
-    opening, free, labelled = _given(given, open_model, unlabelled_images, labelled_images)
-    specs = _specs(formats)
+        robustnb assess timm:resnet18 --images photos --formats INT8,INT4,POT4,FP8 --out assessment
+        robustnb assess timm:resnet18 --images photos --target onnxruntime --budget 9MB --max-loss .02"""
+    opening, free, labelled, wanted, allowed = _given(
+        given, open_model, unlabelled_images, labelled_images, rows_to_assess, mark_advice)
+    _check_advice(formats, allowed, **wanted)
     threat = _threat(norm, eps)
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
     net = open_model(model, **opening)
+    specs = rows_to_assess(net, formats, ','.join(default_formats), **wanted)
     images = unlabelled_images(net, n, seed, **free) if free.get('images') else None
     test = labelled_images(net, n, seed, **labelled) if labelled.get('test') else None
     out = Path(out)
@@ -117,13 +142,7 @@ def assess_command(
                  test=_mark_of(test) if test else None)
     _continue(out, asked | (dict(n=n) if images is None else dict(images=fingerprint(images))))
     study = Study(net, _probes(net, out, images, n, seed), (threat,), test, seed=seed)
-    rows = []
-    layers = []
-    for name, spec in progress(specs.items(), 'formats'):
-        file = f"{name.replace('/', '-')}.json"
-        rows += _once(out/'formats'/file, study.rows, spec)
-        layers += _once(out/'layers'/file, _layer_rows, study, spec)
-    return _deliver(study.report(rows, pd.DataFrame(layers)), out)
+    return _deliver(_in_steps(study, specs, out), out, **allowed)
 
 # %% ../../nbs/api/commands/30_transfer.ipynb #9fe96ce1
 def _costs(net, specs):

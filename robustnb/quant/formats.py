@@ -282,12 +282,31 @@ class QuantSpec:
     per_channel:bool=True      # One weight scale per output channel rather than one per layer
     rule:str='mse'             # How scales are chosen: 'mse', 'minmax' or 'percentile'
 
+    @property
+    def bits(self):
+        "Bits of a weight, as `model_bytes` takes them."
+        return self.weights.bits
+
     def __str__(self):
         usual = NumberFormat('INT', 8) if self.weights.kind in ('POT', 'APOT') else self.weights
-        return str(self.weights) if self.activations == usual else f'{self.weights}/{self.activations}'
+        name = str(self.weights) if self.activations == usual else f'{self.weights}/{self.activations}'
+        return name if self.per_channel else f'{name} per tensor'
+
+# %% ../../nbs/api/quant/10_formats.ipynb #c2c8c94e
+def _scales_of(name, per_channel):
+    "The formats of a name, and whether it asks for a scale per channel; `per_channel` where it says nothing"
+    formats, per, rest = ' '.join(name.split()).partition(' ')
+    if not per: return formats, per_channel
+    asked = {'per channel': True, 'per tensor': False}
+    if rest.lower() in asked: return formats, asked[rest.lower()]
+    near = get_close_matches(rest.lower(), asked, 1)
+    hint = f' Did you mean {formats} {near[0]}?' if near else ''
+    raise ValueError(f"`name` must be number formats, and behind them 'per channel' or 'per tensor' at "
+                     f"most; got {name!r}.{hint}")
 
 def quant_spec(
-    name:str,                # 'INT8', 'POT4', 'FLOAT4', 'FP8', or weights/activations as in 'INT4/INT8'
+    # 'INT8', 'POT4', 'FLOAT4', 'FP8', weights/activations as in 'INT4/INT8', and 'per tensor' behind them
+    name:str,
     per_channel:bool=True,   # One weight scale per output channel rather than one per layer
     rule:str='mse',          # How scales are chosen: 'mse', 'minmax' or 'percentile'
 )->QuantSpec:                # The specification; a `QuantSpec` is returned as it is
@@ -295,7 +314,8 @@ def quant_spec(
     if isinstance(name, QuantSpec): return name
     if rule not in _rules: raise ValueError("`rule` must be 'minmax', 'percentile' or 'mse'; got "
                                             f"{rule!r}.")
-    first, slash, second = str(name).partition('/')
+    name, per_channel = _scales_of(str(name), per_channel)
+    first, slash, second = name.partition('/')
     weights = number_format(first)
     if slash:
         activations = number_format(second)

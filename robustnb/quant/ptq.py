@@ -296,19 +296,30 @@ def _tensor(graph, name):
     owner, _, last = name.rpartition('.')
     return getattr(graph.get_submodule(owner), last)
 
+def _check_bits(bits):
+    whole = isinstance(bits, int) and not isinstance(bits, bool)
+    if not (whole and 1 <= bits <= 32):
+        raise ValueError(f"`weight_bits` must be an integer from 1 to 32; got {bits!r}. 32 is "
+                         "the model without quantisation.")
+
 def model_bytes(
     model:nn.Module,   # From `quantize`, or any network; fold it first to see what an engine stores
-    weight_bits=32,    # Bits of a weight of a linear map, 1 to 32
+    # Bits of a weight of a linear map, 1 to 32; or a dict of those of each layer, by its name
+    weight_bits=32,
 )->int:                # Bytes, rounded up
     "Storage of what the answer depends on: weights that are rounded in `weight_bits`, all else in 32 bits."
-    whole = isinstance(weight_bits, int) and not isinstance(weight_bits, bool)
-    if not (whole and 1 <= weight_bits <= 32):
-        raise ValueError(f"`weight_bits` must be an integer from 1 to 32; got {weight_bits!r}. 32 is "
-                         "the model without quantisation.")
+    by_layer = isinstance(weight_bits, dict)
+    for bits in weight_bits.values() if by_layer else [weight_bits]:
+        _check_bits(bits)
     ready = hasattr(model, 'lent') or next(model.children(), None) is None
     graph = model if ready else trace(model)
-    counted = [(line.role, _tensor(graph, name).numel())
+    counted = [(line.role, name.removesuffix('.weight'), _tensor(graph, name).numel())
                for name, line in stored_tensors(graph).items()]
-    few = sum(n for role, n in counted if role == 'weight')
-    many = sum(n for role, n in counted if role in ('bias', 'statistics', 'other'))
-    return -(-(weight_bits*few + 32*many)//8)
+    layers = {layer for role, layer, _ in counted if role == 'weight'}
+    if by_layer and (odd := sorted(layers ^ weight_bits.keys())):
+        raise ValueError(f"`weight_bits` must name every layer of `model`; {odd[:3]} are in one of the "
+                         "two only.")
+    few = sum(n*(weight_bits[layer] if by_layer else weight_bits)
+              for role, layer, n in counted if role == 'weight')
+    many = sum(n for role, _, n in counted if role in ('bias', 'statistics', 'other'))
+    return -(-(few + 32*many)//8)

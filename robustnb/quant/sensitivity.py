@@ -53,17 +53,17 @@ class RunningNoise:
 class _Errors:
     """What rounding would change in one pass of a graph in which nothing is rounded: a hook at each
     rounder and at each layer with a rounded weight notes the error, and passes the exact values on with
-    a handle for their gradient"""
-    def __init__(self, partial, layers, rounded):
+    a handle for their gradient; `weights` holds layer, key and what its weight becomes, any number a layer"""
+    def __init__(self, partial, weights):
         rounders = {n: m for n, m in partial.named_modules() if isinstance(m, FakeQuantize)}
         self.noise = {n: RunningNoise() for n in rounders}
         self.places = []
         self.busy = False
         self.hooks = [m.register_forward_hook(self.at(n, _stored)) for n, m in rounders.items()]
-        for at, n in layers.items():
-            with_weight = lambda *call, w=rounded[n]: functional_call(call[0], dict(weight=w), *call[1:])
+        for at, key, weight in weights:
+            with_weight = lambda *call, w=weight: functional_call(call[0], dict(weight=w), *call[1:])
             self.hooks.append(partial.get_submodule(at).register_forward_hook(
-                self.at(n, with_weight), with_kwargs=True))
+                self.at(key, with_weight), with_kwargs=True))
 
     def at(self, name, rounded):
         def hook(module, args, *more):
@@ -199,6 +199,27 @@ def _row(name, nsr, noise, kind):
     layer = name.removesuffix('.weight') if kind == 'weights' else name.removeprefix('round_')
     return dict(layer=layer, kind=kind, nsr=nsr, logit_noise=noise)
 
+def _estimated(partial, rounded, x, directions, seed):
+    """Logits, by key the noise of each place at the logits over their variance, and by name what each rounder
+    adds itself; `rounded` holds by key the name of a weight and what it becomes"""
+    names = {name for name, _ in rounded.values()}
+    layers, free = _readers(partial, names)
+    weights = [(at, key, w) for at, n in layers.items() for key, (name, w) in rounded.items() if name == n]
+    errors = _Errors(partial, weights)
+    one_by_one = free or not _images_first(errors, partial, x)
+    errors.leave()
+    errors = _Errors(partial, weights)
+    many = 1 + max(1, len(rounded)//max(1, len(names)))
+    size = 1 if one_by_one else max(1, images_at_a_time(x, x.device)//many)
+    tensors = _tensors(partial)
+    free = [(key, tensors[name].requires_grad_(), w-tensors[name].detach())
+            for key, (name, w) in rounded.items() if name in free]
+    signal, total = _first_order(errors, partial, free, x, size, directions,
+                                 make_generator(seed, 'directions'))
+    errors.leave()
+    whole = signal.var(correction=0).clamp_min(1e-30).item()*len(x)
+    return signal.float().cpu(), {k: v/whole for k, v in total.items()}, errors.noise
+
 # %% ../../nbs/api/quant/30_sensitivity.ipynb #5e9a0b05
 @torch.no_grad()
 def layer_sensitivity(
@@ -214,23 +235,12 @@ def layer_sensitivity(
     partial, changed = _nothing_rounded(model, quantized, x)
     x = x.to(next(model.parameters(), x).device)
     rounded = {n: after for n, (_, after) in changed.items()}
-    layers, free = _readers(partial, changed)
-    errors = _Errors(partial, layers, rounded)
-    one_by_one = free or not _images_first(errors, partial, x)
-    errors.leave()
-    errors = _Errors(partial, layers, rounded)
-    size = 1 if one_by_one else max(1, images_at_a_time(x, x.device)//2)
-    free = [(n, _tensors(partial)[n].requires_grad_(), rounded[n]-changed[n][0]) for n in free]
-    signal, total = _first_order(errors, partial, free, x, size, directions,
-                                 make_generator(seed, 'directions'))
-    errors.leave()
-    whole = signal.var(correction=0).clamp_min(1e-30).item()*len(x)
-    signal = signal.float().cpu()
+    signal, total, noise = _estimated(partial, {n: (n, w) for n, w in rounded.items()}, x, directions, seed)
     power = lambda a, b: ((b-a).square().sum()/a.square().sum().clamp_min(1e-30)).item()
-    own = {n: power(*pair) for n, pair in changed.items()} | {n: e.ratio() for n, e in errors.noise.items()}
+    own = {n: power(*pair) for n, pair in changed.items()} | {n: e.ratio() for n, e in noise.items()}
     rows = []
     for name, nsr in own.items():
-        noise = total.get(name, 0)/whole
+        noise = total.get(name, 0)
         if nsr and not noise:
             noise = _rounded_alone(partial, name, rounded.get(name), signal, x)
         rows.append(_row(name, nsr, noise, 'weights' if name in changed else 'activations'))

@@ -6,7 +6,7 @@
 __all__ = ['plot_losses', 'Report']
 
 # %% ../../nbs/api/transfer/50_report.ipynb #f372951f
-import html, json
+import html, json, textwrap
 from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import numpy as np
@@ -73,18 +73,24 @@ def _cell(row, name):
     hi = 100*row[name + '_hi']
     return f'{value:.1f} ({lo:.1f} to {hi:.1f})' + ('*' if row.get(f'{name}_outside') else '')
 
-def _percent_table(table):
+# %% ../../nbs/api/transfer/50_report.ipynb #2741f092
+_long = dict(size_kb='weights, kB', predicted_loss='accuracy lost, predicted', measured_loss='measured',
+             predicted_robust_loss='robust accuracy lost, predicted', measured_robust_loss='measured ',
+             file_kb='file, kB', engine_ms='engine, ms', float_ms='in float32, ms')
+_short = dict(size_kb='kB', predicted_loss='lost, predicted', measured_loss='lost, measured',
+              predicted_robust_loss='robust lost, predicted', measured_robust_loss='robust lost, measured',
+              file_kb='file, kB', engine_ms='engine, ms', float_ms='float32, ms')
+
+def _percent_table(table, titles=_long):
     "The main columns as people read them: percentages with intervals."
-    columns = dict(
-        predicted_loss='accuracy lost, predicted', measured_loss='measured',
-        predicted_robust_loss='robust accuracy lost, predicted', measured_robust_loss='measured ')
-    shown = {k: title for k, title in columns.items() if k in table and table[k].notna().any()}
-    engine = dict(file_kb='file, kB', engine_ms='engine, ms', float_ms='in float32, ms')
+    engine = 'file_kb', 'engine_ms', 'float_ms'
+    shown = [k for k in titles if k.endswith('loss') and k in table and table[k].notna().any()]
     rows = []
     for _, r in table.iterrows():
-        losses = {title: _cell(r, k) for k, title in shown.items()}
-        figures = {title: '' if pd.isna(r[k]) else f'{r[k]:.3g}' for k, title in engine.items() if k in r}
-        rows.append({'format': r['format'], 'weights, kB': f'{r.size_kb:.0f}'} | losses | figures)
+        losses = {titles[k]: _cell(r, k) for k in shown}
+        figures = {titles[k]: '' if pd.isna(r[k]) else f'{r[k]:.3g}' if k != 'file_kb' else f'{r[k]:.0f}'
+                   for k in engine if k in r}
+        rows.append({'format': r['format'], titles['size_kb']: f'{r.size_kb:.0f}'} | losses | figures)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/api/transfer/50_report.ipynb #8fa7f615
@@ -149,16 +155,28 @@ def _page(report):
     return '\n'.join(parts)
 
 # %% ../../nbs/api/transfer/50_report.ipynb #5c3e0a11
+_width = 110
+
+def _lines(table):
+    "The table in lines that fit; where they do not, the columns that are left follow below"
+    parts = [table.columns[:1].tolist()]
+    for column in table.columns[1:]:
+        wide = table[[*parts[-1], column]].to_string(index=False).partition('\n')[0]
+        if len(wide) > _width: parts.append(['format'])
+        parts[-1].append(column)
+    return '\n\n'.join(table[names].to_string(index=False) for names in parts)
+
 def _screen(report):
     "The report on a screen: the advice, and a line for each format."
     facts = report.facts
-    table = _percent_table(report.table).to_string(index=False)
     right = [f"{facts[k]:.1%} {words}" for k, words in
              (('accuracy', 'accuracy'), ('robust_accuracy', 'robust accuracy')) if k in facts]
     original = f"The original: {', '.join(right)}." if right else ''
     about = f"Losses in percent of what the original has, 95 % intervals; robust: {facts['threat']}."
     title = f"{facts['model']}: what quantisation will cost"
-    return '\n'.join((title, _advice(report), original, about, '', table))
+    words = [title, _advice(report), original, about]
+    table = _percent_table(report.table, _short)
+    return '\n'.join([*(textwrap.fill(o, _width) for o in words), '', _lines(table)])
 
 # %% ../../nbs/api/transfer/50_report.ipynb #3a73eec1
 @dataclass(repr=False)

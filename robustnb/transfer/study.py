@@ -23,8 +23,11 @@ from ..images import load_images, match_classes
 from ..models.wrapping import model_name
 from ..models.loading import load_model
 from ..quant.formats import quant_spec
-from ..quant.ptq import calibrate, model_bytes, quantize, FakeQuantize
+from ..quant.ptq import calibrate, model_bytes, FakeQuantize
 from ..quant.sensitivity import layer_sensitivity, output_change
+from ..quant.mixed_precision import weight_noise
+from ..quant.targets import (
+    engine_installed, format_list, measure_engine, network_spec, quantize_as, runs_in_integers)
 from ..attacks.threat_models import check_threat, Linf
 from ..attacks.gradient import fgsm, multi_attack, pgd
 from ..attacks.adaptive_pgd import apgd
@@ -221,21 +224,61 @@ class _Original:
 class _Copies(_Original):
     "The quantised copies of a network, and what its layers add."
     @cached_property
-    def _last_copy(self): return lru_cache(1)(lambda spec: quantize(self.model, spec, self.ranges))
+    def _last_copy(self): return lru_cache(1)(lambda spec: quantize_as(self.model, spec, self.ranges))
+
+    @cached_property
+    def _noise(self): return lru_cache(1)(lambda: weight_noise(self.model, self.probes.x[:50]))
+
+    @cached_property
+    def _known(self):
+        return lru_cache(None)(lambda name: network_spec(name, self.model, self.probes.x[:50], self._noise))
+
+    def spec(self,
+        format,     # Name as in `format_list`, or a `QuantSpec` or `MixedSpec`
+    ):
+        "How a row rounds the network; what fits into a budget is found once."
+        return self._known(format)
 
     def copy(self,
-        format,     # Name as in `quant_spec`, or a `QuantSpec`
+        format,     # As for `spec`
     ):
         "The quantised network; the last one is kept, so look at it and leave it as it is."
-        return self._last_copy(quant_spec(format))
+        return self._last_copy(self.spec(format))
 
     def layers(self,
-        format,     # As for `copy`
+        format,     # As for `spec`
     ):
         "The table of `layer_sensitivity` on the first 50 probes, and the format."
-        spec = quant_spec(format)
+        spec = self.spec(format)
         noise = layer_sensitivity(self.model, self.copy(spec), self.probes.x[:50])
         return noise.assign(format=str(spec))
+
+# %% ../../nbs/api/transfer/60_study.ipynb #23b874a3
+def _timed(model, images):
+    "Figures of a model in the engine, and why there are none"
+    try:
+        return measure_engine(model, images), ''
+    except Exception as e:  # whatever the writer or the engine does not know
+        return {}, f'{type(e).__name__}: {e}'
+
+class _InEngine(_Copies):
+    "What an engine makes of the copies."
+    @cached_property
+    def _in_float(self): return _timed(self.model, self.probes.x)[0]
+
+    def engine(self,
+        format,     # As for `spec`
+    ):
+        "format, file_kb, engine_ms, float_ms, threads in ONNX Runtime, NaN where there are none; why."
+        row = dict(format=str(self.spec(format)), file_kb=np.nan, engine_ms=np.nan, float_ms=np.nan)
+        if not engine_installed():
+            return row | dict(why='ONNX Runtime is not installed, so no file was written and nothing '
+                                  "timed: pip install 'robustnb[export]'.")
+        copy = self.copy(format)
+        if not runs_in_integers(copy): return row | dict(why='')
+        found, why = _timed(copy, self.probes.x)
+        if why: return row | dict(why=f'No file of {row["format"]} for ONNX Runtime: {why}')
+        return row | found | dict(float_ms=self._in_float.get('engine_ms', np.nan), why='')
 
 # %% ../../nbs/api/transfer/60_study.ipynb #da505f6a
 def _images_notes(study):
@@ -303,7 +346,7 @@ def _facts(study, copy):
 def _rows(study, spec):
     "All that is said of one format, threat by threat"
     copy = study.copy(spec)
-    size = model_bytes(copy, spec.weights.bits)/1000
+    size = model_bytes(copy, spec.bits)/1000
     same = dict(format=str(spec), n_classes=study.answers.shape[1])
     rows = [same | dict(eps=getattr(t, 'eps', np.nan), size_kb=size) for t in study.threats]
     found = [study.change(spec)]
@@ -313,7 +356,30 @@ def _rows(study, spec):
         rows = [row | more for row, more in zip(rows, part)]
     return predict_losses(pd.DataFrame(rows)).to_dict('records')
 
-def _report(study, rows, layers):
+def _some_copy(study, formats):
+    "A copy to see what stays in full precision: that of the last format, or of INT8 where it is a mixed one"
+    try:
+        return study.copy(quant_spec(formats[-1]))
+    except ValueError:
+        return study.copy('INT8')
+
+def _with_engine(table, engine):
+    "The table with the figures of the engine, where there is one; notes and facts about them"
+    if not engine: return table, [], {}
+    engine = pd.DataFrame(engine)
+    notes = [o for o in engine.why.unique() if o]
+    if (engine.file_kb.isna() & (engine.why != '')).all(): return table, notes, {}
+    columns = ['format', 'file_kb', 'engine_ms', 'float_ms']
+    threads = engine.threads.dropna() if 'threads' in engine else []
+    facts = dict(engine='ONNX Runtime', engine_threads=int(threads.max())) if len(threads) else {}
+    table = table.merge(engine[columns], on='format', how='left')
+    if (table.file_kb > 1.5*table.size_kb).any():
+        notes.append('A file can be larger than the weights: it keeps them in 8 bits at least, so that fewer '
+                     'bits save room only where they are packed.')
+    return table, notes, facts
+
+# %% ../../nbs/api/transfer/60_study.ipynb #77cf4341
+def _report(study, rows, layers, engine=None):
     "The report on rows of some formats"
     if len(study.threats) > 1:
         raise ValueError("`threats` must be one threat model where a report is made; "
@@ -323,12 +389,43 @@ def _report(study, rows, layers):
         raise ValueError("`layers` must be those of at least one of the formats "
                          f"{', '.join(formats)}; "
                          f"got those of {', '.join(layers.format.unique())}. Use `Study.layers`.")
-    facts = _facts(study, study.copy(formats[-1]))
-    return Report(predict_losses(pd.DataFrame(rows)), layers, study.probes.x[:16], facts)
+    table, notes, measured = _with_engine(predict_losses(pd.DataFrame(rows)), engine)
+    facts = _facts(study, _some_copy(study, formats))
+    facts['notes'] += notes
+    return Report(table, layers, study.probes.x[:16], facts | measured)
+
+def _assessed(study, formats, engine):
+    "The report on formats, one after the other"
+    rows = []
+    layers = []
+    found = []
+    for format in progress(format_list(formats, study.model), 'formats'):
+        rows += study.rows(format)
+        layers.append(study.layers(format))
+        if engine: found.append(study.engine(format))
+    return study.report(rows, pd.concat(layers, ignore_index=True), found)
+
+# %% ../../nbs/api/transfer/60_study.ipynb #77cf4342
+class _Answers(_InEngine):
+    "The report of a study."
+    def report(self,
+        rows,       # Those of one or more formats, in one list
+        layers,     # Those of at least one of these formats, in one table
+        engine=(),  # Those of `engine`, in one list
+    ):
+        "Table, figures and page, predicted anew by the predictors of the package."
+        return _report(self, rows, layers, engine)
+
+    def assess(self,
+        formats,          # Names as in `format_list`
+        engine:bool=True, # Whether rows that ONNX Runtime computes are written to a file and timed
+    ):
+        "The report on these formats."
+        return _assessed(self, formats, engine)
 
 # %% ../../nbs/api/transfer/60_study.ipynb #26e3d8d0
 @dataclass(frozen=True, eq=False)
-class Study(_Copies):
+class Study(_Answers):
     "What number formats cost one network."
     model:nn.Module             # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     probes:Probes               # Images without labels, for ranges and features
@@ -344,29 +441,22 @@ class Study(_Copies):
         object.__setattr__(self, 'test', _in_order_of(self.model, self.test))
 
     def change(self,
-        format,     # As for `copy`
+        format,     # As for `spec`
     ):
         "For each threat js (nats), flips, noise, activation_noise (over the margin), robust_flips."
         return _change(self, self.copy(format))
 
     def loss(self,
-        format,     # As for `copy`
+        format,     # As for `spec`
     ):
         "For each threat both measured losses with _lo and _hi, accuracy, robust_accuracy."
         return _loss(self, self.copy(format))
 
     def rows(self,
-        format,     # As for `copy`
+        format,     # As for `spec`
     ):
         "For each threat a dict of plain numbers: size, `change`, `loss`, predicted losses."
-        return _rows(self, quant_spec(format))
-
-    def report(self,
-        rows,       # Those of one or more formats, in one list
-        layers,     # Those of at least one of these formats, in one table
-    ):
-        "Table, figures and page, predicted anew by the predictors of the package."
-        return _report(self, rows, layers)
+        return _rows(self, self.spec(format))
 
 # %% ../../nbs/api/transfer/60_study.ipynb #b9044fb6
 default_formats = ('INT8', 'INT6', 'INT4', 'POT4', 'FP8', 'FLOAT4')
@@ -374,7 +464,8 @@ default_formats = ('INT8', 'INT6', 'INT4', 'POT4', 'FP8', 'FLOAT4')
 def assess(
     # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K), normalisation inside; in eval mode
     model:nn.Module,
-    formats=default_formats,     # Names as in `quant_spec`
+    # Names as in `quant_spec`; 'mixed 300kB', what fits; 'onnxruntime', what the engine computes
+    formats=default_formats,
     threat=Linf(1/255),          # Threat model of the robust accuracy
     test:ImageSet|None=None,     # Labelled images: adds measured losses
     unlabelled:Tensor|None=None, # Real images (N,C,H,W) without labels: probes in place of generated ones
@@ -383,10 +474,7 @@ def assess(
     seed:int=0,                  # Everything random
 )->Report:                       # Tables, figures, page
     "Predict what quantisation will cost a classifier, without its training data."
-    specs = [quant_spec(f) for f in (formats.split(',') if isinstance(formats, str) else formats)]
-    if not specs:
-        raise ValueError("`formats` must name at least one number format, "
-                         f"such as {default_formats}; got {formats!r}.")
+    wanted = format_list(formats, open_model(model))
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
     _check_study(model, (threat,), test)
     if unlabelled is None:
@@ -394,12 +482,7 @@ def assess(
     else:
         probes = Probes.of(check_images(unlabelled, 'unlabelled')[:n])
     study = Study(model, probes, (threat,), test, seed=seed)
-    rows = []
-    layers = []
-    for spec in progress(specs, 'formats'):
-        rows += study.rows(spec)
-        layers.append(study.layers(spec))
-    return study.report(rows, pd.concat(layers, ignore_index=True))
+    return study.assess(wanted)
 
 # %% ../../nbs/api/transfer/60_study.ipynb #e9bb9f43
 job_attacks = dict(fgsm=fgsm, pgd=partial(pgd, steps=10), apgd=apgd)

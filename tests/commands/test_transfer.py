@@ -111,8 +111,10 @@ def test_an_interrupted_assessment_goes_on(narrow, asked, tmp_path):
     run_assess(narrow, formats='INT8,POT4,INT4/INT8', out=str(tmp_path/'cut'))
     assert asked == ['POT4', 'INT4/INT8']
     assert (tmp_path/'cut'/'generator.pt').stat().st_mtime_ns == kept
+    timed = ['engine_ms', 'float_ms']
     for name in ('report_table.csv', 'report_layers.csv'):
-        pd.testing.assert_frame_equal(*(pd.read_csv(tmp_path/k/name) for k in ('cut', 'whole')))
+        pd.testing.assert_frame_equal(*(pd.read_csv(tmp_path/k/name).drop(columns=timed, errors='ignore')
+                                        for k in ('cut', 'whole')))
     table = pd.read_csv(tmp_path/'cut'/'report_table.csv')
     assert list(table.format) == ['INT8', 'POT4', 'INT4/INT8']
     assert table.js[0] < table.js[1]
@@ -121,6 +123,35 @@ def test_an_interrupted_assessment_goes_on(narrow, asked, tmp_path):
     assert asked == ['FLOAT4_E2']
     assert list(pd.read_csv(tmp_path/'cut'/'report_table.csv').format) == [
         'INT4/INT8', 'INT8', 'FLOAT4_E2']
+
+
+def test_what_may_be_deployed(narrow, asked, tmp_path, capsys):
+    out = tmp_path/'deploy'
+    run_assess(narrow, target='onnxruntime', budget='0.02MB', max_loss=1., robust=True, out=str(out))
+    assert asked == ['INT8', 'INT8 per tensor', 'mixed 20 kB']
+    said = capsys.readouterr().out.splitlines()
+    table = pd.read_csv(out/'report_table.csv').set_index('format')
+    assert said[1].startswith(f'{table.size_kb.idxmin()} is the smallest format that keeps the losses of')
+    assert table.size_kb['mixed 20 kB'] <= 20
+    found = run_assess(narrow, formats='int8', target='onnxruntime', max_loss=1., out=str(out))
+    assert asked == ['INT8', 'INT8 per tensor', 'mixed 20 kB'], 'what is known is not computed again'
+    assert found['recommended'] == 'INT8'
+    assert [r['format'] for r in found['rows']] == ['INT8', 'INT8 per tensor']
+
+
+@pytest.mark.parametrize('said, given', [
+    ('Did you mean onnxruntime?', dict(target='onxruntime')),
+    ('such as 300kB or 0.3MB', dict(budget='small')),
+    ('such as 300kB or 0.3MB', dict(budget='-3kB')), ('must leave', dict(budget='.1kB')),
+    ('`max_loss` must be a share', dict(max_loss=3.)),
+    ('more than once', dict(formats='INT8,mixed 30kB', budget='30'))])
+def test_what_cannot_be_deployed_is_one_sentence(narrow, asked, tmp_path, said, given):
+    with pytest.raises(SystemExit) as e:
+        run_assess(narrow, **given, out=str(tmp_path/'no'))
+    assert said in str(e.value)
+    assert '\n' not in str(e.value)
+    assert asked == []
+    assert not (tmp_path/'no').exists()
 
 
 def test_an_assessment_keeps_to_its_question(narrow, asked, tmp_path):
