@@ -581,8 +581,7 @@ _test_names = 'test', 'val', 'valid', 'validation'
 def _split_names(source):
     "Names of the split folders in a folder or zip file; none where there are class folders only"
     path = Path(source)
-    if path.is_dir():
-        names = _tree(path)
+    if path.is_dir(): names = _tree(path)
     elif zipfile.is_zipfile(path):
         with open_zip(path) as z:
             names = z.namelist()
