@@ -54,7 +54,7 @@ def run(source, files):
     sys.path.insert(0, str(root/'tools'))
     from nbrun import execute, forked
     def on_own(path):
-        execute(path, change=partial(own, source=source, size=sizes.get(path.stem, 20)))
+        execute(path, change=partial(own, source=source, size=sizes.get(path.stem, 18)))
         return True
     ended = {str(path): [done, seconds, said] for path, done, seconds, said in forked(on_own, files, 1)}
     print(json.dumps(ended))
