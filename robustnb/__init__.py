@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 _NAMES = {
-    'data': 'ImageSet load_data subset',
+    'data': 'ImageSet load_data load_splits subset',
     'contract': 'predict',
     'models.zoo': 'build_model',
     'models.wrapping': 'wrap_model',
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from .curation.contest import validate_set
     from .curation.hidden import hidden_set, rank_training_sets, score_training_sets
     from .curation.training_sets import attacked, build_training_set
-    from .data import ImageSet, load_data, subset
+    from .data import ImageSet, load_data, load_splits, subset
     from .descriptors.attack import attack_descriptor
     from .descriptors.blackbox import BlackBox
     from .descriptors.pairs import make_pairs

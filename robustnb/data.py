@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_pixels', 'ImageSet', 'digits', 'split_data', 'subset', 'class_folders', 'decode_image', 'load_folder',
-           'load_zip', 'load_npy', 'cifar10', 'cifar100', 'load_data', 'check_names', 'NamedSet']
+           'load_zip', 'load_npy', 'cifar10', 'cifar100', 'load_data', 'load_splits', 'check_names', 'NamedSet']
 
 # %% ../nbs/api/20_data.ipynb #d661dbf3
 import errno, io, json, math, os, warnings, zipfile
@@ -190,25 +190,29 @@ def subset(
     data:ImageSet,   # Images to choose from
     n:int,           # Images wanted, at least one per class
     seed:int,        # Which images
-)->ImageSet:         # `n` images in mixed order; class counts differ by at most 1
+    at_most:bool=False, # Take fewer of a class, or in all, where there are no more; False refuses that
+)->ImageSet:         # `n` images in mixed order; class counts differ by at most 1, if all are large enough
     "A class-balanced draw without replacement; those of a larger `n` contain those of a smaller one."
     K = len(data.classes)
     y = data.y
-    if not n >= K:
+    if not (at_most or n >= K):
         raise ValueError(f"`n` must not be fewer images than classes; got {n} for {K} classes.")
+    if not n >= 1: raise ValueError(f"`n` must be at least 1 image; got {n}.")
     rng = np.random.default_rng(subseed(seed, 'subset'))
     order = rng.permutation(len(y))
-    extra = rng.permutation(K) < n % K
-    want = n//K + extra
+    turn = rng.permutation(K)
+    want = n//K + (turn < n % K)
     have = np.bincount(y, minlength=K)
-    if (have < want).any():
+    if not at_most and (have < want).any():
         k = np.argmax(want-have)
         raise ValueError(f"`n` = {n} needs {want[k]} images of class {data.classes[k]!r}; "
                          f"there are {have[k]} (of {len(y)} images). Ask for fewer.")
     rank = np.empty(len(y), int)
     for k in range(K):
         rank[order[y[order] == k]] = np.arange(have[k])
-    return data[order[(rank < want[y])[order]]]
+    chosen = np.zeros(len(y), bool)
+    chosen[np.lexsort((turn[y], rank))[:n]] = True
+    return data[order[chosen[order]]]
 
 # %% ../nbs/api/20_data.ipynb #5c1891ab
 _SUFFIXES = ('.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.bmp', '.pgm', '.ppm', '.pnm', '.webp',
@@ -524,17 +528,24 @@ def _cifar(name, split, root, download):
     return ImageSet(raw.data, np.array(raw.targets), raw.classes)
 
 # %% ../nbs/api/20_data.ipynb #7da973b8
+def _refuse_size(size, own, source):
+    "Raise if images that are kept as arrays are wanted at another size"
+    if size not in (None, own):
+        raise ValueError(f"`size` cannot be changed for {source}, whose images have {own} pixels; "
+                         f"got {size}. Leave it out.")
+
 def _ready_made(source, split, size, root, download):
     "A set that is kept as arrays: by its name, or a folder with data.npy"
     if source == 'digits': return digits(split or 'all', 32 if size is None else size)
-    if size is not None:
-        raise ValueError(f"`size` cannot be changed for {source}; leave it out.")
-    if source == 'cifar10': return cifar10(split, root, download)
-    if source == 'cifar100': return cifar100(split, root, download)
+    if source in ('cifar10', 'cifar100'):
+        _refuse_size(size, 32, source)
+        return (cifar10 if source == 'cifar10' else cifar100)(split, root, download)
     if split is not None:
         raise ValueError(f"`split` must be None for a folder with data.npy; got {split!r} "
                          f"for {source}. Give the folder of that split.")
-    return load_npy(source)
+    data = load_npy(source)
+    _refuse_size(size, data.images.shape[1], source)
+    return data
 
 # %% ../nbs/api/20_data.ipynb #8165d24a
 def _in_channels(images, channels):
@@ -568,6 +579,48 @@ def load_data(
     raise ValueError("`source` must be 'digits', 'cifar10', 'cifar100', or the path of a zip "
                      "file of images, a folder of images or a folder with data.npy; got "
                      f"{str(source)!r} ({found}).")
+
+# %% ../nbs/api/20_data.ipynb #5c0a91d3
+_test_names = 'test', 'val', 'valid', 'validation'
+
+def _split_names(source):
+    "Names of the split folders in a folder or zip file; none where there are class folders only"
+    path = Path(source)
+    if path.is_dir(): names = _tree(path)
+    elif zipfile.is_zipfile(path):
+        with open_zip(path) as z:
+            names = z.namelist()
+    else:
+        return []
+    folders = {tuple(o.split('/')[:-1]) for o in names if _is_image(o)}
+    if len({o[:1] for o in folders}) == 1:      # one folder around all
+        folders = {o[1:] for o in folders}
+    return sorted({o[0] for o in folders if len(o) == 2})
+
+def _both(source, size, fraction, seed):
+    "Training and test images as they lie"
+    if source in ('digits', 'cifar10', 'cifar100'):
+        return [load_data(source, o, size) for o in ('train', 'test')]
+    found = _split_names(source)
+    if not found: return split_data(load_data(source, None, size), fraction, seed)[::-1]
+    test = next((o for o in _test_names if o in found), None)
+    if 'train' not in found or test is None:
+        raise ValueError(f"`source` must hold folders train and {' or '.join(_test_names)}, or class "
+                         f"folders only; {source} has {', '.join(found)}. Rename them.")
+    return [load_data(source, o, size) for o in ('train', test)]
+
+def load_splits(
+    source,                # As for `load_data`
+    size:int|None=None,    # Height and width in pixels; None leaves files as they are (digits: 32)
+    n_test:int|None=None,  # At most so many test images, balanced as far as possible; None takes all
+    fraction:float=.25,    # Share of the test images where the source is not divided, inside (0,1)
+    seed:int=0,            # Which test images, and the order
+)->tuple:                  # Training images, test images
+    "Training and test images of any source, whether it is divided or not."
+    train, test = _both(source, size, fraction, seed)
+    if (np.diff(train.y) >= 0).all():
+        train = train[np.random.default_rng(subseed(seed, 'order')).permutation(len(train))]
+    return train, test if n_test is None else subset(test, n_test, seed, at_most=True)
 
 # %% ../nbs/api/20_data.ipynb #e0a3051a
 def _is_file_name(o):

@@ -19,5 +19,5 @@ def pytest_terminal_summary(terminalreporter):
 
 def pytest_collection_modifyitems(items):
     "What takes minutes in one test starts first, so that no processor waits for it at the end"
-    long = ('test_kills.py', 'test_faults.py')
+    long = ('test_kills.py', 'test_faults.py', 'test_own_data.py')
     items.sort(key=lambda o: o.path.name not in long)

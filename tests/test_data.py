@@ -8,8 +8,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from robustnb import data as D
 from robustnb.data import (
-    cifar10, cifar100, digits, ImageSet, load_data, load_folder, load_npy, load_zip, split_data,
-    subset)
+    cifar10, cifar100, digits, ImageSet, load_data, load_folder, load_npy, load_splits, load_zip,
+    split_data, subset)
 
 def random_set(n=12, k=3, size=6, channels=3, seed=0):
     rng = np.random.default_rng(seed)
@@ -169,6 +169,21 @@ def test_subset_names_what_is_missing():
         subset(data, 6, 0)
     with pytest.raises(ValueError, match="class 'cow'; there are 0"):
         subset(data[:8], 3, 0)
+
+@pytest.mark.parametrize('n', [1, 2, 3, 6, 8, 9, 50])
+def test_subset_at_most_takes_what_there_is(n):
+    "By hand: classes of 5, 3 and 1 images are taken from in turn"
+    data = ImageSet(random_set(9, 3).images, [0]*5+[1]*3+[2], ['ant', 'bee', 'cow'])
+    some = subset(data, n, 0, at_most=True)
+    taken = {1: [0, 0, 1], 2: [0, 1, 1], 3: [1, 1, 1], 6: [2, 3, 1], 8: [3, 4, 1], 9: [1, 3, 5]}
+    counts = np.bincount(some.y, minlength=3)
+    assert sorted(counts) == sorted(taken.get(n, taken[9]))
+    assert len({im.tobytes() for im in some.images}) == min(n, 9)
+
+@pytest.mark.parametrize('n', [3, 7, 12])
+def test_subset_at_most_is_the_subset_where_there_are_enough(n):
+    data = random_set(60, 3)
+    same(subset(data, n, 0), subset(data, n, 0, at_most=True))
 
 # Folders and zip files
 
@@ -445,6 +460,54 @@ def test_load_data_says_what_it_accepts(tmp_path):
         load_data(tmp_path/'pair', size=8)
     with pytest.raises(ValueError, match='`size` cannot be changed'):
         load_data('cifar10', 'test', size=8)
+
+@pytest.mark.parametrize('around', ['', 'photos/'])
+@pytest.mark.parametrize('test', ['test', 'val', 'valid', 'validation'])
+@pytest.mark.parametrize('kind', [write, pack])
+def test_splits_are_found(tmp_path, around, test, kind):
+    data = random_set(30)
+    files = {around+k: v for k, v in tree(data, ('train', test)).items()}
+    for k in list(files)[:6]:
+        del files[k]
+    source = kind(tmp_path/'a', files)
+    train, found = load_splits(source)
+    assert (len(train), len(found)) == (24, 30)
+    rows = lambda d: sorted((im.tobytes(), k) for im, k in zip(d.images, d.y))
+    assert rows(train) == rows(data[6:])
+    assert len(set(train.y[:6])) == 3                         # class after class in the source
+    same(load_splits(source)[0], train)
+    assert len(load_splits(source, n_test=4)[1]) == 4
+
+@pytest.mark.parametrize('around', ['', 'photos/', 'train/'])
+def test_class_folders_are_divided(tmp_path, around):
+    data = random_set(40, 2)
+    files = {around+k.removeprefix('test/'): v for k, v in tree(data).items()}
+    train, test = load_splits(write(tmp_path/'a', files), 6, fraction=.3)
+    assert (len(train), len(test)) == (28, 12)
+    assert np.bincount(test.y).tolist() == [6, 6]
+    assert len({im.tobytes() for im in [*train.images, *test.images]}) == 40
+    assert len(set(train.y[:8])) == 2
+
+def test_splits_of_arrays(tmp_path):
+    train, test = load_splits(random_set(20, 2).save(tmp_path/'pair'), 6)
+    assert (len(train), len(test)) == (15, 5)
+    train, test = load_splits('digits', 8, n_test=50)
+    same(train, digits('train', 8))
+    same(test, subset(digits('test', 8), 50, 0))
+
+def test_class_named_train_is_no_split(tmp_path):
+    write(tmp_path/'a', {f'{k}/{i}.png': encode(im) for k in ('car', 'test', 'train')
+                         for i, im in enumerate(random_set(8).images)})
+    train, test = load_splits(tmp_path/'a')
+    assert train.classes == ('car', 'test', 'train')
+    assert (len(train), len(test)) == (18, 6)
+
+def test_splits_of_other_names_are_named(tmp_path):
+    write(tmp_path/'a', tree(random_set(), ('train', 'query')))
+    with pytest.raises(ValueError, match='`source` must hold folders train and test.*has query, train'):
+        load_splits(tmp_path/'a')
+    with pytest.raises(ValueError, match='nothing there'):
+        load_splits(tmp_path/'none')
 
 def cifar_zip():
     path = Path(os.environ.get('ROBUSTNB_CIFAR_ZIP')
