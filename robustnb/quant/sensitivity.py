@@ -172,7 +172,7 @@ def _first_order(errors, partial, free, x, size, n, generator):
     for s in progress(batches(len(x), size), 'images'):
         logits, places = errors.of(partial, x[s])
         signal.append(logits.detach())
-        if not logits.requires_grad: continue
+        if not (n and logits.requires_grad): continue
         directions = _directions(*logits.shape, n, generator).to(logits)
         for v in directions:
             for name, arrived in _arrived(logits, places, free, v).items():
@@ -200,6 +200,9 @@ def _row(name, nsr, noise, kind):
     return dict(layer=layer, kind=kind, nsr=nsr, logit_noise=noise)
 
 # %% ../../nbs/api/quant/30_sensitivity.ipynb #5e9a0b05
+# of all images, that a direction takes: back, the products, a share of the way forward
+_passes = 3
+
 @torch.no_grad()
 def layer_sensitivity(
     model:nn.Module,            # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
@@ -208,7 +211,8 @@ def layer_sensitivity(
     directions:int=4,           # Backward passes, >= 1; as many as there are logits leave nothing to chance
     seed:int=0,                 # Directions of the logits
 )->pd.DataFrame:                # A row per rounded tensor: layer, kind, nsr, logit_noise
-    "First-order noise of each rounding at the logits, of all roundings in the same few passes."
+    """Noise of each rounding at the logits: to first order, of all roundings in the same few passes; where it
+    takes no longer, exactly, a pass for each."""
     check_images(x)
     if not directions >= 1: raise ValueError(f"`directions` must be at least 1; got {directions}.")
     partial, changed = _nothing_rounded(model, quantized, x)
@@ -221,7 +225,8 @@ def layer_sensitivity(
     errors = _Errors(partial, layers, rounded)
     size = 1 if one_by_one else max(1, images_at_a_time(x, x.device)//2)
     free = [(n, _tensors(partial)[n].requires_grad_(), rounded[n]-changed[n][0]) for n in free]
-    signal, total = _first_order(errors, partial, free, x, size, directions,
+    few = len(changed)+len(errors.noise) <= _passes*directions
+    signal, total = _first_order(errors, partial, free, x, size, 0 if few else directions,
                                  make_generator(seed, 'directions'))
     errors.leave()
     whole = signal.var(correction=0).clamp_min(1e-30).item()*len(x)
