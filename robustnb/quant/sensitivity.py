@@ -39,10 +39,10 @@ class RunningNoise:
         "Take a part into account."
         if self.center is None:
             self.center = a.flatten()[0].item()
-        noise = (b-a).square().sum(dtype=torch.float64)
+        noise = (b-a).square_().sum()
         a = a-self.center
-        signal = a.sum(dtype=torch.float64), a.square().sum(dtype=torch.float64)
-        self.sums += torch.stack([noise, *signal, noise.new_tensor(a.numel())]).cpu()
+        parts = [noise, a.sum(), a.square_().sum(), noise.new_tensor(a.numel())]
+        self.sums += torch.stack(parts).double().cpu()
     def ratio(self,
     )->float:      # 0 for no noise, 1 for as much noise as signal
         "Power of the noise over the variance of the signal, of all parts so far."
@@ -154,6 +154,10 @@ def _directions(n_images, n_logits, n, generator):
     drawn = torch.randn(n_images, n_logits, min(n, n_logits), generator=generator, dtype=torch.float64)
     return torch.linalg.qr(drawn)[0].movedim(2, 0)
 
+def _by_image(values, n):
+    "Sums over all but the first dimension, of `n` images in turn; values stay where they lie in memory"
+    return values[..., None].sum(tuple(range(1, values.ndim+1))).reshape(n, -1).sum(1)
+
 def _arrived(logits, places, free, v):
     "By name what arrives along `v` (N,K), an image each; `free` are places that have no image"
     inputs = [handle for _, handle, _ in (*places, *free)]
@@ -161,7 +165,7 @@ def _arrived(logits, places, free, v):
     found = {}
     for (name, _, error), slope in zip((*places, *free), slopes):
         if slope is not None:
-            found[name] = found.get(name, 0) + (slope*error).reshape(len(logits), -1).sum(1)
+            found[name] = found.get(name, 0) + _by_image(slope*error, len(logits))
     return found
 
 @torch.enable_grad()
