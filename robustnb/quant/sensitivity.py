@@ -220,6 +220,9 @@ def layer_sensitivity(
     check_images(x)
     if not directions >= 1: raise ValueError(f"`directions` must be at least 1; got {directions}.")
     partial, changed = _nothing_rounded(model, quantized, x)
+    rounders = sum(isinstance(m, FakeQuantize) for m in partial.modules())
+    if len(changed)+rounders <= _passes*directions:
+        directions = 0
     x = x.to(next(model.parameters(), x).device)
     rounded = {n: after for n, (_, after) in changed.items()}
     layers, free = _readers(partial, changed)
@@ -229,8 +232,7 @@ def layer_sensitivity(
     errors = _Errors(partial, layers, rounded)
     size = 1 if one_by_one else max(1, images_at_a_time(x, x.device)//2)
     free = [(n, _tensors(partial)[n].requires_grad_(), rounded[n]-changed[n][0]) for n in free]
-    few = len(changed)+len(errors.noise) <= _passes*directions
-    signal, total = _first_order(errors, partial, free, x, size, 0 if few else directions,
+    signal, total = _first_order(errors, partial, free, x, size, directions,
                                  make_generator(seed, 'directions'))
     errors.leave()
     whole = signal.var(correction=0).clamp_min(1e-30).item()*len(x)
