@@ -138,6 +138,10 @@ def _readers(partial, changed):
     free = [n for i, n in names.items() if i in others or n not in layers.values()]
     return {at: n for at, n in layers.items() if n not in free}, free
 
+def _by_image(values, n):
+    "Sums over all but the first dimension, of `n` images in turn; values stay where they lie in memory"
+    return values[..., None].sum(tuple(range(1, values.ndim+1))).reshape(n, -1).sum(1)
+
 # %% ../../nbs/api/quant/30_sensitivity.ipynb #6c71afc3
 def _images_first(errors, partial, x):
     "Does each place hold one image after the other? Then an image errs alike, alone and before another one"
@@ -153,10 +157,6 @@ def _directions(n_images, n_logits, n, generator):
     "Random orthogonal unit vectors of the logits for each image, (directions, images, logits)"
     drawn = torch.randn(n_images, n_logits, min(n, n_logits), generator=generator, dtype=torch.float64)
     return torch.linalg.qr(drawn)[0].movedim(2, 0)
-
-def _by_image(values, n):
-    "Sums over all but the first dimension, of `n` images in turn; values stay where they lie in memory"
-    return values[..., None].sum(tuple(range(1, values.ndim+1))).reshape(n, -1).sum(1)
 
 def _arrived(logits, places, free, v):
     "By name what arrives along `v` (N,K), an image each; `free` are places that have no image"
@@ -184,6 +184,9 @@ def _first_order(errors, partial, free, x, size, n, generator):
     return torch.cat(signal), total
 
 # %% ../../nbs/api/quant/30_sensitivity.ipynb #5e9a0b04
+# of all images, that a direction takes: back, the products, a share of the way forward
+_passes = 3
+
 def _rounded_alone(partial, name, rounded, signal, x):
     "Noise at the logits with one tensor rounded; `rounded` is None for a stored tensor"
     if rounded is None:
@@ -204,9 +207,6 @@ def _row(name, nsr, noise, kind):
     return dict(layer=layer, kind=kind, nsr=nsr, logit_noise=noise)
 
 # %% ../../nbs/api/quant/30_sensitivity.ipynb #5e9a0b05
-# of all images, that a direction takes: back, the products, a share of the way forward
-_passes = 3
-
 @torch.no_grad()
 def layer_sensitivity(
     model:nn.Module,            # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
