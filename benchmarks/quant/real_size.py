@@ -83,10 +83,10 @@ def counted(run):
     return time.process_time()-began, out
 
 
-def accuracy(name, data):
+def accuracy(name, args):
     "What INT8 loses, and how often the exported file agrees with the copy"
     model = opened(name)
-    x, y = photographs(data)
+    x, y = photographs(args.data)
     full = predict(model, x)
     int8 = torch.empty_like(full)
     agree = []
@@ -104,41 +104,41 @@ def accuracy(name, data):
                 flips=100*flips, agreement=100*sum(agree)/len(x))
 
 
-def norms(name, data):
+def norms(name, args):
     "Batch norms of the network, and of its folded graph"
     model = opened(name)
     count = lambda net: sum(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())
-    x = photographs(data, 2)[0]
+    x = photographs(args.data, 2)[0]
     folded = fold_batchnorm(model, x)
     off = (predict(folded, x)-predict(model, x)).abs().max()/predict(model, x).std()
     return dict(batch_norms=count(model), batch_norms_left=count(folded), folding_error=off.item())
 
 
-def attacks(name, data):
-    "Robust accuracy on 50 photographs at half a grey level, under two attacks"
+def attacks(name, args):
+    "Robust accuracy on at most 50 photographs at half a grey level, under two attacks"
     model = opened(name)
-    x, y = photographs(data, 50)
+    x, y = photographs(args.data, min(50, args.n))
     full, _ = counted(lambda: predict(model, x))
     seconds, rows = counted(lambda: evaluate(model, x, y, dict(pgd=pgd, cascade=cascade), Linf(.5/255)))
     found = {f'accuracy_{o.attack}': 100*o.accuracy for o in summarize(rows).itertuples()}
-    return found | dict(passes=seconds/full)
+    return dict(photographs=len(x)) | found | dict(passes=seconds/full)
 
 
-def assessment(name, data, n=200, formats=default_formats):
+def assessment(name, args):
     "Time and memory of `assess`"
     model = opened(name)
-    x, _ = photographs(data, n)
+    x, _ = photographs(args.data, args.n)
     full, _ = counted(lambda: predict(model, x))
-    seconds, report = counted(lambda: assess(model, formats, unlabelled=x, n=n))
+    seconds, report = counted(lambda: assess(model, args.formats, unlabelled=x, n=args.n))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e6
-    return dict(photographs=n, formats=len(report.table), seconds_of_a_pass=full, seconds=seconds,
+    return dict(photographs=args.n, formats=len(report.table), seconds_of_a_pass=full, seconds=seconds,
                 passes=seconds/full/len(report.table), peak_gb=peak)
 
 
-def calibration(name, data, n=200):
+def calibration(name, args):
     "Time and memory of one copy"
     model = opened(name)
-    x, _ = photographs(data, n)
+    x, _ = photographs(args.data, args.n)
     full, _ = counted(lambda: predict(model, x))
     reading, seen = counted(lambda: calibrate(model, x))
     rounding, _ = counted(lambda: quantize(model, 'INT8', seen))
@@ -149,11 +149,11 @@ parts = dict(norms=norms, accuracy=accuracy, attacks=attacks, calibration=calibr
              assessment=assessment)
 
 
-def measured(part, name, data):
+def measured(part, name, args):
     "The figures of a part; for a process of its own"
     torch.set_num_threads(1)
     warnings.filterwarnings('ignore')
-    return parts[part](name, data)
+    return parts[part](name, args)
 
 
 def main():
@@ -162,6 +162,8 @@ def main():
     parser.add_argument('--data', type=Path, required=True)
     parser.add_argument('--networks', default='lite0,vit')
     parser.add_argument('--parts', default=','.join(parts))
+    parser.add_argument('--n', type=int, default=200, help='photographs that are assessed')
+    parser.add_argument('--formats', default=','.join(default_formats))
     parser.add_argument('--out', type=Path, default=Path('results'))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -172,13 +174,13 @@ def main():
     rows = [row for row in known if (row['network'], row['part']) not in asked]
     for name, part in asked:
         with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as alone:
-            found = alone.submit(measured, part, name, args.data).result()
+            found = alone.submit(measured, part, name, args).result()
         new = [dict(network=name, part=part, figure=k, value=round(v, 4)) for k, v in found.items()]
         rows += new
         print(name, part, {k: round(v, 3) for k, v in found.items()}, flush=True)
         pd.DataFrame(rows).to_csv(path, index=False)
-    save_json(manifest(clock='process_time', networks=args.networks, formats=default_formats,
-                       threads_used=1), path.with_suffix('.json'))
+    facts = manifest(clock='process_time', networks=args.networks, formats=args.formats, n=args.n)
+    save_json(facts, path.with_suffix('.json'))
 
 
 if __name__ == '__main__':

@@ -164,7 +164,7 @@ def calibrate(
     for s in batches(len(images), size):
         watch.fraction = (s.stop-s.start)/len(images)
         watch.run(images[s].to(like.device).contiguous(memory_format=torch.channels_last))
-    values = {name: torch.cat(parts) for name, parts in watch.seen.items()}
+    values = {name: torch.cat(watch.seen.pop(name)) for name in [*watch.seen]}
     return Calibration(model, q, values)
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #38979904
