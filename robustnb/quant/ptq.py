@@ -169,7 +169,7 @@ def calibrate(
         some = images[s].to(like.device)
         some = some.expand(max(len(some), least), -1, -1, -1) if len(some) == 1 else some
         watch.run(some.contiguous(memory_format=torch.channels_last))
-    values = {name: torch.cat(parts) for name, parts in watch.seen.items()}
+    values = {name: torch.cat(watch.seen.pop(name)) for name in [*watch.seen]}
     return Calibration(model, q, values)
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #38979904

@@ -39,10 +39,10 @@ class RunningNoise:
         "Take a part into account."
         if self.center is None:
             self.center = a.flatten()[0].item()
-        noise = (b-a).square().sum(dtype=torch.float64)
+        noise = (b-a).square_().sum()
         a = a-self.center
-        signal = a.sum(dtype=torch.float64), a.square().sum(dtype=torch.float64)
-        self.sums += torch.stack([noise, *signal, noise.new_tensor(a.numel())]).cpu()
+        parts = [noise, a.sum(), a.square_().sum(), noise.new_tensor(a.numel())]
+        self.sums += torch.stack(parts).double().cpu()
     def ratio(self,
     )->float:      # 0 for no noise, 1 for as much noise as signal
         "Power of the noise over the variance of the signal, of all parts so far."
@@ -138,6 +138,10 @@ def _readers(partial, changed):
     free = [n for i, n in names.items() if i in others or n not in layers.values()]
     return {at: n for at, n in layers.items() if n not in free}, free
 
+def _by_image(values, n):
+    "Sums over all but the first dimension, of `n` images in turn; values stay where they lie in memory"
+    return values[..., None].sum(tuple(range(1, values.ndim+1))).reshape(n, -1).sum(1)
+
 # %% ../../nbs/api/quant/30_sensitivity.ipynb #6c71afc3
 def _images_first(errors, partial, x):
     "Does each place hold one image after the other? Then an image errs alike, alone and before another one"
@@ -161,7 +165,7 @@ def _arrived(logits, places, free, v):
     found = {}
     for (name, _, error), slope in zip((*places, *free), slopes):
         if slope is not None:
-            found[name] = found.get(name, 0) + (slope*error).reshape(len(logits), -1).sum(1)
+            found[name] = found.get(name, 0) + _by_image(slope*error, len(logits))
     return found
 
 @torch.enable_grad()
@@ -172,7 +176,7 @@ def _first_order(errors, partial, free, x, size, n, generator):
     for s in progress(batches(len(x), size), 'images'):
         logits, places = errors.of(partial, x[s])
         signal.append(logits.detach())
-        if not logits.requires_grad: continue
+        if not (n and logits.requires_grad): continue
         directions = _directions(*logits.shape, n, generator).to(logits)
         for v in directions:
             for name, arrived in _arrived(logits, places, free, v).items():
@@ -180,6 +184,9 @@ def _first_order(errors, partial, free, x, size, n, generator):
     return torch.cat(signal), total
 
 # %% ../../nbs/api/quant/30_sensitivity.ipynb #5e9a0b04
+# of all images, that a direction takes: back, the products, a share of the way forward
+_passes = 3
+
 def _rounded_alone(partial, name, rounded, signal, x):
     "Noise at the logits with one tensor rounded; `rounded` is None for a stored tensor"
     if rounded is None:
@@ -229,10 +236,14 @@ def layer_sensitivity(
     directions:int=4,           # Backward passes, >= 1; as many as there are logits leave nothing to chance
     seed:int=0,                 # Directions of the logits
 )->pd.DataFrame:                # A row per rounded tensor: layer, kind, nsr, logit_noise
-    "First-order noise of each rounding at the logits, of all roundings in the same few passes."
+    """Noise of each rounding at the logits: to first order, of all roundings in the same few passes; where it
+    takes no longer, exactly, a pass for each."""
     check_images(x)
     if not directions >= 1: raise ValueError(f"`directions` must be at least 1; got {directions}.")
     partial, changed = _nothing_rounded(model, quantized, x)
+    rounders = sum(isinstance(m, FakeQuantize) for m in partial.modules())
+    if len(changed)+rounders <= _passes*directions:
+        directions = 0
     x = x.to(next(model.parameters(), x).device)
     rounded = {n: after for n, (_, after) in changed.items()}
     signal, total, noise = _estimated(partial, {n: (n, w) for n, w in rounded.items()}, x, directions, seed)

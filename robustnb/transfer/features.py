@@ -9,7 +9,7 @@ __all__ = ['noise_sum', 'relative_margin', 'softmax_js']
 import torch
 from torch import fx, nn, Tensor
 from ..core import check_images
-from ..contract import predict
+from ..contract import open_model, predict
 from ..metrics import js_divergence
 from ..models.graph import fold_batchnorm, stored_tensors
 from ..models.complexity import model_complexity
@@ -31,7 +31,8 @@ def noise_sum(
     x:Tensor,                   # Images (N,C,H,W), float, pixels in [0,1]; a few dozen are enough
 )->dict:                        # weights, activations: sums over the layers of noise over signal power
     "Noise-to-signal ratios of all roundings, added up."
-    check_images(x)
+    # it is asked how it wants to be asked before anybody listens
+    open_model(quantised, check_images(x))
     heard = {m: RunningNoise() for m in quantised.modules() if isinstance(m, FakeQuantize)}
     hooks = [m.register_forward_hook(lambda m, args, out: heard[m].add(args[0], out)) for m in heard]
     try:

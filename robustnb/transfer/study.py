@@ -102,7 +102,7 @@ def _clean(study, model, rows):
 def _drift(study, copy):
     "What a copy does to the probes under no attack"
     change = output_change(study.answers, predict(copy, study.probes.x))
-    noise = noise_sum(study.model, copy, study.probes.x[:100])
+    noise = noise_sum(study.ranges.graph, copy, study.probes.x[:100])
     margin = relative_margin(study.answers)
     tensors = sum(isinstance(m, FakeQuantize) for m in copy.modules())
     stored = noise['activations']/max(tensors, 1)
@@ -250,7 +250,7 @@ class _Copies(_Original):
     ):
         "The table of `layer_sensitivity` on the first 50 probes, and the format."
         spec = self.spec(format)
-        noise = layer_sensitivity(self.model, self.copy(spec), self.probes.x[:50])
+        noise = layer_sensitivity(self.ranges.graph, self.copy(spec), self.probes.x[:50])
         return noise.assign(format=str(spec))
 
 # %% ../../nbs/api/transfer/60_study.ipynb #23b874a3

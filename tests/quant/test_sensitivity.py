@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from helpers_quant import images, model_of, one_at_a_time, small, Ways
 from robustnb.models.zoo import build_model
+from robustnb.quant import sensitivity
 from robustnb.quant.ptq import quantize
 from robustnb.quant.sensitivity import layer_sensitivity, noise_ratio, output_change, RunningNoise
 
@@ -67,8 +68,14 @@ networks = dict(small=small, ways=lambda: model_of(Ways), shared=lambda: model_o
                 attention=lambda: model_of(lambda: Tokens('function')))
 
 
+@pytest.fixture
+def never_alone(monkeypatch):
+    "The estimate, for networks that are too small to need it"
+    monkeypatch.setattr(sensitivity, '_passes', 0)
+
+
 @pytest.mark.parametrize('name', networks)
-def test_fine_roundings_arrive_as_if_each_was_rounded_alone(name):
+def test_fine_roundings_arrive_as_if_each_was_rounded_alone(name, never_alone):
     model = networks[name]()
     x = images(6)
     q = quantize(model, 'INT12', x)
@@ -79,7 +86,7 @@ def test_fine_roundings_arrive_as_if_each_was_rounded_alone(name):
     assert found.logit_noise.tolist() == pytest.approx(slow.logit_noise.tolist(), rel=.15)
 
 
-def test_where_logits_are_linear_in_a_tensor_nothing_is_left_to_chance():
+def test_where_logits_are_linear_in_a_tensor_nothing_is_left_to_chance(never_alone):
     model = model_of(lambda: nn.Sequential(nn.Conv2d(3, 4, 5, 3), nn.Flatten(), nn.Linear(400, 6)))
     x = images(3)
     q = quantize(model, 'INT3', x)
@@ -101,7 +108,7 @@ def test_the_order_of_the_layers_is_that_of_the_slow_way(format):
     assert found.corr(one_at_a_time(model, q, x).logit_noise, method='spearman') > .95
 
 
-def test_the_same_numbers_twice_and_nothing_is_changed():
+def test_the_same_numbers_twice_and_nothing_is_changed(never_alone):
     model = small()
     x = images(4)
     q = quantize(model, 'INT6', x)
@@ -115,7 +122,7 @@ def test_the_same_numbers_twice_and_nothing_is_changed():
     assert torch.equal(answers, q(x))
 
 
-def test_what_no_gradient_reaches_is_rounded_alone():
+def test_what_no_gradient_reaches_is_rounded_alone(never_alone):
     model = model_of(Steps)
     x = images(5)
     q = quantize(model, 'INT5', x)
@@ -127,7 +134,7 @@ def test_what_no_gradient_reaches_is_rounded_alone():
     assert (found > 0).all()
 
 
-def test_logits_that_no_gradient_reaches_at_all():
+def test_logits_that_no_gradient_reaches_at_all(never_alone):
     model = model_of(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Sign()))
     x = images(5)
     q = quantize(model, 'INT2', x)
@@ -137,6 +144,20 @@ def test_logits_that_no_gradient_reaches_at_all():
 
 class Sign(nn.Module):
     def forward(self, x): return (x > 0).float()
+
+
+@pytest.mark.parametrize('name', networks)
+def test_a_few_tensors_are_rounded_alone_where_first_order_errs(name, monkeypatch):
+    model = networks[name]()
+    x = images(6)
+    q = quantize(model, 'INT3', x)
+    slow = one_at_a_time(model, q, x)
+    found = layer_sensitivity(model, q, x, directions=-(-len(slow)//3))
+    assert found[['layer', 'kind']].equals(slow[['layer', 'kind']])
+    assert found.logit_noise.tolist() == pytest.approx(slow.logit_noise.tolist(), rel=1e-3, abs=1e-6)
+    monkeypatch.setattr(sensitivity, '_passes', 0)
+    estimated = layer_sensitivity(model, q, x, directions=10).logit_noise
+    assert estimated.tolist() != pytest.approx(slow.logit_noise.tolist(), rel=1e-3, abs=1e-6)
 
 
 def test_a_copy_of_another_network_is_refused():
