@@ -6,7 +6,7 @@
 __all__ = ['sweep_command']
 
 # %% ../../nbs/api/commands/50_sweep.ipynb #6adb7c8a
-import json, sys, time
+import json, time
 from fractions import Fraction
 from pathlib import Path
 from ..files import manifest, save_json

@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
-import torch
 from ..core import progress, to_uint8
 from ..contract import predict
 from ..files import atomic_path, fingerprint, manifest, save_json

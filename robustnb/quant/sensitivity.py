@@ -206,6 +206,7 @@ def _row(name, nsr, noise, kind):
     layer = name.removesuffix('.weight') if kind == 'weights' else name.removeprefix('round_')
     return dict(layer=layer, kind=kind, nsr=nsr, logit_noise=noise)
 
+# %% ../../nbs/api/quant/30_sensitivity.ipynb #5e9a0b14
 def _estimated(partial, rounded, x, directions, seed):
     """Logits, by key the noise of each place at the logits over their variance, and by name what each rounder
     adds itself; `rounded` holds by key the name of a weight and what it becomes"""

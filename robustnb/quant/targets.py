@@ -17,7 +17,7 @@ from torch import fx, nn, Tensor
 from ..core import check_images
 from ..models.graph import fold_batchnorm
 from .formats import number_format, quant_spec, QuantSpec
-from .ptq import calibrate, Calibration, model_bytes, quantize
+from .ptq import model_bytes, quantize
 from .mixed_precision import allocate_bits, mixed_spec, MixedSpec, quantize_mixed, weight_noise
 from .export import export_onnx, OnnxModel
 
