@@ -335,3 +335,13 @@ def test_images_that_require_a_gradient(attack):
     found = attack(model, x.clone().requires_grad_(), y, threat)
     assert not found.requires_grad
     assert torch.equal(found, attack(model, x, y, threat))
+
+
+def test_the_mode_of_a_wrapper_does_not_matter_that_of_the_network_does():
+    x = images()
+    around = nn.DataParallel(small())
+    assert around.training
+    assert torch.equal(predict(around, x), predict(small(), x))
+    around.module[1].train()
+    with pytest.raises(ValueError, match='Call `model.eval'):
+        predict(around, x)
