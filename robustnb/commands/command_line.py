@@ -142,7 +142,7 @@ def _dashed(word):
     return name.replace('_', '-') + equals + value
 
 # %% ../../nbs/api/commands/90_command_line.ipynb #3c01a9dd
-_TITLES = dict(open_model='the model', unlabelled_images='images', labelled_images='images',
+_TITLES = dict(named_model='the model', unlabelled_images='images', labelled_images='images',
                training_images='images', pool_split='images', on_device='device',
                rows_to_assess='what to deploy', mark_advice='what to deploy')
 

@@ -17,7 +17,7 @@ from ..curation.hidden import (hidden_set, proxy_networks, score_training_sets,
 from ..curation.published import published_mixture
 from .common import (
     _command, _continue, _given, _images, _listed, _mark_model, _mark_of, _opened_by_name, _write,
-    labelled_images, open_model, pool_split)
+    labelled_images, named_model, pool_split)
 
 # %% ../../nbs/api/commands/60_curation.ipynb #8bcaa177
 @_command
@@ -29,7 +29,7 @@ def build_set_command(
     effort:float=1.,       # Share of the published attack steps
     out:str='set',         # Folder for data.npy, label.npy, config.py, provenance.csv, card.html
     seed:int=0,            # Everything random
-    **given,               # Those of `open_model`, `pool_split`
+    **given,               # Those of `named_model`, `pool_split`
 ):
     """Build a published training set.
 
@@ -37,7 +37,7 @@ def build_set_command(
 
         robustnb build-set lyx3911 runs/resnet/weights.pt,runs/vgg/weights.pt --out submission"""
     started = time.time()
-    opening, read = _given(given, open_model, pool_split)
+    opening, read = _given(given, named_model, pool_split)
     out = Path(out)
     nets = _opened_by_name(model, **opening)
     sources = published_mixture(plan, nets, teacher=nets[next(iter(nets))], effort=effort)
@@ -88,7 +88,7 @@ def score_set_command(
     epochs:int=20,         # Passes over each set
     seeds:int=3,           # Trainings of each network on each set
     out:str='scores',      # Folder for hidden images, finished trainings, answers.csv, standings.csv
-    **given,               # Those of `open_model`, `labelled_images`
+    **given,               # Those of `named_model`, `labelled_images`
 ):
     """Score training sets on stand-in hidden images.
 
@@ -97,7 +97,7 @@ def score_set_command(
     Example:
 
         robustnb score-set sets/clean,sets/lyx3911 runs/alexnet/weights.pt --test cifar10 --epochs 20"""
-    opening, labelled = _given(given, open_model, labelled_images)
+    opening, labelled = _given(given, named_model, labelled_images)
     out = Path(out)
     folders = [Path(o) for o in _listed(sets, 'sets')]
     named = {f.name: load_npy(f) for f in folders}

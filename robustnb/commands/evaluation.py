@@ -19,7 +19,7 @@ from ..attacks.standard import cascade
 from ..evaluation.robust_accuracy import evaluate, summarize
 from ..evaluation.checks import red_flags
 from .common import (
-    _command, _continue, _given, _listed, _mark_model, _mark_of, _one_of, _write, labelled_images, open_model)
+    _command, _continue, _given, _listed, _mark_model, _mark_of, _one_of, _write, labelled_images, named_model)
 from .transfer import _once, _threat
 
 # %% ../../nbs/api/commands/35_evaluation.ipynb #6eaf0006
@@ -57,14 +57,14 @@ def _told(table, flags):
 # %% ../../nbs/api/commands/35_evaluation.ipynb #6eaf0007
 @_command
 def evaluate_command(
-    model:str='',           # Network, as `open_model` takes it
+    model:str='',           # Network, as `named_model` takes it
     attacks:str='pgd,square,cascade', # fgsm, pgd, apgd, square, cascade, separated by commas
     norm:str='Linf',        # Linf, L2 or L1
     eps:str='1/255',        # Radius of the threat, pixels in [0,1]
     n:int=500,              # Test images at most, balanced over the classes
     out:str='evaluation',   # Folder for rows.csv, summary.csv, flags.csv, manifest.json
     seed:int=0,             # Which images, random starts
-    **given,                # Those of `open_model`, `labelled_images`
+    **given,                # Those of `named_model`, `labelled_images`
 ):
     """Measure robust accuracy under named attacks, and what speaks against it.
 
@@ -72,11 +72,11 @@ def evaluate_command(
 
         robustnb evaluate timm:resnet18 --test photos/val --attacks pgd,square --eps 4/255 --n 200"""
     started = time.time()
-    opening, labelled = _given(given, open_model, labelled_images)
+    opening, labelled = _given(given, named_model, labelled_images)
     out = Path(out)
     names = [_one_of(o, _ATTACKS, 'attacks') for o in _listed(attacks, 'attacks')]
     threat = _threat(norm, eps)
-    net = open_model(model, **opening)
+    net = named_model(model, **opening)
     test = labelled_images(net, n, seed, **labelled)
     _continue(out, dict(network=_mark_model(net), test=_mark_of(test), threat=repr(threat), seed=seed))
     rows = _attack_rows(net, test, names, threat, seed, out)

@@ -17,7 +17,7 @@ from ..transfer.study import job_attacks, measure_one
 from .common import (
     _command, _given, _listed, _mark_model, _mark_of, _numbers, _one_of, _opened_by_name, _specs, _split_of,
     _write,
-    labelled_images, open_model, unlabelled_images)
+    labelled_images, named_model, unlabelled_images)
 
 # %% ../../nbs/api/commands/50_sweep.ipynb #801037c5
 def _number(text):
@@ -133,7 +133,7 @@ def sweep_command(
     # Jobs at a time here, as 4, or parameters of Slurm, as timeout_min=60,mem_gb=8; none: all cores
     where:str='',
     out:str='sweep',           # Folder for rows, sweep.csv, manifest.json
-    **given,                   # Those of `open_model`, `labelled_images`, `unlabelled_images`
+    **given,                   # Those of `named_model`, `labelled_images`, `unlabelled_images`
 ):
     """Measure networks x formats x attacks x seeds; without --images the train split calibrates.
 
@@ -141,7 +141,7 @@ def sweep_command(
 
         robustnb sweep runs/resnet/weights.pt,timm:resnet18 --test photos --formats INT8,POT4"""
     began = time.time()
-    opening, labelled, free = _given(given, open_model, labelled_images, unlabelled_images)
+    opening, labelled, free = _given(given, named_model, labelled_images, unlabelled_images)
     out = Path(out)
     specs = list(_specs(','.join(all_formats()) if formats.lower() == 'all' else formats))
     place = _place(where)

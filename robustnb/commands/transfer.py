@@ -33,7 +33,7 @@ from ..transfer.generator import (
 from ..transfer.study import default_formats, Probes, Study
 from .common import (
     _command, _continue, _given, _listed, _mark_model, _mark_of, _one_of, _one_size, _opened_by_name, _specs,
-    _write, labelled_images, mark_advice, open_model, rows_to_assess, unlabelled_images)
+    _write, labelled_images, mark_advice, named_model, rows_to_assess, unlabelled_images)
 
 # %% ../../nbs/api/commands/30_transfer.ipynb #0523aa23
 def _threat(norm, eps):
@@ -107,7 +107,7 @@ def _in_steps(study, specs, out):
 # %% ../../nbs/api/commands/30_transfer.ipynb #a55e55c1
 @_command
 def assess_command(
-    model:str='',         # Network, as `open_model` takes it
+    model:str='',         # Network, as `named_model` takes it
     # Number formats, separated by commas; none takes those of --target and --budget, or else
     # INT8,INT6,INT4,POT4,FP8,FLOAT4
     formats:str='',
@@ -116,7 +116,7 @@ def assess_command(
     n:int=500,            # Images to probe with, and test images, at most
     out:str='assessment', # Folder for the report
     seed:int=0,           # Everything random
-    # Those of `open_model`, `unlabelled_images`, `labelled_images`, `rows_to_assess`, `mark_advice`
+    # Those of `named_model`, `unlabelled_images`, `labelled_images`, `rows_to_assess`, `mark_advice`
     **given,
 ):
     """Predict what quantisation will cost a classifier, without its training data.
@@ -128,11 +128,11 @@ def assess_command(
         robustnb assess timm:resnet18 --images photos --formats INT8,INT4,POT4,FP8 --out assessment
         robustnb assess timm:resnet18 --images photos --target onnxruntime --budget 9MB --max-loss .02"""
     opening, free, labelled, wanted, allowed = _given(
-        given, open_model, unlabelled_images, labelled_images, rows_to_assess, mark_advice)
+        given, named_model, unlabelled_images, labelled_images, rows_to_assess, mark_advice)
     _check_advice(formats, allowed, **wanted)
     threat = _threat(norm, eps)
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
-    net = open_model(model, **opening)
+    net = named_model(model, **opening)
     specs = rows_to_assess(net, formats, ','.join(default_formats), **wanted)
     images = unlabelled_images(net, n, seed, **free) if free.get('images') else None
     test = labelled_images(net, n, seed, **labelled) if labelled.get('test') else None
@@ -165,7 +165,7 @@ def cost_command(
     model:str='',              # Networks or files, separated by commas; one of the nine needs no weights here
     formats:str='INT8,INT4',   # Number formats of the weights, separated by commas
     out:str='cost',            # Folder for layers.csv, networks.csv, manifest.json
-    **given,                   # Those of `open_model`
+    **given,                   # Those of `named_model`
 ):
     """Count parameters, multiply-accumulates and bytes, layer by layer.
 
@@ -174,7 +174,7 @@ def cost_command(
         robustnb cost ResNet_18,timm:resnet18,runs/resnet/weights.pt --formats INT8,INT4 --out cost"""
     out = Path(out)
     specs = _specs(formats)
-    nets = _opened_by_name(model, untrained=True, **_given(given, open_model)[0])
+    nets = _opened_by_name(model, untrained=True, **_given(given, named_model)[0])
     found = {name: _costs(net, specs) for name, net in progress(nets.items(), 'networks')}
     layers = pd.concat([table.assign(network=name) for name, (table, _) in found.items()],
                        ignore_index=True)
@@ -216,7 +216,7 @@ def _sheet(images, path, n=64):
 # %% ../../nbs/api/commands/30_transfer.ipynb #ad3fe1f9
 @_command
 def generate_command(
-    model:str='',         # Network, as `open_model` takes it
+    model:str='',         # Network, as `named_model` takes it
     n:int=500,            # Images
     # Folder for data.npy, label.npy, classes.json, sheet.png, generator.pt, history.csv,
     # manifest.json
@@ -225,7 +225,7 @@ def generate_command(
     width:int=64,         # Channels of the generator's body
     boundary:float=.5,    # Share of the images drawn between two classes, in [0,1]
     seed:int=0,           # Everything random
-    **given,              # Those of `open_model`
+    **given,              # Those of `named_model`
 ):
     """Draw images from a network alone.
 
@@ -237,7 +237,7 @@ def generate_command(
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
     if not steps >= 1: raise ValueError(f"`steps` must be at least 1; got {steps}.")
     if not 0 <= boundary <= 1: raise ValueError(f"`boundary` must be a share in [0, 1]; got {boundary}.")
-    net = open_model(model, **_given(given, open_model)[0])
+    net = named_model(model, **_given(given, named_model)[0])
     how = dict(steps=steps, size=_one_size(net), width=width)
     _continue(out, dict(network=_mark_model(net), **how, seed=seed))
     generator, made = _drawn(net, out, n, boundary, seed, **how)
@@ -299,14 +299,14 @@ def _calibration(net, out, images, n, steps, seed):
 # %% ../../nbs/api/commands/30_transfer.ipynb #7b5f421f
 @_command
 def quantize_command(
-    model:str='',            # Network, as `open_model` takes it
+    model:str='',            # Network, as `named_model` takes it
     # Number formats, separated by commas, as INT8, POT4, FLOAT6_E3, INT4/INT8
     formats:str='INT8,INT6,INT4,POT4,FP8,FLOAT4',
     n:int=300,               # Calibration images at most
     steps:int=300,           # Optimiser steps of the generator, where no images are named
     out:str='quantized',     # Folder for a file per format, quantized.csv, manifest.json
     seed:int=0,              # Everything random
-    **given,                 # Those of `open_model`, `unlabelled_images`
+    **given,                 # Those of `named_model`, `unlabelled_images`
 ):
     """Write quantised copies of a network.
 
@@ -316,10 +316,10 @@ def quantize_command(
 
         robustnb quantize runs/resnet/weights.pt --formats INT8,POT4 --images generated"""
     started = time.time()
-    opening, free = _given(given, open_model, unlabelled_images)
+    opening, free = _given(given, named_model, unlabelled_images)
     out = Path(out)
     specs = _specs(formats)
-    net = open_model(model, **opening)
+    net = named_model(model, **opening)
     x = _calibration(net, out, free.get('images'), n, steps, seed)
     rows = _write_copies(net, specs, x, out/'quantized.csv')
     facts = dict(model=model or opening.get('weights'), formats=list(rows),
@@ -337,13 +337,13 @@ def _agreement(q, file, x):
 
 @_command
 def export_command(
-    model:str='',            # Network, as `open_model` takes it
+    model:str='',            # Network, as `named_model` takes it
     format:str='INT8',       # Number format, as INT8, POT4, INT4/INT8
     n:int=300,               # Calibration images at most
     steps:int=300,           # Optimiser steps of the generator, where no images are named
     out:str='exported',      # Folder for FORMAT.onnx and manifest.json
     seed:int=0,              # Everything random
-    **given,                 # Those of `open_model`, `unlabelled_images`
+    **given,                 # Those of `named_model`, `unlabelled_images`
 ):
     """Write a quantised copy as ONNX, and compare it with ONNX Runtime.
 
@@ -353,10 +353,10 @@ def export_command(
 
         robustnb export timm:resnet18 --format INT8 --images photos --out exported"""
     started = time.time()
-    opening, free = _given(given, open_model, unlabelled_images)
+    opening, free = _given(given, named_model, unlabelled_images)
     out = Path(out)
     spec = quant_spec(format)
-    net = open_model(model, **opening)
+    net = named_model(model, **opening)
     x = _calibration(net, out, free.get('images'), n, steps, seed)
     q = quantize(net, spec, x)
     file = out/f"{str(spec).replace('/', '-')}.onnx"

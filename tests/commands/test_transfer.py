@@ -26,7 +26,7 @@ from robustnb.quant.ptq import quantize
 from robustnb.quant.checkpoints import load_quantized
 from robustnb.transfer.generator import load_generator
 from robustnb.transfer.study import Study
-from robustnb.commands.common import open_model, unlabelled_images
+from robustnb.commands.common import named_model, unlabelled_images
 from robustnb.commands.transfer import (
     assess_command, cost_command, generate_command, quantize_command)
 
@@ -356,7 +356,7 @@ def test_quantised_copies(weights, tmp_path, capsys):
     assert list(table) == ['format', 'file', 'size_kb', 'agreement', 'n', 'left_float']
     assert table.format.tolist() == ['INT8', 'INT3/INT8', 'POT4']
     pool = digits('train')
-    x = unlabelled_images(open_model(weights), 60, 0, 'digits')
+    x = unlabelled_images(named_model(weights), 60, 0, 'digits')
     everything = {o.tobytes() for o in pool.images}
     assert len(x) == 60
     assert all(o.tobytes() in everything for o in to_uint8(x))
@@ -424,7 +424,7 @@ def test_an_interrupted_run_is_continued(weights, tmp_path, monkeypatch):
 def test_images_from_a_folder_and_from_nothing(weights, tmp_path, monkeypatch):
     run_generate(weights, n=24, out=str(tmp_path/'g'), steps=2, width=8)
     run_quantize(weights, 'INT8', images=str(tmp_path/'g'), n=20, out=str(tmp_path/'a'))
-    some = unlabelled_images(open_model(weights), 20, 0, str(tmp_path/'g'))
+    some = unlabelled_images(named_model(weights), 20, 0, str(tmp_path/'g'))
     made = load_data(tmp_path/'g').images
     assert len(some) == 20
     assert {o.tobytes() for o in to_uint8(some)} <= {o.tobytes() for o in made}
