@@ -19,7 +19,8 @@ from ..attacks.standard import cascade
 from ..evaluation.robust_accuracy import evaluate, summarize
 from ..evaluation.checks import red_flags
 from .common import (
-    _command, _continue, _given, _listed, _mark_model, _mark_of, _one_of, _write, labelled_images, named_model)
+    _command, _continue, _given, _listed, _mark_model, _mark_of, _one_of, _write,
+    labelled_images, named_model)
 from .transfer import _once, _threat
 
 # %% ../../nbs/api/commands/35_evaluation.ipynb #6eaf0006
