@@ -119,6 +119,7 @@ def apgd(
 )->Tensor:                      # Images like `x`, allowed by `threat`
     "Auto-PGD (Croce and Hein 2020, arXiv:2003.01690)."
     model = check_attack(model, x, y, threat)
+    x = x.detach()
     if not steps >= 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
     out = x.detach().clone()
     left, _ = is_correct(model, x, y)
@@ -140,6 +141,7 @@ def apgd_targeted(
 )->Tensor:                      # Images like `x`, allowed by `threat`
     "Targeted Auto-PGD (Croce and Hein 2020, arXiv:2003.01690)."
     model = check_attack(model, x, y, threat)
+    x = x.detach()
     if not (steps >= 0 and targets >= 1):
         raise ValueError("`steps` must not be negative and `targets` at least 1; got "
                          f"{steps} and {targets}.")

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import nn, Tensor
 from ..core import fast_bf16, make_generator
-from ..contract import memory_format
+from ..contract import memory_format, smallest_batch
 from ..models.plain import copy_model
 from ..models.graph import fold_batchnorm
 from .threat_models import L1, L2, Linf
@@ -63,6 +63,7 @@ def search_copy(
     y:Tensor,           # Their labels (N,)
 )->nn.Module:           # A faster copy, its weights frozen; the model itself where the copy would mislead
     "The model to follow in a search."
+    if smallest_batch(model) > 1: return model
     lowered = _Lowered(model, x).eval()
     with torch.no_grad():
         exact = margin(model(x), y)
@@ -140,7 +141,7 @@ def cascade(
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "Cheap attacks first, survivors only, low precision for the search and full precision for every verdict."
     model = check_attack(model, x, y, threat)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = x.detach().contiguous(memory_format=torch.channels_last)
     generator = generator or make_generator(0)
     judge = lambda x, y: margin(is_correct(model, x, y, batch_size)[1], y) > 0
     left, logits = is_correct(model, x, y, batch_size)

@@ -125,7 +125,6 @@ def assess_command(
 
     Example:
 
-        robustnb assess timm:resnet18 --images photos --formats INT8,INT4,POT4,FP8 --out assessment
         robustnb assess timm:resnet18 --images photos --target onnxruntime --budget 9MB --max-loss .02"""
     opening, free, labelled, wanted, allowed = _given(
         given, named_model, unlabelled_images, labelled_images, rows_to_assess, mark_advice)

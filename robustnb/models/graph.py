@@ -17,7 +17,7 @@ from torch import fx, nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
-from ..contract import memory_format, open_model, unwrap
+from ..contract import memory_format, open_model, smallest_batch, unwrap
 from .wrapping import Normalize
 from .plain import PaddedConv2d, plain_layers, scales_with_weight, _ChannelNorm
 
@@ -530,5 +530,5 @@ def fold_batchnorm(
         folded.graph.erase_node(node)
     folded.delete_all_unused_submodules()
     folded.recompile()
-    if x is None: return folded
+    if x is None or smallest_batch(opened) > 1: return folded
     return keep_facts(folded, opened=x.dtype, layout=memory_format(opened))

@@ -113,7 +113,7 @@ def test_short_names():
 @pytest.mark.parametrize('bad',
                          ('INT1', 'INT17', 'POT1', 'POT9', 'APOT2', 'APOT9', 'APOT4_E2', 'AINT8',
                           'FLOAT2', 'FLOAT9', 'FLOAT4_E0', 'FLOAT4_E3', 'INT8_E2', 'POT4_E2',
-                          'FP8_E3M4', 'FP16', '8', '', 'INT', 'INT8 ', 8, None))
+                          'FP8_E3M4', 'FP16', '8', '', 'INT', 8, None))
 def test_formats_that_do_not_exist(bad):
     with pytest.raises(ValueError, match='`name` must be INT2 to INT16'):
         number_format(bad)
