@@ -97,7 +97,7 @@ _hints = {'torchscript': "TorchScript (torch.jit), whose layers cannot be taken 
           'Git LFS pointer': "a pointer of Git LFS, not the file itself. Fetch it with `git lfs pull`.",
           'web page': "a web page: the download failed. Download it again.",
           'gzip': "packed by gzip. Unpack it first: `gunzip` or `tar xf`.",
-          'archive': "damaged, or a zip archive of other files. Unpack it, and give the file of weights in it.",
+          'archive': "damaged, or a zip archive of other files: unpack it, and give the weights in it.",
           'empty': "damaged: it is empty. Copy or download it again.",
           'onnx': "an ONNX model: `load_model` reads it."}
 

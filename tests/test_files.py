@@ -268,5 +268,5 @@ def test_packed_files_are_told_to_be_unpacked(tmp_path):
     with zipfile.ZipFile(tmp_path/'a.zip', 'w') as z: z.writestr('a.pt', b'x')
     with pytest.raises(ValueError, match='packed by gzip. Unpack it'):
         load_state(tmp_path/'a.pt.gz')
-    with pytest.raises(ValueError, match='a zip archive of other files. Unpack it'):
+    with pytest.raises(ValueError, match='a zip archive of other files: unpack it'):
         load_state(tmp_path/'a.zip')
