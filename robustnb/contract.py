@@ -100,7 +100,8 @@ def _check_not_squashed(model, x, logits, where):
         reached = said.requires_grad
         slope = torch.autograd.grad(said.amax(1).sum(), given, allow_unused=True)[0] if reached else None
     if not reached and bool(((p == 0) | (p == 1)).all()): return
-    if not shares and (slope is None or bool(slope.flatten(1).any(1)[full].all())): return
+    alike = bool((said == said[:1]).all())
+    if not shares and (alike or slope is None or bool(slope.flatten(1).any(1)[full].all())): return
     if shares:
         raise ValueError("`model` must return logits; its answers are probabilities, at least 0 with sum "
                          "1. Take its softmax away, or return the logarithm if there is nothing else.")
@@ -166,7 +167,7 @@ def _needs_pairs(model, two, layout, where, logits, random):
         return True
     if alone.shape[1] != logits.shape[1]: return True
     far = (alone-logits[:1]).abs().amax() > .03*logits.abs().amax()
-    if bool(far) and not random:
+    if bool(far) and not random and not hasattr(model, 'left_float'):
         raise ValueError("`model` must answer each image by itself; its answer to one changes with the "
                          "others of the batch. Does it normalise by the statistics of the batch? Let it "
                          "keep running statistics (`track_running_stats=True`), or freeze them.")
