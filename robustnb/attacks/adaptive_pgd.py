@@ -119,8 +119,9 @@ def apgd(
 )->Tensor:                      # Images like `x`, allowed by `threat`
     "Auto-PGD (Croce and Hein 2020, arXiv:2003.01690)."
     model = check_attack(model, x, y, threat)
+    x = x.detach()
     if not steps >= 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
-    out = x.detach().clone()
+    out = x.clone()
     left, _ = is_correct(model, x, y)
     start = x if generator is None else threat.sample(x, generator)
     if len(left):
@@ -140,10 +141,11 @@ def apgd_targeted(
 )->Tensor:                      # Images like `x`, allowed by `threat`
     "Targeted Auto-PGD (Croce and Hein 2020, arXiv:2003.01690)."
     model = check_attack(model, x, y, threat)
+    x = x.detach()
     if not (steps >= 0 and targets >= 1):
         raise ValueError("`steps` must not be negative and `targets` at least 1; got "
                          f"{steps} and {targets}.")
-    out = x.detach().clone()
+    out = x.clone()
     left, logits = is_correct(model, x, y)
     wrong = logits[left].scatter(1, y[left, None], -torch.inf)
     wanted = wrong.sort(dim=1, descending=True, stable=True).indices

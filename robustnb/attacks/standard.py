@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import nn, Tensor
 from ..core import fast_bf16, make_generator
-from ..contract import memory_format
+from ..contract import memory_format, smallest_batch
 from ..models.plain import copy_model
 from ..models.graph import fold_batchnorm
 from .threat_models import L1, L2, Linf
@@ -52,10 +52,12 @@ class _Lowered(nn.Module):
         except Exception:
             self.net = copy_model(model)
         self.layout = memory_format(model)
+        self.least = smallest_batch(model)
         self.net.eval().requires_grad_(False).to(memory_format=self.layout)
     def forward(self, x):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=fast_bf16(x.device)):
-            return self.net(x.contiguous(memory_format=self.layout)).float()
+            given = torch.cat([x, x]) if len(x) < self.least else x
+            return self.net(given.contiguous(memory_format=self.layout))[:len(x)].float()
 
 def search_copy(
     model:nn.Module,    # Classifier in eval mode
@@ -99,7 +101,7 @@ class _Climbed:
     "Images on their way: what came nearest (`out`), its margin (`height`), and that of the clean image"
     def __init__(self, x, y, threat, logits):
         self.x, self.y, self.threat, self.logits = x, y, threat, logits
-        self.out = x.detach().clone()
+        self.out = x.clone()
         self.clean = margin(logits, y)
         self.height = self.clean.clone()
         # sparse steps need more
@@ -140,7 +142,7 @@ def cascade(
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "Cheap attacks first, survivors only, low precision for the search and full precision for every verdict."
     model = check_attack(model, x, y, threat)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = x.detach().contiguous(memory_format=torch.channels_last)
     generator = generator or make_generator(0)
     judge = lambda x, y: margin(is_correct(model, x, y, batch_size)[1], y) > 0
     left, logits = is_correct(model, x, y, batch_size)
