@@ -326,7 +326,8 @@ def test_a_sigmoid_is_refused_once_it_saturates():
         pgd(strong, x, torch.zeros(4).long(), threat)
 
 
-@pytest.mark.parametrize('attack', (fgsm, pgd, partial(apgd, steps=5), fab, partial(square, queries=20),
+@pytest.mark.parametrize('attack', (fgsm, pgd, partial(apgd, steps=5), partial(fab, steps=5),
+                                    partial(square, queries=20),
                                     partial(random_search, tries=20), cascade,
                                     multi_attack(pgd), restarts(pgd, 2)))
 def test_images_that_require_a_gradient(attack):
