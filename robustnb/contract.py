@@ -228,7 +228,7 @@ def open_model(
     x:Tensor|None=None,
 )->nn.Module:            # It returns logits (N,K) alone and leaves `x`; `model` itself if it does so
     "Any classifier, ready to be asked."
-    check_model(model)
+    check_model(unwrap(model) if isinstance(model, nn.Module) else model)
     if x is None: return unwrap(model)
     if isinstance(model, _Adapted): return model
     bare, how = _known_manner(model, x)

@@ -337,3 +337,14 @@ def test_images_that_require_a_gradient(attack):
     found = attack(model, x.clone().requires_grad_(), y, threat)
     assert not found.requires_grad
     assert torch.equal(found, attack(model, x, y, threat))
+
+
+def test_the_mode_of_a_wrapper_does_not_matter():
+    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    net = Pooled(False).eval()
+    around = nn.DataParallel(net)
+    assert around.training
+    assert torch.equal(predict(around, x), predict(net, x))
+    net.fc.train()
+    with pytest.raises(ValueError, match='fc is in training mode'):
+        predict(around, x)
