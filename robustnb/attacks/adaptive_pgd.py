@@ -121,7 +121,7 @@ def apgd(
     model = check_attack(model, x, y, threat)
     x = x.detach()
     if not steps >= 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
-    out = x.detach().clone()
+    out = x.clone()
     left, _ = is_correct(model, x, y)
     start = x if generator is None else threat.sample(x, generator)
     if len(left):
@@ -145,7 +145,7 @@ def apgd_targeted(
     if not (steps >= 0 and targets >= 1):
         raise ValueError("`steps` must not be negative and `targets` at least 1; got "
                          f"{steps} and {targets}.")
-    out = x.detach().clone()
+    out = x.clone()
     left, logits = is_correct(model, x, y)
     wrong = logits[left].scatter(1, y[left, None], -torch.inf)
     wanted = wrong.sort(dim=1, descending=True, stable=True).indices
