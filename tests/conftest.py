@@ -1,5 +1,10 @@
 "Counts in the words that the notebook tests use too, and what several test files share"
+import os
+
 import pytest
+
+# files are run side by side: threads of their own would fight for the processors
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 import torch
 
 

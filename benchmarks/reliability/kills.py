@@ -5,11 +5,11 @@
 Each job runs once undisturbed. Then it is started again and again in one other folder, and
 killed after a random share of the time it takes, until it has been killed --kills times; a run
 that ends before its kill is compared, and the next begins in a new folder. At last it may
-finish. Every finished folder must hold the same results, seconds aside. Jobs are forked from a
+finish. Every finished folder must hold the same results, times aside. Jobs are forked from a
 process that has imported everything, so a kill costs no start. Rows go to results/kills.csv:
 job, kills, finished, same, seconds (of the undisturbed run).
 """
-import argparse, hashlib, os, signal, sys, tempfile, time, traceback
+import argparse, hashlib, json, os, signal, sys, tempfile, time, traceback
 from functools import partial
 from pathlib import Path
 
@@ -88,6 +88,7 @@ def attack(out):
     np.save(out/'attacked.npy', x_adv.numpy())
 
 
+TIMES = ('seconds', 'engine_ms', 'float_ms')
 short_generator = transfer.train_generator
 jobs = dict(training=train, generation=generate, quantisation=quantize, assessment=assess,
             evaluation=evaluated, curation=curate, attack=attack)
@@ -103,9 +104,11 @@ def contents(folder):
             or f.name == 'manifest.json'):
             continue
         if f.suffix == '.csv':
-            found[name] = pd.read_csv(f).drop(columns='seconds', errors='ignore').to_csv()
+            found[name] = pd.read_csv(f).drop(columns=list(TIMES), errors='ignore').to_csv()
         elif f.suffix == '.pt' and f.name != 'checkpoint.pt':
             found[name] = repr(flat(load_state(f)))
+        elif f.parent.name == 'engine':
+            found[name] = repr(flat(json.loads(f.read_text())))
         elif f.suffix in ('.npy', '.json',
                           '.py') and not (f.suffix == '.json' and f.parent.name == 'rows'):
             found[name] = hashlib.sha256(f.read_bytes()).hexdigest()
@@ -113,8 +116,8 @@ def contents(folder):
 
 
 def flat(held):
-    "A structure with digests in place of tensors, and without seconds"
-    if isinstance(held, dict): return {k: flat(v) for k, v in held.items() if k != 'seconds'}
+    "A structure with digests in place of tensors, and without times"
+    if isinstance(held, dict): return {k: flat(v) for k, v in held.items() if k not in TIMES}
     if isinstance(held, (list, tuple)): return [flat(v) for v in held]
     return hashlib.sha256(held.contiguous().numpy().tobytes()).hexdigest() if isinstance(
         held, torch.Tensor) else held
