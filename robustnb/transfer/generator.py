@@ -49,8 +49,11 @@ class Generator(nn.Module):
         noise:Tensor,      # Standard normal (N,D)
     ):
         "Images before the clamp to [0,1]."
+        return self._colored(self._shapes(targets, noise))
+    def _shapes(self, targets, noise):
         out = self.body(targets.to(noise.dtype) @ self.embedding + noise).float()
-        out = out[..., :self.size, :self.size]
+        return out[..., :self.size, :self.size]
+    def _colored(self, out):
         return self.mean.view(1, -1, 1, 1) + self.contrast*self.std.view(1, -1, 1, 1)*out
     def forward(self,
         targets:Tensor,    # Class mixtures (N,K), rows sum to 1
@@ -129,6 +132,42 @@ def _distance(seen, statistics):
             ratio + (mean-bn.running_mean).square()/known - 1 - ((ratio+.01)/1.01).log()).mean()
     return torch.stack([distance(bn, x) for bn, x in seen]).mean()
 
+# %% ../../nbs/api/transfer/10_generator.ipynb #84f351ba
+class _Reached(Exception): "The first batch norm, whose input it brings: no layer after it has run."
+
+def _first_batchnorm(model, x):
+    "The batch norm that a model comes to first, and what enters it; None if there is none"
+    def stop(bn, args): raise _Reached(bn, args[0])
+    hooks = [bn.register_forward_pre_hook(stop) for _, bn in batchnorms(model)]
+    try:
+        if hooks:
+            model(x.to(next(model.parameters()).device))
+    except _Reached as reached:
+        return reached.args
+    finally:
+        for h in hooks:
+            h.remove()
+
+def _probing_shapes(generator, n, seed):
+    "What `n` images are before their contrast is set"
+    targets = draw_targets(n, len(generator.embedding), 0., make_generator(seed, 'energy'))
+    noise = torch.randn(n, generator.embedding.shape[1],
+                        generator=make_generator(seed, 'energy noise'))
+    return generator._shapes(targets, noise)
+
+def _energy(generator, model, shapes):
+    raw = generator._colored(shapes)
+    x = raw.clamp(0, 1)
+    clip_rate = ((raw < 0) | (raw > 1)).float().mean().item()
+    found = _first_batchnorm(open_model(model, x), x)
+    if found:
+        bn, first = found
+        ratio = ((first.var((0, 2, 3), correction=0)/bn.running_var.clamp_min(1e-12)).log()
+                 .median().exp().item())
+    else:
+        ratio = (x.var((0, 2, 3))/generator.std.square()).mean().item()
+    return dict(ratio=ratio, clip_rate=clip_rate)
+
 # %% ../../nbs/api/transfer/10_generator.ipynb #84f351bb
 @torch.no_grad()
 def energy(
@@ -138,23 +177,9 @@ def energy(
     seed:int=0,           # Classes and noise
 )->dict:                  # ratio: generated over remembered variance; clip_rate: share of pixels at the clamp
     "Do the images have the energy that the model remembers?"
-    targets = draw_targets(n, len(generator.embedding), 0., make_generator(seed, 'energy'))
-    noise = torch.randn(n, generator.embedding.shape[1],
-                        generator=make_generator(seed, 'energy noise'))
-    raw = generator.unclipped(targets, noise)
-    x = raw.clamp(0, 1)
-    clip_rate = ((raw < 0) | (raw > 1)).float().mean().item()
-    model = open_model(model, x)
-    with bn_inputs(model) as seen:
-        model(x.to(next(model.parameters()).device))
-    if seen:
-        bn, first = seen[0]
-        ratio = ((first.var((0, 2, 3), correction=0)/bn.running_var.clamp_min(1e-12)).log()
-                 .median().exp().item())
-    else:
-        ratio = (x.var((0, 2, 3))/generator.std.square()).mean().item()
-    return dict(ratio=ratio, clip_rate=clip_rate)
+    return _energy(generator, model, _probing_shapes(generator, n, seed))
 
+@torch.no_grad()
 def match_energy(
     generator:Generator,  # Generator in eval mode; its `contrast` is changed
     model:nn.Module,      # Classifier it was trained from
@@ -163,13 +188,14 @@ def match_energy(
 )->dict:                  # `energy` afterwards
     "Set the contrast so that the images have the energy that the model remembers."
     low, high = .25, 4.
+    shapes = _probing_shapes(generator, 500, seed)
     for _ in range(rounds):
         generator.contrast.fill_((low*high)**.5)
-        if energy(generator, model, seed=seed)['ratio'] > 1:
+        if _energy(generator, model, shapes)['ratio'] > 1:
             high = generator.contrast.item()
         else:
             low = generator.contrast.item()
-    return energy(generator, model, seed=seed)
+    return _energy(generator, model, shapes)
 
 # %% ../../nbs/api/transfer/10_generator.ipynb #10191a95
 @contextmanager

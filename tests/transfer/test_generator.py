@@ -10,7 +10,7 @@ from robustnb.files import load_state, save_state
 from robustnb.transfer.generator import (
     bn_distance, bn_inputs, draw_targets, energy, generate, Generator, load_generator,
     match_energy, save_generator, train_generator)
-from robustnb.models.wrapping import batchnorms, wrap_model
+from robustnb.models.wrapping import batchnorms, last_linear, wrap_model
 from robustnb.models.zoo import build_model, model_names
 from robustnb.quant.checkpoints import load_quantized, save_quantized
 from robustnb.quant.ptq import quantize
@@ -151,8 +151,28 @@ def test_energy_is_matched_from_both_sides(name):
     for contrast in (.3, 3.):
         net.contrast.fill_(contrast)
         assert abs(energy(net, model)['ratio']-1) > .5
-        assert abs(match_energy(net, model)['ratio']-1) < .05
-        assert energy(net, model) == energy(net, model)
+        matched = match_energy(net, model)
+        assert abs(matched['ratio']-1) < .05
+        assert energy(net, model) == matched
+
+
+def test_energy_is_that_of_the_first_batch_norm_and_no_layer_after_it_runs():
+    model = build_model('ResNet_18', width=.0625, mean=(.5,)*3, std=(.05,)*3)
+    net = settled(model, 32)
+    targets = draw_targets(40, 10, 0., make_generator(3, 'energy'))
+    noise = torch.randn(40, net.embedding.shape[1], generator=make_generator(3, 'energy noise'))
+    with torch.no_grad(), bn_inputs(model) as seen:
+        model(net(targets, noise))
+    bn, first = seen[0]
+    ratios = first.transpose(0, 1).flatten(1).var(1, correction=0)/bn.running_var
+    ran = []
+    last_linear(model).register_forward_hook(lambda *_: ran.append(1))
+    energy(net, model, 40, seed=3)
+    ran.clear()                         # the model is opened before: it answers two black images
+    assert energy(net, model, 40, seed=3)['ratio'] == pytest.approx(ratios.median().item(), rel=1e-4)
+    assert not ran
+    model(net(targets, noise))
+    assert ran, 'no hook stays'
 
 
 def test_wrong_uses():
