@@ -1,5 +1,6 @@
-"""kill -9 at random moments, eight times for each kind of run: the rerun ends like the run that
-nobody disturbed. And a job that forgets what it had done is found out."""
+"""kill -9 at random moments, three times for each kind of run: the rerun ends like the run that
+nobody disturbed. And a job that forgets what it had done is found out. Twenty times each:
+`python benchmarks/reliability/kills.py`."""
 import json, os, subprocess, sys
 from pathlib import Path
 
@@ -17,12 +18,12 @@ def run(code, *words):
 
 
 def test_every_kind_of_run_survives(tmp_path):
-    said = run(['benchmarks/reliability/kills.py'], '--kills', '8', '--out',
+    said = run(['benchmarks/reliability/kills.py'], '--kills', '3', '--out',
                str(tmp_path/'kills.csv'))
     assert said.returncode == 0, said.stdout + said.stderr[-2000:]
     rows = pd.read_csv(tmp_path/'kills.csv')
     assert len(rows) == 7
-    assert rows.kills.sum() >= 50
+    assert (rows.kills >= 3).all()
     assert rows.same.all()
     assert (rows.files > 0).all()
     assert json.loads((tmp_path/'kills.json').read_text())['kills'] == rows.kills.sum()

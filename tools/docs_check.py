@@ -5,6 +5,7 @@ link, anchor and image of the HTML is resolved; links to other sites are counted
 Other faults are found by `docs_faults.py`, what is cut off by `widths.py`.
 """
 import json, os, runpy, shutil, sys
+from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from urllib.parse import unquote, urlsplit
 import yaml
@@ -92,7 +93,8 @@ def main():
     # A relative folder: nbdev skips notebooks whose full path has a part like `.cache`
     cache = proc_nbs(cfg.nbs_path.relative_to(root), force=True, n_workers=min(2, os.cpu_count()))
     names = [f.relative_to(cache).as_posix() for f in sorted(cache.rglob('*.ipynb'))]
-    made = {o: render(cache/o, o, out) for o in names}
+    with ThreadPoolExecutor(2) as pool:     # pandoc works in processes of its own
+        made = dict(zip(names, pool.map(lambda o: render(cache/o, o, out), names)))
     if not made: sys.exit('docs: no notebook was processed')
     quarto = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))
     infos = {page: Parts(html) for page,_,_,html in made.values()}

@@ -17,7 +17,8 @@ from nbdev.process import NBProcessor
 
 # What most notebooks import, and takes seconds
 HEAVY = ('torch', 'torchvision.models', 'pandas', 'matplotlib.pyplot', 'scipy.stats',
-         'sklearn.datasets', 'imgaug.augmenters')
+         'sklearn.datasets', 'imgaug.augmenters', 'robustnb.commands.transfer',
+         'robustnb.commands.curation', 'robustnb.commands.descriptors')
 # One thread, because others do not survive a fork, and instructions that every x86 processor has
 COMPUTES = dict(
     OMP_NUM_THREADS='1', ATEN_CPU_CAPABILITY='avx2', DNNL_MAX_CPU_ISA='AVX2', MKL_CBWR='AVX2')
@@ -41,7 +42,6 @@ def execute(path, flags='', change=None):
     if change: change(nb)
     last = []
     os.environ.update(IN_TEST='1', COLUMNS='80')    # a wide terminal shall not make wide tables
-    sys.path.insert(0, str(get_config().config_path))
 
     def leave(cell):
         if cell.cell_type != 'code' or is_skipped(cell, flags): return True
@@ -61,6 +61,7 @@ def execute(path, flags='', change=None):
 def forked(task, paths, n_workers=2, timeout=600):
     "In a fresh child for each path, whether `task(path)`; yields path, that, seconds, what it said"
     os.environ.update(COMPUTES | os.environ)
+    sys.path.insert(0, str(get_config().config_path))
     for name in HEAVY:
         importlib.import_module(name)
     # trainings go the same way on all processors, also on those with bfloat16 (`core.fast_bf16`)

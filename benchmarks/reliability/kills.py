@@ -11,12 +11,15 @@ job, kills, finished, same, seconds (of the undisturbed run).
 """
 import argparse, hashlib, json, os, signal, sys, tempfile, time, traceback
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
+from robustnb.augmentation.transforms import imgaug_augmenters
 from robustnb.commands import transfer
 from robustnb.commands.train import train_command
 from robustnb.attacks.gradient import pgd
@@ -34,6 +37,10 @@ from robustnb.descriptors.students import descriptor_model
 from robustnb.attacks.threat_models import Linf
 from robustnb.attacks.ssim_rule import SSIM
 
+imgaug_augmenters()                     # the library imports it on first use, and these
+for package in ('onnx', 'onnxruntime'):
+    if find_spec(package):
+        import_module(package)
 net = build_model('AlexNet_BN', 10, .0625, seed=0)
 data = subset(digits('train'), 60, seed=0)
 

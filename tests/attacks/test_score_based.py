@@ -39,7 +39,7 @@ class Counter(nn.Module):
         return self.net(x)
 
 
-attacks = dict(random_search=random_search, square=partial(square, queries=60),
+attacks = dict(random_search=partial(random_search, tries=60), square=partial(square, queries=60),
                square_ce=partial(square, queries=60, loss=cross_entropy),
                one_pixel=partial(one_pixel, population=20, generations=3))
 cases = [(name, threat) for name in attacks
@@ -83,9 +83,10 @@ def test_promises(name, threat):
     order = torch.randperm(12, generator=make_generator(0))
     assert (attack(model, x[order], y[order], threat,
                    make_generator(3)) - out[order]).abs().max() < 1e-9
+    some = [0, 3, 7, 11]
     alone = torch.cat(
-        [attack(model, x[i:i+1], y[i:i+1], threat, make_generator(3)) for i in range(12)])
-    assert (alone-out).abs().max() < 1e-9, 'an image does not know its batch'
+        [attack(model, x[i:i+1], y[i:i+1], threat, make_generator(3)) for i in some])
+    assert (alone-out[some]).abs().max() < 1e-9, 'an image does not know its batch'
 
 
 @named

@@ -1,6 +1,6 @@
 """Each command is run for real on the digits, with a tiny network: what it writes, what it refuses,
 and what an interrupted run finds again."""
-import json, os, re, subprocess, sys
+import json, os, re, shutil, subprocess, sys
 from functools import partial
 from pathlib import Path
 
@@ -77,13 +77,36 @@ def test_from_a_shell(weights, tmp_path):
     assert not (tmp_path/'quantized').exists()
 
 
+short = partial(transfer.train_generator, steps=5, width=16, batch_size=16, device='cpu')
+
+
+def untrained(folder):
+    "A file of a network that was never trained"
+    save_model(build_model('AlexNet_BN', 10, .0625, seed=0), folder/'weights.pt')
+    return str(folder/'weights.pt')
+
+
 @pytest.fixture
 def narrow(tmp_path, monkeypatch):
     "A network that was never trained, and a short training for its generator"
-    short = partial(transfer.train_generator, steps=5, width=16, batch_size=16, device='cpu')
     monkeypatch.setattr(transfer, 'train_generator', short)
-    save_model(build_model('AlexNet_BN', 10, .0625, seed=0), tmp_path/'weights.pt')
-    return str(tmp_path/'weights.pt')
+    return untrained(tmp_path)
+
+
+@pytest.fixture(scope='module')
+def assessed_once(tmp_path_factory):
+    "A folder where the network of `narrow` was assessed in INT8"
+    folder = tmp_path_factory.mktemp('assessed')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, 'train_generator', short)
+        run_assess(untrained(folder), formats='INT8', out=str(folder/'out'))
+    return folder/'out'
+
+
+@pytest.fixture
+def assessed(assessed_once, tmp_path):
+    "A copy of it, to be spoilt"
+    return Path(shutil.copytree(assessed_once, tmp_path/'out'))
 
 
 @pytest.fixture
@@ -154,9 +177,8 @@ def test_what_cannot_be_deployed_is_one_sentence(narrow, asked, tmp_path, said, 
     assert not (tmp_path/'no').exists()
 
 
-def test_an_assessment_keeps_to_its_question(narrow, asked, tmp_path):
-    out = tmp_path/'out'
-    run_assess(narrow, formats='INT8', out=str(out))
+def test_an_assessment_keeps_to_its_question(narrow, assessed, asked, tmp_path):
+    out = assessed
     with pytest.raises(SystemExit, match=r"threat is 'Linf\(eps=0.0039.*Name another folder"):
         run_assess(narrow, formats='INT8', eps='2/255', out=str(out))
     with pytest.raises(SystemExit, match='seed is 0 there and 1 here'):
@@ -171,20 +193,23 @@ def test_an_assessment_keeps_to_its_question(narrow, asked, tmp_path):
     run_assess(narrow, formats='INT8', test='digits', n=20, out=str(tmp_path/'tested'))
     with pytest.raises(SystemExit, match="test is '.*' there and None here"):
         run_assess(narrow, formats='INT8', out=str(tmp_path/'tested'))
-    assert asked == ['INT8', 'INT8']
+    assert asked == ['INT8'], 'only the one with test images'
     assert not (tmp_path/'new').exists()
 
 
 @pytest.mark.parametrize('folder, content', [
     ('formats', ''), ('formats', '[1, 2]'), ('formats', '{"row": {}, "layers": []}'),
     ('layers', '[]'), ('layers', '[{"format": ')])
-def test_a_damaged_file_is_named(narrow, asked, tmp_path, folder, content):
-    out = tmp_path/'out'
-    run_assess(narrow, formats='INT8', out=str(out))
-    (out/folder/'INT8.json').write_text(content)
+def test_a_damaged_file_is_named(narrow, assessed, asked, folder, content):
+    (assessed/folder/'INT8.json').write_text(content)
     with pytest.raises(SystemExit, match='INT8.json is damaged .*Delete it'):
-        run_assess(narrow, formats='INT8', out=str(out))
-    assert asked == ['INT8']
+        run_assess(narrow, formats='INT8', out=str(assessed))
+    assert asked == []
+
+
+def test_a_finished_assessment_is_not_computed_again(narrow, assessed, asked):
+    run_assess(narrow, formats='INT8', out=str(assessed))
+    assert asked == []
 
 
 def test_cost_of_one_file_and_of_all(weights, tmp_path, capsys):
