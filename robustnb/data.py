@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from PIL import Image, ImageOps
 import numpy as np
-from sklearn.datasets import load_digits
 from torch import Tensor
 from .core import some_of, progress, subseed, to_float
 from .files import atomic_path
@@ -148,6 +147,7 @@ def digits(
     if split not in ('train', 'test', 'all'):
         raise ValueError(f"`split` must be 'train', 'test' or 'all' for digits; got {split!r}.")
     if not size >= 1: raise ValueError(f"`size` must be at least 1 pixel; got {size}.")
+    from sklearn.datasets import load_digits    # takes a second, which those with other images save
     raw = load_digits()
     grey = (raw.images*255/16).round().astype(np.uint8)
     enlarged = [Image.fromarray(o).resize((size, size), Image.BICUBIC) for o in grey]

@@ -174,8 +174,8 @@ def test_narrow_convolutions_keep_the_ordinary_layout():
 
 
 def imported_by(*statements):
-    "Which of torch and imgaug a fresh Python has imported after each of `statements`"
-    show = 'import sys\nprint(*[o for o in ("torch", "imgaug") if o in sys.modules])'
+    "Which of torch, imgaug and sklearn a fresh Python has imported after each of `statements`"
+    show = 'import sys\nprint(*[o for o in ("torch", "imgaug", "sklearn") if o in sys.modules])'
     job = '\n'.join(f'{o}\n{show}' for o in statements)
     done = subprocess.run([sys.executable, '-c', job], capture_output=True, text=True,
                           env=os.environ | dict(OMP_NUM_THREADS='1'))

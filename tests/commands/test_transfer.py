@@ -30,7 +30,7 @@ from robustnb.commands.common import named_model, unlabelled_images
 from robustnb.commands.transfer import (
     assess_command, cost_command, generate_command, quantize_command)
 
-run_assess = assess_command
+run_assess = partial(assess_command, n=100)
 run_cost = cost_command
 run_quantize = quantize_command
 run_generate = generate_command
