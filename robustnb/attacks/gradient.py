@@ -158,6 +158,7 @@ def pgd(
             value, grad, _ = loss_and_grad(model, now, y, loss)
         else:
             value = value_of(now)
+        value = value.nan_to_num(torch.inf, torch.inf, -torch.inf)    # no number is no defence
         better = value > best_loss
         best = torch.where(better.view(-1, 1, 1, 1), now, best)
         best_loss = torch.where(better, value, best_loss)
