@@ -40,7 +40,7 @@ class _Nearest:
         self.fallen = torch.zeros(len(start), dtype=torch.bool, device=start.device)
 
     def see(self, ids, now, y, logits, judge):
-        "Keep what is nearer than before; tell which of `ids` have fallen. Logits that are no numbers are no defence"
+        "Keep what is nearer than before; tell who has fallen. Logits that are no numbers are no defence"
         true = y.flatten(1)[:, 0] if y.ndim > 1 else y
         height = margin(logits, true).to(now.dtype).nan_to_num(torch.inf, torch.inf, -torch.inf)
         gone = height > 0
@@ -54,6 +54,7 @@ class _Nearest:
 
     def found(self): return self.images, self.height, self.fallen
 
+# %% ../../nbs/api/attacks/40_adaptive_pgd.ipynb #1f68dc1b
 def _windows(steps):
     "Iterations after which step lengths are judged (section 3 of the paper)."
     ends = []

@@ -72,6 +72,7 @@ def _leads_astray(copy, x, y, exact):
     faithful = (near-exact).abs() <= .05*exact.abs() + .02*exact.abs().median()
     return not faithful.float().mean() > .9
 
+# %% ../../nbs/api/attacks/90_standard.ipynb #94f0061b
 def search_copy(
     model:nn.Module,    # Classifier in eval mode
     x:Tensor,           # Some of its images (N,C,H,W)
@@ -111,10 +112,6 @@ class _Search:
         self.forward += len(x)
         return ~(margin(is_correct(self.model, x, y, self.batch_size)[1], y) <= 0)
 
-    def need(self, rows):
-        "What is missing to the border, as a share of what was gained"
-        return -self.height[rows]/(self.height-self.clean)[rows].clamp_min(1e-9)
-
     def look(self, model, loss):
         "`gradients`, counted"
         ask = gradients(model, loss, self.batch_size)
@@ -136,6 +133,10 @@ class _Search:
                                 forward=self.forward-forward, backward=self.backward-backward))
 
 # %% ../../nbs/api/attacks/90_standard.ipynb #e5426117
+def _need(s, rows):
+    "What is missing to the border, as a share of what was gained"
+    return -s.height[rows]/(s.height-s.clean)[rows].clamp_min(1e-9)
+
 def _walked(s, rows, model, start, steps, wanted=None):
     "Walk, towards the classes `wanted` if there are any; how many of `rows` fall?"
     loss = margin if wanted is None else margin_to
@@ -153,7 +154,7 @@ def _wave(s, stage, within, walk_from):
     asked = torch.zeros(len(s.x), dtype=torch.bool, device=s.x.device)
     while not asked[s.left].all():
         rows = s.left[~asked[s.left]]
-        need = s.need(rows)
+        need = _need(s, rows)
         order = need.argsort(stable=True)
         order = order[:max(int((need < within).sum()), 12)]
         within = max(2*within, need[order].max().item())
@@ -162,6 +163,7 @@ def _wave(s, stage, within, walk_from):
     s.note(stage, int(asked.sum()), *before)
     return s.stages[-1]['fallen']/max(int(asked.sum()), 1)
 
+# %% ../../nbs/api/attacks/90_standard.ipynb #e542611b
 def _nearest_classes(s, rows, model, most):
     "Wrong classes (n,most) by margin over length of its gradient, the nearest first"
     wrong = s.logits[rows].scatter(1, s.y[rows, None], -torch.inf)
@@ -174,6 +176,7 @@ def _nearest_classes(s, rows, model, most):
         far.append(-value/grad.flatten(1).norm(p=dual, dim=1).clamp_min(1e-30))
     return wanted.gather(1, torch.stack(far, 1).argsort(dim=1, stable=True))
 
+# %% ../../nbs/api/attacks/90_standard.ipynb #e542612b
 def _finish(s, model, targets, generator):
     "Very near images from many sides; what paid is tried again"
     most = min(targets, s.logits.shape[1]-1)
@@ -210,8 +213,9 @@ def _differentiable(model, x, y):
         return False
     return True
 
-def _queries(threat, n): return partial(square, queries=n) if isinstance(threat, (Linf, L2, L1)) else partial(
-    random_search, tries=max(n//4, 1))
+def _queries(threat, n):
+    if isinstance(threat, (Linf, L2, L1)): return partial(square, queries=n)
+    return partial(random_search, tries=n//4)
 
 def _ask(s, stage, attack, rows, passes, generator):
     "Another attack on `rows`; `passes` is the most it makes for an image, forward and backward"
@@ -223,9 +227,10 @@ def _ask(s, stage, attack, rows, passes, generator):
     s.backward += passes[1]*len(rows)
     s.note(stage, len(rows), *before)
 
+# %% ../../nbs/api/attacks/90_standard.ipynb #e542611b
 def _sentinel(s, generator):
     "Do queries find what the gradients missed?"
-    order = s.need(s.left).argsort(stable=True)
+    order = _need(s, s.left).argsort(stable=True)
     others = order[8:][torch.randperm(max(len(order)-8, 0), generator=generator).to(order.device)]
     rows = s.left[torch.cat([order[:8], others[:8]])]
     rising = (s.height > s.clean)[s.left].float().mean()
@@ -268,6 +273,7 @@ class CascadeResult:
         "Forward and backward passes for each image given"
         return tuple(self.stages[k].sum()/len(self.x_adv) for k in ('forward', 'backward'))
 
+# %% ../../nbs/api/attacks/90_standard.ipynb #6b0d911b
 def run_cascade(
     model:nn.Module,       # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,              # Clean images (N,C,H,W), float, pixels in [0,1]

@@ -192,7 +192,7 @@ def test_the_copy_is_faithful_or_not_used(trained):
     chaotic = Wrapped(net, after=lambda z: z + 10*torch.sin(1e6*z)).eval()
     with torch.no_grad():
         right = chaotic(x)
-        assert torch.equal(search_copy(chaotic, x, y)(x), right), 'what cannot be lowered is followed as it is'
+        assert torch.equal(search_copy(chaotic, x, y)(x), right), 'it is followed as it is'
 
 
 def test_a_model_that_cannot_be_traced_is_attacked_all_the_same(trained):
