@@ -246,7 +246,8 @@ def _cell(t, o):
     t.tell(held)
 
 # %% ../nbs/api/07_questions.ipynb #fa875004
-_unsaid = {'__dict__', '__weakref__', '__module__', '__doc__', '__qualname__', '__firstlineno__',
+_unsaid = {'__dict__', '__weakref__', '__slotnames__', '__module__', '__doc__', '__qualname__',
+           '__firstlineno__',
            '__static_attributes__', '__annotations__', '__annotate__', '__annotate_func__',
            '__annotations_cache__', '__dataclass_fields__', '__dataclass_params__',
            '__orig_bases__', '__parameters__', '_abc_impl', '__abstractmethods__'}

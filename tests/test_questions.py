@@ -1,5 +1,6 @@
 "A key is equal only if code, defaults, closures, globals, values and weights are, in every process."
-import functools, subprocess, sys, threading
+import copy, functools, subprocess, sys, threading
+from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
@@ -137,3 +138,13 @@ def test_what_nobody_can_tell_is_refused(thing):
 
 def test_files_of_functions_count_where_they_are_asked_for():
     assert cache_key(pgd) != cache_key(pgd, files=True)
+
+
+def test_a_class_is_the_same_after_one_of_its_objects_was_copied():
+    @dataclass(frozen=True)
+    class Held:
+        size:int
+    before = cache_key(Held)
+    copy.deepcopy(Held(3))
+    assert '__slotnames__' in vars(Held), 'what the copy leaves behind'
+    assert cache_key(Held) == before

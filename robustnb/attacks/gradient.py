@@ -84,6 +84,9 @@ def check_attack(
     return model
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #a3cb91ab
+class _NotDifferentiable(ValueError):
+    "A model whose answers depend on no image through autograd"
+
 def loss_and_grad(
     model:nn.Module,   # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K)
     x:Tensor,          # Images (N,C,H,W)
@@ -100,9 +103,11 @@ def loss_and_grad(
         if value.requires_grad:
             grad, = torch.autograd.grad(value.sum(), x, allow_unused=True)
         if grad is None:
-            raise ValueError("`model` must be differentiable for a gradient attack; its logits do "
+            raise _NotDifferentiable("`model` must be differentiable for a gradient attack; its logits do "
                              "not depend on the images through autograd. Use `square`, which "
                              "needs no gradient, or craft the images on a differentiable copy.")
+    known = logits.detach().isfinite().all(1)
+    grad = torch.where(known.view(-1, 1, 1, 1), grad, 0.)
     bad = (~grad.flatten(1).isfinite().all(1)).sum().item()
     if bad:
         raise ValueError(f"`model` must have finite gradients; {bad} of {len(x)} images have NaN or "
@@ -153,6 +158,7 @@ def pgd(
             value, grad, _ = loss_and_grad(model, now, y, loss)
         else:
             value = value_of(now)
+        value = value.nan_to_num(torch.inf, torch.inf, -torch.inf)    # no number is no defence
         better = value > best_loss
         best = torch.where(better.view(-1, 1, 1, 1), now, best)
         best_loss = torch.where(better, value, best_loss)

@@ -9,7 +9,7 @@ from torch import nn
 from robustnb.attacks.adaptive_pgd import apgd, apgd_targeted
 from robustnb.attacks import standard
 from robustnb.attacks.gradient import margin, multi_attack, pgd
-from robustnb.attacks.standard import autoattack, cascade, search_copy
+from robustnb.attacks.standard import autoattack, cascade, run_cascade, search_copy
 from robustnb.core import make_generator
 from robustnb.contract import predict
 from robustnb.data import digits, subset
@@ -17,6 +17,7 @@ from robustnb.models.blocks import he_init
 from robustnb.attacks.threat_models import L1, L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
 from robustnb.models.training import Recipe, train
+from robustnb.quant.ptq import quantize
 
 
 def quick_network(seed):
@@ -79,9 +80,7 @@ def test_sparse_steps_get_enough_iterations():
 
 
 def test_the_cascade_asks_for_a_fraction_of_the_gradients(trained, monkeypatch):
-    net = trained[0]
-    x = trained[1][:10]
-    y = trained[2][:10]
+    net, x, y = trained
     def gradients_of(attack):
         seen = []
         counted = copy.deepcopy(net)
@@ -91,8 +90,8 @@ def test_the_cascade_asks_for_a_fraction_of_the_gradients(trained, monkeypatch):
         counted.register_forward_pre_hook(count)
         attack(counted, x, y, Linf(4/255))
         return sum(seen)
-    monkeypatch.setattr(standard, 'search_copy', lambda model, x, y: model)
-    assert gradients_of(cascade)*15 < gradients_of(multi_attack(apgd, apgd_targeted))
+    monkeypatch.setattr(standard, 'search_copy', lambda model, x, y, low=True: model)
+    assert gradients_of(cascade)*6 < gradients_of(multi_attack(apgd, apgd_targeted))
 
 
 @pytest.mark.parametrize('threat', (Linf(8/255), L2(.5)), ids=repr)
@@ -153,7 +152,7 @@ def test_models_that_hide_their_gradient_are_taken_the_long_way(trained, short, 
 def test_the_long_way_is_not_taken_without_need(trained, short, monkeypatch):
     net, x, y = trained
     def never(*args): raise AssertionError('the long way')
-    monkeypatch.setattr(standard, 'autoattack', never)
+    monkeypatch.setattr(standard, '_long_way', never)
     for threat in (Linf(2/255), L2(.3), Linf(0)):
         cascade(net, x, y, threat)
     with pytest.raises(AssertionError, match='the long way'):
@@ -175,9 +174,8 @@ def test_the_copy_never_judges(trained, monkeypatch):
     keep = y != 0
     x = x[keep]
     y = y[keep]
-    monkeypatch.setattr(standard, 'search_copy', lambda model, x, y: Liar(y).eval())
-    monkeypatch.setattr(standard, '_confirm',
-                        lambda model, x, y, threat, generator, out, height, clean: out)
+    monkeypatch.setattr(standard, 'search_copy', lambda model, x, y, low=True: Liar(y).eval())
+    monkeypatch.setattr(standard, '_sentinel', lambda s, generator: False)
     found = cascade(net, x, y, Linf(1/255))
     assert survives(net, found, y).sum() >= survives(net, x, y).sum() - 6, 'the liar claims all of them'
 
@@ -194,7 +192,7 @@ def test_the_copy_is_faithful_or_not_used(trained):
     chaotic = Wrapped(net, after=lambda z: z + 10*torch.sin(1e6*z)).eval()
     with torch.no_grad():
         right = chaotic(x)
-        assert torch.equal(search_copy(chaotic, x, y)(x), right), 'what cannot be lowered is followed as it is'
+        assert torch.equal(search_copy(chaotic, x, y)(x), right), 'it is followed as it is'
 
 
 def test_a_model_that_cannot_be_traced_is_attacked_all_the_same(trained):
@@ -226,7 +224,88 @@ def test_wrong_uses(trained, short):
                    Linf(.1))
     two = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 2)).eval()
     assert Linf(.1).allows(x, cascade(two, x, y % 2, Linf(.1))).all()
-    with pytest.raises(ValueError, match='Use `square`'):
-        cascade(Wrapped(net, after=torch.Tensor.detach).eval(), x, y, Linf(.1))
     with pytest.raises(ValueError, match='Call `model.eval'):
         cascade(copy.deepcopy(net).train(), x, y, Linf(.1))
+
+
+def test_a_model_without_a_gradient_is_asked_by_queries(trained, short):
+    net, x, y = trained
+    closed = Wrapped(net, after=torch.Tensor.detach).eval()
+    seen = run_cascade(closed, x, y, Linf(16/255))
+    assert seen.masked
+    assert list(seen.stages.stage) == ['clean', 'queries']
+    assert seen.survives.sum() < survives(net, x, y).sum() - 3
+    assert torch.equal(seen.survives, survives(net, seen.x_adv, y))
+
+
+@pytest.mark.parametrize('name', ('INT8', 'INT4', 'POT4', 'FLOAT4'))
+def test_a_copy_that_rounds_is_its_own_search_copy(trained, monkeypatch, name):
+    net, x, y = trained
+    copied = quantize(net, name, x)
+    monkeypatch.setattr(standard, 'fast_bf16', lambda device: True)
+    assert search_copy(copied, x, y) is copied
+    threat = Linf(4/255)
+    seen = run_cascade(copied, x, y, threat)
+    long_way = multi_attack(partial(apgd, steps=50, loss=margin),
+                            partial(apgd_targeted, steps=20, targets=3))(copied, x, y, threat)
+    assert (seen.survives & ~survives(copied, long_way, y)).sum() <= 1
+
+
+def test_a_model_that_refuses_bfloat16_is_folded_all_the_same(trained, monkeypatch):
+    net, x, y = trained
+    def only_float32(x):
+        if torch.is_autocast_enabled('cpu'): raise TypeError('`x` must be float32')
+        return x
+    picky = Wrapped(net, before=only_float32).eval()
+    monkeypatch.setattr(standard, 'fast_bf16', lambda device: True)
+    monkeypatch.setattr(standard, 'fold_batchnorm', lambda model, x: copy.deepcopy(model))
+    chosen = search_copy(picky, x, y)
+    assert chosen is not picky
+    assert not chosen.low
+    assert search_copy(net, x, y).low, 'a model that does not refuse it is lowered'
+
+
+def test_the_search_copy_is_judged_on_images_of_several_classes(trained):
+    net, x, y = trained
+    order = y.argsort()
+    asked = []
+    watched = Wrapped(net, before=lambda x: (asked.append(x), x)[1]).eval()
+    many = x[order].repeat_interleave(4, 0)
+    search_copy(watched, many, y[order].repeat_interleave(4))
+    assert len(asked[0]) == 32
+    assert len(predict(net, asked[0]).argmax(1).unique()) >= 8
+
+
+class NotANumber(nn.Module):
+    "NaN where the two largest logits come near each other"
+    def __init__(self, net, within):
+        super().__init__()
+        self.net = net
+        self.within = within
+    def forward(self, x):
+        z = self.net(x)
+        top = z.topk(2, 1).values
+        return torch.where((top[:, :1]-top[:, 1:] < self.within), torch.nan, z)
+
+
+@pytest.mark.parametrize('attack', (cascade, apgd, partial(pgd, loss=margin)))
+def test_answers_that_are_no_numbers_are_no_defence(trained, attack):
+    net, x, y = trained
+    threat = Linf(16/255)
+    fearful = NotANumber(net, .5).eval()
+    found = attack(fearful, x, y, threat)
+    wrong = (predict(fearful, found).argmax(1) != y) | predict(fearful, found).isnan().any(1)
+    plain = ~survives(net, attack(net, x, y, threat), y)
+    assert wrong.sum() >= plain.sum() - 1
+
+
+def test_a_random_model_is_judged_by_its_mean(trained):
+    net, x, y = trained
+    noisy = Wrapped(net, before=lambda x: (x + .03*torch.randn_like(x)).clamp(0, 1)).eval()
+    torch.manual_seed(0)
+    seen = run_cascade(noisy, x, y, Linf(12/255))
+    assert seen.random
+    fresh = sum(predict(noisy, seen.x_adv) for _ in range(32))
+    agree = (fresh.argmax(1) == y) == seen.survives
+    assert agree.float().mean() > .9
+    assert not run_cascade(net, x, y, Linf(2/255)).random
