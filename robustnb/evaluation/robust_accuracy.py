@@ -112,19 +112,22 @@ def _judge(model, x, x_adv, y, threat, name, images):
                          f"{int((~inside).sum())} images. Return `threat.project(x, x_adv)`.")
     logits = model(x_adv).float().cpu()
     y = y.cpu()
-    bad = images[(~logits.isfinite().all(1)).numpy()]
-    if len(bad):
+    known = logits.isfinite().all(1)
+    bad = images[(~known).numpy()]
+    if len(bad) and name == 'clean':
         raise ValueError("`model` must answer with finite logits; it gave NaN or infinity for "
                          f"image {bad[0]} under {name}.")
+    prediction = logits.argmax(1).masked_fill(~known, -1)
     return pd.DataFrame(dict(
         image=images, attack=name, threat=repr(threat) if name != 'clean' else 'none',
-        label=y.numpy(), prediction=logits.argmax(1).numpy(),
-        correct=(logits.argmax(1) == y).numpy(), margin=-margin(logits, y).numpy(),
+        label=y.numpy(), prediction=prediction.numpy(), correct=(prediction == y).numpy(),
+        margin=-margin(logits, y).masked_fill(~known, torch.inf).numpy(),
+        confidence=logits.softmax(1).amax(1).masked_fill(~known, 0).numpy(),
         distance=threat.distance(x, x_adv).float().cpu().numpy()))
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #d0b700c4
 _types = dict(image='int64', attack=str, threat=str, label='int64', prediction='int64',
-              correct=bool, margin='float32', distance='float32')
+              correct=bool, margin='float32', confidence='float32', distance='float32')
 
 def _write_rows(rows, path, question):
     "One table with a checksum above it."
@@ -193,6 +196,13 @@ def _check_attacks(attacks):
                             f"generator) -> x_adv; {name!r} is {type(attack).__name__}.")
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #e1100ef1
+def _alarm(rows):
+    "Warn where an attack makes more images right than are right without it"
+    right = rows.groupby('attack', sort=False).correct.sum()
+    for name in right.index[right > right['clean']]:
+        warnings.warn(f"attack {name!r} leaves {right[name]} images right, {right['clean']} are right without "
+                      "it. Are the labels those of the model's classes? Does it answer at random?")
+
 def evaluate(
     model:nn.Module,        # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,               # Images (N,C,H,W), float, pixels in [0,1]
@@ -230,6 +240,7 @@ def evaluate(
                 _write_rows(rows, Path(save)/f'{k}_{left[s][0]:07d}.csv', question)
             parts.append(rows)
     rows = pd.concat(parts, ignore_index=True)
+    _alarm(rows)
     return rows.iloc[np.lexsort((rows.image, rows.attack.map(list(jobs).index)))].reset_index(drop=True)
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #ec322ad8

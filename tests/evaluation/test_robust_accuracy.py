@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from robustnb.attacks.gradient import fgsm, multi_attack, margin, pgd, restarts
+from robustnb.contract import predict
 from robustnb.core import draw, image_generators, make_generator
 from robustnb.evaluation.robust_accuracy import (
     compare, transfer_attack, on_8bit_images, evaluate, plot_curve, quantized_attacks,
@@ -46,7 +47,7 @@ def test_rows_are_what_the_model_says():
     rows = evaluate(model, x, y, dict(pgd=keep), threat, batch_size=15)
     x_adv = torch.cat(list(made.values()))
     assert rows.columns.tolist() == ['image', 'attack', 'threat', 'label', 'prediction',
-                                     'correct', 'margin', 'distance']
+                                     'correct', 'margin', 'confidence', 'distance']
     for name, images in (('clean', x), ('pgd', x_adv)):
         r = rows[rows.attack == name]
         with torch.no_grad():
@@ -79,7 +80,8 @@ def test_batch_size_does_not_matter(size):
                    transfer=transfer_attack(make_net(1).double(), pgd))
     a = evaluate(make_net().double(), x.double(), y, attacks, threat, batch_size=size)
     b = evaluate(make_net().double(), x.double(), y, attacks, threat, batch_size=13)
-    assert a.drop(columns=['margin', 'distance']).equals(b.drop(columns=['margin', 'distance']))
+    rounded = ['margin', 'confidence', 'distance']
+    assert a.drop(columns=rounded).equals(b.drop(columns=rounded))
     assert np.allclose(a.margin, b.margin, atol=1e-6)
     assert np.allclose(a.distance, b.distance, atol=1e-6)
     assert not np.allclose(
@@ -407,7 +409,8 @@ def test_finished_batches_are_not_evaluated_again(tmp_path):
     rows = evaluate(**question(batch_size=4), save=folder)
     hook.remove()
     assert max(asked[2:]) == 4, 'with other batches'
-    assert rows.drop(columns='margin').equals(evaluate(**question()).drop(columns='margin')), (
+    rounded = ['margin', 'confidence']
+    assert rows.drop(columns=rounded).equals(evaluate(**question()).drop(columns=rounded)), (
         'with other batches')
 
 
@@ -577,7 +580,7 @@ budgets = [Linf(k/255) for k in (1, 4, 8, 16, 255)]
 def test_curves_keep_the_worst_image_so_far():
     rows = robustness_curve(model, x, y, pgd, budgets, seed=3)
     assert rows.columns.tolist() == ['image', 'attack', 'threat', 'label', 'prediction',
-                                     'correct', 'margin', 'distance', 'eps']
+                                     'correct', 'margin', 'confidence', 'distance', 'eps']
     assert len(rows) == 6*40
     slow = {0.: evaluate(model, x, y, {}, threat)}
     for t in budgets:
@@ -650,3 +653,45 @@ def test_curves_are_drawn_as_they_are():
     assert length.get_xlabel() == 'L2 budget, pixels in [0, 1]'
     assert 'accuracy' in {t.get_text() for t in length.texts}
     plt.close('all')
+
+
+class Shaky(nn.Module):
+    "NaN where the first pixel was changed"
+    def __init__(self, first):
+        super().__init__()
+        self.first = first
+    def forward(self, x):
+        z = x.flatten(1)[:, :3]
+        here = (x[:, :1, 0, 0] - self.first).abs() > 1e-6
+        return torch.where(here, torch.nan, z)
+
+
+def test_no_number_under_attack_counts_as_wrong():
+    x = torch.full((4, 1, 2, 2), .5)
+    x[:, 0, 0, 1] = .9
+    y = torch.ones(4, dtype=torch.int64)
+    def first_pixel(model, x, y, threat, *, generator=None):
+        x = x.clone()
+        x[:2, :, 0, 0] += .1
+        return x
+    rows = evaluate(Shaky(.5).eval(), x, y, dict(first=first_pixel), Linf(.1))
+    hit = rows[rows.attack == 'first']
+    assert hit.correct.tolist() == [False, False, True, True]
+    assert hit.prediction.tolist() == [-1, -1, 1, 1]
+    assert (hit.confidence[:2] == 0).all()
+    assert summarize(rows).set_index('attack').accuracy['worst'] == .5
+
+
+def test_confidence_is_the_softmax_of_the_prediction():
+    rows = evaluate(model, x, y, {}, threat)
+    expected = predict(model, x).softmax(1).amax(1)
+    assert (torch.tensor(rows.confidence.to_numpy()) - expected).abs().max() < 1e-5
+
+
+def test_an_attack_that_helps_is_an_alarm():
+    said = predict(model, x)
+    wrong = said.argsort(1)[:, -2]
+    def helpful(model, x, y, threat, *, generator=None):
+        return pgd(model, x, said.argmax(1)[:len(x)], threat, steps=20)
+    with pytest.warns(UserWarning, match="attack 'helpful' leaves .* 0 are right without"):
+        evaluate(model, x, wrong, dict(helpful=helpful), Linf(.3))
