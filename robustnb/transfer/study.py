@@ -31,6 +31,7 @@ from ..quant.targets import (
 from ..attacks.threat_models import check_threat, Linf
 from ..attacks.gradient import fgsm, multi_attack, pgd
 from ..attacks.adaptive_pgd import apgd
+from ..attacks.standard import cascade
 from ..evaluation.robust_accuracy import (
     compare, transfer_attack, evaluate, robustness_curve, worst_case)
 from .generator import energy, generate, Generator, train_generator
@@ -485,7 +486,7 @@ def assess(
     return study.assess(wanted)
 
 # %% ../../nbs/api/transfer/60_study.ipynb #e9bb9f43
-job_attacks = dict(fgsm=fgsm, pgd=partial(pgd, steps=10), apgd=apgd)
+job_attacks = dict(fgsm=fgsm, pgd=partial(pgd, steps=10), apgd=apgd, cascade=cascade)
 
 def _opened(model, weights='', **told):
     "The model that a job names; lists come as JSON, as a job holds numbers and words only"
@@ -511,7 +512,7 @@ def _to_calibrate(model, images, data, seed):
 @lru_cache(1)
 def study_of(
     model:str,            # Network, as `load_model` names it, or a file of `robustnb train`
-    attack:str='pgd',     # fgsm, pgd (10 steps) or apgd (100 steps)
+    attack:str='pgd',     # fgsm, pgd (10 steps), apgd (100 steps) or cascade
     seed:int=0,           # Calibration images and random starts
     data:str='digits',    # Labelled images to measure on, as for `load_data`; their test split
     n:int=500,            # Test images at most, balanced over the classes
@@ -537,7 +538,7 @@ def study_of(
 def measure_one(
     model:str,            # Network, as `load_model` names it, or a file of `robustnb train`
     format:str,           # Number format, as INT8, POT4, FLOAT6_E3, INT4/INT8
-    attack:str='pgd',     # fgsm, pgd (10 steps) or apgd (100 steps)
+    attack:str='pgd',     # fgsm, pgd (10 steps), apgd (100 steps) or cascade
     seed:int=0,           # Calibration images and random starts
     data:str='digits',    # Labelled images to measure on, as for `load_data`; their test split
     n:int=500,            # Test images at most, balanced over the classes
