@@ -147,14 +147,14 @@ def _walked(s, rows, model, start, steps, wanted=None):
     s.keep(rows, found, height, fallen)
     return int(fallen.sum())
 
-def _wave(s, stage, within, walk_from):
+def _wave(s, stage, within, walk_from, need_of=_need):
     """`walk_from(rows)` for the survivors whose need is below `within`, then for those twice as far, as
     long as one in ten falls; returns the share that fell"""
     before = len(s.left), s.forward, s.backward
     asked = torch.zeros(len(s.x), dtype=torch.bool, device=s.x.device)
     while not asked[s.left].all():
         rows = s.left[~asked[s.left]]
-        need = _need(s, rows)
+        need = need_of(s, rows)
         order = need.argsort(stable=True)
         order = order[:max(int((need < within).sum()), 12)]
         within = max(2*within, need[order].max().item())
@@ -165,7 +165,8 @@ def _wave(s, stage, within, walk_from):
 
 # %% ../../nbs/api/attacks/90_standard.ipynb #e542611b
 def _nearest_classes(s, rows, model, most):
-    "Wrong classes (n,most) by margin over length of its gradient, the nearest first"
+    """Wrong classes (n,most), the nearest first, and the need of each if the model were linear: distance
+    of its border, margin over length of gradient, in budgets, less one"""
     wrong = s.logits[rows].scatter(1, s.y[rows, None], -torch.inf)
     wanted = wrong.sort(dim=1, descending=True, stable=True).indices[:, :most]
     dual = {Linf: 1, L1: float('inf')}.get(type(s.threat), 2)
@@ -174,18 +175,18 @@ def _nearest_classes(s, rows, model, most):
     for k in range(wanted.shape[1]):
         value, grad, _ = look(s.x[rows], torch.stack([s.y[rows], wanted[:, k]], 1))
         far.append(-value/grad.flatten(1).norm(p=dual, dim=1).clamp_min(1e-30))
-    return wanted.gather(1, torch.stack(far, 1).argsort(dim=1, stable=True))
+    far, order = (torch.stack(far, 1)/s.threat.eps - 1).sort(dim=1, stable=True)
+    return wanted.gather(1, order), far
 
 # %% ../../nbs/api/attacks/90_standard.ipynb #e542612b
 def _finish(s, model, targets, generator):
     "Very near images from many sides; what paid is tried again"
     most = min(targets, s.logits.shape[1]-1)
-    classes = s.y.new_full((len(s.x), max(most, 1)), -1)
-    def towards(k, rows):
-        new = rows[classes[rows, 0] < 0]
-        if len(new):
-            classes[new] = _nearest_classes(s, new, model, most)
-        return _walked(s, rows, model, s.x[rows], 40, classes[rows, k])
+    if most > 0 and len(s.left):
+        classes = s.y.new_zeros(len(s.x), most)
+        needs = s.x.new_zeros(len(s.x), most)
+        classes[s.left], needs[s.left] = _nearest_classes(s, s.left, model, most)
+    def towards(k, rows): return _walked(s, rows, model, s.x[rows], 40, classes[rows, k])
     sides = dict(best=lambda rows: s.out[rows],
                  opposite=lambda rows: s.threat.project(s.x[rows], 2*s.x[rows]-s.out[rows]),
                  random=lambda rows: s.threat.sample(s.x[rows], generator))
@@ -196,7 +197,8 @@ def _finish(s, model, targets, generator):
         for kind in kinds:
             if not len(s.left) or kind == 'class' and tried == most: continue
             if kind == 'class':
-                share = _wave(s, f'class {tried+1}', .08, partial(towards, tried))
+                share = _wave(s, f'class {tried+1}', .08, partial(towards, tried),
+                              lambda s, rows: needs[rows, tried])
                 tried += 1
             else:
                 share = _wave(s, kind, .08,
