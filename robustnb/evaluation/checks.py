@@ -64,6 +64,9 @@ class _Answers:
     def clean(self): return self.logits(self.x)
 
     @cached_property
+    def was_right(self): return (self.clean.argmax(1) == self.y) & self.clean.isfinite().all(1)
+
+    @cached_property
     def noise(self):
         "How much the logits change when the same question is put again, as a fraction of their spread"
         return self._change(self.x)
@@ -105,9 +108,6 @@ class _Case(_Answers):
         return (self.was_right & self.right(self.attacked[0])).nonzero().flatten()
 
     @cached_property
-    def was_right(self): return (self.clean.argmax(1) == self.y) & self.clean.isfinite().all(1)
-
-    @cached_property
     def attacked(self):
         before = _state(self.model)
         x_adv = self.run(self.attack)
@@ -138,6 +138,7 @@ def _batch(case):
         change > max(1e-3, 10*case.noise, 3*case.flips),
         f'alone and in a batch, answers differ by {change:.1g} standard deviations of the logits')
 
+# %% ../../nbs/api/evaluation/20_checks.ipynb #39506358
 def _precision(case):
     logits = torch.cat([case.clean.unique(dim=0), case.logits(case.attacked[0]).unique(dim=0)])
     top = logits.topk(2, 1).values
@@ -217,6 +218,7 @@ def _loss(case):
     return (_many(k, len(case.x), .05),
             f'{k} of {len(case.left)} survivors fall to the same attack on the margin')
 
+# %% ../../nbs/api/evaluation/20_checks.ipynb #9f85ab9a
 def _converged(case):
     longer = _longer(case.attack) or partial(pgd, steps=40)
     k = case.falls(longer, longer, partial(apgd, steps=50, loss=margin))
@@ -304,6 +306,7 @@ _checks = {
     'not numbers': (_not_numbers, 'Find out where NaN or infinity comes from; until then count '
                                   'such an image as fallen, never as robust.')}
 
+# %% ../../nbs/api/evaluation/20_checks.ipynb #56d73557
 _search = {'unbounded', 'larger budget', 'misleading gradient', 'saturated loss', 'more steps', 'black box'}
 _explains = {
     'not numbers': {'vanishing gradient', *_search},
@@ -349,6 +352,7 @@ def _row(name, case):
     return dict(check=name, verdict='doubt' if doubt else 'ok', figure=figure,
                 what_to_do=advice if doubt else '')
 
+# %% ../../nbs/api/evaluation/20_checks.ipynb #fb2c1746
 def _one_cause_one_row(table):
     "The table with each doubt that another one explains pointing there"
     verdict = dict(zip(table.check, table.verdict))
