@@ -24,6 +24,7 @@ _NAMES = {
     'attacks.standard': 'cascade',
     'evaluation.robust_accuracy': 'evaluate summarize',
     'evaluation.checks': 'red_flags',
+    'evaluation.auditing': 'audit',
     'transfer.generator': 'generate train_generator',
     'transfer.study': 'assess Study',
     'curation.training_sets': 'attacked build_training_set',
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from .descriptors.pairs import make_pairs
     from .descriptors.students import distill_descriptor
     from .descriptors.submission import check_submission, write_submission
+    from .evaluation.auditing import audit
     from .evaluation.checks import red_flags
     from .evaluation.robust_accuracy import evaluate, summarize
     from .models.loading import load_model, save_model

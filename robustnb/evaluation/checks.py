@@ -14,9 +14,10 @@ from functools import cached_property, partial
 import pandas as pd
 import torch
 from torch import nn, Tensor
-from ..core import batches, check_images, make_generator, subseed
+from ..core import batches, check_images, draw, image_generators, make_generator, subseed
 from ..attacks.threat_models import L1, L2, Linf
 from ..attacks.gradient import check_attack, cross_entropy, loss_and_grad, margin, pgd
+from ..attacks.adaptive_pgd import apgd
 from ..attacks.score_based import random_search, square
 from .robust_accuracy import on_8bit_images
 
@@ -54,15 +55,30 @@ class _Answers:
     def logits(self, x):
         return torch.cat([self.model(x[s]) for s in batches(len(x), 125)])
 
-    def right(self, x, on=slice(None)): return self.logits(x).argmax(1) == self.y[on]
+    def right(self, x, on=slice(None)):
+        "Which images are classified correctly; a logit that is no number is never right"
+        logits = self.logits(x)
+        return (logits.argmax(1) == self.y[on]) & logits.isfinite().all(1)
 
     @cached_property
     def clean(self): return self.logits(self.x)
 
     @cached_property
+    def was_right(self): return (self.clean.argmax(1) == self.y) & self.clean.isfinite().all(1)
+
+    @cached_property
     def noise(self):
         "How much the logits change when the same question is put again, as a fraction of their spread"
-        return ((self.logits(self.x) - self.clean).abs().max()/self.clean.std()).item()
+        return self._change(self.x)
+
+    @cached_property
+    def flips(self):
+        "How much they change when each pixel moves by a millionth: where a rounding may flip, quite a bit"
+        return max(self._change((self.x + 1e-6).clamp_max(1)), self._change((self.x - 1e-6).clamp_min(0)))
+
+    def _change(self, x):
+        change = self.logits(x) - self.clean
+        return (change.nan_to_num().abs().max()/self.clean[self.clean.isfinite()].std()).item()
 
 # %% ../../nbs/api/evaluation/20_checks.ipynb #61ac3160
 @dataclass(frozen=True)
@@ -72,6 +88,7 @@ class _Case(_Answers):
     attack:Callable
     seed:int
     training:list    # Names of the parts that were in training mode
+    asked:dict       # How many images the model was asked about, and how many answers were no numbers
 
     def run(self, attack, threat=None, on=slice(None), start='red flags'):
         "The attacked images of `on`; the threat is that of the case unless given."
@@ -88,8 +105,7 @@ class _Case(_Answers):
 
     @cached_property
     def left(self):
-        was_right = self.clean.argmax(1) == self.y
-        return (was_right & self.right(self.attacked[0])).nonzero().flatten()
+        return (self.was_right & self.right(self.attacked[0])).nonzero().flatten()
 
     @cached_property
     def attacked(self):
@@ -117,11 +133,12 @@ def _randomness(case):
 def _batch(case):
     some = torch.linspace(0, len(case.x)-1, 16).long().tolist()
     alone = torch.cat([case.logits(case.x[i:i+1]) for i in some])
-    change = ((alone - case.clean[some]).abs().max()/case.clean.std()).item()
+    change = ((alone - case.clean[some]).nan_to_num().abs().max()/case.clean.nan_to_num().std()).item()
     return (
-        change > max(1e-3, 10*case.noise),
+        change > max(1e-3, 10*case.noise, 3*case.flips),
         f'alone and in a batch, answers differ by {change:.1g} standard deviations of the logits')
 
+# %% ../../nbs/api/evaluation/20_checks.ipynb #39506358
 def _precision(case):
     logits = torch.cat([case.clean.unique(dim=0), case.logits(case.attacked[0]).unique(dim=0)])
     top = logits.topk(2, 1).values
@@ -132,6 +149,10 @@ def _precision(case):
     figure = f'{ties} ties for the largest logit, {distinct:.0%} of the logits distinct' + (
         f', all of them {narrow[0]} numbers' if narrow else '')
     return bool(_many(ties, len(logits)) or narrow or distinct < .5), figure
+
+def _not_numbers(case):
+    k = case.asked['not numbers']
+    return k > 0, f"{k} of {case.asked['images']} answers, under all checks, hold NaN or infinity"
 
 def _changed(case):
     changes = case.attacked[1]
@@ -163,7 +184,7 @@ def _larger(case):
 def _unbounded(case):
     right = int(case.right(case.run(_longer(case.attack) or case.attack,
                                     _resized(case.threat, _largest(case)))).sum())
-    return right > 0, f'{right} of {len(case.x)} still right when every pixel may change'
+    return _many(right, len(case.x)), f'{right} of {len(case.x)} still right when every pixel may change'
 
 # %% ../../nbs/api/evaluation/20_checks.ipynb #b672cf43
 def _takes(attack, name): return name in inspect.signature(attack).parameters
@@ -180,7 +201,9 @@ def _longer(attack):
                    **usual)
 
 def _gradients(case):
-    on, flat, zero = (case.clean.argmax(1) == case.y).nonzero().flatten(), 0, 0
+    on = case.was_right.nonzero().flatten()
+    flat = 0
+    zero = 0
     for s in batches(len(on), 125):
         value, grad, _ = loss_and_grad(case.model, case.x[on[s]], case.y[on[s]], margin)
         flat += int((grad.flatten(1).abs().sum(1) < 1e-3*value.abs()).sum())
@@ -192,23 +215,48 @@ def _gradients(case):
 def _loss(case):
     k = case.falls(partial(case.attack, loss=margin) if _takes(case.attack, 'loss')
                    else partial(pgd, loss=margin))
-    return _many(k, len(case.x),
-                 .05), f'{k} of {len(case.left)} survivors fall to the same attack on the margin'
+    return (_many(k, len(case.x), .05),
+            f'{k} of {len(case.left)} survivors fall to the same attack on the margin')
 
+# %% ../../nbs/api/evaluation/20_checks.ipynb #9f85ab9a
 def _converged(case):
     longer = _longer(case.attack) or partial(pgd, steps=40)
-    k = case.falls(longer, longer)
-    return (_many(k, len(case.x), .05),
-            f'{k} of {len(case.left)} survivors fall to 40 or more steps from two other starts')
+    k = case.falls(longer, longer, partial(apgd, steps=50, loss=margin))
+    return (_many(k, len(case.x)), f'{k} of {len(case.left)} survivors fall to 40 or more steps from two '
+                                   'other starts, or to 50 of Auto-PGD on the margin')
 
 def _blackbox(case):
     k = case.falls(partial(square, queries=300) if isinstance(case.threat, (Linf, L2, L1))
                    else partial(random_search, tries=300))
     return _many(k, len(case.x)), f'{k} of {len(case.left)} survivors fall to 300 queries'
 
+# %% ../../nbs/api/evaluation/20_checks.ipynb #e98dfb44
+def _foretold(case, on):
+    "Over 16 random changes of each image in `on`: the change of the margin by the gradient, and the real one"
+    x = case.x[on]
+    y = case.y[on]
+    _, grad, _ = loss_and_grad(case.model, x, y, margin)
+    own = image_generators(make_generator(case.seed, 'random changes'), x)
+    height = lambda x: margin(case.logits(x), y)
+    pairs = []
+    for _ in range(16):
+        change = (draw(torch.rand, own, *x.shape[1:], like=x)-.5).sign()
+        up = case.threat.project(x, x+change)
+        down = case.threat.project(x, x-change)
+        pairs.append(((grad*(up-down)).flatten(1).sum(1)/2, (height(up)-height(down))/2))
+    return [torch.stack(o, 1) for o in zip(*pairs)]
+
+def _misleading(case):
+    on = case.was_right.nonzero().flatten()[:60]
+    told, real = _foretold(case, on)
+    agreement = (told*real).sum(1)/(told.norm(dim=1)*real.norm(dim=1)).clamp_min(1e-30)
+    mean = agreement.nan_to_num().mean().item()
+    return (mean < .25 and _many(len(case.left), len(case.x)),
+            f'over random changes, what the gradient foretells and what happens correlate by {mean:.2f}')
+
 # %% ../../nbs/api/evaluation/20_checks.ipynb #c14c1074
 def _rounding(case):
-    on = (case.clean.argmax(1) == case.y).index_fill_(0, case.left, False)
+    on = case.was_right.index_fill(0, case.left, False)
     if not on.any(): return False, 'nothing fell, nothing to round'
     try:
         rounded = on_8bit_images(lambda *a, **k: case.attacked[0][on])(
@@ -244,6 +292,9 @@ _checks = {
     'vanishing gradient': (_gradients,
                            'Pass the gradient straight through what rounds, craft the images '
                            'on a smooth copy (`transfer_attack`), and add `square`.'),
+    'misleading gradient': (
+        _misleading, 'Follow another gradient: straight through all that rounds, without `detach`, '
+                     'that of the answer that is judged, or of a surrogate (`transfer_attack`).'),
     'saturated loss': (
         _loss, 'The loss saturates, as with logits that are scaled up: attack with `loss=margin`.'),
     'more steps': (_converged, 'Take more steps and restarts until the number stops falling.'),
@@ -251,7 +302,22 @@ _checks = {
                   'The gradient misleads: attack around it (straight-through, '
                   '`transfer_attack`), and count the worst of all attacks per image.'),
     '8-bit rounding': (_rounding, 'Judge rounded images: `on_8bit_images(attack)`. Attacks '
-                                  'that stop at the border need a few steps beyond it.')}
+                                  'that stop at the border need a few steps beyond it.'),
+    'not numbers': (_not_numbers, 'Find out where NaN or infinity comes from; until then count '
+                                  'such an image as fallen, never as robust.')}
+
+# %% ../../nbs/api/evaluation/20_checks.ipynb #56d73557
+_search = {'unbounded', 'larger budget', 'misleading gradient', 'saturated loss', 'more steps', 'black box'}
+_explains = {
+    'not numbers': {'vanishing gradient', *_search},
+    'changed state': {'randomness', 'batch dependence', 'zero budget', 'larger budget'},
+    'randomness': {'batch dependence', 'zero budget', '8-bit rounding', *_search},
+    'low precision': _search,
+    'vanishing gradient': _search,
+    'misleading gradient': _search - {'misleading gradient'},
+    'saturated loss': {'unbounded', 'more steps', 'black box'},
+    'more steps': {'black box'},
+    'black box': {'unbounded'}}
 
 # %% ../../nbs/api/evaluation/20_checks.ipynb #b2d9d4c9
 @contextmanager
@@ -286,6 +352,30 @@ def _row(name, case):
     return dict(check=name, verdict='doubt' if doubt else 'ok', figure=figure,
                 what_to_do=advice if doubt else '')
 
+# %% ../../nbs/api/evaluation/20_checks.ipynb #fb2c1746
+def _one_cause_one_row(table):
+    "The table with each doubt that another one explains pointing there"
+    verdict = dict(zip(table.check, table.verdict))
+    for cause, effects in _explains.items():
+        for effect in effects:
+            if verdict[cause] == verdict[effect] == 'doubt':
+                verdict[effect] = f'see {cause}'
+    explained = table.check.map(verdict)
+    return table.assign(verdict=explained, what_to_do=table.what_to_do.where(explained == 'doubt', ''))
+
+@contextmanager
+def _listening(model):
+    "Counts, inside, all that the model is asked, and the answers that are no numbers"
+    asked = {'images': 0, 'not numbers': 0}
+    def count(module, args, logits):
+        asked['images'] += len(logits)
+        asked['not numbers'] += int((~logits.detach().isfinite().all(1)).sum())
+    hook = model.register_forward_hook(count)
+    try:
+        yield asked
+    finally:
+        hook.remove()
+
 # %% ../../nbs/api/evaluation/20_checks.ipynb #7fe9bb34
 def red_flags(
     model:nn.Module,       # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K)
@@ -296,7 +386,8 @@ def red_flags(
     threat,                # Threat model of the number in doubt, e.g. `Linf(8/255)`
     attack:Callable=pgd,   # The attack that gave it: (model, x, y, threat, *, generator) -> x_adv
     seed:int=0,            # Everything random
-)->pd.DataFrame:           # One row per check: check, verdict (ok, doubt, not judged), figure, what_to_do
+    # One row per check: check, verdict (ok, doubt, see another check, not judged), figure, what_to_do
+)->pd.DataFrame:
     """Signs that a robust accuracy is too high (Carlini et al. 2019, arXiv:1902.06705; Athalye et
     al. 2018, arXiv:1802.00420)."""
     check_images(x)
@@ -309,10 +400,11 @@ def red_flags(
           torch.random.fork_rng(devices=[device] if device.type == 'cuda' else [])):
         torch.manual_seed(subseed(seed, 'the model'))
         opened = check_attack(model, x, y, threat)
-        case = _Case(opened, x.to(device), y.to(device), threat, attack, seed, training)
-        right = int((case.clean.argmax(1) == case.y).sum())
-        if right < 20:
-            raise ValueError("`x` must hold at least 20 images that the model classifies "
-                             f"correctly; got {right} of {len(x)}. Check the labels, or give "
-                             "more images.")
-        return pd.DataFrame([_row(name, case) for name in _checks])
+        with _listening(opened) as asked:
+            case = _Case(opened, x.to(device), y.to(device), threat, attack, seed, training, asked)
+            right = int(case.was_right.sum())
+            if right < 20:
+                raise ValueError("`x` must hold at least 20 images that the model classifies "
+                                 f"correctly; got {right} of {len(x)}. Check the labels, or give "
+                                 "more images.")
+            return _one_cause_one_row(pd.DataFrame([_row(name, case) for name in _checks]))

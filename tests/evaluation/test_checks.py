@@ -20,10 +20,13 @@ from robustnb.models.zoo import build_model
 from robustnb.attacks.threat_models import L1, L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
 from robustnb.models.training import Recipe, train
+from robustnb.quant.ptq import quantize
 
+# what twenty steps of `pgd` leave standing here and a longer search finds, about three images
+leftover = {'more steps'}
 names = ['training mode', 'randomness', 'batch dependence', 'low precision', 'changed state',
-         'zero budget', 'larger budget', 'unbounded', 'vanishing gradient', 'saturated loss',
-         'more steps', 'black box', '8-bit rounding']
+         'zero budget', 'larger budget', 'unbounded', 'vanishing gradient', 'misleading gradient',
+         'saturated loss', 'more steps', 'black box', '8-bit rounding', 'not numbers']
 test = subset(digits('test', size=8), 100, seed=0)
 x, y, threat = test.x, torch.as_tensor(test.y), Linf(20/255)
 
@@ -78,11 +81,16 @@ def batch_norm_of_the_batch(net):
 def show(table): return {r.check: r.figure for r in table.itertuples() if r.verdict == 'doubt'}
 
 
+def explained(table):
+    return {r.check: r.verdict[4:] for r in table.itertuples() if r.verdict.startswith('see ')}
+
+
 def doubts(model, attack=pgd, **kw):
     table = red_flags(model, kw.pop('x', x), y, kw.pop('threat', threat), attack, **kw)
     assert table.columns.tolist() == ['check', 'verdict', 'figure', 'what_to_do']
     assert table.check.tolist() == names
-    assert set(table.verdict) <= {'ok', 'doubt', 'not judged'}
+    assert set(table.verdict) <= {'ok', 'doubt', 'not judged', *(f'see {o}' for o in names)}
+    assert set(explained(table).values()) <= set(show(table)), 'a row points to a doubt'
     assert ((table.what_to_do != '') == (table.verdict == 'doubt')).all()
     assert (table.figure != '').all()
     return show(table)
@@ -93,8 +101,9 @@ def test_a_healthy_network_raises_no_doubt(net, threat):
     right = lambda x: (net(x).argmax(1) == y).float().mean().item()
     assert right(x) > .85, 'the case is worth looking at'
     assert .1 < right(pgd(net, x, y, threat)) < .7, 'the case is worth looking at'
-    assert doubts(net, threat=threat) == {}
-    assert doubts(net, multi_attack(fgsm, pgd), threat=threat) == {}
+    strong = partial(apgd, steps=60, loss=margin)
+    assert doubts(net, strong, threat=threat) == {}
+    assert doubts(net, multi_attack(fgsm, strong), threat=threat) == {}
 
 
 randomly = lambda z: z + 1e-3*z.detach().std()*torch.randn(z.shape)
@@ -114,18 +123,19 @@ faulty_models = {
     'logits on a grid': (lambda net: Around(net, after=rounded_logits(.03)), {'low precision'}),
     'counter': (Counting, {'changed state'}),
     'rounding without a gradient': (lambda net: Around(net, before=seven_levels),
-                                    {'unbounded', 'vanishing gradient', 'black box'}),
+                                    {'vanishing gradient'}),
     'logits x 100': (lambda net: Around(net, after=lambda z: 100*z),
-                     {'unbounded', 'saturated loss', 'black box'}),
+                     {'saturated loss'}),
     'logits x 1000': (lambda net: Around(net, after=lambda z: 1000*z),
-                      {'unbounded', 'saturated loss', 'black box'}),
+                      {'saturated loss'}),
 }
 
 
 @pytest.mark.parametrize('fault', faulty_models)
 def test_faulty_models_turn_their_row(fault, net):
     make, rows = faulty_models[fault]
-    assert set(doubts(make(net).eval() if 'mode' not in fault else make(net))) == rows
+    found = set(doubts(make(net).eval() if 'mode' not in fault else make(net)))
+    assert rows <= found <= rows | leftover
 
 
 def test_an_attack_that_does_not_suit_its_threat_model_is_seen(net):
@@ -133,13 +143,13 @@ def test_an_attack_that_does_not_suit_its_threat_model_is_seen(net):
     right = {a: (net(a(net, x, y, budget)).argmax(1) == y).float().mean().item()
              for a in (pgd, apgd)}
     assert right[apgd] < right[pgd] - .2, 'the steps of `pgd` are too long for L1'
-    assert set(doubts(net, threat=budget)) == {'black box'}
-    assert doubts(net, apgd, threat=budget) == {}
+    assert set(doubts(net, threat=budget)) == {'more steps'}
+    assert set(doubts(net, apgd, threat=budget)) <= leftover
 
 
 def test_misleading_gradients_are_seen(net):
     found = doubts(Around(net, before=Misleading.apply).eval())
-    assert {'black box'} <= set(found) <= {'black box', 'unbounded'}
+    assert set(found) == {'misleading gradient'}
 
 
 def test_batch_norm_of_the_batch_is_seen(net):
@@ -181,9 +191,9 @@ def broken(x): raise ArithmeticError('at this budget I cannot')
 
 
 faulty_attacks = {
-    'too few steps': (partial(pgd, steps=1, step_size=threat.eps/4), {'more steps', 'black box'}),
-    'tiny steps': (partial(pgd, steps=30, step_size=threat.eps/2000), {'more steps', 'black box'}),
-    'two short steps': (short, {'more steps', 'black box'}),
+    'too few steps': (partial(pgd, steps=1, step_size=threat.eps/4), {'more steps'}),
+    'tiny steps': (partial(pgd, steps=30, step_size=threat.eps/2000), {'more steps'}),
+    'two short steps': (short, {'more steps'}),
     'just over the border': (to_the_border, {'8-bit rounding'}),
     'moves without a budget': (otherwise(lambda eps: eps == 0, lambda x: (x + .01).clamp(0, 1)),
                                {'zero budget'}),
@@ -198,7 +208,7 @@ faulty_attacks = {
     'freezes a layer': (leaves(lambda m: m[0].requires_grad_(False)), {'changed state'}),
     'moves batch norm': (leaves(lambda m: m[1].running_mean.add_(1e-4)), {'changed state'}),
     'does nothing': (lambda model, x, y, threat, *, generator=None: x,
-                     {'unbounded', 'saturated loss', 'more steps', 'black box'}),
+                     {'saturated loss'}),
 }
 
 
@@ -206,8 +216,7 @@ faulty_attacks = {
 def test_faulty_attacks_turn_their_row(fault, net):
     attack, rows = faulty_attacks[fault]
     found = doubts(copy.deepcopy(net), attack)
-    assert rows <= set(
-        found) <= rows | ({'saturated loss'} if fault == 'two short steps' else set())
+    assert rows <= set(found) <= rows | leftover | {'saturated loss'}
     if fault == 'fails without a budget':
         assert found['zero budget'] == 'ArithmeticError: at this budget I cannot'
     if fault == 'moves without a budget':
@@ -217,18 +226,74 @@ def test_faulty_attacks_turn_their_row(fault, net):
 def test_what_appears_in_a_model_has_changed_it(net):
     model = copy.deepcopy(net)
     assert set(doubts(model, attack=leaves(lambda m: m[0].register_buffer(
-        'seen', torch.zeros(1))))) == {'changed state'}
+        'seen', torch.zeros(1))))) - leftover == {'changed state'}
 
 
 def test_the_number_can_be_right_where_the_model_is_odd(net):
     rounds = Around(net, before=seven_levels).eval()
     scaled = Around(net, after=lambda z: 1000*z).eval()
-    assert set(doubts(rounds,
-                      multi_attack(pgd, transfer_attack(net, pgd)))) == {'vanishing gradient'}
-    assert doubts(scaled, partial(pgd, loss=margin)) == {}
-    assert set(doubts(scaled,
-                      multi_attack(pgd, partial(square, queries=400)))) == {'saturated loss'}
-    assert set(doubts(net, on_8bit_images(partial(pgd, loss=margin)))) == set()
+    around = multi_attack(pgd, transfer_attack(net, pgd))
+    assert set(doubts(rounds, around)) == {'vanishing gradient'}
+    assert set(doubts(scaled, partial(pgd, loss=margin))) <= leftover
+    assert 'saturated loss' in doubts(scaled, multi_attack(pgd, partial(square, queries=400)))
+    assert set(doubts(net, on_8bit_images(partial(pgd, loss=margin)))) <= leftover
+
+
+def blurred(x): return nn.functional.avg_pool2d(nn.functional.pad(x, [1]*4), 3, 1)
+
+
+class Flips(nn.Module):
+    "Another answer where a gradient is wanted"
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+    def forward(self, x):
+        z = self.net(x)
+        return 2*z.detach() - z if torch.is_grad_enabled() else z
+
+
+def no_number_near_the_border(z):
+    top = z.topk(2, 1).values
+    return z.masked_fill((top[:, 0]-top[:, 1] < 2)[:, None], torch.nan)
+
+
+zoo = {
+    'detached': (lambda net: Around(net, before=lambda x: blurred(x) + (x-blurred(x)).detach()),
+                 {'misleading gradient', 'black box'}),
+    'flips': (Flips, {'misleading gradient'}),
+    'NaN': (lambda net: Around(net, after=no_number_near_the_border), {'not numbers'}),
+    'INT4': (lambda net: quantize(net, 'INT4', x), {'misleading gradient', 'more steps', 'black box'}),
+    'INT8': (lambda net: quantize(net, 'INT8', x), leftover),
+    'POT4/INT8': (lambda net: quantize(net, 'POT4/INT8', x), leftover),
+    'scaled by 3': (lambda net: Around(net, after=lambda z: 3*z), leftover)}
+
+
+@pytest.mark.parametrize('kind', zoo)
+def test_a_small_zoo(kind, net):
+    "What is overstated is seen, by the row that says why; a rounded copy is not accused for rounding"
+    make, rows = zoo[kind]
+    model = make(net).eval()
+    right = lambda images: ((z := model(images)).argmax(1) == y) & z.isfinite().all(1)
+    strong = multi_attack(partial(apgd, loss=margin), transfer_attack(net, apgd),
+                          partial(square, queries=500))
+    with torch.no_grad():
+        naive = right(pgd(model, x, y, threat, generator=make_generator(0)))
+        truth = naive & right(strong(model, x, y, threat, generator=make_generator(0)))
+    found = set(doubts(model))
+    if naive.sum() - truth.sum() > 2: assert found
+    assert found <= rows
+
+
+def test_a_logit_that_is_no_number_is_never_right(net):
+    "`argmax` of a row of NaN is 0, which is the label of some"
+    model = Around(net, after=lambda z: torch.where(z.argmax(1, keepdim=True) == 0, torch.nan, z))
+    with torch.no_grad():
+        said = net(x).argmax(1)
+    order = (said == 0).int().argsort(stable=True)
+    table = red_flags(model.eval(), x[order], y[order], threat).set_index('check')
+    assert table.verdict['not numbers'] == 'doubt'
+    assert int(((said == 0) & (y == 0)).sum()) > 5
+    assert f'of {int(((said == y) & (said != 0)).sum())} images' in table.figure['vanishing gradient']
 
 
 def test_answers_that_are_wrong_by_chance_are_seen_at_eps_0(net):
@@ -238,9 +303,8 @@ def test_answers_that_are_wrong_by_chance_are_seen_at_eps_0(net):
 
 def test_a_model_without_gradients_is_judged_as_far_as_possible(net):
     found = doubts(Around(net, after=lambda z: z.detach()).eval(), partial(square, queries=20))
-    assert {'vanishing gradient', 'more steps'} <= set(found) <= {
-        'vanishing gradient', 'more steps', 'saturated loss', 'black box', 'unbounded'}
-    assert all('must be differentiable' in found[k] for k in ('vanishing gradient', 'more steps'))
+    assert set(found) == {'vanishing gradient'}
+    assert 'must be differentiable' in found['vanishing gradient']
 
 
 def test_figures_count(net):
@@ -284,7 +348,7 @@ def test_everything_is_afterwards_as_it_was(net):
                     | {k: m.training for k, m in model.named_modules()}
                     | {'x': x.clone(), 'random': torch.get_rng_state()})
     before = look()
-    assert set(doubts(model)) == {'training mode', 'changed state'}
+    assert set(doubts(model)) - leftover == {'training mode', 'changed state'}
     assert all(torch.equal(v, before[k]) if isinstance(v, torch.Tensor) else v == before[k]
                for k, v in look().items())
     assert torch.equal(model.net[0].weight.grad, torch.ones_like(model.net[0].weight))
@@ -308,7 +372,7 @@ def test_tables_repeat_with_their_seed(net):
 def test_more_images_than_a_batch(net):
     more = subset(digits('test', size=8), 300, seed=0)
     table = red_flags(net, more.x, torch.as_tensor(more.y), threat)
-    assert set(table.verdict) == {'ok'}
+    assert set(table.verdict[table.check != 'more steps']) == {'ok'}
     assert 'of 300' in table.figure[5]
 
 
