@@ -180,6 +180,13 @@ def _rows_of(folder, question):
     return [_read_rows(f, question) for f in sorted(folder.glob('*.csv'))]
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #02788c2b
+def _alarm(rows):
+    "Warn where an attack makes more images right than are right without it"
+    right = rows.groupby('attack', sort=False).correct.sum()
+    for name in right.index[right > right['clean']]:
+        warnings.warn(f"attack {name!r} leaves {right[name]} images right, {right['clean']} are right "
+                      "without it. Are the labels those of the model's classes? Does it answer at random?")
+
 def _check_attacks(attacks):
     "Raise unless they are functions with names."
     if not isinstance(attacks, dict):
@@ -196,13 +203,6 @@ def _check_attacks(attacks):
                             f"generator) -> x_adv; {name!r} is {type(attack).__name__}.")
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #e1100ef1
-def _alarm(rows):
-    "Warn where an attack makes more images right than are right without it"
-    right = rows.groupby('attack', sort=False).correct.sum()
-    for name in right.index[right > right['clean']]:
-        warnings.warn(f"attack {name!r} leaves {right[name]} images right, {right['clean']} are right without "
-                      "it. Are the labels those of the model's classes? Does it answer at random?")
-
 def evaluate(
     model:nn.Module,        # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,               # Images (N,C,H,W), float, pixels in [0,1]
