@@ -315,7 +315,7 @@ _explains = {
     'low precision': _search,
     'vanishing gradient': _search,
     'misleading gradient': _search - {'misleading gradient'},
-    'saturated loss': {'unbounded', 'more steps', 'black box'},
+    'saturated loss': {'unbounded', 'black box'},
     'more steps': {'black box'},
     'black box': {'unbounded'}}
 
