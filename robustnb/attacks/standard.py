@@ -229,7 +229,7 @@ def _ask(s, stage, attack, rows, passes, generator):
     s.backward += passes[1]*len(rows)
     s.note(stage, len(rows), *before)
 
-# %% ../../nbs/api/attacks/90_standard.ipynb #e542611b
+# %% ../../nbs/api/attacks/90_standard.ipynb #d2e80988
 def _sentinel(s, generator):
     "Do queries find what the gradients missed?"
     order = _need(s, s.left).argsort(stable=True)
