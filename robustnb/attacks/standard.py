@@ -299,7 +299,7 @@ def run_cascade(
     if len(s.left) and threat.eps > 0:
         by_gradient = _differentiable(model, x, y)
         if by_gradient:
-            fast = search_copy(model, x, y)
+            fast = model if random else search_copy(model, x, y)   # a trace would freeze what is drawn
             exact = search_copy(model, x, y, low=False) if getattr(fast, 'low', False) else fast
             before = len(s.left), s.forward, s.backward
             _walked(s, s.left, fast, s.x[s.left], 5)

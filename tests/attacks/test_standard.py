@@ -309,3 +309,11 @@ def test_a_random_model_is_judged_by_its_mean(trained):
     agree = (fresh.argmax(1) == y) == seen.survives
     assert agree.float().mean() > .9
     assert not run_cascade(net, x, y, Linf(2/255)).random
+
+
+def test_what_a_random_model_draws_is_drawn_anew(trained, monkeypatch):
+    net, x, y = trained
+    def never(*args, **kw): raise AssertionError('a copy of a random model')
+    noisy = Wrapped(net, before=lambda x: (x + .03*torch.randn(x.shape)).clamp(0, 1)).eval()
+    monkeypatch.setattr(standard, 'search_copy', never)
+    assert run_cascade(noisy, x, y, Linf(2/255)).random
