@@ -225,16 +225,23 @@ def _run(name, given):
     return 1 if result and result.get('failed') else 0
 
 # %% ../../nbs/api/commands/90_command_line.ipynb #3c01a9e3
+def _say(text):
+    "Print, also where the reader of a pipe has gone: `robustnb --help | head`"
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 def main(
     words=None,   # Words behind `robustnb`; None takes those of the command line
 )->int:           # Exit status: 0 done, 1 refused or failed, 2 no such command, 130 stopped
     "The command `robustnb`."
     words = list(sys.argv[1:] if words is None else words)
     if words and words[0] in ('-h', '--help', 'help'):
-        print(_overview())
+        _say(_overview())
         return 0
     if words and words[0] == '--version':
-        print(_version())
+        _say(_version())
         return 0
     name = words[0].replace('_', '-').lower() if words else ''
     if name not in _HOMES:

@@ -201,3 +201,12 @@ def test_every_page_types_commands_that_exist():
         typed |= set(re.findall(r'robustnb ([a-z]+(?:-[a-z]+)*) (?:--?[a-z]|[\w./]+\.pt|timm:)', text))
     assert typed <= set(NAMES), typed - set(NAMES)
     assert 'assess' in typed
+
+
+def test_help_for_a_reader_who_has_gone():
+    read, write = os.pipe()
+    os.close(read)
+    said = subprocess.run([sys.executable, '-m', 'robustnb', '--help'], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert said.returncode == 0
+    assert said.stderr == b''
