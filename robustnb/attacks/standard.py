@@ -128,9 +128,11 @@ class _Search:
         self.height[rows[better]] = height[better].to(self.height)
         self.left = self.left[~torch.isin(self.left, rows[fallen])]
 
-    def note(self, stage, asked, survivors, forward, backward):
-        self.stages.append(dict(stage=stage, asked=asked, fallen=survivors-len(self.left),
-                                forward=self.forward-forward, backward=self.backward-backward))
+    def note(self, stage, asked):
+        "A stage is over: what has changed since the last one"
+        now = dict(fallen=len(self.x)-len(self.left), forward=self.forward, backward=self.backward)
+        so_far = {k: sum(o[k] for o in self.stages) for k in now}
+        self.stages.append(dict(stage=stage, asked=asked) | {k: now[k]-so_far[k] for k in now})
 
 # %% ../../nbs/api/attacks/90_standard.ipynb #e5426117
 def _need(s, rows):
@@ -150,7 +152,6 @@ def _walked(s, rows, model, start, steps, wanted=None):
 def _wave(s, stage, within, walk_from, need_of=_need):
     """`walk_from(rows)` for the survivors whose need is below `within`, then for those twice as far, as
     long as one in ten falls; returns the share that fell"""
-    before = len(s.left), s.forward, s.backward
     asked = torch.zeros(len(s.x), dtype=torch.bool, device=s.x.device)
     while not asked[s.left].all():
         rows = s.left[~asked[s.left]]
@@ -160,7 +161,7 @@ def _wave(s, stage, within, walk_from, need_of=_need):
         within = max(2*within, need[order].max().item())
         asked[rows[order]] = True
         if walk_from(rows[order]) < .1*len(order): break
-    s.note(stage, int(asked.sum()), *before)
+    s.note(stage, int(asked.sum()))
     return s.stages[-1]['fallen']/max(int(asked.sum()), 1)
 
 # %% ../../nbs/api/attacks/90_standard.ipynb #e542611b
@@ -221,13 +222,12 @@ def _queries(threat, n):
 
 def _ask(s, stage, attack, rows, passes, generator):
     "Another attack on `rows`; `passes` is the most it makes for an image, forward and backward"
-    before = len(s.left), s.forward, s.backward
     found = attack(s.model, s.x[rows], s.y[rows], s.threat, generator)
     height = margin(is_correct(s.model, found, s.y[rows], s.batch_size)[1], s.y[rows])
     s.keep(rows, found, height, ~(height <= 0))
     s.forward += (passes[0]+1)*len(rows)
     s.backward += passes[1]*len(rows)
-    s.note(stage, len(rows), *before)
+    s.note(stage, len(rows))
 
 # %% ../../nbs/api/attacks/90_standard.ipynb #d2e80988
 def _sentinel(s, generator):
@@ -293,17 +293,16 @@ def run_cascade(
     x = x.detach().contiguous(memory_format=torch.channels_last)
     generator = generator or make_generator(0)
     s = _Search(model, x, y, threat, batch_size)
-    s.stages.append(dict(stage='clean', asked=len(x), fallen=len(x)-len(s.left), forward=len(x),
-                         backward=0))
+    s.note('clean', len(x))
     masked = False
     if len(s.left) and threat.eps > 0:
         by_gradient = _differentiable(model, x, y)
         if by_gradient:
             fast = model if random else search_copy(model, x, y)   # a trace would freeze what is drawn
             exact = search_copy(model, x, y, low=False) if getattr(fast, 'low', False) else fast
-            before = len(s.left), s.forward, s.backward
+            asked = len(s.left)
             _walked(s, s.left, fast, s.x[s.left], 5)
-            s.note('quick', before[0], *before)
+            s.note('quick', asked)
             _wave(s, 'long', .25, lambda rows: _walked(s, rows, fast, s.out[rows], 20))
             _finish(s, exact, targets, generator)
         masked = bool(len(s.left)) and (not by_gradient or _sentinel(s, generator))
