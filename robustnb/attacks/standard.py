@@ -107,7 +107,6 @@ class _Search:
         self.stages = []
         self.forward = len(x)
         self.backward = 0
-
     def judge(self, x, y):
         self.forward += len(x)
         return ~(margin(is_correct(self.model, x, y, self.batch_size)[1], y) <= 0)
