@@ -1,0 +1,96 @@
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+
+from robustnb.core import make_generator
+from robustnb.transfer.certainty import (
+    expected_class_losses, expected_loss, granted, known_sharpness, standardized, typical_sharpness)
+
+
+def answers(n=40, k=5, seed=0): return torch.randn(n, k, generator=make_generator(seed, 'a'), dtype=torch.float64)
+
+
+def by_hand(logits, copied, s):
+    "The law with loops"
+    rows = [[v - sum(r)/len(r) for v in r] for r in logits.tolist()]
+    flat = [v for r in rows for v in r]
+    std = (sum(v*v for v in flat)/len(flat) - (sum(flat)/len(flat))**2)**.5
+    below = above = 0.
+    for r, q in zip(rows, copied.tolist()):
+        e = [2.718281828459045**(s*v/std) for v in r]
+        p = [o/sum(e) for o in e]
+        below += max(p)
+        above += p[q.index(max(q))]
+    return 1 - above/below
+
+
+@pytest.mark.parametrize('s', (.5, typical_sharpness, 9.))
+def test_the_law_with_loops(s):
+    logits = answers()
+    copied = logits + answers(seed=1)
+    assert expected_loss(logits, copied, s)[0] == pytest.approx(by_hand(logits, copied, s), abs=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(.01, 100), st.floats(-5, 5))
+def test_units_of_the_logits_do_not_matter(factor, shift):
+    logits = answers()
+    copied = logits + answers(seed=1)
+    assert expected_loss(factor*logits + shift, 3*copied - 1)[0] == pytest.approx(
+        expected_loss(logits, copied)[0], abs=1e-9)
+
+
+def test_never_below_zero_and_nothing_lost_by_itself():
+    logits = answers()
+    assert expected_loss(logits, logits) == (0., 0.)
+    for seed in range(5):
+        assert expected_loss(logits, answers(seed=seed+1))[0] > 0
+
+
+def test_a_clear_answer_costs_more_than_a_hesitant_one():
+    logits = torch.tensor([[4., 0, 0], [1., .9, 0], [0., 4, 0], [0., 0, 4]])
+    flipped = lambda i: logits.index_copy(0, torch.tensor([i]), logits[[i]][:, [1, 0, 2]])
+    assert expected_loss(logits, flipped(1))[0] < expected_loss(logits, flipped(0))[0]
+
+
+def test_the_known_accuracy_is_the_mean_certainty():
+    logits = answers(300, 10)
+    for accuracy in (.2, .6, .95):
+        p = granted(logits, known_sharpness(logits, accuracy))
+        assert p.max(1).values.mean().item() == pytest.approx(accuracy, abs=1e-6)
+
+
+def test_class_losses_add_up_to_the_loss():
+    logits = answers(300, 6)
+    copied = logits + answers(300, 6, 1)
+    p = granted(logits)
+    own = logits.argmax(1)
+    had = torch.stack([p[own == k, k].sum() for k in range(6)])
+    found = expected_class_losses(logits, copied)
+    assert (had*found).sum().item()/had.sum().item() == pytest.approx(expected_loss(logits, copied)[0])
+
+
+def test_a_class_that_nobody_is_in_has_no_loss():
+    logits = torch.eye(4)[[0, 1, 1, 2]]
+    assert expected_class_losses(logits, logits).isnan().tolist() == [False, False, False, True]
+
+
+def test_the_standard_error_is_the_spread_of_samples():
+    g = make_generator(0, 'many')
+    logits = 2*torch.randn(30_000, 10, generator=g)
+    copied = logits + 2*torch.randn(30_000, 10, generator=g)
+    found = [expected_loss(a, b) for a, b in zip(logits.split(50), copied.split(50))]
+    losses, errors = torch.tensor(found).T
+    assert .8 < errors.mean()/losses.std() < 1.1
+
+
+@pytest.mark.parametrize('call, words', [
+    (lambda: expected_loss(answers(), answers(39)), 'shape of `logits`'),
+    (lambda: expected_loss(answers()/0, answers()), '`logits` must be finite; 40 of 40'),
+    (lambda: expected_loss(answers(), answers()*torch.inf), '`copied` must be finite'),
+    (lambda: expected_loss(answers(k=1), answers(k=1)), 'two classes'),
+    (lambda: standardized(torch.zeros(3)), r'got \(3,\)'),
+    (lambda: granted(answers(), 0), '`sharpness` must be positive; got 0'),
+    (lambda: known_sharpness(answers(), .2), 'above chance, 1/5'),
+    (lambda: known_sharpness(answers(), 1.), 'below 1')])
+def test_errors(call, words):
+    with pytest.raises(ValueError, match=words): call()

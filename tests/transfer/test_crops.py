@@ -1,0 +1,83 @@
+import numpy as np, pytest, torch
+from scipy.stats import gamma
+from torch import nn
+
+from robustnb.contract import predict
+from robustnb.core import make_generator
+from robustnb.transfer import crops as C
+from robustnb.transfer.crops import foreseen_leads, leads, move_crops, natural_crops
+
+
+def test_a_crop_is_a_piece_of_its_photograph():
+    ramp = np.broadcast_to(np.arange(120, dtype=np.uint8)[None, :, None], (80, 120, 3))
+    x = natural_crops(40, 20, photographs=[ramp])[:, 0, 0]
+    steps = x.diff(dim=1)
+    # a ramp stays a ramp, mirrored in about half of the crops; its slope is the scale of the crop
+    assert (steps.sign().sum(1).abs() == 19).all()
+    assert 8 <= (steps.mean(1) < 0).sum() <= 32
+    scale = 255*steps.mean(1).abs()
+    assert scale.min() > .95 and scale.max() <= 80/20 + .1 and scale.max() > 2.5
+
+
+def test_small_photographs_are_enlarged():
+    assert natural_crops(3, 64, photographs=[np.zeros((10, 12, 3), np.uint8)]).shape == (3, 3, 64, 64)
+
+
+def test_photographs_take_turns():
+    flat = [np.full((40, 40, 3), v, np.uint8) for v in (0, 255)]
+    assert natural_crops(5, 8, photographs=flat).mean((1, 2, 3)).tolist() == [0, 1, 0, 1, 0]
+
+
+def test_grey_is_the_mean_of_the_colours():
+    assert torch.equal(natural_crops(4, 16, 1), natural_crops(4, 16).mean(1, keepdim=True))
+
+
+def test_a_photograph_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(C, '_bundled', dict(sklearn=('datasets/images', 'nowhere.jpg')))
+    C.bundled_photographs.cache_clear()
+    with pytest.raises(FileNotFoundError, match='nowhere.jpg.*installed sklearn'): natural_crops(1, 8)
+    C.bundled_photographs.cache_clear()
+
+
+def test_foreseen_leads_are_quantiles_of_a_gamma_law():
+    logits = torch.randn(60, 10, generator=make_generator(0, 'g'))
+    mean = C.typical_growth*leads(logits).mean().item()
+    wanted = gamma.ppf((np.arange(7)+.5)/7, mean/C.lead_scale, scale=C.lead_scale)
+    assert np.allclose(foreseen_leads(logits, 7).numpy(), wanted)
+
+
+def test_leads_by_hand():
+    logits = torch.tensor([[3., 1, 2], [0, 0, 0]])
+    centred = logits - logits.mean(1, keepdim=True)
+    assert torch.allclose(leads(logits), (torch.tensor([1., 0])/centred.std(correction=0)).double())
+
+
+class Bright(nn.Module):
+    "Two classes: bright and dark; no batch norm"
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(4.))
+    def forward(self, x):
+        z = self.w*(x.mean((1, 2, 3)) - .4)
+        return torch.stack([z, -z], 1)
+
+
+def test_without_batch_norm_the_leads_alone_are_sought():
+    net = Bright().eval()
+    x = natural_crops(24, 16)
+    wanted = foreseen_leads(predict(net, x))
+    off = lambda z: (leads(predict(net, z)).sort().values - wanted).abs().mean()
+    moved = move_crops(net, x)
+    assert moved.min() >= 0 and moved.max() <= 1 and (moved - x).abs().max() <= 8*.021
+    # a lead in units of all leads keeps its mean; their order is that of the crops
+    assert torch.equal(predict(net, moved).argmax(1), predict(net, x).argmax(1))
+    assert net.w.requires_grad and net.w.grad is None
+
+
+@pytest.mark.parametrize('call, words', [
+    (lambda: natural_crops(0, 8), '`n` must be at least 1'), (lambda: natural_crops(1, 2), '`size`'),
+    (lambda: natural_crops(1, 8, 2), '`channels` must be 1 or 3; got 2'),
+    (lambda: natural_crops(1, 8, photographs=[]), 'at least one'),
+    (lambda: foreseen_leads(torch.randn(4, 3), 0), '`n` must be at least 1; got 0')])
+def test_errors(call, words):
+    with pytest.raises(ValueError, match=words): call()
