@@ -84,7 +84,8 @@ def expected_class_losses(
     logits:Tensor,                      # Answers (N,K) of the original on images without labels
     copied:Tensor,                      # Answers (N,K) of its copy on the same images
     sharpness:float=typical_sharpness,  # Of the softmax, > 0
-)->Tensor:                              # (K,) shares of the right answers of each class that are lost; NaN where none is expected
+    # (K,) shares of the right answers of each class that are lost; NaN where none is expected
+)->Tensor:
     "The law for each class; below 0 where the copy gives a class more readily."
     _kept(logits, copied, sharpness)
     p = granted(logits, sharpness)

@@ -49,6 +49,7 @@ def _crop(photo, size, rng):
     out = np.asarray(piece)
     return out[:, ::-1] if rng.random() < .5 else out
 
+# %% ../../nbs/api/transfer/26_crops.ipynb #a57de803
 def natural_crops(
     n:int,            # Crops, >= 1
     size:int,         # Their side in pixels, >= 4
@@ -67,7 +68,7 @@ def natural_crops(
     x = to_float(np.stack(cut))
     return x if channels == 3 else x.mean(1, keepdim=True)
 
-# %% ../../nbs/api/transfer/26_crops.ipynb #79bc960e
+# %% ../../nbs/api/transfer/26_crops.ipynb #481a058a
 typical_growth = 2.06
 lead_scale = .526
 
@@ -89,7 +90,7 @@ def foreseen_leads(
     shape = max(mean, 1e-3)/lead_scale
     return lead_scale*torch.from_numpy(gammaincinv(shape, (np.arange(n)+.5)/n))
 
-# %% ../../nbs/api/transfer/26_crops.ipynb #6b83d29a
+# %% ../../nbs/api/transfer/26_crops.ipynb #2a007d41
 _steps = 8
 _rate = .02
 _pull = .05
@@ -115,6 +116,7 @@ def _moved(model, x, classes, wanted):
             z.clamp_(0, 1)
     return z.detach()
 
+# %% ../../nbs/api/transfer/26_crops.ipynb #958a21d6
 def move_crops(
     model:nn.Module,   # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,          # Crops (N,C,H,W), pixels in [0,1]

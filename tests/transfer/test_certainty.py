@@ -6,7 +6,8 @@ from robustnb.transfer.certainty import (
     expected_class_losses, expected_loss, granted, known_sharpness, standardized, typical_sharpness)
 
 
-def answers(n=40, k=5, seed=0): return torch.randn(n, k, generator=make_generator(seed, 'a'), dtype=torch.float64)
+def answers(n=40, k=5, seed=0):
+    return torch.randn(n, k, generator=make_generator(seed, 'a'), dtype=torch.float64)
 
 
 def by_hand(logits, copied, s):
