@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 from ..files import explain_errors
+from .prediction import prediction_interval
 
 # %% ../../nbs/api/transfer/30_predictor.ipynb #776769d5
 _smallest = 1e-4
@@ -134,18 +135,34 @@ def load_predictor(
             **{k: tuple(v) if isinstance(v, list) else v for k, v in held[name].items()})
 
 # %% ../../nbs/api/transfer/30_predictor.ipynb #bb0bcfb7
+def _fitted(table, name, predictor):
+    "The table with what a predictor makes of it"
+    columns = {'': 'predicted', '_lo': 'lo', '_hi': 'hi', '_outside': 'outside'}
+    found = predictor.predict(table)
+    return table.assign(**{f'predicted_{name}{end}': found[c] for end, c in columns.items()})
+
+def _by_law(table):
+    "The table with the expected loss and its interval"
+    short = [c for c in ('expected_loss', 'photographs', 'crops') if c not in table]
+    if short:
+        raise ValueError("`table` must have the columns of `Study.change`; "
+                         f"{', '.join(short)} are missing. Assess again, or give predictors of your own.")
+    ends = [prediction_interval(min(max(r.expected_loss, 0), 1), int(r.photographs), bool(r.crops))
+            for r in table.itertuples()]
+    lo, hi = np.array(ends).T
+    return table.assign(predicted_loss=table.expected_loss, predicted_loss_lo=lo, predicted_loss_hi=hi)
+
 def predict_losses(
     table:pd.DataFrame,   # Rows with n_classes and what `Study.change` gives
-    # JSON file of other predictors, as robustnb fit-predictor writes it; None takes those of the package
+    # JSON file of other predictors, as robustnb fit-predictor writes it; None takes the law for the
+    # loss and the predictor of the package for the robust loss
     path=None,
-    # The rows with predicted_loss and predicted_robust_loss, each with _lo, _hi and _outside
+    # The rows with predicted_loss and predicted_robust_loss, each with _lo and _hi; _outside where fitted
 )->pd.DataFrame:
     "Losses from measured change."
-    columns = {'': 'predicted', '_lo': 'lo', '_hi': 'hi', '_outside': 'outside'}
+    if path is None: return _fitted(_by_law(table), 'robust_loss', load_predictor('robust_loss'))
     for name in ('loss', 'robust_loss'):
-        predictor = load_predictor(name) if path is None else load_predictor(name, path)
-        found = predictor.predict(table)
-        table = table.assign(**{f'predicted_{name}{end}': found[c] for end, c in columns.items()})
+        table = _fitted(table, name, load_predictor(name, path))
     return table
 
 # %% ../../nbs/api/transfer/30_predictor.ipynb #b9dbd50d
