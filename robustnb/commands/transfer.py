@@ -30,10 +30,11 @@ from ..quant.targets import format_list, kilobytes, target_formats
 from ..attacks.threat_models import L1, L2, Linf
 from ..transfer.generator import (
     energy, generate, load_generator, save_generator, train_generator)
-from ..transfer.study import default_formats, Probes, Study
+from ..transfer.probes import load_crops, Probes, save_crops
+from ..transfer.study import default_formats, Study
 from .common import (
     _command, _continue, _given, _listed, _mark_model, _mark_of, _one_of, _one_size, _opened_by_name, _specs,
-    _write, labelled_images, mark_advice, named_model, rows_to_assess, unlabelled_images)
+    _write, known_accuracy, labelled_images, mark_advice, named_model, rows_to_assess, unlabelled_images)
 
 # %% ../../nbs/api/commands/30_transfer.ipynb #0523aa23
 def _threat(norm, eps):
@@ -46,11 +47,11 @@ def _threat(norm, eps):
             f"`eps` must be a number or a fraction such as 8/255; got {eps!r}.") from None
     return ball(eps)
 
-def _kept_generator(net, file, seed):
-    "The generator in the file; trained and written there first, if there is none"
+def _kept_crops(net, file, seed):
+    "The crops in the file; made and written there first, if there are none"
     if not file.exists():
-        save_generator(train_generator(net, size=_one_size(net), seed=seed)[0], file)
-    return load_generator(file)
+        save_crops(Probes.crops(net, _one_size(net), seed), file)
+    return load_crops(file)
 
 # %% ../../nbs/api/commands/30_transfer.ipynb #f35f3aec
 def _once(file, job, *args):
@@ -74,10 +75,10 @@ def _deliver(report, out, **allowed):
     return advice | dict(out=str(out), rows=report.table.to_dict('records'), **report.facts)
 
 # %% ../../nbs/api/commands/30_transfer.ipynb #a55e55c0
-def _probes(net, out, images, n, seed):
-    "Images of a source, or those of a generator that stays in the folder"
-    if images is None: return Probes.generated(net, n, _kept_generator(net, out/'generator.pt', seed), seed)
-    return Probes.of(images)
+def _probes(net, out, images, seed):
+    "Images of a source, or crops that stay in the folder"
+    if images is None: return _kept_crops(net, out/'crops.pt', seed)
+    return Probes.of(images, model=net, seed=seed)
 
 def _layer_rows(study, spec): return study.layers(spec).to_dict('records')
 
@@ -116,30 +117,34 @@ def assess_command(
     n:int=500,            # Images to probe with, and test images, at most
     out:str='assessment', # Folder for the report
     seed:int=0,           # Everything random
-    # Those of `named_model`, `unlabelled_images`, `labelled_images`, `rows_to_assess`, `mark_advice`
+    # Those of `named_model`, `unlabelled_images`, `known_accuracy`, `labelled_images`, `rows_to_assess`,
+    # `mark_advice`
     **given,
 ):
     """Predict what quantisation will cost a classifier, without its training data.
 
-    Without --images a generator draws them from the network alone; with --test losses are measured too.
+    Without --images crops of bundled photographs are moved to what the network knows; with --test losses
+    are measured too.
 
     Example:
 
         robustnb assess timm:resnet18 --images photos --target onnxruntime --budget 9MB --max-loss .02"""
-    opening, free, labelled, wanted, allowed = _given(
-        given, named_model, unlabelled_images, labelled_images, rows_to_assess, mark_advice)
+    opening, free, known, labelled, wanted, allowed = _given(
+        given, named_model, unlabelled_images, known_accuracy, labelled_images, rows_to_assess,
+        mark_advice)
     _check_advice(formats, allowed, **wanted)
     threat = _threat(norm, eps)
+    accuracy = known_accuracy(**known)
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
     net = named_model(model, **opening)
     specs = rows_to_assess(net, formats, ','.join(default_formats), **wanted)
     images = unlabelled_images(net, n, seed, **free) if free.get('images') else None
     test = labelled_images(net, n, seed, **labelled) if labelled.get('test') else None
     out = Path(out)
-    asked = dict(network=_mark_model(net), threat=repr(threat), seed=seed,
+    asked = dict(network=_mark_model(net), threat=repr(threat), seed=seed, accuracy=accuracy,
                  test=_mark_of(test) if test else None)
     _continue(out, asked | (dict(n=n) if images is None else dict(images=fingerprint(images))))
-    study = Study(net, _probes(net, out, images, n, seed), (threat,), test, seed=seed)
+    study = Study(net, _probes(net, out, images, seed), (threat,), test, seed=seed, accuracy=accuracy)
     return _deliver(_in_steps(study, specs, out), out, **allowed)
 
 # %% ../../nbs/api/commands/30_transfer.ipynb #9fe96ce1

@@ -73,6 +73,30 @@ def _cell(row, name):
     hi = 100*row[name + '_hi']
     return f'{value:.1f} ({lo:.1f} to {hi:.1f})' + ('*' if row.get(f'{name}_outside') else '')
 
+# %% ../../nbs/api/transfer/50_report.ipynb #9a40c1e7
+def _verdict(row, most):
+    "What to do with a format whose loss may be `most`"
+    if row.predicted_loss_hi <= most: return 'deploy'
+    return 'do not' if row.predicted_loss_lo > most else 'measure first'
+
+def _outside(table):
+    "How many measured losses the predicted intervals missed, where there are any"
+    if 'measured_loss' not in table or table.measured_loss.isna().all(): return ''
+    known = table.dropna(subset='measured_loss')
+    low, high = (known[f'predicted_loss_{end}'] for end in ('lo', 'hi'))
+    missed = int(((known.measured_loss < low) | (known.measured_loss > high)).sum())
+    return (f'<p>{missed} of {len(known)} measured losses of accuracy lie outside their predicted '
+            'interval.</p>')
+
+def _suffering(table):
+    "The classes that a format costs most, where they are known"
+    if 'worst_classes' not in table: return ''
+    known = table[table.worst_classes.fillna('') != '']
+    lines = ''.join(f'<li>{html.escape(r.format)}: {html.escape(r.worst_classes)}</li>'
+                    for r in known.itertuples())
+    said = '<h2>Who will be hurt</h2><p>Classes that are expected to lose most:</p>'
+    return f'{said}<ul>{lines}</ul>' if lines else ''
+
 # %% ../../nbs/api/transfer/50_report.ipynb #2741f092
 _long = dict(size_kb='weights, kB', predicted_loss='accuracy lost, predicted', measured_loss='measured',
              predicted_robust_loss='robust accuracy lost, predicted', measured_robust_loss='measured ',
@@ -81,8 +105,8 @@ _short = dict(size_kb='kB', predicted_loss='lost, predicted', measured_loss='los
               predicted_robust_loss='robust lost, predicted', measured_robust_loss='robust lost, measured',
               file_kb='file, kB', engine_ms='engine, ms', float_ms='float32, ms')
 
-def _percent_table(table, titles=_long):
-    "The main columns as people read them: percentages with intervals."
+def _percent_table(table, most, titles=_long):
+    "The main columns as people read them: a verdict, percentages with intervals."
     engine = 'file_kb', 'engine_ms', 'float_ms'
     shown = [k for k in titles if k.endswith('loss') and k in table and table[k].notna().any()]
     rows = []
@@ -90,13 +114,14 @@ def _percent_table(table, titles=_long):
         losses = {titles[k]: _cell(r, k) for k in shown}
         figures = {titles[k]: '' if pd.isna(r[k]) else f'{r[k]:.3g}' if k != 'file_kb' else f'{r[k]:.0f}'
                    for k in engine if k in r}
-        rows.append({'format': r['format'], titles['size_kb']: f'{r.size_kb:.0f}'} | losses | figures)
+        first = {'format': r['format'], 'verdict': _verdict(r, most), titles['size_kb']: f'{r.size_kb:.0f}'}
+        rows.append(first | losses | figures)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/api/transfer/50_report.ipynb #8fa7f615
 def _advice(report):
     "What to take, in a sentence"
-    most = report.facts.get('max_loss', .01)
+    most = report.facts.get('max_loss', .02)
     robust = report.facts.get('max_loss_robust', False)
     best = report.recommend(most, robust)
     what = 'the losses of accuracy and robust accuracy' if robust else 'the loss of accuracy'
@@ -135,16 +160,17 @@ def _page(report):
     title = f"{html.escape(facts['model'])}: what quantisation will cost"
     notes = ''.join(f'<li>{html.escape(o)}</li>' for o in facts['notes'])
     run = json.dumps({k: v for k, v in facts.items() if k != 'notes'}, indent=1, default=str)
-    table = _percent_table(report.table).to_html(index=False, border=0)
+    table = _percent_table(report.table, facts.get('max_loss', .02)).to_html(index=False, border=0)
     parts = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<title>{title}</title><style>{_style}</style></head><body>',
         f'<h1>{title}</h1><p><b>{html.escape(_advice(report))}</b></p>',
         '<p>Losses are shares of the accuracy that the full-precision model has '
-        f"({html.escape(facts['threat'])} for robust accuracy), with 95 % intervals. An asterisk marks "
-        'a prediction outside the range of losses that the predictors were fitted on.</p>',
-        f'<div class="wide">{table}</div>',
+        f"({html.escape(facts['threat'])} for robust accuracy). Intervals hold 90 % of predicted accuracies, "
+        '95 % of the others. An asterisk marks a prediction outside the range of losses that its '
+        'predictor was fitted on.</p>',
+        f'<div class="wide">{table}</div>{_outside(report.table)}{_suffering(report.table)}',
         _figure(plot_losses(report.table), 'Share of accuracy lost in each format.'),
         _measured(report.table, facts['test_images']),
         f'<h2>Which layers add the noise</h2>\n{_noisy_layers(report)}',
@@ -172,10 +198,11 @@ def _screen(report):
     right = [f"{facts[k]:.1%} {words}" for k, words in
              (('accuracy', 'accuracy'), ('robust_accuracy', 'robust accuracy')) if k in facts]
     original = f"The original: {', '.join(right)}." if right else ''
-    about = f"Losses in percent of what the original has, 95 % intervals; robust: {facts['threat']}."
+    about = (f"Losses in percent of what the original has; intervals: 90 % of predicted accuracies, 95 % of "
+             f"the others; robust: {facts['threat']}.")
     title = f"{facts['model']}: what quantisation will cost"
     words = [title, _advice(report), original, about]
-    table = _percent_table(report.table, _short)
+    table = _percent_table(report.table, facts.get('max_loss', .02), _short)
     return '\n'.join([*(textwrap.fill(o, _width) for o in words), '', _lines(table)])
 
 # %% ../../nbs/api/transfer/50_report.ipynb #3a73eec1
@@ -189,7 +216,7 @@ class Report:
     facts:dict             # What was done: model, threat, seed, seconds, versions
 
     def recommend(self,
-        max_loss:float=.01,  # Share of the accuracy that may be lost, in [0,1]
+        max_loss:float=.02,  # Share of the accuracy that may be lost, in [0,1]
         robust:bool=False,   # Whether the robust accuracy may lose no more either
     ):
         """The smallest format whose predicted loss stays below `max_loss` with its whole interval, and
