@@ -59,7 +59,8 @@ def test_a_share_that_is_none(bad):
 
 
 def test_the_advice_is_the_first_that_is_said():
-    assert 'INT8 is the smallest format' in str(report(table())).splitlines()[1]
+    assert 'INT6 is the smallest format' in str(report(table())).splitlines()[1]
+    assert 'INT8 is the smallest format' in str(report(table(), max_loss=.01)).splitlines()[1]
     said = str(report(table(), max_loss=.04, max_loss_robust=True)).splitlines()[1]
     assert said.startswith('INT6 is the smallest')
     assert 'robust accuracy below 4 %' in str(report(table(), max_loss=.04, max_loss_robust=True))

@@ -222,7 +222,7 @@ def test_the_page_shows_layers_of_the_worst_format_it_knows(net, probes, tmp_pat
 
 def test_assess_is_a_study_in_a_loop(net, probes, labelled):
     report = assess(net, 'INT8,INT3', budgets[1], labelled, probes.x, n=40, seed=5)
-    study = Study(net, Probes.of(probes.x[:40]), budgets[1:2], labelled, seed=5)
+    study = Study(net, Probes.of(probes.x[:40], model=net, seed=5), budgets[1:2], labelled, seed=5)
     rows = study.rows('INT8') + study.rows('INT3')
     layers = pd.concat([study.layers(f) for f in ('INT8', 'INT3')], ignore_index=True)
     expected = study.report(rows, layers)
