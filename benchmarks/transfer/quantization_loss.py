@@ -19,6 +19,7 @@ Answers are kept in `--work`, so that an interrupted run goes on.
 import argparse, io, json, sys, zipfile
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -135,6 +136,22 @@ def rows_of(name, args):
         yield row
 
 
+def draw(rows, path):
+    "Predicted against measured, with and without photographs"
+    fig, axes = plt.subplots(1, 2, figsize=(7.5, 3.9), sharey=True)
+    titles = dict(law=f'{rows.n.max()} unlabelled photographs', crops='no images')
+    for ax, (name, title) in zip(axes, titles.items()):
+        for part, group in rows.groupby(rows.network.isin(chosen_on)):
+            label = 'helped to choose' if part else 'only judge'
+            ax.scatter(100*group.measured, 100*group[name], s=14, label=label)
+        ax.plot([0, 100], [0, 100], color='.7', lw=1, zorder=0)
+        ax.set(xlabel='measured loss, % of the accuracy', title=title)
+    axes[0].set_ylabel('predicted loss, %')
+    axes[0].legend(title='networks that', frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=110, bbox_inches='tight')
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -155,6 +172,7 @@ def main():
               flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).round(4).to_csv(args.out/'quantization_loss.csv', index=False)
+    draw(pd.DataFrame(rows), args.out/'../nbs/images/quantization_loss.png')
     save_json(manifest(n=args.n, seeds=args.seeds, chosen_on=chosen_on), args.out/'quantization_loss.json')
 
 

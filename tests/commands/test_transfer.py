@@ -77,9 +77,6 @@ def test_from_a_shell(weights, tmp_path):
     assert not (tmp_path/'quantized').exists()
 
 
-short = partial(transfer.train_generator, steps=5, width=16, batch_size=16, device='cpu')
-
-
 def untrained(folder):
     "A file of a network that was never trained"
     save_model(build_model('AlexNet_BN', 10, .0625, seed=0), folder/'weights.pt')
@@ -87,19 +84,14 @@ def untrained(folder):
 
 
 @pytest.fixture
-def narrow(tmp_path, monkeypatch):
-    "A network that was never trained, and a short training for its generator"
-    monkeypatch.setattr(transfer, 'train_generator', short)
-    return untrained(tmp_path)
+def narrow(tmp_path): return untrained(tmp_path)
 
 
 @pytest.fixture(scope='module')
 def assessed_once(tmp_path_factory):
     "A folder where the network of `narrow` was assessed in INT8"
     folder = tmp_path_factory.mktemp('assessed')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transfer, 'train_generator', short)
-        run_assess(untrained(folder), formats='INT8', out=str(folder/'out'))
+    run_assess(untrained(folder), formats='INT8', out=str(folder/'out'))
     return folder/'out'
 
 
@@ -129,11 +121,11 @@ def test_an_interrupted_assessment_goes_on(narrow, asked, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_assess(narrow, formats='INT8,POT4,INT4/INT8', out=str(tmp_path/'cut'))
     assert not (tmp_path/'cut'/'report.html').exists()
-    kept = (tmp_path/'cut'/'generator.pt').stat().st_mtime_ns
+    kept = (tmp_path/'cut'/'crops.pt').stat().st_mtime_ns
     asked[:] = []
     run_assess(narrow, formats='INT8,POT4,INT4/INT8', out=str(tmp_path/'cut'))
     assert asked == ['POT4', 'INT4/INT8']
-    assert (tmp_path/'cut'/'generator.pt').stat().st_mtime_ns == kept
+    assert (tmp_path/'cut'/'crops.pt').stat().st_mtime_ns == kept
     timed = ['engine_ms', 'float_ms']
     for name in ('report_table.csv', 'report_layers.csv'):
         pd.testing.assert_frame_equal(*(pd.read_csv(tmp_path/k/name).drop(columns=timed, errors='ignore')
