@@ -22,7 +22,7 @@ from .transfer import _deliver
 def demo_command(
     out:str='demo',      # Folder for the report
     seed:int=0,          # Everything random
-    epochs:int=25,       # Passes over the 1,297 training digits
+    epochs:int=15,       # Passes over the 1,297 training digits
     n:int=200,           # Labelled test digits to check on, at most 400
 ):
     """Train on digits, predict from 100 unlabelled ones what quantisation will cost, and check.
@@ -33,7 +33,7 @@ def demo_command(
     data = load_data('digits', 'train')
     held = subset(load_data('digits', 'test'), n+100, seed)
     std, mean = torch.std_mean(data.x, (0, 2, 3))
-    net = build_model('ResNet_18', 10, .25, mean.tolist(), std.tolist(), seed=seed)
+    net = build_model('ResNet_18', 10, .125, mean.tolist(), std.tolist(), seed=seed)
     net, _ = train(Recipe(flip=False, lr=.05, batch_size=64).shortened(epochs), net, data,
                    seed=seed)
     save_model(net, Path(out)/'weights.pt')
