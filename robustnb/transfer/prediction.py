@@ -20,12 +20,18 @@ _crops = .0625
 _always = .004
 
 def _variance(photographs, crops):
-    "Variance over p(1-p) of both readings together, and the weight of the photographs"
-    if not photographs: return _crops, 0.
+    "Variance over p(1-p) of both readings together"
+    if not photographs: return _crops
     own = _law + _photograph/photographs
-    if not crops: return own, 1.
-    weight = _crops/(own + _crops)
-    return weight*own, weight
+    return own*_crops/(own + _crops) if crops else own
+
+def _weight(loss, other, photographs):
+    "What the photographs count for; all the more where the crops say something that they exclude"
+    if not photographs: return 0.
+    own = _law + _photograph/photographs
+    middle = (loss + other)/2
+    crops = max(_crops, (loss - other)**2/max(middle*(1-middle), 1e-9))
+    return crops/(own + crops)
 
 def prediction_interval(
     loss:float,        # Predicted share of the accuracy that is lost, in [0,1]
@@ -37,8 +43,7 @@ def prediction_interval(
     if not (photographs >= 1 or crops):
         raise ValueError("`photographs` must be at least 1 where no crops were read; got "
                          f"{photographs}.")
-    variance, _ = _variance(photographs, crops)
-    half = _always + (variance*loss*(1-loss))**.5
+    half = _always + (_variance(photographs, crops)*loss*(1-loss))**.5
     return max(loss-half, -_always), min(loss+half, 1.)
 
 # %% ../../nbs/api/transfer/28_prediction.ipynb #09b8b50f
@@ -69,12 +74,11 @@ def predict_loss(
     if photographs is None and natural is None:
         raise ValueError("`photographs` or both `natural` and `moved` must be given; got none.")
     n = 0 if photographs is None else len(photographs[0])
-    _, weight = _variance(n, natural is not None)
-    parts = []
-    if n: parts.append((weight, _read(photographs, accuracy)))
+    loss, by_class = _read(photographs, accuracy) if n else (None, None)
     if natural is not None:
-        parts.append((1-weight, _read(foreseen_answers(natural, moved, seed=seed), accuracy)))
-    loss = sum(w*found[0] for w, found in parts)
-    by_class = sum(w*found[1] for w, found in parts)
+        other, others = _read(foreseen_answers(natural, moved, seed=seed), accuracy)
+        weight = _weight(loss, other, n)
+        loss = other if not n else weight*loss + (1-weight)*other
+        by_class = others if not n else weight*by_class + (1-weight)*others
     lo, hi = prediction_interval(min(max(loss, 0.), 1.), n, natural is not None)
     return PredictedLoss(loss, lo, hi, by_class)

@@ -152,15 +152,30 @@ def _by_law(table):
     lo, hi = np.array(ends).T
     return table.assign(predicted_loss=table.expected_loss, predicted_loss_lo=lo, predicted_loss_hi=hi)
 
+def _robust_by_law(table):
+    "The table with the expected robust loss in place of the fitted one, where photographs were attacked"
+    if 'expected_robust_loss' not in table: return table
+    known = table.expected_robust_loss.notna()
+    loss = table.expected_robust_loss[known]
+    ends = [prediction_interval(min(max(p, 0), 1), int(n)) for p, n in zip(loss, table.survivors[known])]
+    lo, hi = np.array(ends).reshape(-1, 2).T
+    found = {'': loss, '_lo': np.minimum(lo, loss), '_hi': hi, '_outside': False}
+    for end, values in found.items():
+        table.loc[known, f'predicted_robust_loss{end}'] = values
+    return table
+
+# %% ../../nbs/api/transfer/30_predictor.ipynb #5d2e81f3
 def predict_losses(
     table:pd.DataFrame,   # Rows with n_classes and what `Study.change` gives
-    # JSON file of other predictors, as robustnb fit-predictor writes it; None takes the law for the
-    # loss and the predictor of the package for the robust loss
+    # JSON file of other predictors, as robustnb fit-predictor writes it; None takes the law, and for a
+    # robust loss without attacked photographs the predictor of the package
     path=None,
     # The rows with predicted_loss and predicted_robust_loss, each with _lo and _hi; _outside where fitted
 )->pd.DataFrame:
     "Losses from measured change."
-    if path is None: return _fitted(_by_law(table), 'robust_loss', load_predictor('robust_loss'))
+    if path is None:
+        table = _fitted(_by_law(table), 'robust_loss', load_predictor('robust_loss'))
+        return _robust_by_law(table)
     for name in ('loss', 'robust_loss'):
         table = _fitted(table, name, load_predictor(name, path))
     return table

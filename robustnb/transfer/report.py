@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 from ..files import atomic_path
-from ..plots import figure_svg, plot_layers, plot_predicted, show_images
+from ..plots import figure_svg, plot_layers, show_images
 
 # %% ../../nbs/api/transfer/50_report.ipynb #7c65eb6b
 def _bars(ax, table, kind):
@@ -131,15 +131,6 @@ def _advice(report):
     return (f'{best} is the smallest format that keeps {what} below {100*most:g} % with its whole '
             'predicted interval.')
 
-def _measured(table, n):
-    "Predicted against measured, where there is something measured"
-    if 'measured_loss' not in table or table.measured_loss.isna().all(): return ''
-    caption = ('Predicted against measured loss of accuracy (shares). On the diagonal the '
-               'prediction is right.')
-    ax = plot_predicted(table, 'measured_loss', 'predicted_loss', label='format',
-                        caption=f'n = {n} test images')
-    return _figure(ax, caption)
-
 def _noisy_layers(report):
     "The noise of each tensor, in the worst of the formats whose layers are known"
     known = report.table[report.table.format.isin(report.layers.format)]
@@ -172,7 +163,6 @@ def _page(report):
         'predictor was fitted on.</p>',
         f'<div class="wide">{table}</div>{_outside(report.table)}{_suffering(report.table)}',
         _figure(plot_losses(report.table), 'Share of accuracy lost in each format.'),
-        _measured(report.table, facts['test_images']),
         f'<h2>Which layers add the noise</h2>\n{_noisy_layers(report)}',
         '<h2>The images that were used</h2>',
         _figure(show_images(report.probes, cols=8), facts['probes']),

@@ -35,7 +35,7 @@ from ..attacks.standard import cascade
 from ..evaluation.robust_accuracy import (
     compare, transfer_attack, evaluate, robustness_curve, worst_case)
 from .features import noise_sum, relative_margin
-from .certainty import known_sharpness
+from .certainty import granted, known_sharpness
 from .probes import Probes
 from .prediction import predict_loss
 from .predictor import predict_losses
@@ -104,10 +104,18 @@ def _drift(study, copy):
     return read | dict(js=float(change.js.mean()), flips=float(change.flip.mean()),
                 noise=sum(noise.values())/margin, activation_noise=stored/margin)
 
+# %% ../../nbs/api/transfer/60_study.ipynb #5d2e81f1
 def _flips_attacked(before, after):
     "Share of the survivors that the copy gets wrong; NaN if there are fewer than 20"
     stood = worst_case(before).correct
     return float(1 - worst_case(after).correct[stood].mean()) if stood.sum() >= 20 else np.nan
+
+def _robust_expected(study, before, after):
+    "The law for photographs under attack: certainty of those that the copy holds, over that of all survivors"
+    certain = granted(study.answers[:study.attacked]).max(1).values.numpy()
+    stood, stands = (worst_case(o).correct.to_numpy() for o in (before, after))
+    loss = 1 - certain[stands].sum()/certain[stood].sum() if stood.sum() >= 20 else np.nan
+    return dict(expected_robust_loss=float(loss), survivors=int(stood.sum()))
 
 def _losses(before, after, name, attack):
     "A loss with its interval, under its name"
@@ -125,9 +133,14 @@ def _told(study, rows):
 def _change(study, copy):
     "Drift of a copy, and its flips under each threat"
     attack, before = study._on_probes
-    after = _attacked(study, copy, study.probes.x, study.answers.argmax(1), attack)
+    labels = study.answers.argmax(1)
+    after = _attacked(study, copy, study.probes.x, labels, attack)
     drift = _drift(study, copy)
-    return [drift | dict(robust_flips=_flips_attacked(*rows)) for rows in zip(before, after)]
+    if not study.probes.real:
+        return [drift | dict(robust_flips=_flips_attacked(*rows)) for rows in zip(before, after)]
+    both = _attacked(study, copy, study.probes.x, labels, multi_attack(attack, study.attack))
+    return [drift | dict(robust_flips=_flips_attacked(a, b)) | _robust_expected(study, a, c)
+            for a, b, c in zip(before, after, both)]
 
 def _loss(study, copy):
     "What a copy loses on the test set, under each threat"
@@ -323,9 +336,10 @@ def _notes(study, copy):
     yield from _quality_notes(study.probes.facts)
     yield (f'Robust accuracy is what survives {name}, white-box and transferred from the original; '
            'a stronger attack will find more.')
-    yield ('The robust predictor was fitted at Linf .25/255 to 2/255; under another threat look at '
-           'robust_flips in the table too: how the copy fares on the images that an attack '
-           'made of the probes.')
+    if not study.probes.real:
+        yield ('The robust predictor was fitted at Linf .25/255 to 2/255 on narrow CIFAR-10 networks; under '
+               'another threat look at robust_flips in the table too: how the copy fares on the images that '
+               'an attack made of the probes.')
     yield ('Logits are returned in full precision and biases kept in 32 bits; '
            'every other stored tensor is rounded.')
     if 'no batch norm' in study.probes.words:
