@@ -14,10 +14,10 @@ from .noise import foreseen_answers
 
 # %% ../../nbs/api/transfer/28_prediction.ipynb #abcc71d9
 # variances over p(1-p), at the 90 % point: of the law, of one photograph, of crops; what is always added
-_law = .005
-_photograph = 2.05
-_crops = .0625
-_always = .004
+_law = .008
+_photograph = 3.
+_crops = .09
+_always = .005
 
 def _variance(photographs, crops):
     "Variance over p(1-p) of both readings together"
