@@ -23,7 +23,7 @@ from ..questions import cache_key
 from ..metrics import paired_difference, wilson
 from ..plots import plot_lines
 from ..jobs import digest
-from ..attacks.gradient import check_attack, margin, pgd
+from ..attacks.gradient import check_attack, margin, pgd, to_the_end
 from ..attacks.score_based import square
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #a6e7bf23
@@ -50,7 +50,7 @@ class _Transfer:
         names = [fingerprint(*o) for o in zip(x.cpu(), y.cpu())]
         new = [i for i, name in enumerate(names) if name not in made]
         if new:
-            crafted = self.attack(self.source, x[new], y[new], threat, generator=generator)
+            crafted = to_the_end(self.attack)(self.source, x[new], y[new], threat, generator=generator)
             made.update(zip([names[i] for i in new], crafted))
             made['state'] = state()
         if generator is not None:
@@ -75,7 +75,7 @@ def on_8bit_images(
             raise ValueError("`x` must hold 8-bit images, every pixel a multiple of 1/255; "
                              f"image {int(off.argmax())} is up to {off.max():.2g} grey levels "
                              "off. Round them first: `(255*x).round()/255`.")
-        x_adv = attack(model, x, y, threat, generator=generator)
+        x_adv = to_the_end(attack)(model, x, y, threat, generator=generator)
         on_grid = lambda part: (255*torch.lerp(x, x_adv, part.view(-1, 1, 1, 1))).round()/255
         lo = x.new_zeros(len(x))
         hi = x.new_ones(len(x))
