@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core import batches, check_images, check_labels, make_generator
-from ..contract import answers_at_random, memory_format, open_model, predict
+from ..contract import answers_at_random, memory_format, open_model, predict, uncounted
 from .threat_models import check_threat
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #598898dc
@@ -74,7 +74,8 @@ def check_attack(
     if threat is not None:
         check_threat(threat)
     model = open_model(model, check_images(x))
-    logits = predict(model, x[:1])
+    with uncounted():
+        logits = predict(model, x[:1])
     if not logits.isfinite().all():
         raise ValueError("`model` must answer with finite logits; it gives NaN or infinity for "
                          "the first image. Check its weights and its normalisation.")
