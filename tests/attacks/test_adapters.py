@@ -1,4 +1,4 @@
-"Attacks of foolbox and torchattacks: the images of the library itself, and the promises that it does not make."
+"Attacks of foolbox and torchattacks: the images of the library itself, and more promises than it makes."
 import random
 import warnings
 

@@ -1,4 +1,4 @@
-"Files of adversarial images, classes and curves: judged by hand, and refused where they are not what they say."
+"Files of adversarial images, classes and curves: judged by hand, refused where they are not what they say."
 import pandas as pd
 import pytest
 import torch
