@@ -36,6 +36,7 @@ class Passes:
     forward:int=0     # Images that a network was asked about
     backward:int=0    # Images whose answer was followed back
 
+# %% ../nbs/api/02_contract.ipynb #3b5283ef
 @contextmanager
 def count_passes():
     "A `Passes` that grows with each question of this thread, until the block ends."

@@ -148,11 +148,16 @@ class _Best:
         self.height[ids[better]] = value[better]
         return ~wrong
 
-def _pgd(model, x, y, threat, generator, steps, step_size, loss, leave):
+# %% ../../nbs/api/attacks/30_gradient.ipynb #d4cd8c1e
+def _lengths(threat, steps, step_size):
+    "The length of each step"
+    check_threat(threat)
+    if steps < 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
+    return steps*[2.5*threat.eps/max(steps, 1) if step_size is None else step_size]
+
+def _pgd(model, x, y, threat, generator, lengths, loss, leave):
     "All iterates of those that go on"
     model = check_attack(model, x, y, threat)
-    if steps < 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
-    step_size = 2.5*threat.eps/max(steps, 1) if step_size is None else step_size
     x = x.detach().contiguous(memory_format=memory_format(model))
     best = _Best(x, leave and not answers_at_random(model, x))
     ids = torch.arange(len(x), device=x.device)
@@ -163,14 +168,14 @@ def _pgd(model, x, y, threat, generator, steps, step_size, loss, leave):
             go_on = best.see(ids, x, y, loss(logits, y), logits)
             ids = ids[go_on]
             now = now[go_on]
-        for _ in range(steps):
+        for length in lengths:
             if not len(ids): break
             value, grad, logits = loss_and_grad(model, now, y[ids], loss)
             go_on = best.see(ids, now, y[ids], value, logits)
             if not go_on.any(): return best.images
             ids = ids[go_on]
             now = now[go_on]
-            now = threat.project(x[ids], now + step_size*threat.steepest(grad[go_on], x[ids], now))
+            now = threat.project(x[ids], now + length*threat.steepest(grad[go_on], x[ids], now))
         if len(ids):
             logits = model(now)
             best.see(ids, now, y[ids], loss(logits, y[ids]), logits)
@@ -188,7 +193,7 @@ def pgd(
     loss:Callable=cross_entropy, # (logits, y) -> loss per image
 )->Tensor:                      # Images like `x`, allowed by `threat`
     "Projected gradient descent (Madry et al. 2018, arXiv:1706.06083) until an image is misclassified."
-    return _pgd(model, x, y, threat, generator, steps, step_size, loss, True)
+    return _pgd(model, x, y, threat, generator, _lengths(threat, steps, step_size), loss, True)
 
 def full_pgd(
     model:nn.Module,            # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
@@ -201,7 +206,7 @@ def full_pgd(
     loss:Callable=cross_entropy, # (logits, y) -> loss per image
 )->Tensor:                      # Images like `x`, allowed by `threat`
     "Projected gradient descent (Madry et al. 2018, arXiv:1706.06083), the best iterate kept."
-    return _pgd(model, x, y, threat, generator, steps, step_size, loss, False)
+    return _pgd(model, x, y, threat, generator, _lengths(threat, steps, step_size), loss, False)
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #6baa3766
 def to_the_end(

@@ -37,6 +37,7 @@ def _verdict(model, x, y, x_adv, threat, what):
                 robust_accuracy=stands.float().mean().item(), lo=lo, hi=hi,
                 largest_distance=threat.distance(x, x_adv).max().item())
 
+# %% ../../nbs/api/evaluation/50_publishing.ipynb #e5e34d24
 def check_adversarial(
     path,               # File of `save_adversarial`, of AutoAttack, or of the tensor alone
     model:nn.Module,    # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
@@ -70,7 +71,8 @@ def save_adversarial(
 # %% ../../nbs/api/evaluation/50_publishing.ipynb #a805a7fa
 def per_class(
     rows:pd.DataFrame,   # From `evaluate`
-)->pd.DataFrame:         # label, n, clean_accuracy, robust_accuracy, lo, hi (fractions, 95 %), a row for each class
+    # A row for each class: label, n, clean_accuracy, robust_accuracy, lo, hi (fractions, 95 %)
+)->pd.DataFrame:
     "Clean and robust accuracy of each true class."
     clean = rows[rows.attack == 'clean'].set_index('image')
     table = clean[['label', 'correct']].assign(robust=worst_case(rows).set_index('image').correct)
@@ -84,7 +86,8 @@ def per_class(
 # %% ../../nbs/api/evaluation/50_publishing.ipynb #8a0ce635
 def accuracy_by_passes(
     result:CascadeResult,  # From `run_cascade`
-)->pd.DataFrame:           # stage, forward, backward, passes (for an image, so far), accuracy (a fraction), a row per stage
+    # A row per stage: stage, forward, backward, passes (for an image, so far), accuracy (a fraction)
+)->pd.DataFrame:
     "What stood after each stage of the cascade, and what it had cost by then."
     s = result.stages
     n = len(result.x_adv)
