@@ -108,6 +108,7 @@ def _crafted(attack, model, x, y, threat, generator):
     return x_adv, dict(forward=passes.forward/len(x), backward=passes.backward/len(x),
                        seconds=seconds/len(x))
 
+# %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #d2945ec3
 @torch.no_grad()
 def _judge(model, x, x_adv, y, threat, name, images):
     "One row per image."
