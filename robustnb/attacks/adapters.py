@@ -74,6 +74,7 @@ def _stretched(attack, threat, x, found):
         inside = threat.allows(x, image).view(-1, 1, 1, 1)
         yield torch.where(inside, image, threat.project(x, image.clamp(0, 1)))
 
+# %% ../../nbs/api/attacks/85_adapters.ipynb #3fa5f1c3
 def _best_of(candidates, model, x, y, generator, alone):
     "For each image that is right, the candidate with the largest margin, if that is larger than its own"
     left, logits = is_correct(model, x, y)
@@ -120,7 +121,8 @@ def from_foolbox(
 
 # %% ../../nbs/api/attacks/85_adapters.ipynb #28cb8ff5
 def from_torchattacks(
-    make:Callable,       # (model, eps) -> attack: `lambda model, eps: torchattacks.PGD(model, eps=eps, steps=20)`
+    # (model, eps) -> attack: `lambda model, eps: torchattacks.PGD(model, eps=eps, steps=20)`
+    make:Callable,
     alone:bool=True,     # Attack each image alone? False: the answer for an image depends on its batch
 )->Callable:             # An attack (model, x, y, threat, generator=None) -> x_adv
     "An attack of torchattacks (Kim 2020, arXiv:2010.01950) with the contract of this package."
