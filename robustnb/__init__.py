@@ -19,7 +19,7 @@ _NAMES = {
     'quant.ptq': 'quantize',
     'attacks.threat_models': 'L1 L2 Linf',
     'attacks.ssim_rule': 'SSIM',
-    'attacks.gradient': 'fgsm multi_attack pgd',
+    'attacks.gradient': 'fgsm full_pgd multi_attack pgd',
     'attacks.score_based': 'square',
     'attacks.standard': 'cascade',
     'evaluation.robust_accuracy': 'evaluate summarize',
@@ -54,7 +54,7 @@ def __dir__():
 
 
 if TYPE_CHECKING:
-    from .attacks.gradient import fgsm, multi_attack, pgd
+    from .attacks.gradient import fgsm, full_pgd, multi_attack, pgd
     from .attacks.score_based import square
     from .attacks.ssim_rule import SSIM
     from .attacks.standard import cascade

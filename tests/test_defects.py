@@ -254,7 +254,8 @@ def test_6_ranges_are_frozen_and_order_does_not_matter():
     first = run(('white_box', 'transfer'), Linf(4/255))
     run(('white_box',), Linf(.5)), q(torch.ones(2, 3, 16, 16)), q(torch.zeros(2, 3, 16, 16))
     second = run(('transfer', 'white_box'), Linf(4/255))
-    assert first.equals(second)
+    costs = ['forward', 'backward', 'seconds']    # kept images are free
+    assert first.drop(columns=costs).equals(second.drop(columns=costs))
     assert q.state_dict().keys() == state.keys()
     assert all(torch.equal(v, state[k]) for k, v in q.state_dict().items())
     assert any('scale' in k for k in state), 'ranges are part of the state'
@@ -266,6 +267,7 @@ def test_6_kept_images_do_not_make_the_order_matter():
     one = quantize(model, 'INT4', x)
     two = quantize(model, 'INT3', x)
     runs = dict(a=(one, y, 0), b=(two, y, 0), c=(two, y.roll(1), 0), d=(one, y, 1))
+    costs = ['forward', 'backward', 'seconds']
     found = {}
     for order in ('abcd', 'dcba', 'bdac'):
         both = multi_attack(transfer_attack(model, pgd), pgd)
@@ -273,12 +275,12 @@ def test_6_kept_images_do_not_make_the_order_matter():
         for k in order:
             q, labels, seed = runs[k]
             rows = evaluate(q, x, labels, dict(both=both, **apart), Linf(4/255), seed=seed,
-                            batch_size=20)
+                            batch_size=20).drop(columns=costs)
             assert rows.equals(found.setdefault(k, rows)), f'{k} in the order {order}'
     fresh = evaluate(two, x, y, dict(both=multi_attack(transfer_attack(model, pgd), pgd),
                                      **quantized_attacks(model, queries=20)),
                      Linf(4/255), batch_size=20)
-    assert fresh.equals(found['b'])
+    assert fresh.drop(columns=costs).equals(found['b'])
 
 
 # 7. Their straight-through gradient was not masked, and nothing stood beside it: robust accuracy

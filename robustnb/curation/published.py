@@ -20,7 +20,7 @@ from ..augmentation.corruptions import corruption, corruption_names
 from ..augmentation.soft_labels import label_smoothing, mixup, teacher_labels
 from ..models.training import Recipe, train
 from ..attacks.threat_models import L2, Linf
-from ..attacks.gradient import cross_entropy, dlr, fgsm, pgd
+from ..attacks.gradient import cross_entropy, dlr, fgsm, pgd, to_the_end
 from ..attacks.adaptive_pgd import apgd
 from ..attacks.minimum_norm import deepfool
 from ..attacks.transferable import di_fgsm, ensemble, ti_fgsm
@@ -40,8 +40,8 @@ def towards_random(
         generator = generator or make_generator(0)
         K = predict(model, x[:1]).shape[1]
         target = (y.cpu() + torch.randint(1, K, y.shape, generator=generator)) % K
-        return attack(model, x, target.to(y), threat, generator=generator,
-                      loss=lambda logits, t: -cross_entropy(logits, t))
+        return to_the_end(attack)(model, x, target.to(y), threat, generator=generator,
+                                  loss=lambda logits, t: -cross_entropy(logits, t))
     targeted.said = 'towards_random', attack
     return targeted
 

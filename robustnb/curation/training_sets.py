@@ -20,6 +20,7 @@ from ..files import atomic_path, explain_errors
 from ..data import ImageSet, load_npy
 from ..plots import figure_png, show_images
 from ..augmentation.transforms import describe
+from ..attacks.gradient import to_the_end
 from .selection import everything
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #f4c109a4
@@ -31,7 +32,7 @@ def attacked(
 )->Callable:              # Transform (x, y, generator) -> (x, y)
     "Adversarial copies of the images."
     def adversarial(x, y, generator):
-        return attack(model, x, y.argmax(1), threat, generator=generator), y
+        return to_the_end(attack)(model, x, y.argmax(1), threat, generator=generator), y
     adversarial.model = model
     adversarial.surrogate = surrogate or getattr(model, 'name', None) or type(model).__name__
     adversarial.said = 'attacked', attack, adversarial.surrogate, repr(threat)

@@ -7,7 +7,7 @@ __all__ = ['transfer_attack', 'on_8bit_images', 'evaluate', 'worst_case', 'summa
            'plot_curve', 'quantized_attacks']
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #a3a80d4a
-import io, json, re, warnings
+import io, json, re, time, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
@@ -17,13 +17,13 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 from ..core import batches, images_at_a_time, make_generator, progress, subseed
-from ..contract import answers_at_random
+from ..contract import answers_at_random, count_passes
 from ..files import atomic_path, fingerprint, save_json
 from ..questions import cache_key
 from ..metrics import paired_difference, wilson
 from ..plots import plot_lines
 from ..jobs import digest
-from ..attacks.gradient import check_attack, margin, pgd
+from ..attacks.gradient import check_attack, margin, pgd, to_the_end
 from ..attacks.score_based import square
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #a6e7bf23
@@ -50,7 +50,7 @@ class _Transfer:
         names = [fingerprint(*o) for o in zip(x.cpu(), y.cpu())]
         new = [i for i, name in enumerate(names) if name not in made]
         if new:
-            crafted = self.attack(self.source, x[new], y[new], threat, generator=generator)
+            crafted = to_the_end(self.attack)(self.source, x[new], y[new], threat, generator=generator)
             made.update(zip([names[i] for i in new], crafted))
             made['state'] = state()
         if generator is not None:
@@ -75,7 +75,7 @@ def on_8bit_images(
             raise ValueError("`x` must hold 8-bit images, every pixel a multiple of 1/255; "
                              f"image {int(off.argmax())} is up to {off.max():.2g} grey levels "
                              "off. Round them first: `(255*x).round()/255`.")
-        x_adv = attack(model, x, y, threat, generator=generator)
+        x_adv = to_the_end(attack)(model, x, y, threat, generator=generator)
         on_grid = lambda part: (255*torch.lerp(x, x_adv, part.view(-1, 1, 1, 1))).round()/255
         lo = x.new_zeros(len(x))
         hi = x.new_ones(len(x))
@@ -99,6 +99,16 @@ def _drawing(at_random, seed, device):
         torch.manual_seed(seed)
         yield
 
+def _crafted(attack, model, x, y, threat, generator):
+    "What the attack returns, and what it cost for an image"
+    began = time.perf_counter()
+    with count_passes() as passes:
+        x_adv = attack(model, x, y, threat, generator=generator)
+    seconds = time.perf_counter()-began
+    return x_adv, dict(forward=passes.forward/len(x), backward=passes.backward/len(x),
+                       seconds=seconds/len(x))
+
+# %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #d2945ec3
 @torch.no_grad()
 def _judge(model, x, x_adv, y, threat, name, images):
     "One row per image."
@@ -127,7 +137,8 @@ def _judge(model, x, x_adv, y, threat, name, images):
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #d0b700c4
 _types = dict(image='int64', attack=str, threat=str, label='int64', prediction='int64',
-              correct=bool, margin='float32', confidence='float32', distance='float32')
+              correct=bool, margin='float32', confidence='float32', distance='float32',
+              forward='float64', backward='float64', seconds='float64')
 
 def _write_rows(rows, path, question):
     "One table with a checksum above it."
@@ -145,7 +156,7 @@ def _read_rows(path, question):
 
 def _question(model, x, y, attacks, threat, seed):
     "What rows depend on, in words that are the same in every process"
-    return dict(scheme='robustnb.evaluate/2', model=cache_key(model), images=cache_key(x.cpu()),
+    return dict(scheme='robustnb.evaluate/3', model=cache_key(model), images=cache_key(x.cpu()),
                 labels=cache_key(y.cpu()), threat=[_plain(threat), cache_key(threat)],
                 seed=int(seed), attacks=[[k, cache_key(v)] for k, v in attacks.items()],
                 judge=cache_key(_judge))
@@ -186,6 +197,13 @@ def _alarm(rows):
     for name in right.index[right > right['clean']]:
         warnings.warn(f"attack {name!r} leaves {right[name]} images right, {right['clean']} are right "
                       "without it. Are the labels those of the model's classes? Does it answer at random?")
+
+def _share_costs(rows):
+    "The mean cost over all images of an attack, whatever the batches"
+    by = rows.groupby('attack')
+    for name in ('forward', 'backward'):
+        rows[name] = by[name].transform('sum').round()/by[name].transform('size')
+    return rows.assign(seconds=by.seconds.transform('mean'))
 
 def _check_attacks(attacks):
     "Raise unless they are functions with names."
@@ -234,12 +252,12 @@ def evaluate(
             xs = x[left[s]].to(device, memory_format=torch.channels_last)
             ys = y[left[s]].to(device)
             with _drawing(at_random, subseed(seed, name, int(left[s][0])), device):
-                x_adv = attack(asked, xs, ys, threat, generator=make_generator(seed, name))
-                rows = _judge(asked, xs, x_adv, ys, threat, name, left[s])
+                x_adv, cost = _crafted(attack, asked, xs, ys, threat, make_generator(seed, name))
+                rows = _judge(asked, xs, x_adv, ys, threat, name, left[s]).assign(**cost)
             if save is not None:
                 _write_rows(rows, Path(save)/f'{k}_{left[s][0]:07d}.csv', question)
             parts.append(rows)
-    rows = pd.concat(parts, ignore_index=True)
+    rows = _share_costs(pd.concat(parts, ignore_index=True))
     _alarm(rows)
     return rows.iloc[np.lexsort((rows.image, rows.attack.map(list(jobs).index)))].reset_index(drop=True)
 

@@ -19,7 +19,7 @@ from ..contract import open_model, predict
 from ..data import ImageSet
 from ..models.wrapping import batchnorms, last_linear
 from ..attacks.threat_models import Linf
-from ..attacks.gradient import multi_attack, margin, pgd, is_correct
+from ..attacks.gradient import full_pgd, multi_attack, margin, pgd, is_correct
 from .generator import bn_distance, bn_inputs, generate, Generator, _normalized
 from .predictor import fit_predictor
 
@@ -107,7 +107,7 @@ def compose(
 
 def _push(model, x, y, eps, seed):
     "A short attack on the own class of generated images."
-    return torch.cat([pgd(model, x[s], y[s], Linf(eps), make_generator(seed, 'push'), steps=5)
+    return torch.cat([full_pgd(model, x[s], y[s], Linf(eps), make_generator(seed, 'push'), steps=5)
                       for s in batches(len(x), 125)])
 
 # %% ../../nbs/api/transfer/40_probe_quality.ipynb #fd6015e9

@@ -1,4 +1,4 @@
-"Attacks of foolbox: the same images as from foolbox itself, and the promises that it does not make."
+"Attacks of foolbox and torchattacks: the images of the library itself, and more promises than it makes."
 import random
 import warnings
 
@@ -10,7 +10,8 @@ from torch import nn
 foolbox = pytest.importorskip('foolbox', reason='foolbox is not installed')
 
 from robustnb.attacks import adapters
-from robustnb.attacks.adapters import brendel_bethge, from_foolbox, hop_skip_jump, pointwise
+from robustnb.attacks.adapters import (
+    brendel_bethge, from_foolbox, from_torchattacks, hop_skip_jump, pointwise)
 from robustnb.attacks.gradient import margin
 from robustnb.attacks.threat_models import L0, L1, L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
@@ -321,3 +322,57 @@ def test_wrong_settings_are_refused(call, words):
     model = make_net()
     with pytest.raises(TypeError, match=words):
         call(model, *make_batch(model=model))
+
+
+class Far:
+    "An object like those of torchattacks: a random start, then one step, too far"
+    def __init__(self, model, eps):
+        self.model = model
+        self.eps = eps
+    def __call__(self, images, labels):
+        start = (images + self.eps*torch.empty_like(images).uniform_(-1, 1)).requires_grad_()
+        loss = torch.nn.functional.cross_entropy(self.model(start), labels)
+        loss.backward()    # would fill the gradients of the weights
+        return start.detach() + 3*self.eps*start.grad.sign()
+
+
+def test_objects_of_torchattacks_keep_the_promises():
+    net = make_net()
+    x, y = make_batch(model=net)
+    threat = Linf(8/255)
+    attack = from_torchattacks(Far)
+    before = snapshot(net)
+    state = torch.get_rng_state()
+    out = attack(net, x, y, threat, make_generator(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(snapshot(net), before)
+    assert threat.allows(x, out).all()
+    assert (net(out).argmax(1) != y).any(), 'the case is worth looking at'
+    order = torch.tensor([7, 2, 9])
+    assert (attack(net, x[order], y[order], threat, make_generator(2))-out[order]).abs().max() < 1e-9
+    whole = from_torchattacks(Far, alone=False)
+    assert not torch.allclose(whole(net, x[order], y[order], threat, make_generator(2)),
+                              whole(net, x, y, threat, make_generator(2))[order])
+    wrong = (y+1) % 5
+    for done in (attack, from_foolbox(fa.LinfPGD(steps=3))):
+        assert torch.equal(done(net, x, wrong, threat), x), 'nothing to do'
+    with pytest.raises(TypeError, match='`make` must be a function'):
+        from_torchattacks('PGD')
+
+
+@pytest.mark.parametrize('kind, options, threat', (
+    ('PGD', dict(alpha=2/255, steps=5, random_start=False), Linf(8/255)),
+    ('PGDL2', dict(alpha=.2, steps=5, random_start=False), L2(.5)),
+    ('MIFGSM', dict(alpha=2/255, steps=4), Linf(8/255))))
+def test_an_attack_of_torchattacks_is_the_one_called_directly(kind, options, threat):
+    torchattacks = pytest.importorskip('torchattacks', reason='torchattacks is not installed')
+    net = make_net(torch.float32)
+    x, y = make_batch(torch.float32, model=net)
+    make = lambda model, eps: getattr(torchattacks, kind)(model, eps=eps, **options)
+    out = from_torchattacks(make)(net, x, y, threat)
+    theirs = torch.cat([make(net, threat.eps)(a, b) for a, b in zip(x.split(1), y.split(1))])
+    higher = margin(net(theirs), y) > margin(net(x), y)
+    assert higher.sum() > 6, 'the case is worth looking at'
+    assert (out[higher]-theirs[higher]).abs().max() < 1e-5
+    with pytest.raises(TypeError, match='holds a model already'):
+        from_torchattacks(make(net, threat.eps))

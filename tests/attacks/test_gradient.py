@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from robustnb.attacks.gradient import cross_entropy, fgsm, margin, multi_attack, pgd
+from robustnb.attacks.gradient import (
+    cross_entropy, fgsm, full_pgd, margin, multi_attack, pgd, restarts, to_the_end)
 from robustnb.core import make_generator
 from robustnb.evaluation.robust_accuracy import transfer_attack
 from robustnb.attacks.threat_models import L2, Linf
@@ -23,7 +24,8 @@ def test_pgd_follows_foolbox_step_by_step(threat, reference, steps, step_size):
         step_size *= 8
     model = make_net()
     x, y = make_batch(model=model)
-    out, asked = iterates(model, lambda m: pgd(m, x, y, threat, steps=steps, step_size=step_size))
+    out, asked = iterates(model, lambda m: full_pgd(m, x, y, threat, steps=steps,
+                                                     step_size=step_size))
     assert len(asked) == steps+1
     assert torch.equal(asked[0], x)
     bounded = foolbox.PyTorchModel(model, bounds=(0, 1), device='cpu')
@@ -51,12 +53,77 @@ def test_the_best_iterate_is_kept_for_each_image(threat):
     x = make_batch()[0]
     y = torch.arange(len(x)) % 2
     step_size = threat.eps/(8 if threat.eps < 1 else 5)
-    out, asked = iterates(model, lambda m: pgd(m, x, y, threat, steps=9, step_size=step_size))
+    out, asked = iterates(model, lambda m: full_pgd(m, x, y, threat, steps=9, step_size=step_size))
     losses = torch.stack([cross_entropy(model(a), y) for a in asked])
     best = losses.argmax(0)
     assert len(best.unique()) > 1, 'the case is worth looking at'
     assert (best < 9).any(), 'the case is worth looking at'
     assert torch.equal(out, torch.stack(asked)[best, torch.arange(len(x))])
+
+
+@pytest.mark.parametrize('start', (None, 3), ids=('no start', 'random start'))
+@pytest.mark.parametrize('loss', (cross_entropy, margin))
+@pytest.mark.parametrize('threat', (Linf(4/255), L2(.15)), ids=repr)
+def test_an_image_leaves_at_its_first_wrong_iterate_and_the_others_take_all_steps(threat, loss, start):
+    model = make_net()
+    x, y = make_batch(n=40, model=model)
+    y[:6] = (y[:6]+1) % 5    # wrong from the start
+    how = dict(steps=12, step_size=.4*threat.eps, loss=loss)
+    seed = lambda: None if start is None else make_generator(start)
+    full, path = iterates(model, lambda m: full_pgd(m, x, y, threat, seed(), **how))
+    out, asked = iterates(model, lambda m: pgd(m, x, y, threat, seed(), **how))
+    with torch.no_grad():
+        wrong = torch.stack([model(o).argmax(1) != y for o in path])
+    falls = wrong.any(0)
+    first = wrong.int().argmax(0)
+    assert first[falls].unique().numel() > 2, 'the case is worth looking at'
+    assert 6 < falls.sum() < 40, 'the case is worth looking at'
+    expected = torch.where(falls.view(-1, 1, 1, 1),
+                           torch.stack(path)[first, torch.arange(len(x))], full)
+    assert (out-expected).abs().max() < 1e-12
+    assert [len(o) for o in asked] == [int((~wrong[:k].any(0)).sum()) for k in range(len(path))]
+    assert torch.equal(model(out).argmax(1) != y, falls)
+
+
+def test_all_that_fall_at_once_end_the_attack():
+    model = make_net()
+    x, y = make_batch(model=model)
+    out, asked = iterates(model, lambda m: pgd(m, x, (y+1) % 5, Linf(8/255), steps=50))
+    assert torch.equal(out, x)
+    assert len(asked) == 1
+
+
+class Drawn(nn.Module):
+    "Every answer is right or wrong by a draw"
+    def forward(self, x):
+        side = (torch.rand(len(x), dtype=x.dtype) < .5).to(x)*10
+        light = x.flatten(1).sum(1)
+        return torch.stack([side + .1*light, 10-side], 1)
+
+
+def test_a_lucky_draw_is_no_reason_to_leave():
+    torch.manual_seed(0)
+    model = Drawn().eval()
+    x = make_batch()[0]
+    y = torch.zeros(len(x), dtype=torch.int64)
+    seen = []
+    hook = model.register_forward_pre_hook(lambda m, args: seen.append(len(args[0])))
+    pgd(model, x, y, Linf(8/255), steps=6)
+    hook.remove()
+    assert seen[-7:] == 7*[len(x)]
+
+
+def test_to_the_end_finds_pgd_inside_partials():
+    model = make_net()
+    x, y = make_batch(model=model)
+    threat = Linf(8/255)
+    found = to_the_end(partial(partial(pgd, steps=7), step_size=.01))(model, x, y, threat)
+    assert torch.equal(found, full_pgd(model, x, y, threat, steps=7, step_size=.01))
+    assert not torch.equal(found, pgd(model, x, y, threat, steps=7, step_size=.01))
+    other = restarts(pgd, 2)
+    assert to_the_end(other) is other
+    crafted = transfer_attack(model, partial(pgd, steps=7, step_size=.01))
+    assert torch.equal(crafted(Ten().eval(), x, y, threat), found), 'judged on another model'
 
 
 @pytest.mark.parametrize('threat, reference', ((Linf(8/255), 'LinfFastGradientAttack'),
@@ -74,7 +141,7 @@ def test_fgsm_is_that_of_foolbox(threat, reference):
 
 
 attacks = dict(fgsm=fgsm, fgsm_margin=partial(fgsm, loss=margin), pgd=pgd,
-               pgd_margin=partial(pgd, loss=margin), one_step=partial(pgd, steps=1),
+               pgd_margin=partial(pgd, loss=margin), full_pgd=full_pgd, one_step=partial(pgd, steps=1),
                long_steps=partial(pgd, steps=5, step_size=1.),
                transfer=transfer_attack(make_net(seed=1), pgd),
                multi_attack=multi_attack(fgsm, pgd))
@@ -111,16 +178,16 @@ def test_promises(name, threat, seed):
         assert torch.equal(run(), out), 'also where gradients are off'
     if threat.eps == 0:
         assert (out-x).abs().max() < 1e-12
-    if seed is not None and name in ('pgd', 'one_step') and 0 < threat.eps < 1:
+    if seed is not None and name in ('full_pgd', 'one_step') and 0 < threat.eps < 1:
         assert not torch.equal(run(seed+1), out)
     loss = lambda x: (margin if 'margin' in name else cross_entropy)(model(x), y).detach()
     gain = loss(out) - loss(x)
-    if name in ('pgd', 'pgd_margin', 'one_step') or name == 'long_steps' and seed is None:
+    if name in ('full_pgd', 'pgd_margin', 'one_step') or name == 'long_steps' and seed is None:
         assert (gain >= -1e-9).all(), 'no worse than doing nothing'
     if threat.eps > 0 and name != 'transfer':
         assert gain.mean() > 0
     if threat == Linf(1):
-        assert name not in ('pgd', 'pgd_margin') or (model(out).argmax(1) != y).all(), (
+        assert name not in ('pgd', 'pgd_margin', 'full_pgd') or (model(out).argmax(1) != y).all(), (
             'everything falls if everything is allowed')
 
 
@@ -137,7 +204,7 @@ def test_precision_of_the_images_is_kept(name, threat, dtype):
     assert (out.double()-exact).abs().max() <= 2*threat.eps + 1e-6
 
 
-@pytest.mark.parametrize('name', ('fgsm', 'pgd', 'pgd_margin', 'multi_attack'))
+@pytest.mark.parametrize('name', ('fgsm', 'pgd', 'full_pgd', 'pgd_margin', 'multi_attack'))
 @pytest.mark.parametrize('threat', (Linf(4/255), L2(.3)), ids=repr)
 def test_an_image_does_not_know_its_batch(name, threat):
     model = make_net()
@@ -149,7 +216,7 @@ def test_an_image_does_not_know_its_batch(name, threat):
 def test_more_steps_are_no_weaker():
     model = make_net()
     x, y = make_batch(model=model)
-    found = [pgd(model, x, y, Linf(4/255), steps=k, step_size=1/255) for k in range(6)]
+    found = [full_pgd(model, x, y, Linf(4/255), steps=k, step_size=1/255) for k in range(6)]
     losses = torch.stack([cross_entropy(model(o), y).detach() for o in found])
     assert (losses.diff(dim=0) >= 0).all()
     assert (losses[-1] > losses[0]).all()
@@ -184,7 +251,7 @@ def test_a_constant_answer_cannot_be_changed(name):
 
 
 @pytest.mark.parametrize('use', wrong_uses)
-@pytest.mark.parametrize('attack', (fgsm, pgd))
+@pytest.mark.parametrize('attack', (fgsm, pgd, full_pgd))
 def test_wrong_use_is_refused(attack, use):
     change, error, words = wrong_uses[use]
     model = make_net()

@@ -317,3 +317,26 @@ def test_what_a_random_model_draws_is_drawn_anew(trained, monkeypatch):
     noisy = Wrapped(net, before=lambda x: (x + .03*torch.randn(x.shape)).clamp(0, 1)).eval()
     monkeypatch.setattr(standard, 'search_copy', never)
     assert run_cascade(noisy, x, y, Linf(2/255)).random
+
+
+@pytest.mark.parametrize('size', (4/255, 24/255), ids=('some survive', 'all fall'))
+def test_the_passes_of_a_result_are_those_that_hooks_count(trained, monkeypatch, size):
+    net, x, y = trained
+    monkeypatch.setattr(standard, 'search_copy', lambda model, x, y, low=True: model)
+    seen = dict(forward=0, backward=0)
+    def back(grad): seen['backward'] += len(grad)
+    def after(m, args, out):
+        seen['forward'] += len(out)
+        if out.requires_grad: out.register_hook(back)
+    run_cascade(net, x[:1], y[:1], Linf(size))    # opened
+    hook = net.register_forward_hook(after)
+    result = run_cascade(net, x, y, Linf(size))
+    hook.remove()
+    told = result.stages[['forward', 'backward']].sum()
+    fallen = result.stages.fallen.sum()
+    assert fallen == len(x) if size > .05 else 0 < fallen < len(x), 'the case is worth looking at'
+    # a look at the first image by `check_attack`, one at whether it can be differentiated
+    assert seen['backward'] == told.backward + 1
+    asked = result.stages.set_index('stage').asked.get('sentinel', 0)
+    assert told.forward + 2 - 33*asked <= seen['forward'] <= told.forward + 2
+    assert asked == 0 or not result.masked

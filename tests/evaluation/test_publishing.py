@@ -1,0 +1,91 @@
+"Files of adversarial images, classes and curves: judged by hand, refused where they are not what they say."
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from robustnb.attacks.standard import CascadeResult
+from robustnb.attacks.threat_models import Linf
+from robustnb.evaluation.publishing import (
+    accuracy_by_passes, check_adversarial, per_class, save_adversarial)
+
+threat = Linf(.1)
+
+
+class Bright(nn.Module):
+    "Class 1 is bright, class 0 dark"
+    def forward(self, x):
+        light = x.flatten(1).mean(1)-.5
+        return torch.stack([-light, light], 1)
+
+
+def case():
+    "Ten grey images: two wrong from the start, three more wrong where they are darkened"
+    light = torch.tensor([.4, .45, .55, .56, .57, .7, .8, .9, .95, .62])
+    x = light.view(-1, 1, 1, 1).expand(-1, 3, 4, 4).contiguous()
+    return Bright().eval(), x, torch.ones(10, dtype=torch.int64), (x-.1).clamp(0, 1)
+
+
+def test_a_file_proves_what_was_counted_by_hand(tmp_path):
+    net, x, y, x_adv = case()
+    told = save_adversarial(tmp_path/'a.pt', net, x, y, x_adv, threat)
+    assert (told['n'], told['threat']) == (10, 'Linf(eps=0.1)')
+    assert told['clean_accuracy'] == pytest.approx(.8)
+    assert told['robust_accuracy'] == pytest.approx(.5)
+    assert told['largest_distance'] == pytest.approx(.1, abs=1e-6)
+    held = torch.load(tmp_path/'a.pt', weights_only=True)
+    assert list(held) == ['adv_complete']
+    assert torch.equal(held['adv_complete'], x_adv)
+    torch.save(x_adv, tmp_path/'alone.pt')
+    assert check_adversarial(tmp_path/'alone.pt', net, x, y, threat) == told
+
+
+def test_an_image_wrong_from_the_start_is_not_robust_whatever_the_file_holds(tmp_path):
+    net, x, y, _ = case()
+    told = save_adversarial(tmp_path/'a.pt', net, x, y, (x+.1).clamp(0, 1), threat)
+    assert told['robust_accuracy'] == pytest.approx(.8), 'brightened until it is right'
+
+
+@pytest.mark.parametrize('change, words', (
+    (lambda x: x-.12, 'are outside, the first is image 0'), (lambda x: x[:9], 'one image for each'),
+    (lambda x: x.flip(0), 'are outside'), (lambda x: x.numpy(), 'got ndarray')))
+def test_other_images_are_refused_and_nothing_is_written(tmp_path, change, words):
+    net, x, y, _ = case()
+    with pytest.raises(ValueError, match=words):
+        save_adversarial(tmp_path/'a.pt', net, x, y, change(x), threat)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_of_something_else_are_named(tmp_path):
+    net, x, y, x_adv = case()
+    torch.save(dict(images=x_adv), tmp_path/'a.pt')
+    with pytest.raises(ValueError, match="'adv_complete'; .*a.pt has .'images'"):
+        check_adversarial(tmp_path/'a.pt', net, x, y, threat)
+    save_adversarial(tmp_path/'b.pt', net, x, y, x_adv, threat)
+    (tmp_path/'b.pt').write_bytes((tmp_path/'b.pt').read_bytes()[:-200])
+    with pytest.raises(ValueError, match='damaged'):
+        check_adversarial(tmp_path/'b.pt', net, x, y, threat)
+
+
+def test_classes_are_counted_by_hand():
+    labels = [0, 0, 0, 2, 2]
+    rows = pd.DataFrame(dict(image=2*list(range(5)), attack=5*['clean']+5*['a'], label=2*labels,
+                             correct=[True, True, False, True, True, True, False, True, False, False]))
+    table = per_class(rows.sample(frac=1, random_state=0))
+    assert table.label.tolist() == [0, 2]
+    assert table.n.tolist() == [3, 2]
+    assert table.clean_accuracy.tolist() == pytest.approx([2/3, 1])
+    assert table.robust_accuracy.tolist() == pytest.approx([1/3, 0]), 'wrong when clean is never robust'
+    assert ((table.lo <= table.robust_accuracy) & (table.robust_accuracy <= table.hi)).all()
+
+
+def test_the_curve_sums_stages():
+    stages = pd.DataFrame(dict(stage=['clean', 'quick', 'long'], asked=[4, 3, 2], fallen=[1, 1, 1],
+                               forward=[4, 12, 20], backward=[0, 10, 20]))
+    survives = torch.tensor([True, False, False, False])
+    result = CascadeResult(torch.zeros(4, 1, 2, 2), survives, stages, False, False)
+    curve = accuracy_by_passes(result)
+    assert curve.stage.tolist() == ['clean', 'quick', 'long']
+    assert curve.passes.tolist() == [1, 6.5, 16.5]
+    assert curve.backward.tolist() == [0, 2.5, 7.5]
+    assert curve.accuracy.tolist() == [.75, .5, .25]
