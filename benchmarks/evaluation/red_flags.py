@@ -201,6 +201,28 @@ def defended(net, x, eps, calibration, spread):
     }
 
 
+KINDS = {
+    'no gradient': ('rounding to 16 levels', 'rounding to 8 levels', 'DCT rounded', 'decision without gradient'),
+    'wrong gradient': ('fine gradient detached', 'coarse gradient detached', 'median, gradient detached',
+                       'gradient flipped', 'decision only'),
+    'straight-through': ('rounding to 16 levels, straight-through', 'median', 'DCT rounded, straight-through',
+                         'rounding to 256 levels, straight-through'),
+    'random': ('resize and pad at random', 'noise of eps', 'noise of 4 eps', 'vote of 5 with noise',
+               'noisy logits'),
+    'saturated': ('logits x 100', 'logits x 1000', 'tanh head'),
+    'k-WTA': ('k-WTA .1', 'k-WTA .3'),
+    'coarse or missing logits': ('bfloat16 logits', 'logits on a coarse grid', 'NaN near the border',
+                                 'reject class'),
+    'batch or state': ('mean of the batch', 'shift by call number'),
+    '8-bit copy': ('INT8 copy',),
+    '4-bit copy': ('INT4 copy', 'POT4 copy', 'FLOAT4 copy')}
+
+
+def kind_of(label):
+    "The kind of a model in the table of the page"
+    return next((k for k, labels in KINDS.items() if label in labels), 'honest')
+
+
 def base_of(name, data):
     "Base network, images, labels, 100 images to calibrate with, the honest threats"
     if name == 'digits':
@@ -318,7 +340,7 @@ def measured(label, model, base, x, y, threat, draws, queries):
     between = time.process_time()
     said = judged(model, x, y, threat)
     points = lambda mask: round(100*mask.float().mean().item(), 1)
-    return dict(model=label, threat=repr(threat), n=len(x), clean=points(clean), naive=points(naive),
+    return dict(model=label, kind=kind_of(label), threat=repr(threat), n=len(x), clean=points(clean), naive=points(naive),
                 union=points(left), overstated=(naive.sum()-left.sum()).item() > .02*len(x),
                 flagged=bool(said['doubt']), checks='; '.join(said['doubt']),
                 notes='; '.join(said['note']), explained='; '.join(said['see']),
@@ -350,7 +372,7 @@ def main():
         parser.error('--data must name the folder of photographs and networks')
     torch.set_num_threads(1)
     path = args.out/'red_flags.csv'
-    rows = pd.read_csv(path).fillna('').to_dict('records') if path.exists() else []
+    rows = pd.read_csv(path, keep_default_na=False).to_dict('records') if path.exists() else []
     done = {(o['base'], o['model']) for o in rows}
     for label, *case in zoo(args.base, args.data, args.n):
         if (args.base, label) in done or args.only and args.only not in label: continue

@@ -390,9 +390,9 @@ _checks = {
 _search = {'unbounded', 'larger budget', 'misleading gradient', 'saturated loss', 'more steps', 'black box'}
 _explains = {
     'not numbers': {'vanishing gradient', *_search},
-    'changed state': {'randomness', 'batch dependence', 'zero budget', *_search},
+    'changed state': {'randomness', 'batch dependence', 'zero budget', 'larger budget'},
     'randomness': {'batch dependence', 'zero budget', '8-bit rounding', *_search},
-    'batch dependence': {'zero budget', *_search},
+    'batch dependence': {'zero budget'},
     'low precision': _search,
     'vanishing gradient': _search,
     'misleading gradient': _search - {'misleading gradient'},

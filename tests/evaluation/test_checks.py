@@ -78,7 +78,8 @@ def batch_norm_of_the_batch(net):
     return net
 
 
-def show(table): return {r.check: r.figure for r in table.itertuples() if r.verdict == 'doubt'}
+def show(table, verdict='doubt'):
+    return {r.check: r.figure for r in table.itertuples() if r.verdict == verdict}
 
 
 def explained(table):
@@ -89,11 +90,12 @@ def doubts(model, attack=pgd, **kw):
     table = red_flags(model, kw.pop('x', x), y, kw.pop('threat', threat), attack, **kw)
     assert table.columns.tolist() == ['check', 'verdict', 'figure', 'what_to_do']
     assert table.check.tolist() == names
-    assert set(table.verdict) <= {'ok', 'doubt', 'not judged', *(f'see {o}' for o in names)}
-    assert set(explained(table).values()) <= set(show(table)), 'a row points to a doubt'
-    assert ((table.what_to_do != '') == (table.verdict == 'doubt')).all()
+    assert set(table.verdict) <= {'ok', 'doubt', 'note', 'not judged', *(f'see {o}' for o in names)}
+    notes = show(table, 'note')
+    assert set(explained(table).values()) <= {*show(table), *notes}, 'a row points to a cause'
+    assert ((table.what_to_do != '') == table.verdict.isin(['doubt', 'note'])).all()
     assert (table.figure != '').all()
-    return show(table)
+    return show(table) | {f'note: {k}': v for k, v in notes.items()}
 
 
 @pytest.mark.parametrize('threat', (threat, L2(.8), SSIM(.98)), ids=repr)
@@ -113,15 +115,15 @@ faulty_models = {
     'training mode': (lambda net: copy.deepcopy(net).train(), {'training mode'}),
     'one part in training mode': (
         lambda net: (lambda m: (m[1].train(), m)[1])(copy.deepcopy(net)), {'training mode'}),
-    'noise': (lambda net: Around(net, after=randomly), {'randomness'}),
+    'noise': (lambda net: Around(net, after=randomly), {'note: randomness'}),
     'centred by the batch': (lambda net: Around(net, after=lambda z: z - .02*z.mean(0)),
-                             {'batch dependence'}),
+                             {'note: batch dependence'}),
     'bfloat16 inside': (lambda net: Around(net, after=lambda z: z.bfloat16().float()),
-                        {'low precision'}),
+                        {'note: low precision'}),
     'float16 inside': (lambda net: Around(net, after=lambda z: z.half().float()),
-                       {'low precision'}),
-    'logits on a grid': (lambda net: Around(net, after=rounded_logits(.03)), {'low precision'}),
-    'counter': (Counting, {'changed state'}),
+                       {'note: low precision'}),
+    'logits on a grid': (lambda net: Around(net, after=rounded_logits(.03)), {'note: low precision'}),
+    'counter': (Counting, {'note: changed state'}),
     'rounding without a gradient': (lambda net: Around(net, before=seven_levels),
                                     {'vanishing gradient'}),
     'logits x 100': (lambda net: Around(net, after=lambda z: 100*z),
@@ -202,11 +204,11 @@ faulty_attacks = {
                                    {'larger budget'}),
     'gives up without a limit': (otherwise(lambda eps: eps > .9, lambda x: x), {'unbounded'}),
     'leaves gradients': (leaves(lambda m: torch.enable_grad()(lambda: m(x).sum().backward())()),
-                         {'changed state'}),
+                         {'note: changed state'}),
     'leaves a hook': (leaves(lambda m: m[0].register_forward_hook(lambda *a: None)),
-                      {'changed state'}),
-    'freezes a layer': (leaves(lambda m: m[0].requires_grad_(False)), {'changed state'}),
-    'moves batch norm': (leaves(lambda m: m[1].running_mean.add_(1e-4)), {'changed state'}),
+                      {'note: changed state'}),
+    'freezes a layer': (leaves(lambda m: m[0].requires_grad_(False)), {'note: changed state'}),
+    'moves batch norm': (leaves(lambda m: m[1].running_mean.add_(1e-4)), {'note: changed state'}),
     'does nothing': (lambda model, x, y, threat, *, generator=None: x,
                      {'saturated loss'}),
 }
