@@ -183,7 +183,7 @@ def defended(net, x, eps, calibration, spread):
         'k-WTA .3': (with_k_wta(net, .3), False),
         'logits x 100': (a(after=lambda z: 100*z), False),
         'logits x 1000': (a(after=lambda z: 1000*z), False),
-        'tanh head': (a(after=lambda z: torch.tanh(30*z/spread)), False),
+        'tanh head': (a(after=lambda z: torch.tanh(3*z/spread)), False),
         'bfloat16 logits': (a(after=lambda z: z.bfloat16().float()), False),
         'logits on a coarse grid': (a(after=straight(lambda z: (z*4/spread).round()*spread/4)), False),
         'reject class': (a(after=with_reject(.2*spread)), False),

@@ -397,8 +397,8 @@ _explains = {
     'vanishing gradient': _search,
     'misleading gradient': _search - {'misleading gradient'},
     'saturated loss': {'unbounded', 'black box'},
-    'more steps': {'black box', 'unbounded', 'larger budget'},
-    'black box': {'unbounded', 'larger budget'}}
+    'more steps': {'black box'},
+    'black box': {'unbounded'}}
 # what a model may do without that its number is too high
 _harmless = {'not numbers', 'changed state', 'randomness', 'batch dependence', 'low precision', '8-bit rounding'}
 
@@ -473,7 +473,8 @@ def red_flags(
     threat,                # Threat model of the number in doubt, e.g. `Linf(8/255)`
     attack:Callable=pgd,   # The attack that gave it: (model, x, y, threat, *, generator) -> x_adv
     seed:int=0,            # Everything random
-    # One row per check: check, verdict (ok, doubt, see another check, not judged), figure, what_to_do
+    # One row per check: check, verdict (ok, doubt, note, see another check, not judged), figure,
+    # what_to_do
 )->pd.DataFrame:
     """Signs that a robust accuracy is too high (Carlini et al. 2019, arXiv:1902.06705; Athalye et
     al. 2018, arXiv:1802.00420)."""
