@@ -153,6 +153,9 @@ def no_number_near_the_border(least):
     return masked
 
 
+def decision(z): return 3*F.one_hot(z.argmax(1), z.shape[1]).to(z)
+
+
 def with_reject(least):
     "One more class, chosen where the two largest logits are near each other"
     def answered(z):
@@ -193,10 +196,8 @@ def defended(net, x, eps, calibration, spread):
         'mean of the batch': (OfTheBatch(net, .05), False),
         'shift by call number': (Shifts(net), False),
         'NaN near the border': (a(after=no_number_near_the_border(.2*spread)), False),
-        'decision only': (a(after=straight(
-            lambda z: F.one_hot(z.argmax(1), z.shape[1]).to(z))), False),
-        'decision without gradient': (a(after=lambda z: 0*z + F.one_hot(
-            z.argmax(1), z.shape[1]).to(z)), False),
+        'decision only': (a(after=straight(decision)), False),
+        'decision without gradient': (a(after=lambda z: 0*z + decision(z)), False),
         **{f'{f} copy': (q(spec=f), False) for f in ('INT8', 'INT4', 'POT4', 'FLOAT4')},
     }
 
@@ -376,7 +377,12 @@ def main():
     done = {(o['base'], o['model']) for o in rows}
     for label, *case in zoo(args.base, args.data, args.n):
         if (args.base, label) in done or args.only and args.only not in label: continue
-        rows.append(dict(base=args.base) | measured(label, *case, args.queries))
+        try:
+            row = measured(label, *case, args.queries)
+        except ValueError as e:
+            print(f'{label}: no number to doubt, the attack refuses: {e}', flush=True)
+            continue
+        rows.append(dict(base=args.base) | row)
         pd.DataFrame(rows).to_csv(path, index=False)
         print(rows[-1], flush=True)
     table = pd.DataFrame(rows)
