@@ -41,7 +41,6 @@ from robustnb.files import manifest, save_json
 from robustnb.models.blocks import he_init
 from robustnb.models.graph import fold_batchnorm
 from robustnb.models.training import Recipe, train
-from robustnb.models.zoo import build_model
 from robustnb.quant.ptq import quantize
 
 
@@ -203,7 +202,8 @@ def defended(net, x, eps, calibration, spread):
 
 
 KINDS = {
-    'no gradient': ('rounding to 16 levels', 'rounding to 8 levels', 'DCT rounded', 'decision without gradient'),
+    'no gradient': ('rounding to 16 levels', 'rounding to 8 levels', 'DCT rounded',
+                    'decision without gradient'),
     'wrong gradient': ('fine gradient detached', 'coarse gradient detached', 'median, gradient detached',
                        'gradient flipped', 'decision only'),
     'straight-through': ('rounding to 16 levels, straight-through', 'median', 'DCT rounded, straight-through',
@@ -341,8 +341,9 @@ def measured(label, model, base, x, y, threat, draws, queries):
     between = time.process_time()
     said = judged(model, x, y, threat)
     points = lambda mask: round(100*mask.float().mean().item(), 1)
-    return dict(model=label, kind=kind_of(label), threat=repr(threat), n=len(x), clean=points(clean), naive=points(naive),
-                union=points(left), overstated=(naive.sum()-left.sum()).item() > .02*len(x),
+    return dict(model=label, kind=kind_of(label), threat=repr(threat), n=len(x),
+                clean=points(clean), naive=points(naive), union=points(left),
+                overstated=(naive.sum()-left.sum()).item() > .02*len(x),
                 flagged=bool(said['doubt']), checks='; '.join(said['doubt']),
                 notes='; '.join(said['note']), explained='; '.join(said['see']),
                 failed='; '.join(failed), seconds_union=round(between-began, 1),
@@ -375,7 +376,8 @@ def main():
     path = args.out/'red_flags.csv'
     rows = pd.read_csv(path, keep_default_na=False).to_dict('records') if path.exists() else []
     done = {(o['base'], o['model']) for o in rows}
-    for label, *case in zoo(args.base, args.data, args.n):
+    cases = list(zoo(args.base, args.data, args.n))
+    for label, *case in [o for k in range(3) for o in cases[k::3]]:    # a run that is cut short has all kinds
         if (args.base, label) in done or args.only and args.only not in label: continue
         try:
             row = measured(label, *case, args.queries)
@@ -387,7 +389,8 @@ def main():
         print(rows[-1], flush=True)
     table = pd.DataFrame(rows)
     print(rates(table).to_string())
-    facts = manifest(rows=len(table), seconds=int(table.seconds_union.sum()+table.seconds_flags.sum()), queries=args.queries,
+    seconds = int(table.seconds_union.sum()+table.seconds_flags.sum())
+    facts = manifest(rows=len(table), seconds=seconds, queries=args.queries,
                      tuned_on='digits', judged_on='cnn, resnet8',
                      rates=rates(table).reset_index().to_dict('records'))
     save_json(facts, path.with_suffix('.json'))

@@ -80,12 +80,15 @@ class _Answers:
         change = self.logits(x) - self.clean
         return (change.nan_to_num().abs().max()/self.clean[self.clean.isfinite()].std()).item()
 
+# %% ../../nbs/api/evaluation/20_checks.ipynb #9776187e
+@dataclass
+class _Verdicts(_Answers):
+    "Who says what is right: the model, or the mean of eight answers where they are drawn"
     @property
     def draws(self): return self.noise > 1e-4
 
     @cached_property
     def judge(self):
-        "Who says what is right: the mean of eight answers where they are drawn"
         return _MeanOf8(self.model).eval() if self.draws else self.model
 
     def leads(self, x, on=slice(None)):
@@ -105,7 +108,7 @@ class _Answers:
 
 # %% ../../nbs/api/evaluation/20_checks.ipynb #61ac3160
 @dataclass
-class _Case(_Answers):
+class _Case(_Verdicts):
     "What is in doubt; what several checks need is attacked once."
     threat:object
     attack:Callable
@@ -150,31 +153,32 @@ class _Case(_Answers):
     @cached_property
     def survivors(self): return int((self.nearest[0] >= 0).sum())
 
-    def search(self, attack, most, start):
-        "How many survivors fall to another attack, and of how many: of the `most` that came nearest"
-        lead, image = self.nearest
-        left = (lead >= 0).nonzero().flatten()
-        need = lead[left]/(self.lead-lead)[left].clamp_min(1e-9)
-        on = left[need.argsort(stable=True)[:most//4 if self.draws else most]]
-        if not len(on): return 0, 0
-        x_adv = self.run(attack, on=on, start=start, model=self.judge)
-        now = self.leads(x_adv, on)
-        better = now < lead[on]
-        lead[on[better]] = now[better]
-        image[on[better]] = x_adv[better]
-        return int((now < 0).sum()), len(on)
-
-    def settles(self, k, fraction=.02):
-        "Do these and the unsettled ones make the number too high by more than `fraction`?"
-        self.unsettled += k
-        doubt = _many(self.unsettled, len(self.x), fraction)
-        if doubt:
-            self.unsettled = 0
-        return doubt
-
-# %% ../../nbs/api/evaluation/20_checks.ipynb #f8fe3dbc
+# %% ../../nbs/api/evaluation/20_checks.ipynb #61ac3161
 def _many(k, n, fraction=.02): return k > max(1, fraction*n)
 
+def _search(case, attack, most, start):
+    "How many survivors fall to another attack, and of how many: of the `most` that came nearest"
+    lead, image = case.nearest
+    left = (lead >= 0).nonzero().flatten()
+    need = lead[left]/(case.lead-lead)[left].clamp_min(1e-9)
+    on = left[need.argsort(stable=True)[:most//4 if case.draws else most]]
+    if not len(on): return 0, 0
+    x_adv = case.run(attack, on=on, start=start, model=case.judge)
+    now = case.leads(x_adv, on)
+    better = now < lead[on]
+    lead[on[better]] = now[better]
+    image[on[better]] = x_adv[better]
+    return int((now < 0).sum()), len(on)
+
+def _settles(case, k, fraction=.02):
+    "Do these and the unsettled ones make the number too high by more than `fraction`?"
+    case.unsettled += k
+    doubt = _many(case.unsettled, len(case.x), fraction)
+    if doubt:
+        case.unsettled = 0
+    return doubt
+
+# %% ../../nbs/api/evaluation/20_checks.ipynb #f8fe3dbc
 def _training(case): return bool(case.training), f'{len(case.training)} parts in training mode'
 
 def _randomness(case):
@@ -265,9 +269,9 @@ def _gradients(case):
                                   f'the cross-entropy on {zero}')
 
 def _loss(case):
-    k, n = case.search(partial(case.attack, loss=margin) if _takes(case.attack, 'loss')
-                       else partial(pgd, loss=margin), 100, 'margin')
-    return case.settles(k, .05), f'{k} of {n} survivors fall to the same attack on the margin'
+    attack = case.attack if _takes(case.attack, 'loss') else pgd
+    k, n = _search(case, partial(attack, loss=margin), 100, 'margin')
+    return _settles(case, k, .05), f'{k} of {n} survivors fall to the same attack on the margin'
 
 # %% ../../nbs/api/evaluation/20_checks.ipynb #9f85ab9a
 def _walks(model, x, y, threat, *, generator):
@@ -284,15 +288,16 @@ def _walks(model, x, y, threat, *, generator):
     return out
 
 def _converged(case):
-    k, n = case.search(_walks, 24, 'walks')
-    return case.settles(k), (f'{k} of the {n} nearest survivors fall to 40 longer steps on the margin '
+    k, n = _search(case, _walks, 24, 'walks')
+    return _settles(case, k), (f'{k} of the {n} nearest survivors fall to 40 longer steps on the margin '
                              'from the image or from a random start')
 
 def _blackbox(case):
     queries = 100 if case.draws else 300
-    k, n = case.search(partial(square, queries=queries) if isinstance(case.threat, (Linf, L2, L1))
-                       else partial(random_search, tries=queries), 20, 'queries')
-    return case.settles(k), f'{k} of the {n} nearest survivors fall to {queries} queries'
+    normed = isinstance(case.threat, (Linf, L2, L1))
+    ask = partial(square, queries=queries) if normed else partial(random_search, tries=queries)
+    k, n = _search(case, ask, 20, 'queries')
+    return _settles(case, k), f'{k} of the {n} nearest survivors fall to {queries} queries'
 
 # %% ../../nbs/api/evaluation/20_checks.ipynb #e98dfb44
 def _foretold(case, on, at):
@@ -387,21 +392,21 @@ _checks = {
                                   'such an image as fallen, never as robust.')}
 
 # %% ../../nbs/api/evaluation/20_checks.ipynb #56d73557
-_search = {'unbounded', 'larger budget', 'misleading gradient', 'saturated loss', 'more steps', 'black box'}
+_signs = {'unbounded', 'larger budget', 'misleading gradient', 'saturated loss', 'more steps', 'black box'}
 _explains = {
-    'not numbers': {'vanishing gradient', *_search},
+    'not numbers': {'vanishing gradient', *_signs},
     'changed state': {'randomness', 'batch dependence', 'zero budget', 'larger budget'},
-    'randomness': {'batch dependence', 'zero budget', '8-bit rounding', *_search},
+    'randomness': {'batch dependence', 'zero budget', '8-bit rounding', *_signs},
     'batch dependence': {'zero budget'},
-    'low precision': _search,
-    'vanishing gradient': _search,
-    'misleading gradient': _search - {'misleading gradient'},
+    'low precision': _signs,
+    'vanishing gradient': _signs,
+    'misleading gradient': _signs - {'misleading gradient'},
     'saturated loss': {'unbounded', 'black box'},
     'more steps': {'black box'},
     'black box': {'unbounded'}}
 # what a model may do without that its number is too high
-_harmless = {'not numbers', 'changed state', 'randomness', 'batch dependence', 'low precision', '8-bit rounding'}
-
+_harmless = {'not numbers', 'changed state', 'randomness', 'batch dependence', 'low precision',
+             '8-bit rounding'}
 
 # %% ../../nbs/api/evaluation/20_checks.ipynb #b2d9d4c9
 @contextmanager
@@ -441,7 +446,7 @@ def _one_cause_one_row(table):
     "The table with each doubt that another one explains pointing there, and notes where none follows"
     verdict = dict(zip(table.check, table.verdict))
     doubts = {k for k, v in verdict.items() if v == 'doubt'}
-    notes = {k for k in doubts & _harmless if not _explains.get(k, set()) & _search & doubts}
+    notes = {k for k in doubts & _harmless if not _explains.get(k, set()) & _signs & doubts}
     verdict |= {k: 'note' for k in notes}
     for cause, effects in _explains.items():
         if verdict[cause] in ('doubt', 'note'):
