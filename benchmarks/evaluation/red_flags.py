@@ -245,7 +245,7 @@ def base_of(name, data):
     file = dict(cnn='c10_cnna_v', resnet8='c10_resnet8_m')[name]
     net = fold_batchnorm(networks.load(file), x[:2]).eval().to(memory_format=torch.channels_last)
     eps = dict(cnn=[2/255, 4/255], resnet8=[1/255, .5/255])[name]
-    return net, x, y, eps, [L2(eps[0]*25), L1(eps[0]*500), SSIM(.995)]
+    return net, x, y, eps, [L2(eps[0]*25), L2(eps[0]*10), SSIM(.995)]
 
 
 def zoo(name, data, n):
