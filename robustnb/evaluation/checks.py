@@ -165,10 +165,11 @@ def _search(case, attack, most, start):
     if not len(on): return 0, 0
     x_adv = case.run(attack, on=on, start=start, model=case.judge)
     now = case.leads(x_adv, on)
+    by_chance = int((case.leads(image[on], on) < 0).sum()) if case.draws else 0
     better = now < lead[on]
     lead[on[better]] = now[better]
     image[on[better]] = x_adv[better]
-    return int((now < 0).sum()), len(on)
+    return max(int((now < 0).sum()) - by_chance, 0), len(on)
 
 def _settles(case, k, fraction=.02):
     "Do these and the unsettled ones make the number too high by more than `fraction`?"
