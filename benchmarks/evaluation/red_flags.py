@@ -403,8 +403,8 @@ def main():
     table = pd.DataFrame(rows)
     print(rates(table).to_string())
     seconds = int(table.seconds_union.sum()+table.seconds_flags.sum())
-    facts = manifest(rows=len(table), seconds=seconds, queries=args.queries,
-                     tuned_on='digits', judged_on='cnn, resnet8',
+    facts = manifest(rows=len(table), seconds=seconds,
+                     tuned_on='digits', judged_on=', '.join(sorted({*table.base} - {'digits'})),
                      rates=rates(table).reset_index().to_dict('records'))
     save_json(facts, path.with_suffix('.json'))
 
