@@ -130,11 +130,6 @@ class _Case(_Verdicts):
             raise ValueError(f'the attack left its threat model {threat}')
         return x_adv
 
-    def some(self, n):
-        "At most `n` of the images that are classified correctly"
-        on = self.was_right.nonzero().flatten()
-        return on[torch.linspace(0, len(on)-1, min(n, len(on))).long()]
-
     @cached_property
     def attacked(self):
         on = self.was_right.nonzero().flatten()
@@ -150,11 +145,15 @@ class _Case(_Verdicts):
         lead[self.was_right] = self.leads(self.attacked[0])[self.was_right]
         return lead, self.attacked[0].clone()
 
-    @cached_property
-    def survivors(self): return int((self.nearest[0] >= 0).sum())
-
 # %% ../../nbs/api/evaluation/20_checks.ipynb #61ac3161
 def _many(k, n, fraction=.02): return k > max(1, fraction*n)
+
+def _some(case, n):
+    "At most `n` of the images that are classified correctly"
+    on = case.was_right.nonzero().flatten()
+    return on[torch.linspace(0, len(on)-1, min(n, len(on))).long()]
+
+def _survivors(case): return int((case.nearest[0] >= 0).sum())
 
 def _search(case, attack, most, start):
     "How many survivors fall to another attack, and of how many: of the `most` that came nearest"
@@ -225,20 +224,20 @@ def _largest(case):
     return case.threat.distance(torch.zeros_like(case.x[:1]), torch.ones_like(case.x[:1])).item()
 
 def _zero(case):
-    on = case.some(12)
+    on = _some(case, 12)
     x_adv = case.run(case.attack, _resized(case.threat, 0.), on)
     other = int((case.logits(x_adv, case.judge).argmax(1) != case.y[on]).sum())
     return other > 0, f'{other} of {len(on)} predictions differ from the clean ones at eps = 0'
 
 def _larger(case):
-    on = case.some(24)
+    on = _some(case, 24)
     half, twice = (_resized(case.threat, min(f*case.threat.eps, _largest(case))) for f in (.5, 2))
     a, b, c = (int(case.right(x_adv, on).sum()) for x_adv in (
         case.run(case.attack, half, on), case.attacked[0][on], case.run(case.attack, twice, on)))
     return _many(max(b-a, c-b), len(on)), f'{a}, {b}, {c} of {len(on)} right at half, one and two eps'
 
 def _unbounded(case):
-    on = case.some(20)
+    on = _some(case, 20)
     x_adv = case.run(_longer(case.attack) or case.attack, _resized(case.threat, _largest(case)), on)
     right = int(case.right(x_adv, on).sum())
     return _many(right, len(on)), f'{right} of {len(on)} still right when every pixel may change'
@@ -326,7 +325,7 @@ def _agreement(told, real):
 
 def _misleading(case):
     if case.draws: raise _NotJudged('two answers differ')
-    on = case.some(20)
+    on = _some(case, 20)
     x = case.x[on]
     own = image_generators(make_generator(case.seed, 'nearby'), x)
     aside = (draw(torch.rand, own, *x.shape[1:], like=x)-.5).sign()
@@ -336,7 +335,7 @@ def _misleading(case):
     again = ((real[0]/size)*(real[1]/size)).sum()/len(on)
     share = ((missed[0]*missed[1]).sum()/len(on)/again).nan_to_num().item() if again > .1 else 0.
     mean = _agreement(torch.cat(told), torch.cat(real))
-    return ((mean < .25 or share > .3) and _many(case.survivors, len(case.x)),
+    return ((mean < .25 or share > .3) and _many(_survivors(case), len(case.x)),
             f'over random changes, what the gradient foretells and what happens correlate by {mean:.2f}; '
             f'of what happens again nearby it misses {max(share, 0):.0%}')
 
