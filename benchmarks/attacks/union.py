@@ -106,7 +106,7 @@ def compare(name, threat, args):
         stands = is_correct(model, run(left), y[left])[0]
         found_by += [attack]*(len(left)-len(stands))
         left = left[stands]
-    robust = 100*seen.robust_accuracy
+    robust = 100*int(seen.survives.sum())/len(x)
     union = 100*len(left)/len(x)
     forward, backward = seen.passes
     return dict(clean=100-100*seen.stages.fallen[0]/len(x), cascade=robust, union=union,
