@@ -9,11 +9,11 @@ all columns of attacks are robust accuracies in percent of the same `n` photogra
 Ajanthan, arXiv:2003.13511, who choose the number by the Jacobian or the Hessian); `transfer` the PGD images
 of the original, judged on the copy; `square` as many queries as `--queries`; `cascade` the library's. `union`
 is what stands after all of these, after the images that they gave for the original and the other copies
-(`by_siblings` of them fell to those), and after the attacks of union.py on what is left (Square apart).
-`won_` and `lost_` count photographs that stand on the copy and not on the original, and the reverse. `flagged`
-names the checks of `red_flags` that are in doubt about `white_box` on the first `--n_flags` photographs, or,
-where fewer than 20 of those are classified correctly, on the first 40 that are. Rows in results/masking.csv;
-the groups of a network and threat that are there with as many photographs are not measured again.
+(`by_siblings` fell to those), and after the attacks of union.py on what is left (Square apart). `won_` and
+`lost_` count photographs that stand on the copy and not on the original, and the reverse. `flagged` names
+the checks of `red_flags` that are in doubt about `white_box` on the first `--n_flags` photographs, or, where
+fewer than 20 of those are classified correctly, on the first 40 that are. Rows in results/masking.csv; the
+groups of a network and threat that are there with as many photographs are not measured again.
 """
 import argparse, sys, time
 from functools import partial
