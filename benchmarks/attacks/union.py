@@ -62,6 +62,12 @@ def network(name, data):
     return quantize(model, fmt, photographs(data, name, 'train', 100)[0]) if fmt else model
 
 
+def folded(model, x):
+    "The same network in another layout: faster"
+    net = fold_batchnorm(model, x[:8]).eval().requires_grad_(False)
+    return net.to(memory_format=torch.channels_last)
+
+
 def others(model, x, y, threat, logits):
     "Name -> (rows) -> images, of each attack that the union is made of"
     pace = 12 if isinstance(threat, L1) else 1
@@ -92,14 +98,15 @@ def compare(name, threat, args):
     seconds = time.process_time()-began
     left, logits = is_correct(model, x, y)
     left = left[seen.survives[left]]
-    exact = model if ':' in name else fold_batchnorm(model, x[:8]).eval().requires_grad_(False)
+    exact = model if ':' in name else folded(model, x)
+    x = x.contiguous(memory_format=torch.channels_last)
     found_by = []
     for attack, run in others(exact, x, y, threat, logits).items():
         if not len(left): break
         stands = is_correct(model, run(left), y[left])[0]
         found_by += [attack]*(len(left)-len(stands))
         left = left[stands]
-    robust = 100*seen.robust_accuracy
+    robust = 100*int(seen.survives.sum())/len(x)
     union = 100*len(left)/len(x)
     forward, backward = seen.passes
     return dict(clean=100-100*seen.stages.fallen[0]/len(x), cascade=robust, union=union,
