@@ -34,6 +34,7 @@ from robustnb.commands.fit_predictor import _measured
 from robustnb.quant.ptq import quantize
 from robustnb.transfer import predictor
 from robustnb.transfer.predictor import load_predictor
+from robustnb.transfer.probes import load_crops, Probes, save_crops
 from robustnb.quant.checkpoints import load_quantized, save_quantized
 from robustnb.transfer.generator import load_generator, save_generator
 from robustnb.descriptors.students import descriptor_model, load_descriptor, save_descriptor
@@ -91,6 +92,7 @@ def measured(path):
 
 class_files = ('test/cat/1.png', 'test/cat/2.png', 'test/dog/1.png', 'test/dog/2.png')
 net = build_model('AlexNet_BN', 10, .0625, seed=0)
+crops = Probes(torch.rand(2, 3, 8, 8), '2 crops', {}, False, torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8))
 # reader -> (how a good file is made at a path, the files to damage, how it is read)
 readers = dict(
     load_state=(lambda p: save_state(dict(a=torch.ones(3), b=[1, 'x']), p), '', load_state),
@@ -100,6 +102,7 @@ readers = dict(
     load_generator=(lambda p: save_generator(
         train_generator(net, steps=1, batch_size=4, width=8, device='cpu')[0], p),
                     '', load_generator),
+    load_crops=(lambda p: save_crops(crops, p), '', load_crops),
     load_descriptor=(
         lambda p: save_descriptor(descriptor_model('Caffe34', width=.0625, size=32), p), '',
         load_descriptor),
@@ -125,7 +128,7 @@ readers = dict(
               lambda p: _continue(p, dict(network='a', seed=0))),
     finished_format=(lambda p: save_json([dict(format='INT8', js=.1)], p), '',
                      lambda p: _once(p, dict)))
-of_tensors = ('load_state', 'load_model', 'load_quantized', 'load_generator', 'load_descriptor')
+of_tensors = ('load_state', 'load_model', 'load_quantized', 'load_generator', 'load_crops', 'load_descriptor')
 
 
 def damaged(raw, rng):

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from robustnb.attacks.gradient import pgd
+from robustnb.attacks.gradient import full_pgd
 from robustnb.core import make_generator
 from robustnb.contract import predict
 from robustnb.files import manifest, save_json
@@ -44,7 +44,7 @@ def seconds(f, repeats):
 
 
 def images(n, size=32): return torch.rand(n, 3, size, size, generator=make_generator(0, 'images'))
-def attacked(model, x): return pgd(model, x, predict(model, x).argmax(1), Linf(1/255), steps=10)
+def attacked(model, x): return full_pgd(model, x, predict(model, x).argmax(1), Linf(1/255), steps=10)
 
 
 def training_step(net, x, targets):

@@ -111,5 +111,9 @@ def load_crops(
     if not isinstance(held, dict) or held.get('format') != _saved:
         raise ValueError(f"`path` must be a file of `save_crops`; {path} is something else.")
     with explain_errors(path, 'a file of `save_crops`'):
-        natural, moved = (to_float(held[k].numpy()) for k in ('natural', 'moved'))
-        return Probes(moved, held['words'], held['facts'], False, natural, moved)
+        natural, moved, words, facts = (held[k] for k in ('natural', 'moved', 'words', 'facts'))
+        pictures = natural.shape == moved.shape and natural.dtype == moved.dtype == torch.uint8
+        if not (pictures and natural.ndim == 4 and isinstance(words, str) and isinstance(facts, dict)):
+            raise TypeError('values of another kind')
+        natural, moved = (to_float(o.numpy()) for o in (natural, moved))
+        return Probes(moved, words, facts, False, natural, moved)
