@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from robustnb.attacks.gradient import is_correct, margin, pgd
+from robustnb.attacks.gradient import full_pgd, is_correct, margin
 from robustnb.attacks.score_based import square
 from robustnb.attacks.standard import run_cascade
 from robustnb.core import make_generator
@@ -67,7 +67,7 @@ def attacked(model, x, y, threat, original, queries):
     start = partial(make_generator, 0)
     def descended(net):
         x_adv = x.clone()
-        x_adv[rows] = pgd(net, x[rows], y[rows], threat, start())
+        x_adv[rows] = full_pgd(net, x[rows], y[rows], threat, start())
         return x_adv
     images = dict(white_box=descended(model), temperature=descended(Divided(model, scale).eval()))
     images['transfer'] = images['white_box'] if original is None else original

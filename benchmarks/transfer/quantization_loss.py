@@ -13,7 +13,8 @@ same photographs (`law`, and with the accuracy known, `known`), from 100 and 20 
 crops (`photographs_100`, `photographs_20`: the first draw; `error_100`, `error_20`: mean absolute error of
 ten), from crops alone (`crops`, ranges from crops; `measured_crops` is the loss of that copy on the same
 photographs), each with the ends of its interval; and the rivals that need no fit or are fitted here
-with the network left out: flips, output divergence, and noise over the spread of the logits.
+with the network left out: flips, output divergence, and noise over the spread of the logits. `sharpness`
+is where certainty equals accuracy, `growth` the lead of real images over that of natural crops.
 Answers are kept in `--work`, so that an interrupted run goes on.
 """
 import argparse, io, json, sys, zipfile
@@ -32,6 +33,8 @@ from robustnb.models.loading import load_model
 from robustnb.models.wrapping import wrap_model
 from robustnb.quant.ptq import quantize
 from robustnb.quant.sensitivity import output_change
+from robustnb.transfer.certainty import known_sharpness
+from robustnb.transfer.crops import leads
 from robustnb.transfer.prediction import predict_loss
 from robustnb.transfer.probes import Probes
 
@@ -120,6 +123,8 @@ def rows_of(name, args):
         row = dict(network=name.partition('=')[0], format=f, n=len(y), n_classes=L.shape[1],
                    accuracy=accuracy, measured=lost(L, Q, y), flips=change.flip.mean(), js=change.js.mean(),
                    noise=((q-l).square().mean().sqrt()/l.std()).item())
+        row['sharpness'] = known_sharpness(L, accuracy)
+        row['growth'] = float(leads(L).mean()/leads(held['crops'][0][0]).mean())
         row |= said('law', predict_loss((L, Q))) | said('known', predict_loss((L, Q), accuracy=accuracy))
         pairs = [((a, c), (b, d)) for (a, b), (c, d, _) in zip(held['crops'], copy['crops'])]
         for n in (100, 20):

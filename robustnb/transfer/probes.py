@@ -94,7 +94,7 @@ class Probes(_Images):
 _saved = 'robustnb.crops/1'
 
 def save_crops(
-    probes:Probes,   # From `Probes.crops`
+    probes:Probes,   # Crops, as the class method makes them
     path,            # File to write; an existing one is replaced only once the new one is complete
 )->None:
     "Write crops with what is known of them."

@@ -498,7 +498,7 @@ def assess(
     formats=default_formats,
     threat=Linf(1/255),          # Threat model of the robust accuracy
     test:ImageSet|None=None,     # Labelled images: adds measured losses
-    unlabelled:Tensor|Probes|None=None, # Real images (N,C,H,W) without labels; None takes `Probes.crops`
+    unlabelled:Tensor|Probes|None=None, # Real images (N,C,H,W) without labels, or `Probes`; None takes crops
     n:int=500,                   # Real images to probe with at most, >= 1
     accuracy:float|None=None,    # Of the original, where it is known
     seed:int=0,                  # Everything random
