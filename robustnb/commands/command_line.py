@@ -143,7 +143,7 @@ def _dashed(word):
 
 # %% ../../nbs/api/commands/90_command_line.ipynb #3c01a9dd
 _TITLES = dict(named_model='the model', unlabelled_images='images', labelled_images='images',
-               training_images='images', pool_split='images', on_device='device',
+               known_accuracy='the model', training_images='images', pool_split='images', on_device='device',
                rows_to_assess='what to deploy', mark_advice='what to deploy')
 
 def _add(group, name, kind, default, text):
