@@ -55,7 +55,7 @@ def opened(browser, tmp_path, html, width=1280):
 @pytest.mark.parametrize('width', WIDTHS.values(), ids=WIDTHS)
 def test_report_in_a_browser(browser, html, tmp_path, width):
     found = opened(browser, tmp_path, html, width)
-    assert found['images'] == 4
+    assert found['images'] == 3
     assert not faults(found)
 
 

@@ -95,7 +95,8 @@ def attack(out):
     np.save(out/'attacked.npy', x_adv.numpy())
 
 
-TIMES = ('seconds', 'engine_ms', 'float_ms')
+# what a run costs depends on what it remembers
+TIMES = ('seconds', 'engine_ms', 'float_ms', 'forward', 'backward')
 short_generator = transfer.train_generator
 jobs = dict(training=train, generation=generate, quantisation=quantize, assessment=assess,
             evaluation=evaluated, curation=curate, attack=attack)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustnb.attacks.gradient import margin, pgd
+from robustnb.attacks.gradient import full_pgd, margin, pgd
 from robustnb.attacks.ssim_rule import SSIM, file_ssim, ssim, ssim_along
 from robustnb.attacks.threat_models import L2
 from robustnb.core import make_generator, to_uint8
@@ -187,12 +187,12 @@ class Plain(SSIM):
 def test_generic_pgd_spends_the_similarity_where_it_is_cheap(photos, level):
     w = nn.functional.avg_pool2d(randn(1, 3, 32, 32, dtype=torch.float32), 3, 1, 1)
     threat = SSIM(level)
-    ours = gain(pgd, photos, w, threat)
-    plain = gain(pgd, photos, w, Plain(level))
+    ours = gain(full_pgd, photos, w, threat)
+    plain = gain(full_pgd, photos, w, Plain(level))
     assert ours.mean() > 1.6*plain.mean()
     assert (ours > plain).double().mean() > .9
-    found = pgd(Linear(w).eval(), photos, torch.ones(len(photos), dtype=torch.int64), threat,
+    found = full_pgd(Linear(w).eval(), photos, torch.ones(len(photos), dtype=torch.int64), threat,
                 loss=margin)
     assert (threat.distance(photos, found) > .9*threat.eps).all(), 'the budget is used'
-    assert (gain(pgd, photos, w, threat, steps=2, step_size=.02*threat.eps) < .1*ours).all(), (
+    assert (gain(full_pgd, photos, w, threat, steps=2, step_size=.02*threat.eps) < .1*ours).all(), (
         'steps too short must not get there')

@@ -339,7 +339,7 @@ grey = (255*x).round()/255
 @pytest.mark.parametrize(
     't', (Linf(8/255), Linf(7.6/255), Linf(.4/255), Linf(0), L2(.2), L2(.003)), ids=repr)
 def test_rounded_images_are_on_the_grid_and_inside(t):
-    free = pgd(model, grey, y, t)
+    free = full_pgd(model, grey, y, t)
     out = on_8bit_images(pgd)(model, grey, y, t)
     assert torch.equal(out, (255*out).round()/255)
     assert t.allows(grey, out).all()
@@ -369,7 +369,7 @@ def test_changes_that_may_stay_are_not_shortened():
 
 def test_the_evaluator_judges_what_is_rounded():
     rows = evaluate(model, grey, y,
-                    dict(free=pgd, grid=on_8bit_images(pgd),
+                    dict(free=full_pgd, grid=on_8bit_images(pgd),
                          turn=multi_attack(on_8bit_images(fgsm), on_8bit_images(pgd))),
                     Linf(.4/255)).set_index(['attack', 'image'])
     assert (rows.distance['grid'] == 0).all()
@@ -621,7 +621,8 @@ budgets = [Linf(k/255) for k in (1, 4, 8, 16, 255)]
 def test_curves_keep_the_worst_image_so_far():
     rows = robustness_curve(model, x, y, pgd, budgets, seed=3)
     assert rows.columns.tolist() == ['image', 'attack', 'threat', 'label', 'prediction',
-                                     'correct', 'margin', 'confidence', 'distance', 'eps']
+                                     'correct', 'margin', 'confidence', 'distance', 'forward',
+                                     'backward', 'seconds', 'eps']
     assert len(rows) == 6*40
     slow = {0.: evaluate(model, x, y, {}, threat)}
     for t in budgets:

@@ -71,13 +71,13 @@ def test_what_no_format_changes_is_computed_once(net, probes, labelled, calls):
     start = dict(calls)
     study.rows('INT8')
     first = {k: n - start[k] for k, n in calls.items()}
-    assert first == dict(predict=2, calibrate=1, quantize_as=1, evaluate=4, transfer_attack=2)
+    assert first == dict(predict=2, calibrate=1, quantize_as=1, evaluate=5, transfer_attack=2)
     study.rows('INT4')
     study.original
     study.layers('INT4')
     study.copy('INT4')
     second = {k: n - start[k] - first[k] for k, n in calls.items()}
-    assert second == dict(predict=1, calibrate=0, quantize_as=1, evaluate=2, transfer_attack=0)
+    assert second == dict(predict=1, calibrate=0, quantize_as=1, evaluate=3, transfer_attack=0)
 
 
 def test_losses_are_those_counted_by_hand(net, probes, labelled):
