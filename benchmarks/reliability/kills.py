@@ -112,7 +112,7 @@ def contents(folder):
             or f.name == 'manifest.json'):
             continue
         if f.suffix == '.csv':
-            found[name] = pd.read_csv(f).drop(columns=list(TIMES), errors='ignore').to_csv()
+            found[name] = pd.read_csv(f, comment='#').drop(columns=list(TIMES), errors='ignore').to_csv()
         elif f.suffix == '.pt' and f.name != 'checkpoint.pt':
             found[name] = repr(flat(load_state(f)))
         elif f.parent.name == 'engine':
