@@ -338,8 +338,9 @@ def _notes(study, copy):
     how = getattr(study.attack, 'func', study.attack)
     name = 'projected gradient descent' if how is pgd else getattr(how, '__name__', 'the attack')
     yield ('Accuracy: read from ' + study.probes.words + ('' if study.accuracy is None else
-           f' and the known accuracy {study.accuracy:.1%}') + '; the interval held on nine of ten '
-           'formats of networks that took no part in it.')
+           f' and the known accuracy {study.accuracy:.1%}') + '; the widths of '
+           'intervals were set on seven networks, and on two others they held less often than nine times '
+           'in ten where no photographs were read.')
     yield from _quality_notes(study.probes.facts)
     yield (f'Robust accuracy is what survives {name}, white-box and transferred from the original; '
            'a stronger attack will find more.')
