@@ -158,9 +158,9 @@ def _page(report):
         f'<title>{title}</title><style>{_style}</style></head><body>',
         f'<h1>{title}</h1><p><b>{html.escape(_advice(report))}</b></p>',
         '<p>Losses are shares of the accuracy that the full-precision model has '
-        f"({html.escape(facts['threat'])} for robust accuracy). Intervals are meant to hold 90 % of predicted "
-        'accuracies, 95 % of the others. An asterisk marks a prediction outside the range of losses that its '
-        'predictor was fitted on.</p>',
+        f"({html.escape(facts['threat'])} for robust accuracy). Intervals are meant to hold "
+        '90 % of predicted accuracies, 95 % of the others. An asterisk marks a prediction outside the '
+        'range of losses that its predictor was fitted on.</p>',
         f'<div class="wide">{table}</div>{_outside(report.table)}{_suffering(report.table)}',
         _figure(plot_losses(report.table), 'Share of accuracy lost in each format.'),
         f'<h2>Which layers add the noise</h2>\n{_noisy_layers(report)}',
