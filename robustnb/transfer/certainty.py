@@ -58,15 +58,14 @@ def known_sharpness(
     return (low*high)**.5
 
 # %% ../../nbs/api/transfer/25_certainty.ipynb #3911aba8
-def _kept(logits, copied, sharpness):
-    "What the original grants to its own answers (N,), and to those of the copy (N,)"
+def _answers(logits, copied, sharpness):
+    "What the original grants (N,K), and the answers of the copy (N,)"
     copied = _check(copied, 'copied')
     p = granted(logits, sharpness)
     if copied.shape != p.shape:
         raise ValueError(f"`copied` must have the shape of `logits`, {tuple(p.shape)}; "
                          f"got {tuple(copied.shape)}.")
-    own = p.max(1).values
-    return own, p.gather(1, copied.argmax(1, keepdim=True))[:, 0]
+    return p, copied.argmax(1)
 
 def expected_loss(
     logits:Tensor,                      # Answers (N,K) of the original on images without labels
@@ -74,7 +73,9 @@ def expected_loss(
     sharpness:float=typical_sharpness,  # Of the softmax, > 0; `known_sharpness` where the accuracy is known
 )->tuple[float, float]:  # Share of the accuracy that is lost; its standard error from the number of images
     "The certainty that the original grants to the copy's answers, over that of its own."
-    own, kept = _kept(logits, copied, sharpness)
+    p, said = _answers(logits, copied, sharpness)
+    own = p.max(1).values
+    kept = p.gather(1, said[:, None])[:, 0]
     loss = 1 - kept.sum()/own.sum()
     error = (kept - (1-loss)*own).square().sum().sqrt()/own.sum()
     return loss.item(), error.item()
@@ -87,8 +88,7 @@ def expected_class_losses(
     # (K,) shares of the right answers of each class that are lost; NaN where none is expected
 )->Tensor:
     "The law for each class; below 0 where the copy gives a class more readily."
-    _kept(logits, copied, sharpness)
-    p = granted(logits, sharpness)
-    right = lambda answers: (p*torch.nn.functional.one_hot(answers.argmax(1), p.shape[1])).sum(0)
-    had = right(logits)
-    return torch.where(had > 0, 1 - right(copied)/had, torch.nan)
+    p, said = _answers(logits, copied, sharpness)
+    right = lambda answers: (p*torch.nn.functional.one_hot(answers, p.shape[1])).sum(0)
+    had = right(logits.argmax(1))
+    return torch.where(had > 0, 1 - right(said)/had, torch.nan)

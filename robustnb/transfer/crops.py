@@ -16,7 +16,7 @@ from scipy.special import gammaincinv
 from torch import nn, Tensor
 from ..core import batches, check_images, make_generator, to_float
 from ..contract import open_model, predict
-from .generator import bn_distance, bn_inputs
+from .generator import _frozen, bn_distance, bn_inputs
 from .certainty import standardized
 
 # %% ../../nbs/api/transfer/26_crops.ipynb #078713ef
@@ -126,10 +126,5 @@ def move_crops(
     logits = predict(model, x)
     wanted = foreseen_leads(logits)[leads(logits).argsort().argsort()].to(x.dtype)
     classes = logits.argmax(1, keepdim=True)
-    asked = {p: p.requires_grad for p in model.parameters()}
-    model.requires_grad_(False)
-    try:
+    with _frozen(model, x.device):
         return torch.cat([_moved(model, x[s], classes[s], wanted[s]) for s in batches(len(x), 100)])
-    finally:
-        for p, was in asked.items():
-            p.requires_grad_(was)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from ..core import make_generator
-from .certainty import standardized
+from .certainty import _check, standardized
 from .crops import foreseen_leads
 
 # %% ../../nbs/api/transfer/27_noise.ipynb #6c4a2666
@@ -29,12 +29,13 @@ def rounding_noise(
     copied:Tensor,   # Answers (N,K) of its copy to the same images
 )->RoundingNoise:    # Its parts
     "Gain, shift, what ranks lose, remainder."
-    a = standardized(logits)
+    centred = _check(logits)
+    std = centred.std(correction=0).clamp_min(1e-30)
+    a = centred/std
     if copied.shape != a.shape:
         raise ValueError(f"`copied` must have the shape of `logits`, {tuple(a.shape)}; "
                          f"got {tuple(copied.shape)}.")
-    std = logits.double().sub(logits.double().mean(1, keepdim=True)).std(correction=0).clamp_min(1e-30)
-    b = copied.double().sub(copied.double().mean(1, keepdim=True))/std
+    b = _check(copied, 'copied')/std
     gain = ((a*b).sum()/(a*a).sum().clamp_min(1e-30)).item()
     rest = b - gain*a
     shift = rest.mean(0)

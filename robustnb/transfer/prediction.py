@@ -19,19 +19,22 @@ _photograph = 3.
 _crops = .09
 _always = .005
 
+def _own(photographs):
+    "Variance over p(1-p) of what photographs say"
+    return _law + _photograph/photographs
+
 def _variance(photographs, crops):
-    "Variance over p(1-p) of both readings together"
+    "The same of both readings together"
     if not photographs: return _crops
-    own = _law + _photograph/photographs
+    own = _own(photographs)
     return own*_crops/(own + _crops) if crops else own
 
 def _weight(loss, other, photographs):
     "What the photographs count for; all the more where the crops say something that they exclude"
     if not photographs: return 0.
-    own = _law + _photograph/photographs
     middle = (loss + other)/2
     crops = max(_crops, (loss - other)**2/max(middle*(1-middle), 1e-9))
-    return crops/(own + crops)
+    return crops/(_own(photographs) + crops)
 
 def prediction_interval(
     loss:float,        # Predicted share of the accuracy that is lost, in [0,1]
@@ -74,11 +77,11 @@ def predict_loss(
     if photographs is None and natural is None:
         raise ValueError("`photographs` or both `natural` and `moved` must be given; got none.")
     n = 0 if photographs is None else len(photographs[0])
-    loss, by_class = _read(photographs, accuracy) if n else (None, None)
+    loss, by_class = _read(photographs, accuracy) if n else (0., 0.)
     if natural is not None:
         other, others = _read(foreseen_answers(natural, moved, seed=seed), accuracy)
         weight = _weight(loss, other, n)
-        loss = other if not n else weight*loss + (1-weight)*other
-        by_class = others if not n else weight*by_class + (1-weight)*others
+        loss = weight*loss + (1-weight)*other
+        by_class = weight*by_class + (1-weight)*others
     lo, hi = prediction_interval(min(max(loss, 0.), 1.), n, natural is not None)
     return PredictedLoss(loss, lo, hi, by_class)

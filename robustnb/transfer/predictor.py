@@ -141,15 +141,19 @@ def _fitted(table, name, predictor):
     found = predictor.predict(table)
     return table.assign(**{f'predicted_{name}{end}': found[c] for end, c in columns.items()})
 
+def _intervals(losses, photographs, crops):
+    "Lower and upper ends for each loss"
+    ends = [prediction_interval(min(max(p, 0), 1), int(n), bool(c))
+            for p, n, c in zip(losses, photographs, crops)]
+    return np.array(ends).reshape(-1, 2).T
+
 def _by_law(table):
     "The table with the expected loss and its interval"
     short = [c for c in ('expected_loss', 'photographs', 'crops') if c not in table]
     if short:
         raise ValueError("`table` must have the columns of `Study.change`; "
                          f"{', '.join(short)} are missing. Assess again, or give predictors of your own.")
-    ends = [prediction_interval(min(max(r.expected_loss, 0), 1), int(r.photographs), bool(r.crops))
-            for r in table.itertuples()]
-    lo, hi = np.array(ends).T
+    lo, hi = _intervals(table.expected_loss, table.photographs, table.crops)
     return table.assign(predicted_loss=table.expected_loss, predicted_loss_lo=lo, predicted_loss_hi=hi)
 
 def _robust_by_law(table):
@@ -157,8 +161,7 @@ def _robust_by_law(table):
     if 'expected_robust_loss' not in table: return table
     known = table.expected_robust_loss.notna()
     loss = table.expected_robust_loss[known]
-    ends = [prediction_interval(min(max(p, 0), 1), int(n)) for p, n in zip(loss, table.survivors[known])]
-    lo, hi = np.array(ends).reshape(-1, 2).T
+    lo, hi = _intervals(loss, table.survivors[known], np.zeros(len(loss)))
     found = {'': loss, '_lo': np.minimum(lo, loss), '_hi': hi, '_outside': False}
     for end, values in found.items():
         table.loc[known, f'predicted_robust_loss{end}'] = values
