@@ -127,7 +127,7 @@ def _test_images(nets, data, n): return labelled_images(next(iter(nets.values())
 def sweep_command(
     model:str='',              # Networks or files, separated by commas
     formats:str='INT8,INT6,INT4,POT4,FP8,FLOAT4', # Number formats, separated by commas, or all
-    attacks:str='pgd',         # fgsm, pgd (10 steps), apgd (100 steps), cascade; separated by commas
+    attacks:str='cascade',     # fgsm, pgd (10 steps), apgd (100 steps), cascade; separated by commas
     seeds:int=1,               # Seeds 0, 1, ... of calibration images and random starts
     measure:str='',            # n=500 test images at most, eps=1/255 of the Linf ball
     # Jobs at a time here, as 4, or parameters of Slurm, as timeout_min=60,mem_gb=8; none: all cores

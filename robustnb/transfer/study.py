@@ -28,9 +28,10 @@ from ..quant.sensitivity import layer_sensitivity, output_change
 from ..quant.mixed_precision import weight_noise
 from ..quant.targets import (
     engine_installed, format_list, measure_engine, network_spec, quantize_as, runs_in_integers)
-from ..attacks.threat_models import check_threat, Linf
+from ..attacks.threat_models import check_threat, L1, L2, Linf
 from ..attacks.gradient import fgsm, multi_attack, pgd
 from ..attacks.adaptive_pgd import apgd
+from ..attacks.score_based import square
 from ..attacks.standard import cascade
 from ..evaluation.robust_accuracy import (
     compare, transfer_attack, evaluate, robustness_curve, worst_case)
@@ -53,6 +54,17 @@ def relative_loss(
     return tuple(float(lost[k]/lost.accuracy_a) for k in ('difference', 'lo', 'hi'))
 
 # %% ../../nbs/api/transfer/60_study.ipynb #c6234266
+_of_the_fit = partial(pgd, steps=10)    # the predictor of robust losses was fitted to flips under it
+
+def _cascade_and_square(model, x, y, threat, *, generator=None):
+    "What robust losses are measured with"
+    attacks = [cascade]
+    if isinstance(threat, (Linf, L2, L1)):
+        attacks.append(partial(square, queries=100))
+    return multi_attack(*attacks)(model, x, y, threat, generator)
+
+_known_attacks = {pgd: 'projected gradient descent', _cascade_and_square: 'the cascade and Square'}
+
 def _attacked(study, model, x, labels, attack):
     """Rows of `evaluate` for each threat of a study, on the images that it attacks. A copy may be wrong on
     an image and right on its attacked version: the worse of both counts, so nobody is warned"""
@@ -220,7 +232,7 @@ class _Original:
     @cached_property
     def _on_probes(self):
         "The attack, which remembers its images for the copies, and rows for each threat"
-        attack = transfer_attack(self.model, self.attack)
+        attack = transfer_attack(self.model, self.attack if self.probes.real else _of_the_fit)
         return attack, _attacked(self, self.model, self.probes.x, self.answers.argmax(1), attack)
 
     @cached_property
@@ -336,7 +348,7 @@ def _quality_notes(facts):
 def _notes(study, copy):
     "What a reader has to keep in mind, in sentences."
     how = getattr(study.attack, 'func', study.attack)
-    name = 'projected gradient descent' if how is pgd else getattr(how, '__name__', 'the attack')
+    name = _known_attacks.get(how) or getattr(how, '__name__', 'the attack')
     yield ('Accuracy: read from ' + study.probes.words + ('' if study.accuracy is None else
            f' and the known accuracy {study.accuracy:.1%}') + '; the widths of '
            'intervals were set on seven networks, and on two others they held less often than nine times '
@@ -465,7 +477,7 @@ class Study(_Answers):
     probes:Probes               # Images without labels, for ranges and features
     threats:tuple               # One threat model, `(Linf(1/255),)`, or growing budgets of a family
     test:ImageSet|None=None     # Labelled images: adds measured losses
-    attack:Callable=partial(pgd, steps=10) # Attack on the original, then on each copy
+    attack:Callable=_cascade_and_square # On the original, then on each copy; crops see 10 steps of PGD
     attacked:int|None=None      # Probes and test images to attack, the first ones, >= 1; None is all
     seed:int=0                  # Random starts
     accuracy:float|None=None    # Of the original, where it is known: sharpens the predicted losses
@@ -524,7 +536,7 @@ def assess(
     return study.assess(wanted)
 
 # %% ../../nbs/api/transfer/60_study.ipynb #e9bb9f43
-job_attacks = dict(fgsm=fgsm, pgd=partial(pgd, steps=10), apgd=apgd, cascade=cascade)
+job_attacks = dict(fgsm=fgsm, pgd=partial(pgd, steps=10), apgd=apgd, cascade=_cascade_and_square)
 
 def _opened(model, weights='', **told):
     "The model that a job names; lists come as JSON, as a job holds numbers and words only"
@@ -550,7 +562,7 @@ def _to_calibrate(model, images, data, seed):
 @lru_cache(1)
 def study_of(
     model:str,            # Network, as `load_model` names it, or a file of `robustnb train`
-    attack:str='pgd',     # fgsm, pgd (10 steps), apgd (100 steps) or cascade
+    attack:str='cascade', # fgsm, pgd (10 steps), apgd (100 steps), or cascade and Square
     seed:int=0,           # Calibration images and random starts
     data:str='digits',    # Labelled images to measure on, as for `load_data`; their test split
     n:int=500,            # Test images at most, balanced over the classes
@@ -576,7 +588,7 @@ def study_of(
 def measure_one(
     model:str,            # Network, as `load_model` names it, or a file of `robustnb train`
     format:str,           # Number format, as INT8, POT4, FLOAT6_E3, INT4/INT8
-    attack:str='pgd',     # fgsm, pgd (10 steps), apgd (100 steps) or cascade
+    attack:str='cascade', # fgsm, pgd (10 steps), apgd (100 steps), or cascade and Square
     seed:int=0,           # Calibration images and random starts
     data:str='digits',    # Labelled images to measure on, as for `load_data`; their test split
     n:int=500,            # Test images at most, balanced over the classes
