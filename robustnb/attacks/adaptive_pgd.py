@@ -26,7 +26,7 @@ def gradients(
         logits = model(x)
         return loss(logits, y), x[:, :0], logits
     def gradient_of(x, y, wanted=True):
-        look = loss_and_grad if wanted else loss_alone
+        look = loss_and_grad if wanted or hasattr(model, 'loss_and_grad') else loss_alone
         parts = [look(model, x[s], y[s], loss) for s in batches(len(x), batch_size)]
         return [torch.cat(o) for o in zip(*parts)]
     return gradient_of

@@ -13,10 +13,16 @@ from ..contract import predict
 from ..files import load_state, save_state
 from ..metrics import wilson
 from ..attacks.gradient import check_attack
+from ..attacks.rejection import refused
 from ..attacks.standard import CascadeResult
 from .robust_accuracy import worst_case
 
 # %% ../../nbs/api/evaluation/50_publishing.ipynb #20386f5b
+def _right(model, x, y):
+    "Which images are answered rightly, or not at all by a network that may refuse"
+    logits = predict(model, x)
+    return (logits.argmax(1) == y) | refused(model, logits)
+
 def _verdict(model, x, y, x_adv, threat, what):
     "How many stand, if these images may be judged"
     check_attack(model, x, y, threat)
@@ -30,8 +36,8 @@ def _verdict(model, x, y, x_adv, threat, what):
         raise ValueError(f"{what} must hold images that {threat} allows; {len(outside)} are outside, the "
                          f"first is image {int(outside[0])}. Use `threat.project(x, x_adv)`.")
     y = y.cpu()
-    clean = predict(model, x).argmax(1) == y
-    stands = clean & (predict(model, x_adv).argmax(1) == y)
+    clean = _right(model, x, y)
+    stands = clean & _right(model, x_adv, y)
     lo, hi = wilson(int(stands.sum()), len(x))
     return dict(threat=repr(threat), n=len(x), clean_accuracy=clean.float().mean().item(),
                 robust_accuracy=stands.float().mean().item(), lo=lo, hi=hi,

@@ -24,6 +24,7 @@ from ..metrics import paired_difference, wilson
 from ..plots import plot_lines
 from ..jobs import digest
 from ..attacks.gradient import check_attack, margin, pgd, to_the_end
+from ..attacks.rejection import refused
 from ..attacks.score_based import square
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #a6e7bf23
@@ -127,10 +128,11 @@ def _judge(model, x, x_adv, y, threat, name, images):
     if len(bad) and name == 'clean':
         raise ValueError("`model` must answer with finite logits; it gave NaN or infinity for "
                          f"image {bad[0]} under {name}.")
-    prediction = logits.argmax(1).masked_fill(~known, -1)
+    away = refused(model, logits)
+    prediction = logits.argmax(1).masked_fill(~known, -1).masked_fill(away, logits.shape[1])
     return pd.DataFrame(dict(
         image=images, attack=name, threat=repr(threat) if name != 'clean' else 'none',
-        label=y.numpy(), prediction=prediction.numpy(), correct=(prediction == y).numpy(),
+        label=y.numpy(), prediction=prediction.numpy(), correct=((prediction == y) | away).numpy(),
         margin=-margin(logits, y).masked_fill(~known, torch.inf).numpy(),
         confidence=logits.softmax(1).amax(1).masked_fill(~known, 0).numpy(),
         distance=threat.distance(x, x_adv).float().cpu().numpy()))

@@ -1,0 +1,116 @@
+"A network that may refuse: attacks against a search of the whole ball."
+import pytest
+import torch
+from torch import nn
+
+from robustnb.attacks.gradient import cross_entropy, is_correct, margin, margin_to, pgd
+from robustnb.attacks.rejection import refused, Rejecting
+from robustnb.attacks.standard import run_cascade
+from robustnb.attacks.threat_models import Linf
+from robustnb.evaluation.publishing import save_adversarial
+from robustnb.evaluation.robust_accuracy import evaluate
+
+eps = .15
+
+
+def small_net():
+    "Four classes and a refusal, of two pixels"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(2, 40), nn.Tanh(), nn.Linear(40, 5)).eval()
+    with torch.no_grad():
+        net[1].weight.mul_(6)
+        net[3].weight.mul_(3)
+        net[3].bias[-1] += .5
+    return net
+
+
+@pytest.fixture(scope='module')
+def case():
+    net = small_net()
+    x = torch.rand(80, 2, 1, 1, generator=torch.Generator().manual_seed(0))
+    return net, Rejecting(net), x, net(x)[:, :4].argmax(1).detach()
+
+
+@torch.no_grad()
+def stands_everywhere(net, x, y):
+    "No point of a fine grid over the ball is answered with a wrong class"
+    step = torch.linspace(-eps, eps, 81)
+    grid = torch.stack(torch.meshgrid(step, step, indexing='ij'), -1).view(-1, 2, 1, 1)
+    found = [net((o + grid).clamp(0, 1)).argmax(1) for o in x]
+    return torch.tensor([bool(((a == k) | (a == 4)).all()) for a, k in zip(found, y)])
+
+
+def test_verdicts_are_those_of_all_logits(case):
+    net, model, x, y = case
+    wrong_labels = (y + torch.arange(len(y)) % 2) % 4
+    said = net(x).argmax(1)
+    right = (said == wrong_labels) | (said == 4)
+    assert 0 < (said == 4).sum() < len(x)
+    assert torch.equal(is_correct(model, x, wrong_labels)[0], right.nonzero().flatten())
+    assert torch.equal(refused(model, model(x)), said == 4)
+
+
+def test_only_a_rejecting_network_refuses():
+    assert not refused(nn.Flatten(), torch.zeros(3, 4)).any()
+
+
+@pytest.mark.parametrize('loss', [margin, cross_entropy])
+def test_the_loss_is_that_of_logits_in_which_a_refusal_is_right(case, loss):
+    net, model, x, y = case
+    value, grad, logits = model.loss_and_grad(x, y, loss)
+    for k in range(0, len(x), 9):
+        at = x[k:k+1].double().requires_grad_()
+        L = small_net().double()(at)[0]
+        L = torch.stack([torch.maximum(L[c], L[4]) if c == y[k] else L[c] for c in range(4)])
+        by_hand = loss(L[None], y[k:k+1])
+        torch.testing.assert_close(value[k].double(), by_hand[0].detach(), rtol=1e-4, atol=1e-5)
+        by_hand.backward()
+        torch.testing.assert_close(grad[k:k+1].double(), at.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_a_targeted_loss_has_a_gradient_too(case):
+    net, model, x, y = case
+    value, grad, _ = model.loss_and_grad(x, torch.stack([y, (y+1) % 4], 1), margin_to)
+    assert (grad.flatten(1).norm(dim=1) > 0).all() and (value < 0).all()
+
+
+def test_the_cascade_finds_what_a_grid_finds(case):
+    net, model, x, y = case
+    there = stands_everywhere(net, x, y)
+    seen = run_cascade(model, x, y, Linf(eps))
+    assert 10 < there.sum() < 70
+    assert (seen.survives & ~there).sum() <= 1
+    assert (there & ~seen.survives).sum() <= 1      # the grid itself has gaps
+    said = net(seen.x_adv).argmax(1)
+    assert torch.equal(seen.survives, (said == y) | (said == 4))
+
+
+def test_a_refusal_is_no_success(case):
+    "Taken for a class of its own, the refusal would count as one"
+    net, model, x, y = case
+    as_a_class = run_cascade(net, x, y, Linf(eps)).survives.sum()
+    assert run_cascade(model, x, y, Linf(eps)).survives.sum() > as_a_class
+
+
+def test_rows_of_evaluate_name_the_refusals(case):
+    net, model, x, y = case
+    rows = evaluate(model, x, y, dict(pgd=pgd), Linf(eps))
+    clean = rows[rows.attack == 'clean']
+    assert (clean.prediction == net(x).argmax(1).numpy()).all()
+    assert clean.correct.all()
+    attacked = rows[rows.attack == 'pgd']
+    assert (attacked.prediction[~attacked.correct] < 4).all()
+
+
+def test_a_file_proves_what_the_rows_say(case, tmp_path):
+    net, model, x, y = case
+    seen = run_cascade(model, x, y, Linf(eps))
+    proved = save_adversarial(tmp_path/'adversarial.pt', model, x, y, seen.x_adv, Linf(eps))
+    assert proved['clean_accuracy'] == 1
+    assert proved['robust_accuracy'] == pytest.approx(seen.robust_accuracy)
+
+
+def test_two_logits_are_no_classes_with_a_refusal():
+    with pytest.raises(ValueError, match='at least two classes beside'):
+        Rejecting(nn.Flatten().eval())(torch.rand(3, 2, 1, 1))
