@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['uncounted', 'Passes', 'count_passes', 'unwrap', 'open_model', 'memory_format', 'smallest_batch', 'answers_at_random',
-           'check_repeatable', 'predict']
+           'check_repeatable', 'MeanAnswer', 'predict']
 
 # %% ../nbs/api/02_contract.ipynb #0ff1f03d
 import copy
@@ -333,6 +333,22 @@ def check_repeatable(
         raise ValueError("`model` must answer the same when it is asked twice; its answers are random. "
                          "Switch dropout or noise off in evaluation mode, or fix what they draw.")
     return model
+
+# %% ../nbs/api/02_contract.ipynb #9158dc78
+class MeanAnswer(nn.Module):
+    "The mean of eight answers of a model that answers at random"
+    def __init__(self,
+        net:nn.Module,   # From `open_model`
+    ):
+        super().__init__()
+        self.net = net
+        self.eval()
+
+    def forward(self,
+        x:Tensor,        # Images (N,C,H,W), float, pixels in [0,1]
+    ):
+        "Logits (N,K)."
+        return sum(self.net(x) for _ in range(8))/8
 
 # %% ../nbs/api/02_contract.ipynb #2258437f
 @torch.no_grad()

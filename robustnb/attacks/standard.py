@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 from ..core import fast_bf16, make_generator
-from ..contract import answers_at_random, memory_format, smallest_batch
+from ..contract import answers_at_random, MeanAnswer, memory_format, smallest_batch
 from ..models.plain import copy_model
 from ..models.graph import fold_batchnorm
 from .threat_models import L1, L2, Linf
@@ -250,13 +250,6 @@ def _long_way(s, generator, by_gradient):
             _ask(s, stage, attack, s.left, passes, generator)
 
 # %% ../../nbs/api/attacks/90_standard.ipynb #6b0d91a1
-class _Mean(nn.Module):
-    "The mean of eight answers of a model that answers at random"
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-    def forward(self, x): return sum(self.net(x) for _ in range(8))/8
-
 @dataclass(frozen=True)
 class CascadeResult:
     "What `run_cascade` found, and what it saw"
@@ -288,7 +281,7 @@ def run_cascade(
     model = check_attack(model, x, y, threat)
     random = answers_at_random(model, x)
     if random:
-        model = _Mean(model).eval()
+        model = MeanAnswer(model)
     x = x.detach().contiguous(memory_format=torch.channels_last)
     generator = generator or make_generator(0)
     s = _Search(model, x, y, threat, batch_size)

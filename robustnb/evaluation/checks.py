@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 from ..core import batches, check_images, draw, image_generators, make_generator, subseed
+from ..contract import MeanAnswer
 from ..attacks.threat_models import L1, L2, Linf
 from ..attacks.gradient import check_attack, cross_entropy, loss_and_grad, margin, pgd
 from ..attacks.adaptive_pgd import gradients, walk
@@ -44,13 +45,6 @@ def _changes(before, after):
             if k not in before or k not in after or not same(before[k], after[k])]
 
 # %% ../../nbs/api/evaluation/20_checks.ipynb #9776187f
-class _MeanOf8(nn.Module):
-    "The mean of eight answers"
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-    def forward(self, x): return sum(self.net(x) for _ in range(8))/8
-
 @dataclass
 class _Answers:
     "What a model says of some images, asked once."
@@ -89,7 +83,7 @@ class _Verdicts(_Answers):
 
     @cached_property
     def judge(self):
-        return _MeanOf8(self.model).eval() if self.draws else self.model
+        return MeanAnswer(self.model) if self.draws else self.model
 
     def leads(self, x, on=slice(None)):
         "Lead of the true logit; a logit that is no number leads by less than nothing"
