@@ -166,15 +166,15 @@ def _question(model, x, y, attacks, threat, seed):
 def _plain(o): return re.sub(' at 0x[0-9a-f]+', '', repr(o))
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #0ba5c945
-def _rows_of(folder, question):
-    "The rows that earlier runs with the same question have left."
+def _same_question(folder, question, kind='*.csv'):
+    "Raise unless a folder is new, then its own question is written, or that of an earlier run with the same."
     file = folder/'question.json'
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`save` must name a folder; {folder} is a file.")
     if not file.exists():
-        if any(folder.glob('*.csv')):
+        if any(folder.glob(kind)):
             raise ValueError("`save` must be a new folder or that of an earlier run; "
-                             f"{folder} holds tables but no question.json. "
+                             f"{folder} holds results but no question.json. "
                              "Name another folder.")
         save_json(question, file)
     try:
@@ -190,6 +190,10 @@ def _rows_of(folder, question):
     if differ:
         raise ValueError(f"`save` holds rows of another question: {', '.join(differ)} differ "
                          f"from {file}. Name another folder, or delete this one.")
+
+def _rows_of(folder, question):
+    "The rows that earlier runs with the same question have left."
+    _same_question(folder, question)
     return [_read_rows(f, question) for f in sorted(folder.glob('*.csv'))]
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #02788c2b

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from robustnb.attacks.gradient import fgsm, pgd
 from robustnb.attacks.standard import CascadeResult
 from robustnb.attacks.threat_models import Linf
+from robustnb.contract import count_passes
 from robustnb.evaluation.publishing import (
-    accuracy_by_passes, check_adversarial, per_class, save_adversarial)
+    accuracy_by_passes, check_adversarial, craft_adversarial, per_class, save_adversarial)
 
 threat = Linf(.1)
 
@@ -89,3 +91,40 @@ def test_the_curve_sums_stages():
     assert curve.passes.tolist() == [1, 6.5, 16.5]
     assert curve.backward.tolist() == [0, 2.5, 7.5]
     assert curve.accuracy.tolist() == [.75, .5, .25]
+
+
+def test_a_run_in_parts_goes_on_where_it_was_killed(tmp_path):
+    net, x, y, _ = case()
+    def run(): return craft_adversarial(net, x, y, pgd, threat, tmp_path/'parts', part=4)
+    whole = run()
+    kept = {o: o.stat().st_mtime_ns for o in sorted((tmp_path/'parts').glob('*.pt'))}
+    assert [o.name for o in kept] == ['0000000.pt', '0000004.pt', '0000008.pt']
+    (tmp_path/'parts'/'0000004.pt').unlink()
+    with count_passes() as passes:
+        assert torch.equal(run(), whole)
+    assert 0 < passes.backward <= 20*4
+    assert (tmp_path/'parts'/'0000008.pt').stat().st_mtime_ns == kept[tmp_path/'parts'/'0000008.pt']
+
+
+@pytest.mark.parametrize('differ', [dict(part=5), dict(seed=1), dict(attack=fgsm), dict(threat=Linf(.2))])
+def test_parts_of_another_question_are_refused(tmp_path, differ):
+    net, x, y, _ = case()
+    same = dict(attack=pgd, threat=threat, part=4, seed=0)
+    craft_adversarial(net, x, y, save=tmp_path/'parts', **same)
+    with pytest.raises(ValueError, match='of another question: ' + {'attack': 'attacks'}.get(*differ, *differ)):
+        craft_adversarial(net, x, y, save=tmp_path/'parts', **same | differ)
+
+
+def test_a_damaged_part_is_named(tmp_path):
+    net, x, y, _ = case()
+    craft_adversarial(net, x, y, pgd, threat, tmp_path/'parts', part=4)
+    (tmp_path/'parts'/'0000004.pt').write_bytes(b'PK broken')
+    with pytest.raises(ValueError, match='0000004.pt'):
+        craft_adversarial(net, x, y, pgd, threat, tmp_path/'parts', part=4)
+
+
+def test_a_part_has_images(tmp_path):
+    net, x, y, _ = case()
+    with pytest.raises(ValueError, match='`part` must be at least 1; got 0'):
+        craft_adversarial(net, x, y, pgd, threat, tmp_path/'parts', part=0)
+    assert not (tmp_path/'parts').exists()

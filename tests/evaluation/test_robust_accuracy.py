@@ -569,7 +569,7 @@ def test_a_damaged_question_is_named(text, folder):
 
 def test_folders_that_are_something_else(folder, tmp_path):
     (folder/'question.json').unlink()
-    with pytest.raises(ValueError, match='holds tables but no question.json'):
+    with pytest.raises(ValueError, match='holds results but no question.json'):
         evaluate(**question(), save=folder)
     (tmp_path/'file').write_text('')
     with pytest.raises(ValueError, match='`save` must name a folder'):
