@@ -28,10 +28,9 @@ from ..quant.sensitivity import layer_sensitivity, output_change
 from ..quant.mixed_precision import weight_noise
 from ..quant.targets import (
     engine_installed, format_list, measure_engine, network_spec, quantize_as, runs_in_integers)
-from ..attacks.threat_models import check_threat, L1, L2, Linf
+from ..attacks.threat_models import check_threat, Linf
 from ..attacks.gradient import fgsm, multi_attack, pgd
 from ..attacks.adaptive_pgd import apgd
-from ..attacks.score_based import square
 from ..attacks.standard import cascade
 from ..evaluation.robust_accuracy import (
     compare, transfer_attack, evaluate, robustness_curve, worst_case)
@@ -56,14 +55,7 @@ def relative_loss(
 # %% ../../nbs/api/transfer/60_study.ipynb #c6234266
 _of_the_fit = partial(pgd, steps=10)    # the predictor of robust losses was fitted to flips under it
 
-def _cascade_and_square(model, x, y, threat, *, generator=None):
-    "What robust losses are measured with"
-    attacks = [cascade]
-    if isinstance(threat, (Linf, L2, L1)):
-        attacks.append(partial(square, queries=100))
-    return multi_attack(*attacks)(model, x, y, threat, generator)
-
-_known_attacks = {pgd: 'projected gradient descent', _cascade_and_square: 'the cascade and Square'}
+_known_attacks = {pgd: 'projected gradient descent', cascade: 'the cascade of attacks'}
 
 def _attacked(study, model, x, labels, attack):
     """Rows of `evaluate` for each threat of a study, on the images that it attacks. A copy may be wrong on
@@ -477,7 +469,7 @@ class Study(_Answers):
     probes:Probes               # Images without labels, for ranges and features
     threats:tuple               # One threat model, `(Linf(1/255),)`, or growing budgets of a family
     test:ImageSet|None=None     # Labelled images: adds measured losses
-    attack:Callable=_cascade_and_square # On the original, then on each copy; crops see 10 steps of PGD
+    attack:Callable=cascade     # On the original, then on each copy; crops see 10 steps of PGD
     attacked:int|None=None      # Probes and test images to attack, the first ones, >= 1; None is all
     seed:int=0                  # Random starts
     accuracy:float|None=None    # Of the original, where it is known: sharpens the predicted losses
@@ -536,7 +528,7 @@ def assess(
     return study.assess(wanted)
 
 # %% ../../nbs/api/transfer/60_study.ipynb #e9bb9f43
-job_attacks = dict(fgsm=fgsm, pgd=partial(pgd, steps=10), apgd=apgd, cascade=_cascade_and_square)
+job_attacks = dict(fgsm=fgsm, pgd=partial(pgd, steps=10), apgd=apgd, cascade=cascade)
 
 def _opened(model, weights='', **told):
     "The model that a job names; lists come as JSON, as a job holds numbers and words only"
@@ -562,7 +554,7 @@ def _to_calibrate(model, images, data, seed):
 @lru_cache(1)
 def study_of(
     model:str,            # Network, as `load_model` names it, or a file of `robustnb train`
-    attack:str='cascade', # fgsm, pgd (10 steps), apgd (100 steps), or cascade and Square
+    attack:str='cascade', # fgsm, pgd (10 steps), apgd (100 steps) or cascade
     seed:int=0,           # Calibration images and random starts
     data:str='digits',    # Labelled images to measure on, as for `load_data`; their test split
     n:int=500,            # Test images at most, balanced over the classes
@@ -588,7 +580,7 @@ def study_of(
 def measure_one(
     model:str,            # Network, as `load_model` names it, or a file of `robustnb train`
     format:str,           # Number format, as INT8, POT4, FLOAT6_E3, INT4/INT8
-    attack:str='cascade', # fgsm, pgd (10 steps), apgd (100 steps), or cascade and Square
+    attack:str='cascade', # fgsm, pgd (10 steps), apgd (100 steps) or cascade
     seed:int=0,           # Calibration images and random starts
     data:str='digits',    # Labelled images to measure on, as for `load_data`; their test split
     n:int=500,            # Test images at most, balanced over the classes
