@@ -111,7 +111,8 @@ def test_parts_of_another_question_are_refused(tmp_path, differ):
     net, x, y, _ = case()
     same = dict(attack=pgd, threat=threat, part=4, seed=0)
     craft_adversarial(net, x, y, save=tmp_path/'parts', **same)
-    with pytest.raises(ValueError, match='of another question: ' + {'attack': 'attacks'}.get(*differ, *differ)):
+    name = {"attack": "attacks"}.get(*differ, *differ)
+    with pytest.raises(ValueError, match=f"of another question: {name}"):
         craft_adversarial(net, x, y, save=tmp_path/'parts', **same | differ)
 
 
