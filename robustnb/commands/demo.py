@@ -30,8 +30,8 @@ def demo_command(
     Example:
 
         robustnb demo --out demo"""
-    data = load_data('digits', 'train')
-    held = subset(load_data('digits', 'test'), n+100, seed)
+    data = load_data('digits', 'train', 16)
+    held = subset(load_data('digits', 'test', 16), n+100, seed)
     std, mean = torch.std_mean(data.x, (0, 2, 3))
     net = build_model('ResNet_18', 10, .125, mean.tolist(), std.tolist(), seed=seed)
     net, _ = train(Recipe(flip=False, lr=.05, batch_size=64).shortened(epochs), net, data,

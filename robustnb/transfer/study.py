@@ -33,7 +33,7 @@ from ..attacks.gradient import fgsm, multi_attack, pgd
 from ..attacks.adaptive_pgd import apgd
 from ..attacks.standard import cascade
 from ..evaluation.robust_accuracy import (
-    compare, transfer_attack, evaluate, robustness_curve, worst_case)
+    AttackHelped, compare, transfer_attack, evaluate, robustness_curve, worst_case)
 from .features import noise_sum, relative_margin
 from .certainty import granted, known_sharpness
 from .probes import Probes
@@ -61,7 +61,7 @@ def _attacked(study, model, x, labels, attack):
     """Rows of `evaluate` for each threat of a study, on the images that it attacks. A copy may be wrong on
     an image and right on its attacked version: the worse of both counts, so nobody is warned"""
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', "attack 'attacked' leaves")
+        warnings.simplefilter('ignore', AttackHelped)
         return _rows_attacked(study, model, x, labels, attack)
 
 def _rows_attacked(study, model, x, labels, attack):
