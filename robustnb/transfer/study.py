@@ -36,7 +36,7 @@ from ..evaluation.robust_accuracy import (
     compare, transfer_attack, evaluate, robustness_curve, worst_case)
 from .features import noise_sum, relative_margin
 from .certainty import granted, known_sharpness
-from .crops import leads
+from .crops import lead_dispersion
 from .probes import Probes
 from .prediction import predict_loss
 from .predictor import predict_losses
@@ -305,16 +305,11 @@ class _InEngine(_Copies):
 # leads on photographs that are new to a network vary more than this, over their mean
 _even = .48
 
-def _evenness(logits):
-    "Variance of the leads over their mean, and the same at the upper end of what chance allows (95 %)"
-    found = leads(logits)
-    spread = found.var(correction=0)/found.mean()
-    return spread, spread*(1 + 1.64*((2 + 3*spread/found.mean())/len(found))**.5)
-
 def _images_notes(study):
     "What probes and test images cannot tell"
-    spread, most = _evenness(study.answers)
-    if study.probes.real and len(study.answers) >= 30 and most < _even:
+    spread, most = lead_dispersion(study.answers)
+    known = len(study.answers) >= 30 and study.answers.shape[1] >= 10
+    if study.probes.real and known and most < _even:
         yield (f'The answers to these photographs are more evenly clear ({spread:.2f}) than those of other '
                'networks to photographs that were new to them (.48 to .85). If the network was trained on '
                'these, small losses are predicted a third too small: give others. If it is right on nearly '
