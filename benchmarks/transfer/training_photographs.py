@@ -5,8 +5,9 @@
 `--data` as for quantization_loss.py. A row per network and format in results/training_photographs.csv,
 from 300 training and 300 test photographs: accuracies; `certainty`, the mean certainty at the typical
 sharpness; `growth`, the mean lead over that on natural crops; `dispersion`, the variance of the leads over
-their mean, and `most`, the upper end of its interval; the loss that is predicted from either part and the
-loss that is measured on the test photographs, of a copy with ranges from 100 other training photographs.
+their mean, and `most`, the upper end of its interval; the loss that is predicted from either part (`law`),
+from training photographs and the accuracy on test photographs (`known_train`), and the loss that is
+measured on the test photographs, of a copy with ranges from 100 other training photographs.
 Answers are kept in `--work`, so that an interrupted run goes on.
 """
 import argparse, sys
@@ -19,7 +20,7 @@ from quantization_loss import cifar, lost
 from robustnb.contract import predict
 from robustnb.files import manifest, save_json
 from robustnb.quant.ptq import quantize
-from robustnb.transfer.certainty import expected_loss, granted
+from robustnb.transfer.certainty import expected_loss, granted, known_sharpness
 from robustnb.transfer.crops import lead_dispersion, leads, natural_crops
 
 formats = 'INT4', 'POT4'
@@ -61,6 +62,8 @@ def rows_of(name, args):
         row |= {f'{k}_{part}': v for k, v in found.items()}
     for f in formats:
         said = {f'law_{part}': expected_loss(held['original'][part], held[f][part])[0] for part in parts}
+        sharpness = known_sharpness(held['original']['train'], row['accuracy_test'])
+        said['known_train'] = expected_loss(held['original']['train'], held[f]['train'], sharpness)[0]
         measured = lost(held['original']['test'], held[f]['test'], held['y']['test'])
         yield row | dict(format=f) | said | dict(measured=measured)
 
