@@ -99,8 +99,8 @@ def lead_dispersion(
     found = leads(logits)
     mean = found.mean().clamp_min(1e-30)
     ratio = found.var(correction=0)/mean
-    error = ratio*((2 + 3*ratio/mean)/len(found))**.5
-    return ratio.item(), (ratio + 1.64*error).item()
+    error = ((2 + 3*ratio/mean)/len(found))**.5
+    return ratio.item(), (ratio*(1.64*error).exp()).item()
 
 # %% ../../nbs/api/transfer/26_crops.ipynb #2a007d41
 _steps = 8
