@@ -289,16 +289,17 @@ def _write_copies(net, specs, x, table):
     return rows
 
 # %% ../../nbs/api/commands/30_transfer.ipynb #d734702b
-def _calibration(net, out, images, n, steps, seed):
-    "Images (N,C,H,W) to calibrate with, and what a folder remembers of them"
+def _calibration(net, out, images, n, seed):
+    "Images (N,C,H,W) to calibrate with, and what they are"
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
     asked = dict(network=_mark_model(net))
     if images:
         x = unlabelled_images(net, n, seed, images)
         _continue(out, asked | dict(images=fingerprint(x)))
-        return x
-    _continue(out, asked | dict(images='generated', n=n, steps=steps, seed=seed))
-    return _drawn(net, out/'images', n, .5, seed, steps=steps, size=_one_size(net))[1].x
+        return x, f'{len(x)} images of {images}'
+    _continue(out, asked | dict(images='crops', seed=seed))
+    crops = _kept_crops(net, out/'crops.pt', seed)
+    return crops.x, crops.words
 
 # %% ../../nbs/api/commands/30_transfer.ipynb #7b5f421f
 @_command
@@ -306,15 +307,14 @@ def quantize_command(
     model:str='',            # Network, as `named_model` takes it
     # Number formats, separated by commas, as INT8, POT4, FLOAT6_E3, INT4/INT8
     formats:str='INT8,INT6,INT4,POT4,FP8,FLOAT4',
-    n:int=300,               # Calibration images at most
-    steps:int=300,           # Optimiser steps of the generator, where no images are named
+    n:int=300,               # Images of --images to calibrate with, at most
     out:str='quantized',     # Folder for a file per format, quantized.csv, manifest.json
     seed:int=0,              # Everything random
     **given,                 # Those of `named_model`, `unlabelled_images`
 ):
     """Write quantised copies of a network.
 
-    Without --images a generator draws them from the network alone.
+    Without --images ranges come from crops of bundled photographs, moved to what the network knows.
 
     Example:
 
@@ -324,13 +324,13 @@ def quantize_command(
     out = Path(out)
     specs = _specs(formats)
     net = named_model(model, **opening)
-    x = _calibration(net, out, free.get('images'), n, steps, seed)
+    x, ranges = _calibration(net, out, free.get('images'), n, seed)
     rows = _write_copies(net, specs, x, out/'quantized.csv')
     facts = dict(model=model or opening.get('weights'), formats=list(rows),
-                 images=free.get('images') or 'generated', n=len(x), seed=seed)
+                 images=free.get('images') or 'crops', n=len(x), seed=seed)
     save_json(manifest(**facts, seconds=round(time.time()-started)), out/'manifest.json')
     print(pd.DataFrame(rows.values()).drop(columns='left_float').round(4).to_string(index=False),
-          f'\n\nWritten to {out}/')
+          f'\n\nRanges and agreement: {ranges}. Written to {out}/')
     return dict(out=str(out), rows=list(rows.values()), **facts)
 
 # %% ../../nbs/api/commands/30_transfer.ipynb #5eaf0002
@@ -343,15 +343,14 @@ def _agreement(q, file, x):
 def export_command(
     model:str='',            # Network, as `named_model` takes it
     format:str='INT8',       # Number format, as INT8, POT4, INT4/INT8
-    n:int=300,               # Calibration images at most
-    steps:int=300,           # Optimiser steps of the generator, where no images are named
+    n:int=300,               # Images of --images to calibrate with, at most
     out:str='exported',      # Folder for FORMAT.onnx and manifest.json
     seed:int=0,              # Everything random
     **given,                 # Those of `named_model`, `unlabelled_images`
 ):
     """Write a quantised copy as ONNX, and compare it with ONNX Runtime.
 
-    Without --images a generator draws them from the network alone.
+    Without --images ranges come from crops of bundled photographs, moved to what the network knows.
 
     Example:
 
@@ -361,16 +360,16 @@ def export_command(
     out = Path(out)
     spec = quant_spec(format)
     net = named_model(model, **opening)
-    x = _calibration(net, out, free.get('images'), n, steps, seed)
+    x, ranges = _calibration(net, out, free.get('images'), n, seed)
     q = quantize(net, spec, x)
     file = out/f"{str(spec).replace('/', '-')}.onnx"
     written = export_onnx(q, file, (net.channels, *[_one_size(net)]*2))
     found = _agreement(q, file, x)
-    facts = dict(model=model or opening.get('weights'), images=free.get('images') or 'generated', seed=seed,
+    facts = dict(model=model or opening.get('weights'), images=free.get('images') or 'crops', seed=seed,
                  **written, agreement=found and found['agreement'], check=found)
     save_json(manifest(**facts, seconds=round(time.time()-started)), out/'manifest.json')
     said = ('ONNX Runtime is not installed, so nobody compared: pip install "robustnb[export]".'
             if found is None else
-            f"ONNX Runtime gives the same answer on {found['agreement']:.1%} of {len(x)} images.")
-    print(f"{file}: {written['megabytes']:.2f} MB. {written['says']}\n{said}")
+            f"ONNX Runtime gives the same answer on {found['agreement']:.1%} of them.")
+    print(f"{file}: {written['megabytes']:.2f} MB. {written['says']}\nRanges: {ranges}. {said}")
     return dict(out=str(out), **facts)

@@ -36,6 +36,7 @@ from ..evaluation.robust_accuracy import (
     AttackHelped, compare, transfer_attack, evaluate, robustness_curve, worst_case)
 from .features import noise_sum, relative_margin
 from .certainty import granted, known_sharpness
+from .crops import lead_dispersion
 from .probes import Probes
 from .prediction import predict_loss
 from .predictor import predict_losses
@@ -305,8 +306,18 @@ class _InEngine(_Copies):
         return row | found | dict(float_ms=self._in_float.get('engine_ms', np.nan), why='')
 
 # %% ../../nbs/api/transfer/60_study.ipynb #da505f6a
+# leads on photographs that are new to a network vary more than this, over their mean
+_even = .48
+
 def _images_notes(study):
     "What probes and test images cannot tell"
+    spread, most = lead_dispersion(study.answers)
+    known = len(study.answers) >= 30 and study.answers.shape[1] >= 10
+    if study.probes.real and known and most < _even:
+        yield (f'The answers to these photographs are more evenly clear ({spread:.2f}) than those of other '
+               'networks to photographs that were new to them (.48 to .85). If the network was trained on '
+               'these, small losses are predicted a third too small: give others. If it is right on nearly '
+               'all new ones too, nothing is wrong.')
     few = ('The original itself is right on fewer than 20 attacked {}, so no robust loss can be '
            'stated from them: choose a smaller eps or give more images.')
     if worst_case(study._on_probes[1][0]).correct.sum() < 20:

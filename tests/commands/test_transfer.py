@@ -25,10 +25,11 @@ from robustnb.models.graph import fold_batchnorm
 from robustnb.quant.ptq import quantize
 from robustnb.quant.checkpoints import load_quantized
 from robustnb.transfer.generator import load_generator
+from robustnb.transfer.probes import load_crops, Probes
 from robustnb.transfer.study import Study
 from robustnb.commands.common import named_model, unlabelled_images
 from robustnb.commands.transfer import (
-    assess_command, cost_command, generate_command, quantize_command)
+    assess_command, cost_command, export_command, generate_command, quantize_command)
 
 run_assess = partial(assess_command, n=100)
 run_cost = cost_command
@@ -447,20 +448,33 @@ def test_images_from_a_folder_and_from_nothing(weights, tmp_path, monkeypatch):
     assert {o.tobytes() for o in to_uint8(some)} <= {o.tobytes() for o in made}
     assert torch.equal(predict(load_quantized(tmp_path/'a'/'INT8.pt'), some),
                        predict(quantize(load_model(weights), 'INT8', some), some))
-    trained = []
-    train = transfer.train_generator
-    monkeypatch.setattr(transfer, 'train_generator',
-                        lambda *a, **k: trained.append(k) or train(*a, **k))
+    def forbidden(*args, **kwargs): raise AssertionError('no generator is trained for ranges')
+    monkeypatch.setattr(transfer, 'train_generator', forbidden)
+    moved = []
+    crops = transfer.Probes.crops
+    monkeypatch.setattr(transfer.Probes, 'crops', lambda *a: moved.append(a[1:]) or crops(*a))
     for formats in ('INT8', 'INT8,INT4'):
-        run_quantize(weights, formats, n=20, steps=2, out=str(tmp_path/'b'), seed=3)
-    assert trained == [dict(seed=3, steps=2, size=32)]
-    assert names(tmp_path/'b') == ['INT4.pt', 'INT8.pt', 'images', 'manifest.json',
+        run_quantize(weights, formats, out=str(tmp_path/'b'), seed=3)
+    assert moved == [(32, 3)], 'the crops in the folder are taken again'
+    assert names(tmp_path/'b') == ['INT4.pt', 'INT8.pt', 'crops.pt', 'manifest.json',
                                    'quantized.csv', 'question.json']
-    x = load_data(tmp_path/'b'/'images').x
-    assert len(x) == 20
+    x = load_crops(tmp_path/'b'/'crops.pt').x
+    assert torch.equal(x, Probes.crops(load_model(weights), 32, 3).x)
     assert torch.equal(predict(load_quantized(tmp_path/'b'/'INT4.pt'), x),
                        predict(quantize(load_model(weights), 'INT4', x), x))
-    assert json.loads((tmp_path/'b'/'manifest.json').read_text())['images'] == 'generated'
+    assert json.loads((tmp_path/'b'/'manifest.json').read_text())['images'] == 'crops'
+
+
+def test_what_ranges_come_from_is_said(weights, tmp_path, capsys):
+    pytest.importorskip('onnxruntime')
+    for job, told in ((run_quantize, 'formats'), (export_command, 'format')):
+        how = {'model': weights, told: 'INT8'}
+        job(**how, out=str(tmp_path/f'{told}-crops'))
+        assert ': 200 crops of bundled photographs, moved to' in capsys.readouterr().out
+        job(**how, images='digits', n=20, out=str(tmp_path/f'{told}-digits'))
+        assert ': 20 images of digits.' in capsys.readouterr().out
+    crops, own = ((tmp_path/f'format-{o}'/'INT8.onnx').read_bytes() for o in ('crops', 'digits'))
+    assert crops != own
 
 
 def test_quantize_errors(weights, tmp_path, capsys):

@@ -5,7 +5,7 @@ from torch import nn
 from robustnb.contract import predict
 from robustnb.core import make_generator
 from robustnb.transfer import crops as C
-from robustnb.transfer.crops import foreseen_leads, leads, move_crops, natural_crops
+from robustnb.transfer.crops import foreseen_leads, lead_dispersion, leads, move_crops, natural_crops
 
 
 def test_a_crop_is_a_piece_of_its_photograph():
@@ -81,3 +81,17 @@ def test_without_batch_norm_the_leads_alone_are_sought():
     (lambda: foreseen_leads(torch.randn(4, 3), 0), '`n` must be at least 1; got 0')])
 def test_errors(call, words):
     with pytest.raises(ValueError, match=words): call()
+
+
+@pytest.mark.parametrize('shape', (1., 4., 12.))
+def test_dispersion_of_gamma_leads(shape):
+    "One of K logits is drawn and the others are 0: the leads are the draws over their rms times sqrt(K-1)/K"
+    first = np.random.default_rng(1).gamma(shape, size=500)
+    logits = torch.zeros(500, 7, dtype=torch.float64)
+    logits[range(500), np.arange(500) % 7] = torch.from_numpy(first)
+    lead = first/((first**2).mean()*6)**.5*7
+    ratio, most = lead_dispersion(logits)
+    assert ratio == pytest.approx(lead.var()/lead.mean())
+    assert lead_dispersion(9*logits - 4) == pytest.approx((ratio, most))
+    assert ratio < most < lead_dispersion(logits[:50])[1]/lead_dispersion(logits[:50])[0]*ratio
+    assert lead_dispersion(torch.eye(4))[0] == pytest.approx(0, abs=1e-9), 'all alike'

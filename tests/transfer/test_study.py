@@ -1,5 +1,5 @@
 "The Study: each part once, the same answers one by one and together; losses counted by hand."
-import json
+import json, re
 from functools import partial
 
 import numpy as np
@@ -211,6 +211,36 @@ def test_the_report_is_made_of_rows(net, probes, labelled):
     assert 'projected gradient descent' in ' '.join(report.facts['notes'])
     other = Study(net, probes, budgets[:1], attack=fgsm).report(rows, report.layers)
     assert 'survives fgsm' in ' '.join(other.facts['notes'])
+
+
+class FirstPixels(nn.Module):
+    "Its logits are the first row of an image, whose other pixels are black"
+    def __init__(self, k):
+        super().__init__()
+        self.body = nn.Conv2d(1, k, (1, k), bias=False)
+        with torch.no_grad():
+            self.body.weight.copy_(torch.eye(k).reshape(k, 1, 1, k))
+    def forward(self, x): return self.body(x)[:, :, 0, 0]
+
+
+def notes_on(leads, k=10):
+    "What a report says of images whose answers have these leads"
+    x = torch.zeros(len(leads), 1, k, k)
+    x[range(len(leads)), 0, 0, torch.arange(len(leads)) % k] = (leads/leads.max()).float()
+    study = Study(FirstPixels(k).eval(), Probes.of(x), budgets[:1], attack=quick)
+    return ' '.join(study.report(study.rows('INT8'), study.layers('INT8')).facts['notes'])
+
+
+def test_photographs_with_even_answers_are_doubted():
+    """One of ten logits follows a gamma law of shape k, the others are 0: the variance of the leads over
+    their mean is then (10/3)/sqrt(k(k+1))"""
+    drawn = lambda k, n: torch.from_numpy(np.random.default_rng(0).gamma(k, size=n))
+    said = notes_on(drawn(14., 300))
+    spread = float(re.search(r'evenly clear \((.*?)\)', said)[1])
+    assert spread == pytest.approx(10/3/210**.5, rel=.15)
+    for leads in (drawn(5.6, 300), drawn(14., 20), drawn(1., 300)):
+        assert 'evenly clear' not in notes_on(leads), 'usual answers, or too few to tell'
+    assert 'evenly clear' not in notes_on(drawn(40., 300), 4), 'nobody knows what is usual for few classes'
 
 
 def test_the_page_shows_layers_of_the_worst_format_it_knows(net, probes, tmp_path):
