@@ -1,0 +1,110 @@
+"""How well losses of robust accuracy are predicted without labels, on networks and photographs of others.
+
+    python benchmarks/transfer/robust_loss.py --data ../shared/data --work work
+
+`--data` is as for quantization_loss.py, of which this script reads photographs. A row per network, format
+and eps in results/robust_loss.csv; answers are kept in `--work`, a file for each network and format, so
+that an interrupted run goes on.
+"""
+import argparse, sys, time
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from quantization_loss import cifar
+from robustnb.attacks.gradient import loss_and_grad, margin
+from robustnb.attacks.standard import run_cascade
+from robustnb.attacks.threat_models import Linf
+from robustnb.contract import predict
+from robustnb.core import batches
+from robustnb.quant.ptq import quantize
+
+networks = 'c10_resnet8_k c10_cnna_v c100_resnet8_k c10_resnet8_m'
+formats = 'INT8 INT4 POT4 FLOAT4 INT3'.split()
+budgets = (.25, .5, 1., 2.)     # grey levels
+
+
+def kept(path, make):
+    "What a file holds, made where there is none"
+    if not path.exists():
+        began = time.time()
+        held = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(held | dict(seconds=time.time()-began), path)
+        print(path.stem, f'{time.time()-began:.0f} s', flush=True)
+    return torch.load(path)
+
+
+def surviving(model, x, y, transferred=()):
+    "(E,N) which images stand at each budget, those that fell at a smaller one not; the images (E,N,C,H,W)"
+    stands = predict(model, x).argmax(1) == y
+    rows, images = [], []
+    now = x.clone()
+    for k, eps in enumerate(budgets):
+        if transferred:
+            stands &= predict(model, transferred[k]).argmax(1) == y
+        i = stands.nonzero().flatten()
+        if len(i):
+            found = run_cascade(model, x[i], y[i], Linf(eps/255))
+            now[i] = found.x_adv
+            stands = stands.index_fill(0, i[~found.survives], False)
+        rows.append(stands.clone())
+        images.append(now.clone())
+    return torch.stack(rows), images
+
+
+def original(model, x):
+    "The original, attacked on its own answers"
+    logits = predict(model, x)
+    said = logits.argmax(1)
+    stood, images = surviving(model, x, said)
+    slopes = torch.cat([loss_and_grad(model, x[s], said[s], margin)[1].flatten(1).abs().sum(1)
+                        for s in batches(len(x), 125)])
+    return dict(logits=logits, stood=stood, images=images, slopes=slopes,
+                attacked=[predict(model, o) for o in images])
+
+
+def of_copy(copy, x, y, first):
+    "The same of a copy: on the original's answers, and on labels where only the copy knows them"
+    logits = predict(copy, x)
+    said = first['logits'].argmax(1)
+    stands = surviving(copy, x, said, first['images'])[0]
+    right = stands & (said == y)
+    i = ((logits.argmax(1) == y) & (said != y)).nonzero().flatten()
+    if len(i):
+        right[:, i] = surviving(copy, x[i], y[i], [o[i] for o in first['images']])[0]
+    return dict(logits=logits, stands=stands, right=right,
+                transferred=[predict(copy, o) for o in first['images']])
+
+
+def answers(name, args):
+    "What original and copies answer, kept in files"
+    from networks import load
+    model = load(name).eval()
+    x, y = cifar(args.data, name, 'test-a', args.n)
+    calibration, _ = cifar(args.data, name, 'train', 100)
+    first = kept(args.work/f'{name}.pt', lambda: original(model, x))
+    for f in args.formats.split():
+        yield f, y, first, kept(args.work/f'{name}-{f.replace("/", "_")}.pt',
+                                lambda: of_copy(quantize(model, f, calibration), x, y, first))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data', type=Path, required=True)
+    parser.add_argument('--work', type=Path, default=Path('work/robust_loss'))
+    parser.add_argument('--networks', default=networks)
+    parser.add_argument('--formats', default=' '.join(formats))
+    parser.add_argument('--n', type=int, default=125)
+    parser.add_argument('--out', type=Path, default=Path('results'))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    sys.path[:0] = [str(args.data), str(args.data/'models')]
+    for name in args.networks.split():
+        for f, y, first, copy in answers(name, args): pass
+
+
+if __name__ == '__main__':
+    main()
