@@ -19,7 +19,7 @@ divergence, noise over the spread of the logits, and those of `rivals`.
 Who is hurt: rank correlation over the classes of foreseen and measured losses, by the law on the
 photographs (`classes`), on the first half of them against the other half (`classes_half`), from crops
 (`classes_crops`), and of the halves of the truth with each other, corrected to the whole
-(`classes_reliable`). Networks in `--truth` answer the rest of the test photographs too, `classes_n` of them:
+(`classes_reliable`). Networks in `--truth` answer `classes_n` other test photographs too, with the formats that lose much:
 `classes_all` and `classes_crops_all` are the law's against that truth, `classes_all_reliable` its own.
 Which images flip: area under the ROC curve of the lead (`area_lead`), of `flip_chances` from the other
 half of the photographs (`area`), from 100 of them (`area_100`), from crops (`area_crops`); `foreseen_flips`.
@@ -49,8 +49,10 @@ from robustnb.transfer.prediction import predict_loss
 from robustnb.transfer.probes import Probes
 
 formats = 'INT8 FP8 INT6 INT5 INT4 INT3 POT4 POT3 FLOAT4 INT3/INT8'.split()
+costly = 'INT4 INT3 POT4 POT3 FLOAT4 INT3/INT8'.split()
 chosen_on = ('c10_resnet8_k c10_resnet8_m c100_resnet8_k c10_cnna_v c10_resnet20_a c100_resnet20_k '
              'c10_resnet20_i').split()
+many = 'c10_resnet8_k c100_resnet8_k'
 judged_on = 'c10_resnet26_k c10_resnet56_a c100_resnet56_c c100_micronet_t efficientnet_lite0'.split()
 
 
@@ -114,15 +116,17 @@ def answers(name, args):
 
 
 def many_answers(name, args):
-    "The classes that network and copies say for the test photographs after those of `answers`"
+    "The classes that network and copies say for other test photographs than those of `answers`"
     if name not in args.truth.split(): return None
     path = args.work/f'{name}-truth.pt'
     if path.exists(): return torch.load(path)
-    args = argparse.Namespace(**vars(args) | dict(n=10**6))
-    model, x, y, calibration = network(name, args)
-    x, y = rest_of(x, y, args.first)
+    whole = argparse.Namespace(data=args.data, n=args.truth_n)
+    model, x, y, calibration = network(name, whole)
+    seen = {o.numpy().tobytes() for o in network(name, args)[1]}
+    new = torch.tensor([o.numpy().tobytes() not in seen for o in x])
+    x, y = x[new], y[new]
     found = dict(y=y, said=predict(model, x).argmax(1), copies={})
-    for f in formats:
+    for f in costly:
         found['copies'][f] = predict(quantize(model, f, calibration), x).argmax(1)
     torch.save(found, path)
     return found
@@ -167,8 +171,9 @@ def class_losses(said, copied, y, K):
 
 
 def ranked_alike(a, b):
-    "Spearman's correlation where both are known"
+    "Spearman's correlation where both are known; NaN where one of them is constant"
     both = a.isfinite() & b.isfinite()
+    if min(len(o[both].unique()) for o in (a, b)) < 2: return np.nan
     return float(spearmanr(a[both], b[both]).statistic)
 
 
@@ -179,7 +184,7 @@ def reliable(said, copied, y, K):
         order = torch.randperm(len(y), generator=make_generator(k, 'halves'))
         a, b = (class_losses(said[i], copied[i], y[i], K) for i in order.chunk(2))
         found.append(ranked_alike(a, b))
-    r = max(np.mean(found), 0.)
+    r = max(np.nanmean(found), 0.) if np.isfinite(found).any() else np.nan
     return 2*r/(1+r)
 
 
@@ -205,7 +210,7 @@ def who_is_hurt(held, copy, more, f):
                classes_half=ranked_alike(expected_class_losses(L[:half], Q[:half]),
                                          class_losses(said[half:], copied[half:], y[half:], K)),
                classes_reliable=reliable(said, copied, y, K))
-    if more:
+    if more and f in costly:
         other = more['said'], more['copies'][f], more['y']
         true = class_losses(*other, K)
         row |= dict(classes_n=len(more['y']), classes_all=ranked_alike(law, true),
@@ -226,6 +231,7 @@ def said(name, p): return {name: p.loss, f'{name}_lo': p.lo, f'{name}_hi': p.hi}
 def rows_of(name, args):
     "A row per format"
     held = answers(name, args)
+    more = many_answers(name, args)
     L, y = held['photographs'], held['y']
     accuracy = (L.argmax(1) == y).double().mean().item()
     for f, copy in held['copies'].items():
@@ -250,6 +256,7 @@ def rows_of(name, args):
         row['crops_mean'] = float(np.mean([o.loss for o in found]))
         row['crops_known'] = predict_loss(None, *pairs[0], accuracy=accuracy).loss
         row['measured_crops'] = lost(L, copy['crops'][0][2], y)
+        row |= rivals(L, Q, copy['crops'][0][2], accuracy) | who_is_hurt(held, copy, more, f)
         yield row
 
 
@@ -275,6 +282,8 @@ def main():
     parser.add_argument('--data', type=Path, required=True)
     parser.add_argument('--work', type=Path, default=Path('work/quantization_loss'))
     parser.add_argument('--networks', default=' '.join(chosen_on + judged_on))
+    parser.add_argument('--truth', default=many, help='networks that answer more photographs')
+    parser.add_argument('--truth-n', type=int, default=3000, help='photographs that they answer in all')
     parser.add_argument('--n', type=int, default=600)
     parser.add_argument('--seeds', type=int, default=2, help='sets of crops')
     parser.add_argument('--out', type=Path, default=Path('results'))

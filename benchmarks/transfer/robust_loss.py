@@ -18,7 +18,10 @@ from robustnb.attacks.standard import run_cascade
 from robustnb.attacks.threat_models import Linf
 from robustnb.contract import predict
 from robustnb.core import batches
+from robustnb.files import manifest, save_json
 from robustnb.quant.ptq import quantize
+from robustnb.transfer.certainty import granted, known_sharpness
+from robustnb.transfer.noise import flip_chances
 
 networks = 'c10_resnet8_k c10_cnna_v c100_resnet8_k c10_resnet8_m'
 formats = 'INT8 INT4 POT4 FLOAT4 INT3'.split()
@@ -90,6 +93,47 @@ def answers(name, args):
                                 lambda: of_copy(quantize(model, f, calibration), x, y, first))
 
 
+def share_lost(certain, stood, stands): return 1 - float((certain*stands).sum()/(certain*stood).sum())
+
+
+def foreseen(first, copy, k):
+    "Robust losses without labels at budget k, and whether the copy had to be attacked"
+    L, Q = first['logits'], copy['logits']
+    said = L.argmax(1)
+    certain = granted(L).max(1).values
+    stood = first['stood'][k]
+    holds = stood & (Q.argmax(1) == said)
+    carried = holds & (copy['transferred'][k].argmax(1) == said)
+    lead = lambda o: -margin(o.double(), said)
+    gain = float((centred(L)*centred(Q)).sum()/centred(L).square().sum())
+    taken = lead(L) - lead(first['attacked'][k])
+    more = lead(Q) > gain*taken
+    calm = 1 - flip_chances(first['attacked'][k], L, Q)
+    lost = lambda stands: share_lost(certain, stood, stands)
+    return dict(attacked=lost(copy['stands'][k]), transferred=lost(carried), taken=lost(holds & more),
+                both=lost(carried & more), chances=lost(stood*calm), carried_chances=lost(carried*calm))
+
+
+def centred(logits): return logits.double() - logits.double().mean(1, keepdim=True)
+
+
+def rows_of(name, args):
+    "A row per format and budget; no loss where the original keeps fewer than 20 photographs"
+    for f, y, first, copy in answers(name, args):
+        L = first['logits']
+        right = L.argmax(1) == y
+        certain = granted(L).max(1).values
+        known = granted(L, known_sharpness(L, right.double().mean().item())).max(1).values
+        for k, eps in enumerate(budgets):
+            stood = first['stood'][k]
+            before = int((stood & right).sum())
+            row = dict(network=name, format=f, eps=eps, n=len(y), accuracy=right.double().mean().item(),
+                       robust_accuracy=before/len(y), expected=float((certain*stood).mean()),
+                       expected_known=float((known*stood).mean()), before=before)
+            row['measured'] = 1 - int(copy['right'][k].sum())/before if before >= 20 else float('nan')
+            yield row | foreseen(first, copy, k)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,8 +146,12 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     sys.path[:0] = [str(args.data), str(args.data/'models')]
+    rows = []
     for name in args.networks.split():
-        for f, y, first, copy in answers(name, args): pass
+        rows += rows_of(name, args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).round(4).to_csv(args.out/'robust_loss.csv', index=False)
+    save_json(manifest(n=args.n, budgets=budgets, attack='cascade'), args.out/'robust_loss.json')
 
 
 if __name__ == '__main__':
