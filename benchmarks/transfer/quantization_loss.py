@@ -52,7 +52,7 @@ formats = 'INT8 FP8 INT6 INT5 INT4 INT3 POT4 POT3 FLOAT4 INT3/INT8'.split()
 costly = 'INT4 INT3 POT4 POT3 FLOAT4 INT3/INT8'.split()
 chosen_on = ('c10_resnet8_k c10_resnet8_m c100_resnet8_k c10_cnna_v c10_resnet20_a c100_resnet20_k '
              'c10_resnet20_i').split()
-many = 'c10_resnet8_k c100_resnet8_k'
+many = 'c100_resnet8_k'
 judged_on = 'c10_resnet26_k c10_resnet56_a c100_resnet56_c c100_micronet_t efficientnet_lite0'.split()
 
 
