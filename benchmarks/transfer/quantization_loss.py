@@ -19,8 +19,9 @@ divergence, noise over the spread of the logits, and those of `rivals`.
 Who is hurt: rank correlation over the classes of foreseen and measured losses, by the law on the
 photographs (`classes`), on the first half of them against the other half (`classes_half`), from crops
 (`classes_crops`), and of the halves of the truth with each other, corrected to the whole
-(`classes_reliable`). Networks in `--truth` answer `classes_n` other test photographs too, with the formats that lose much:
-`classes_all` and `classes_crops_all` are the law's against that truth, `classes_all_reliable` its own.
+(`classes_reliable`). Networks in `--truth` answer `classes_n` other test photographs too, with the
+formats that lose much: `classes_all` and `classes_crops_all` are the law's against that truth,
+`classes_all_reliable` its own.
 Which images flip: area under the ROC curve of the lead (`area_lead`), of `flip_chances` from the other
 half of the photographs (`area`), from 100 of them (`area_100`), from crops (`area_crops`); `foreseen_flips`.
 Answers are kept in `--work`, so that an interrupted run goes on.

@@ -105,7 +105,7 @@ def _overtaken(ahead, own, covariance):
 
 def flip_chances(
     logits:Tensor,   # Answers (M,K) of the original to images that the copy has not seen
-    known:Tensor,    # Answers (N,K) of the original to other images, natural and moved crops if there are none
+    known:Tensor,    # Answers (N,K) of the original to other images, as natural and moved crops
     copied:Tensor,   # Answers (N,K) of the copy to these
 )->Tensor:           # (M,) float64 in [0,1]
     "How likely it is, image by image, that the copy answers otherwise than the original."
