@@ -2,9 +2,18 @@
 
     python benchmarks/transfer/robust_loss.py --data ../shared/data --work work
 
-`--data` is as for quantization_loss.py, of which this script reads photographs. A row per network, format
-and eps in results/robust_loss.csv; answers are kept in `--work`, a file for each network and format, so
-that an interrupted run goes on.
+`--data` is as for quantization_loss.py, whose photographs these are. A row per network, format and eps in
+results/robust_loss.csv. Measured on `--n` labelled photographs: what stands after `cascade` of the
+original, and of the copy also after the original's adversarial images; no loss where the original keeps
+fewer than 20. Foreseen on the same photographs without labels, the original's answers in their place:
+`attacked` is the certainty of what the copy holds over that of what the original holds, as `Study` does it.
+The others leave the copy in peace: `transferred` asks it about the original's adversarial images; `taken`
+compares its lead on the clean image with what the attack took from the original's; `uneven` adds one
+standard deviation of how rounding moves leads between clean and adversarial images; `chances` are
+`flip_chances` of the original's answers to its adversarial images, where the copy holds those. `expected` is
+the robust accuracy of the original by certainty, `expected_known` with its accuracy known. Half a minute to
+a minute and a half for each network and copy on one thread. Answers are kept in `--work`, a file for each,
+so that an interrupted run goes on.
 """
 import argparse, sys, time
 from pathlib import Path
@@ -97,7 +106,7 @@ def share_lost(certain, stood, stands): return 1 - float((certain*stands).sum()/
 
 
 def foreseen(first, copy, k):
-    "Robust losses without labels at budget k, and whether the copy had to be attacked"
+    "Robust losses without labels at budget k: the first with the copy attacked, the others without"
     L, Q = first['logits'], copy['logits']
     said = L.argmax(1)
     certain = granted(L).max(1).values
@@ -106,12 +115,14 @@ def foreseen(first, copy, k):
     carried = holds & (copy['transferred'][k].argmax(1) == said)
     lead = lambda o: -margin(o.double(), said)
     gain = float((centred(L)*centred(Q)).sum()/centred(L).square().sum())
-    taken = lead(L) - lead(first['attacked'][k])
-    more = lead(Q) > gain*taken
+    taken = gain*(lead(L) - lead(first['attacked'][k]))
+    # how unevenly the noise of rounding moves a lead within the ball
+    uneven = (lead(copy['transferred'][k]) - lead(Q) + taken)[stood].std()
     calm = 1 - flip_chances(first['attacked'][k], L, Q)
     lost = lambda stands: share_lost(certain, stood, stands)
-    return dict(attacked=lost(copy['stands'][k]), transferred=lost(carried), taken=lost(holds & more),
-                both=lost(carried & more), chances=lost(stood*calm), carried_chances=lost(carried*calm))
+    return dict(attacked=lost(copy['stands'][k]), transferred=lost(carried),
+                taken=lost(holds & (lead(Q) > taken)), uneven=lost(holds & (lead(Q) > taken + uneven)),
+                chances=lost(carried*calm))
 
 
 def centred(logits): return logits.double() - logits.double().mean(1, keepdim=True)
@@ -129,9 +140,11 @@ def rows_of(name, args):
             before = int((stood & right).sum())
             row = dict(network=name, format=f, eps=eps, n=len(y), accuracy=right.double().mean().item(),
                        robust_accuracy=before/len(y), expected=float((certain*stood).mean()),
-                       expected_known=float((known*stood).mean()), before=before)
-            row['measured'] = 1 - int(copy['right'][k].sum())/before if before >= 20 else float('nan')
-            yield row | foreseen(first, copy, k)
+                       expected_known=float((known*stood).mean()), survivors=before)
+            if before >= 20:
+                row['measured'] = 1 - int(copy['right'][k].sum())/before
+                row |= foreseen(first, copy, k)
+            yield row
 
 
 def main():
