@@ -11,7 +11,9 @@ The others leave the copy in peace: `transferred` asks it about the original's a
 compares its lead on the clean image with what the attack took from the original's; `uneven` adds one
 standard deviation of how rounding moves leads between clean and adversarial images; `chances` are
 `flip_chances` of the original's answers to its adversarial images, where the copy holds those. `expected` is
-the robust accuracy of the original by certainty, `expected_known` with its accuracy known. Half a minute to
+the robust accuracy of the original by certainty, `expected_known` with its accuracy known. In 20 divisions,
+`attacked_other_half` and `measured_other_half` are how far what is foreseen from one half, and what is
+measured on it, lie from what is measured on the other. Half a minute to
 a minute and a half for each network and copy on one thread. Answers are kept in `--work`, a file for each,
 so that an interrupted run goes on.
 """
@@ -26,7 +28,7 @@ from robustnb.attacks.gradient import loss_and_grad, margin
 from robustnb.attacks.standard import run_cascade
 from robustnb.attacks.threat_models import Linf
 from robustnb.contract import predict
-from robustnb.core import batches
+from robustnb.core import batches, make_generator
 from robustnb.files import manifest, save_json
 from robustnb.quant.ptq import quantize
 from robustnb.transfer.certainty import granted, known_sharpness
@@ -125,6 +127,20 @@ def foreseen(first, copy, k):
                 chances=lost(carried*calm))
 
 
+def halves(first, copy, y, k):
+    "Mean absolute distance from what one half measures, of what the other foresees and of what it measures"
+    certain = granted(first['logits']).max(1).values
+    right = (first['logits'].argmax(1) == y).double()
+    stood, stands, kept = first['stood'][k], copy['stands'][k], copy['right'][k]
+    apart = []
+    for seed in range(20):
+        order = torch.randperm(len(y), generator=make_generator(seed, 'halves'))
+        for i, j in (order.chunk(2), order.chunk(2)[::-1]):
+            true = [1 - float(kept[o].sum()/(right*stood)[o].sum()) for o in (i, j)]
+            apart.append((abs(share_lost(certain[i], stood[i], stands[i]) - true[1]), abs(true[0] - true[1])))
+    return dict(zip(('attacked_other_half', 'measured_other_half'), torch.tensor(apart).mean(0).tolist()))
+
+
 def centred(logits): return logits.double() - logits.double().mean(1, keepdim=True)
 
 
@@ -143,7 +159,7 @@ def rows_of(name, args):
                        expected_known=float((known*stood).mean()), survivors=before)
             if before >= 20:
                 row['measured'] = 1 - int(copy['right'][k].sum())/before
-                row |= foreseen(first, copy, k)
+                row |= foreseen(first, copy, k) | halves(first, copy, y, k)
             yield row
 
 
