@@ -12,9 +12,18 @@ photographs, for a copy with ranges from 100 training photographs, and what is p
 same photographs (`law`, and with the accuracy known, `known`), from 100 and 20 other ones together with
 crops (`photographs_100`, `photographs_20`: the first draw; `error_100`, `error_20`: mean absolute error of
 ten), from crops alone (`crops`, ranges from crops; `measured_crops` is the loss of that copy on the same
-photographs), each with the ends of its interval; and the rivals that need no fit or are fitted here
-with the network left out: flips, output divergence, and noise over the spread of the logits. `sharpness`
-is where certainty equals accuracy, `growth` the lead of real images over that of natural crops.
+photographs), each with the ends of its interval. `sharpness` is where certainty equals accuracy, `growth`
+the lead of real images over that of natural crops. Rivals, which the page turns into losses: flips, output
+divergence, noise over the spread of the logits, and those of `rivals`.
+
+Who is hurt: rank correlation over the classes of foreseen and measured losses, by the law on the
+photographs (`classes`), on the first half of them against the other half (`classes_half`), from crops
+(`classes_crops`), and of the halves of the truth with each other, corrected to the whole
+(`classes_reliable`). Networks in `--truth` answer `classes_n` other test photographs too, with the
+formats that lose much: `classes_all` and `classes_crops_all` are the law's against that truth,
+`classes_all_reliable` its own.
+Which images flip: area under the ROC curve of the lead (`area_lead`), of `flip_chances` from the other
+half of the photographs (`area`), from 100 of them (`area_100`), from crops (`area_crops`); `foreseen_flips`.
 Answers are kept in `--work`, so that an interrupted run goes on.
 """
 import argparse, io, json, sys, zipfile
@@ -25,6 +34,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from scipy.stats import rankdata, spearmanr
 
 from robustnb.contract import predict
 from robustnb.core import make_generator, to_float
@@ -33,14 +43,17 @@ from robustnb.models.loading import load_model
 from robustnb.models.wrapping import wrap_model
 from robustnb.quant.ptq import quantize
 from robustnb.quant.sensitivity import output_change
-from robustnb.transfer.certainty import known_sharpness
+from robustnb.transfer.certainty import expected_class_losses, known_sharpness
 from robustnb.transfer.crops import leads
+from robustnb.transfer.noise import flip_chances
 from robustnb.transfer.prediction import predict_loss
 from robustnb.transfer.probes import Probes
 
 formats = 'INT8 FP8 INT6 INT5 INT4 INT3 POT4 POT3 FLOAT4 INT3/INT8'.split()
+costly = 'INT4 INT3 POT4 POT3 FLOAT4 INT3/INT8'.split()
 chosen_on = ('c10_resnet8_k c10_resnet8_m c100_resnet8_k c10_cnna_v c10_resnet20_a c100_resnet20_k '
              'c10_resnet20_i').split()
+many = 'c100_resnet8_k'
 judged_on = 'c10_resnet26_k c10_resnet56_a c100_resnet56_c c100_micronet_t efficientnet_lite0'.split()
 
 
@@ -103,9 +116,114 @@ def answers(name, args):
     return found
 
 
+def many_answers(name, args):
+    "The classes that network and copies say for other test photographs than those of `answers`"
+    if name not in args.truth.split(): return None
+    path = args.work/f'{name}-truth.pt'
+    if path.exists(): return torch.load(path)
+    whole = argparse.Namespace(data=args.data, n=args.truth_n)
+    model, x, y, calibration = network(name, whole)
+    seen = {o.numpy().tobytes() for o in network(name, args)[1]}
+    new = torch.tensor([o.numpy().tobytes() not in seen for o in x])
+    x, y = x[new], y[new]
+    found = dict(y=y, said=predict(model, x).argmax(1), copies={})
+    for f in costly:
+        found['copies'][f] = predict(quantize(model, f, calibration), x).argmax(1)
+    torch.save(found, path)
+    return found
+
+
 def lost(logits, copied, y):
     right = lambda o: (o.argmax(1) == y).double().mean().item()
     return 1 - right(copied)/right(logits)
+
+
+def mano(logits):
+    "Mean of the fourth powers, the root of it, of a softmax that is cut short where little is sure"
+    logits = logits.double()
+    if -logits.log_softmax(1).mean() > 5:
+        p = logits.softmax(1)
+    else:
+        p = 1 + logits + logits.square()/2
+        p = p/p.sum(1, keepdim=True)
+    return (p**4).mean()**.25
+
+
+def rivals(L, Q, twin, accuracy):
+    "Scores of a single model as the share that the copy lacks of the original's; disagreement of two copies"
+    p, q = (o.double().softmax(1) for o in (L, Q))
+    entropy = lambda p: (p*p.clamp_min(1e-30).log()).sum(1)
+    threshold = entropy(p).sort(descending=True).values[round(accuracy*len(p))-1]
+    scores = dict(
+        atc=lambda logits, p: (entropy(p) >= threshold).double().mean(),    # arXiv:2201.04234
+        certainty=lambda logits, p: p.max(1).values.mean(),                 # arXiv:2107.03315
+        nuclear=lambda logits, p: torch.linalg.svdvals(p).sum(),            # arXiv:2302.01094
+        mano=lambda logits, p: mano(logits))                                # arXiv:2405.18979
+    found = {name: 1 - float(score(Q, q)/score(L, p)) for name, score in scores.items()}
+    # arXiv:2106.13799, of the copies with ranges of photographs and of crops
+    return found | dict(disagreement=(Q.argmax(1) != twin.argmax(1)).double().mean().item())
+
+
+def class_losses(said, copied, y, K):
+    "Share of the right answers of each class that the copy lacks; NaN where there were none"
+    right = lambda o: torch.bincount(y[o == y], minlength=K).double()
+    had = right(said)
+    return torch.where(had > 0, 1 - right(copied)/had, torch.nan)
+
+
+def ranked_alike(a, b):
+    "Spearman's correlation where both are known; NaN where one of them is constant"
+    both = a.isfinite() & b.isfinite()
+    if min(len(o[both].unique()) for o in (a, b)) < 2: return np.nan
+    return float(spearmanr(a[both], b[both]).statistic)
+
+
+def reliable(said, copied, y, K):
+    "Correlation of two halves of a truth, Spearman-Brown corrected to the whole; mean of 20 divisions"
+    found = []
+    for k in range(20):
+        order = torch.randperm(len(y), generator=make_generator(k, 'halves'))
+        a, b = (class_losses(said[i], copied[i], y[i], K) for i in order.chunk(2))
+        found.append(ranked_alike(a, b))
+    r = max(np.nanmean(found), 0.) if np.isfinite(found).any() else np.nan
+    return 2*r/(1+r)
+
+
+def area(score, flips):
+    "Under the ROC curve; NaN with fewer than five flips"
+    n = int(flips.sum())
+    if n < 5: return np.nan
+    return (rankdata(score)[flips].sum() - n*(n+1)/2)/(n*(len(flips)-n))
+
+
+def who_is_hurt(held, copy, more, f):
+    "Classes and images that suffer, foreseen and measured"
+    L, y, Q = held['photographs'], held['y'], copy['photographs']
+    K = L.shape[1]
+    said, copied = L.argmax(1), Q.argmax(1)
+    crops = (held['crops'][0], [copy['crops'][0][k] for k in (0, 1)])
+    natural, moved = zip(*crops)
+    law = expected_class_losses(L, Q)
+    unseen = predict_loss(None, natural, moved).by_class
+    true = class_losses(said, copied, y, K)
+    half = len(y)//2
+    row = dict(classes=ranked_alike(law, true), classes_crops=ranked_alike(unseen, true),
+               classes_half=ranked_alike(expected_class_losses(L[:half], Q[:half]),
+                                         class_losses(said[half:], copied[half:], y[half:], K)),
+               classes_reliable=reliable(said, copied, y, K))
+    if more and f in costly:
+        other = more['said'], more['copies'][f], more['y']
+        true = class_losses(*other, K)
+        row |= dict(classes_n=len(more['y']), classes_all=ranked_alike(law, true),
+                    classes_crops_all=ranked_alike(unseen, true), classes_all_reliable=reliable(*other, K))
+    flips = (said != copied).numpy()
+    parts = slice(0, half), slice(half, None)
+    of = dict(area_lead=[-leads(L)[s] for s in parts],
+              area=[flip_chances(L[s], L[o], Q[o]) for s, o in zip(parts, parts[::-1])],
+              area_100=[flip_chances(L[s], L[o][:100], Q[o][:100]) for s, o in zip(parts, parts[::-1])],
+              area_crops=[flip_chances(L[s], *map(torch.cat, crops)) for s in parts])
+    row |= {k: np.mean([area(o, flips[s]) for o, s in zip(v, parts)]) for k, v in of.items()}
+    return row | dict(foreseen_flips=torch.cat(of['area']).mean().item())
 
 
 def said(name, p): return {name: p.loss, f'{name}_lo': p.lo, f'{name}_hi': p.hi}
@@ -114,6 +232,7 @@ def said(name, p): return {name: p.loss, f'{name}_lo': p.lo, f'{name}_hi': p.hi}
 def rows_of(name, args):
     "A row per format"
     held = answers(name, args)
+    more = many_answers(name, args)
     L, y = held['photographs'], held['y']
     accuracy = (L.argmax(1) == y).double().mean().item()
     for f, copy in held['copies'].items():
@@ -138,6 +257,7 @@ def rows_of(name, args):
         row['crops_mean'] = float(np.mean([o.loss for o in found]))
         row['crops_known'] = predict_loss(None, *pairs[0], accuracy=accuracy).loss
         row['measured_crops'] = lost(L, copy['crops'][0][2], y)
+        row |= rivals(L, Q, copy['crops'][0][2], accuracy) | who_is_hurt(held, copy, more, f)
         yield row
 
 
@@ -163,6 +283,8 @@ def main():
     parser.add_argument('--data', type=Path, required=True)
     parser.add_argument('--work', type=Path, default=Path('work/quantization_loss'))
     parser.add_argument('--networks', default=' '.join(chosen_on + judged_on))
+    parser.add_argument('--truth', default=many, help='networks that answer more photographs')
+    parser.add_argument('--truth-n', type=int, default=3000, help='photographs that they answer in all')
     parser.add_argument('--n', type=int, default=600)
     parser.add_argument('--seeds', type=int, default=2, help='sets of crops')
     parser.add_argument('--out', type=Path, default=Path('results'))

@@ -3,7 +3,7 @@ import pytest, torch
 from robustnb.core import make_generator
 from robustnb.transfer.certainty import expected_loss, standardized
 from robustnb.transfer.crops import foreseen_leads, leads
-from robustnb.transfer.noise import clear_answers, foreseen_answers, rounding_noise
+from robustnb.transfer.noise import clear_answers, flip_chances, foreseen_answers, rounding_noise
 
 
 def answers(n=80, k=6, seed=0):
@@ -72,3 +72,49 @@ def test_systematic_parts_are_the_mean_of_both():
 def test_shapes_are_compared():
     with pytest.raises(ValueError, match=r'shape of `logits`, \(80, 6\); got \(80, 5\)'):
         rounding_noise(answers(), answers(k=5))
+
+
+def test_two_classes_flip_as_the_normal_law_says():
+    "With two classes and noise of its own the chance is that of one normal variable"
+    lead = torch.linspace(.1, 4, 60, dtype=torch.float64)
+    known = 2*answers(20_000, 2)
+    noise = 1.5*answers(20_000, 2, seed=1)
+    noise -= noise.mean(1, keepdim=True)
+    asked = torch.stack([lead, 0*lead], 1)
+    expected = torch.special.ndtr(-lead/(1.5*2**.5))
+    assert torch.allclose(flip_chances(asked, known, known + noise), expected, atol=.02)
+
+
+def test_noise_that_follows_other_classes_is_learnt():
+    "A copy that confuses class 0 with class 1 flips images of 0 that are far from any border"
+    centred = lambda logits: logits - logits.mean(1, keepdim=True)
+    known = centred(answers(2000))
+    mixed = known.clone()
+    mixed[:, 1] += 2*known[:, 0]
+    new = centred(answers(400, seed=3))
+    moved = new.clone()
+    moved[:, 1] += 2*new[:, 0]
+    flips = moved.argmax(1) != new.argmax(1)
+    chances = flip_chances(new, known, mixed)
+    assert ((chances > .5) == flips).double().mean() > .93
+    top = new.topk(2, 1).values
+    clear = top[:, 0] - top[:, 1] > 1
+    assert chances[clear & flips].mean() > .9 and chances[clear & ~flips].mean() < .1
+
+
+def test_chances_do_not_depend_on_units_or_on_the_images_asked_with():
+    known = answers()
+    copied = known + .6*answers(seed=1)
+    new = answers(30, seed=2)
+    chances = flip_chances(new, known, copied)
+    assert 0 < chances.min() and chances.max() < 1
+    assert torch.allclose(flip_chances(9*new + 2, 9*known - 1, 9*copied), chances)
+    assert torch.allclose(flip_chances(new[:3], known, copied), chances[:3])
+
+
+def test_flip_chances_refuse_what_does_not_fit():
+    known = answers()
+    with pytest.raises(ValueError, match='`logits` must have the 6 classes of `known`; got 5'):
+        flip_chances(answers(k=5), known, known)
+    with pytest.raises(ValueError, match='`copied` must have the shape'):
+        flip_chances(known, known, known[:9])
