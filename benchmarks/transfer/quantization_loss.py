@@ -9,7 +9,8 @@ are files of this package, `name-cifar10=weights.pt`.
 
 A row per network and format in results/quantization_loss.csv: the loss that was measured on `--n` test
 photographs, for a copy with ranges from 100 training photographs, and what is predicted for it from the
-same photographs (`law`, and with the accuracy known, `known`), from 100 and 20 other ones together with
+same photographs (`law`, its sharpness from `foreseen_accuracy`; with the accuracy known, `known`; with the
+typical sharpness, `typical`), from 100 and 20 other ones together with
 crops (`photographs_100`, `photographs_20`: the first draw; `error_100`, `error_20`: mean absolute error of
 ten), from crops alone (`crops`, ranges from crops; `measured_crops` is the loss of that copy on the same
 photographs), each with the ends of its interval. `sharpness` is where certainty equals accuracy, `growth`
@@ -43,7 +44,8 @@ from robustnb.models.loading import load_model
 from robustnb.models.wrapping import wrap_model
 from robustnb.quant.ptq import quantize
 from robustnb.quant.sensitivity import output_change
-from robustnb.transfer.certainty import expected_class_losses, known_sharpness
+from robustnb.transfer.certainty import (
+    expected_class_losses, foreseen_accuracy, known_sharpness, shifted)
 from robustnb.transfer.crops import leads
 from robustnb.transfer.noise import flip_chances
 from robustnb.transfer.prediction import predict_loss
@@ -99,10 +101,17 @@ def network(name, args):
 def answers(name, args):
     "Logits of the network and of its copies on photographs and on crops, kept in a file"
     path = args.work/f"{name.partition('=')[0]}.pt"
-    if path.exists(): return torch.load(path)
+    if path.exists():
+        found = torch.load(path)
+        if 'shifted' not in found:
+            model, x = network(name, args)[:2]
+            found['shifted'] = [predict(model, o) for o in shifted(x)]
+            torch.save(found, path)
+        return found
     model, x, y, calibration = network(name, args)
     crops = [Probes.crops(model, x.shape[-1], seed=k) for k in range(args.seeds)]
-    found = dict(y=y, photographs=predict(model, x), facts=[o.facts for o in crops],
+    found = dict(y=y, photographs=predict(model, x), shifted=[predict(model, o) for o in shifted(x)],
+                 facts=[o.facts for o in crops],
                  crops=[(predict(model, o.natural), predict(model, o.moved)) for o in crops], copies={})
     for f in formats:
         copy = quantize(model, f, calibration)
@@ -203,12 +212,13 @@ def who_is_hurt(held, copy, more, f):
     said, copied = L.argmax(1), Q.argmax(1)
     crops = (held['crops'][0], [copy['crops'][0][k] for k in (0, 1)])
     natural, moved = zip(*crops)
-    law = expected_class_losses(L, Q)
+    sharpness = known_sharpness(L, foreseen_accuracy(L, held['shifted']))
+    law = expected_class_losses(L, Q, sharpness)
     unseen = predict_loss(None, natural, moved).by_class
     true = class_losses(said, copied, y, K)
     half = len(y)//2
     row = dict(classes=ranked_alike(law, true), classes_crops=ranked_alike(unseen, true),
-               classes_half=ranked_alike(expected_class_losses(L[:half], Q[:half]),
+               classes_half=ranked_alike(expected_class_losses(L[:half], Q[:half], sharpness),
                                          class_losses(said[half:], copied[half:], y[half:], K)),
                classes_reliable=reliable(said, copied, y, K))
     if more and f in costly:
@@ -244,11 +254,15 @@ def rows_of(name, args):
                    noise=((q-l).square().mean().sqrt()/l.std()).item())
         row['sharpness'] = known_sharpness(L, accuracy)
         row['growth'] = float(leads(L).mean()/leads(held['crops'][0][0]).mean())
-        row |= said('law', predict_loss((L, Q))) | said('known', predict_loss((L, Q), accuracy=accuracy))
+        agreed = foreseen_accuracy(L, held['shifted'])
+        row |= dict(foreseen_accuracy=agreed, typical=predict_loss((L, Q)).loss)
+        row |= said('law', predict_loss((L, Q), accuracy=agreed))
+        row |= said('known', predict_loss((L, Q), accuracy=accuracy))
         pairs = [((a, c), (b, d)) for (a, b), (c, d, _) in zip(held['crops'], copy['crops'])]
         for n in (100, 20):
             draws = [torch.randperm(len(y), generator=make_generator(k, 'draw'))[:n] for k in range(10)]
-            found = [predict_loss((L[i], Q[i]), *pairs[0]) for i in draws]
+            agreed = [foreseen_accuracy(L[i], [o[i] for o in held['shifted']]) for i in draws]
+            found = [predict_loss((L[i], Q[i]), *pairs[0], accuracy=a) for i, a in zip(draws, agreed)]
             row |= said(f'photographs_{n}', found[0])
             row[f'error_{n}'] = float(np.mean([abs(o.loss-row['measured']) for o in found]))
             row[f'held_{n}'] = float(np.mean([o.lo <= row['measured'] <= o.hi for o in found]))

@@ -35,7 +35,8 @@ from ..attacks.standard import cascade
 from ..evaluation.robust_accuracy import (
     AttackHelped, compare, transfer_attack, evaluate, robustness_curve, worst_case)
 from .features import noise_sum, relative_margin
-from .certainty import granted, known_sharpness
+from .certainty import (
+    foreseen_accuracy, granted, known_sharpness, shifted, typical_sharpness)
 from .crops import lead_dispersion
 from .probes import Probes
 from .prediction import predict_loss
@@ -92,7 +93,7 @@ def _expected(study, copy, copied):
     if probes.natural is not None:
         images = probes.natural, probes.moved
         crops = [(logits, predict(copy, x)) for logits, x in zip(study._on_crops, images)]
-    return predict_loss(photographs, *crops, study.accuracy, study.seed)
+    return predict_loss(photographs, *crops, study.presumed_accuracy, study.seed)
 
 def _worst_classes(study, by_class):
     "The three classes that lose most, over 5 %, as a reader knows them"
@@ -124,7 +125,7 @@ def _flips_attacked(before, after):
 
 def _robust_expected(study, before, after):
     "The law for photographs under attack: certainty of those that the copy holds, over that of all survivors"
-    certain = granted(study.answers[:study.attacked]).max(1).values.numpy()
+    certain = granted(study.answers, study.sharpness)[:study.attacked].max(1).values.numpy()
     stood, stands = (worst_case(o).correct.to_numpy() for o in (before, after))
     loss = 1 - certain[stands].sum()/certain[stood].sum() if stood.sum() >= 20 else np.nan
     return dict(expected_robust_loss=float(loss), survivors=int(stood.sum()))
@@ -204,14 +205,29 @@ def _in_order_of(model, test):
     n_classes = predict(model, test[:1].x).shape[1]
     return match_classes(test, getattr(model, 'classes', None), n_classes)
 
-# %% ../../nbs/api/transfer/60_study.ipynb #479fb021
-class _Original:
-    "What no format changes: each part is computed when it is first asked for, and kept."
+# %% ../../nbs/api/transfer/60_study.ipynb #60aa0001
+class _Asked:
+    "What the original says of the probes, and how far it is to be believed."
     @cached_property
     def answers(self):
         "Logits (N,K) of the original on the probes"
         return predict(self.model, self.probes.x)
 
+    @cached_property
+    def presumed_accuracy(self):
+        "The accuracy if it is known, what agreement foretells where there are photographs, or None"
+        if self.accuracy is not None or not self.probes.real: return self.accuracy
+        return foreseen_accuracy(self.answers, [predict(self.model, o) for o in shifted(self.probes.x)])
+
+    @cached_property
+    def sharpness(self):
+        "Of the answers to the probes"
+        if self.presumed_accuracy is None: return typical_sharpness
+        return known_sharpness(self.answers, self.presumed_accuracy)
+
+# %% ../../nbs/api/transfer/60_study.ipynb #479fb021
+class _Original(_Asked):
+    "What no format changes: each part is computed when it is first asked for, and kept."
     @cached_property
     def _on_crops(self):
         "The same on natural and on moved crops, where there are any"
@@ -335,6 +351,16 @@ def _images_notes(study):
                'answer would seem to keep half. Choose a smaller eps.')
 
 # %% ../../nbs/api/transfer/60_study.ipynb #f1b19743
+def _read_from(study):
+    "Images and accuracy behind the predictions"
+    known = study.presumed_accuracy
+    how = 'that is known' if study.accuracy else 'that agreement on shifted images foretells'
+    sharpened = '' if known is None else f' and the accuracy of {known:.1%} {how}'
+    return (f'Accuracy: read from {study.probes.words}{sharpened}; the widths of intervals were set on seven '
+            'networks, and on two others they held less often than nine times in ten where no photographs '
+            'were read.')
+
+# %% ../../nbs/api/transfer/60_study.ipynb #60aa0002
 def _quality_notes(facts):
     "How good the images are that stand in for real ones"
     if 'lead_ratio' in facts:
@@ -352,10 +378,7 @@ def _notes(study, copy):
     "What a reader has to keep in mind, in sentences."
     how = getattr(study.attack, 'func', study.attack)
     name = _known_attacks.get(how) or getattr(how, '__name__', 'the attack')
-    yield ('Accuracy: read from ' + study.probes.words + ('' if study.accuracy is None else
-           f' and the known accuracy {study.accuracy:.1%}') + '; the widths of '
-           'intervals were set on seven networks, and on two others they held less often than nine times '
-           'in ten where no photographs were read.')
+    yield _read_from(study)
     yield from _quality_notes(study.probes.facts)
     yield (f'Robust accuracy is what survives {name}, white-box and transferred from the original; '
            'a stronger attack will find more.')

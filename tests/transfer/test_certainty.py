@@ -3,7 +3,8 @@ from hypothesis import given, settings, strategies as st
 
 from robustnb.core import make_generator
 from robustnb.transfer.certainty import (
-    expected_class_losses, expected_loss, granted, known_sharpness, standardized, typical_sharpness)
+    expected_class_losses, expected_loss, foreseen_accuracy, granted, known_sharpness, shifted, standardized,
+    typical_sharpness)
 
 
 def answers(n=40, k=5, seed=0):
@@ -95,3 +96,46 @@ def test_the_standard_error_is_the_spread_of_samples():
     (lambda: known_sharpness(answers(), 1.), 'below 1')])
 def test_errors(call, words):
     with pytest.raises(ValueError, match=words): call()
+
+
+def moved_by_hand(x, dy, dx):
+    "Each pixel looks for its colour; beyond the border a picture is mirrored about its outermost pixels"
+    h, w = x.shape[-2:]
+    def inside(k, n): return -k if k < 0 else 2*(n-1)-k if k >= n else k
+    rows = torch.tensor([inside(i-dy, h) for i in range(h)])
+    columns = torch.tensor([inside(j-dx, w) for j in range(w)])
+    return x[:, :, rows][..., columns]
+
+
+sizes = {(32, 32): (2, 2), (16, 48): (1, 3), (8, 8): (1, 1), (224, 224): (14, 14)}
+
+
+@pytest.mark.parametrize('sides, step', sizes.items())
+def test_shifts_by_hand(sides, step):
+    x = torch.rand(2, 3, *sides, generator=make_generator(0, 'x'))
+    dy, dx = step
+    by_hand = [moved_by_hand(x, a*dy, b*dx) for a, b in ((1, 1), (1, -1), (-1, 1), (-1, -1))]
+    for found, known in zip(shifted(x), by_hand, strict=True):
+        assert torch.equal(found, known)
+
+
+def test_accuracy_counted_by_hand():
+    logits = torch.eye(4).repeat(5, 1)      # 20 images
+    moved = [logits.clone() for _ in range(4)]
+    for k in range(3):
+        moved[k][k] = -moved[k][k] + torch.eye(4)[(k+1) % 4]
+    assert foreseen_accuracy(logits, moved) == pytest.approx(1 - 1.4*3.5/81)
+
+
+def test_accuracy_stays_between_chance_and_one():
+    logits = torch.randn(50, 4, generator=make_generator(0, 'l'))
+    assert .99 < foreseen_accuracy(logits, 4*[logits]) < 1
+    low = foreseen_accuracy(logits, 4*[logits.roll(1, 1)])
+    assert low == pytest.approx(1.1/4)
+    known_sharpness(logits, low)    # can be used
+
+
+def test_shifted_answers_must_be_finite():
+    logits = torch.randn(5, 4)
+    with pytest.raises(ValueError, match='`moved` must be finite'):
+        foreseen_accuracy(logits, [logits*torch.nan])
