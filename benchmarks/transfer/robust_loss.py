@@ -31,7 +31,7 @@ from robustnb.contract import predict
 from robustnb.core import batches, make_generator
 from robustnb.files import manifest, save_json
 from robustnb.quant.ptq import quantize
-from robustnb.transfer.certainty import granted, known_sharpness
+from robustnb.transfer.certainty import foreseen_accuracy, granted, known_sharpness, shifted
 from robustnb.transfer.noise import flip_chances
 
 networks = 'c10_resnet8_k c10_cnna_v c100_resnet8_k c10_resnet8_m'
@@ -99,6 +99,8 @@ def answers(name, args):
     x, y = cifar(args.data, name, 'test-a', args.n)
     calibration, _ = cifar(args.data, name, 'train', 100)
     first = kept(args.work/f'{name}.pt', lambda: original(model, x))
+    agreed = foreseen_accuracy(first['logits'], [predict(model, o) for o in shifted(x)])
+    first['certain'] = granted(first['logits'], known_sharpness(first['logits'], agreed)).max(1).values
     for f in args.formats.split():
         yield f, y, first, kept(args.work/f'{name}-{f.replace("/", "_")}.pt',
                                 lambda: of_copy(quantize(model, f, calibration), x, y, first))
@@ -111,7 +113,7 @@ def foreseen(first, copy, k):
     "Robust losses without labels at budget k: the first with the copy attacked, the others without"
     L, Q = first['logits'], copy['logits']
     said = L.argmax(1)
-    certain = granted(L).max(1).values
+    certain = first['certain']
     stood = first['stood'][k]
     holds = stood & (Q.argmax(1) == said)
     carried = holds & (copy['transferred'][k].argmax(1) == said)
@@ -129,7 +131,7 @@ def foreseen(first, copy, k):
 
 def halves(first, copy, y, k):
     "Mean absolute distance from what one half measures, of what the other foresees and of what it measures"
-    certain = granted(first['logits']).max(1).values
+    certain = first['certain']
     right = (first['logits'].argmax(1) == y).double()
     stood, stands, kept = first['stood'][k], copy['stands'][k], copy['right'][k]
     apart = []
@@ -149,7 +151,7 @@ def rows_of(name, args):
     for f, y, first, copy in answers(name, args):
         L = first['logits']
         right = L.argmax(1) == y
-        certain = granted(L).max(1).values
+        certain = first['certain']
         known = granted(L, known_sharpness(L, right.double().mean().item())).max(1).values
         for k, eps in enumerate(budgets):
             stood = first['stood'][k]
