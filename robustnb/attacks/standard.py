@@ -15,10 +15,11 @@ from ..core import fast_bf16, make_generator
 from ..contract import answers_at_random, MeanAnswer, memory_format, smallest_batch
 from ..models.plain import copy_model
 from ..models.graph import fold_batchnorm
+from ..quant.ptq import FakeQuantize
 from .threat_models import L1, L2, Linf
 from .gradient import (
     _NotDifferentiable, check_attack, is_correct, loss_and_grad, margin, margin_to, multi_attack)
-from .adaptive_pgd import apgd, apgd_targeted, gradients, walk
+from .adaptive_pgd import apgd, apgd_targeted, climb, gradients, walk
 from .minimum_norm import fab
 from .score_based import random_search, square
 
@@ -138,13 +139,14 @@ def _need(s, rows):
     "What is missing to the border, as a share of what was gained"
     return -s.height[rows]/(s.height-s.clean)[rows].clamp_min(1e-9)
 
+def _pace(s): return 12 if isinstance(s.threat, L1) else 1    # sparse steps need more
+
 def _walked(s, rows, model, start, steps, wanted=None):
     "Walk, towards the classes `wanted` if there are any; how many of `rows` fall?"
     loss = margin if wanted is None else margin_to
     labels = s.y[rows] if wanted is None else torch.stack([s.y[rows], wanted], 1)
-    pace = 12 if isinstance(s.threat, L1) else 1    # sparse steps need more
-    found, height, fallen = walk(s.look(model, loss), s.x[rows], labels, s.threat, start, pace*steps,
-                                 s.judge)
+    found, height, fallen = walk(s.look(model, loss), s.x[rows], labels, s.threat, start,
+                                 _pace(s)*steps, s.judge)
     s.keep(rows, found, height, fallen)
     return int(fallen.sum())
 
@@ -205,6 +207,18 @@ def _finish(s, model, targets, generator):
                               lambda rows: _walked(s, rows, model, sides[kind](rows), 40))
             paid[kind] = max(share, paid.get(kind, 0))
         kinds = [k for k in paid if paid[k] >= .05]
+
+# %% ../../nbs/api/attacks/90_standard.ipynb #90ab0002
+def _coarse(model):
+    "A copy that rounds what flows through it to five bits or fewer"
+    return any(m.fmt.bits <= 5 for m in model.modules() if isinstance(m, FakeQuantize))
+
+def _climbed(s, model, rows):
+    "Climb once more; how many of `rows` fall?"
+    found, height, fallen = climb(s.look(model, margin), s.x[rows], s.y[rows], s.threat, s.x[rows],
+                                  _pace(s)*100, s.judge)
+    s.keep(rows, found, height, fallen)
+    return int(fallen.sum())
 
 # %% ../../nbs/api/attacks/90_standard.ipynb #e5426119
 def _differentiable(model, x, y):
@@ -297,6 +311,8 @@ def run_cascade(
             s.note('quick', asked)
             _wave(s, 'long', .25, lambda rows: _walked(s, rows, fast, s.out[rows], 20))
             _finish(s, exact, targets, generator)
+            if targets > 0 and _coarse(model):
+                _wave(s, 'Auto-PGD of a coarse copy', .08, partial(_climbed, s, exact))
         masked = bool(len(s.left)) and (not by_gradient or _sentinel(s, generator))
         if masked:
             _long_way(s, generator, by_gradient)

@@ -251,6 +251,30 @@ def test_a_copy_that_rounds_is_its_own_search_copy(trained, monkeypatch, name):
     assert (seen.survives & ~survives(copied, long_way, y)).sum() <= 1
 
 
+@pytest.mark.parametrize('name, climbs', [('INT8', False), ('INT4', True), ('POT4', False), ('FLOAT4', True)])
+def test_coarse_copies_are_climbed_once_more(trained, name, climbs):
+    net, x, y = trained
+    copied = quantize(net, name, x)
+    stages = set(run_cascade(copied, x, y, Linf(2/255)).stages.stage)
+    assert ('Auto-PGD of a coarse copy' in stages) == climbs
+    fast = run_cascade(copied, x, y, Linf(2/255), targets=0)
+    assert 'Auto-PGD of a coarse copy' not in set(fast.stages.stage)
+
+
+def test_a_climb_finds_what_walks_have_missed(trained, monkeypatch):
+    net, x, y = trained
+    copied = quantize(net, 'INT4', x)
+    walked = run_cascade(copied, x, y, Linf(2/255)).robust_accuracy
+    def stand_still(look, x, y, threat, start, steps, judge):
+        n = len(x)
+        return start, torch.full((n,), -torch.inf), torch.zeros(n, dtype=torch.bool)
+    monkeypatch.setattr(standard, 'walk', stand_still)
+    seen = run_cascade(copied, x, y, Linf(2/255))
+    row = seen.stages.set_index('stage').loc['Auto-PGD of a coarse copy']
+    assert row.fallen > 0 and row.backward <= 100*row.asked
+    assert walked <= seen.robust_accuracy < (copied(x).argmax(1) == y).float().mean()
+
+
 def test_a_model_that_refuses_bfloat16_is_folded_all_the_same(trained, monkeypatch):
     net, x, y = trained
     def only_float32(x):
