@@ -68,7 +68,7 @@ def predict_loss(
     photographs:tuple[Tensor, Tensor]=None,
     natural:tuple[Tensor, Tensor]=None,      # The same on natural crops; None without crops
     moved:tuple[Tensor, Tensor]=None,        # The same on moved crops; None without crops
-    accuracy:float=None,                     # Of the original, where it is known
+    accuracy:float=None,                     # Of the original: known, or from `foreseen_accuracy`
     seed:int=0,                              # Which noise of the crops meets which answer
 )->PredictedLoss:                            # The loss, its interval, the classes
     "The loss that rounding will cost, from unlabelled photographs, from crops, or from both."
