@@ -142,14 +142,14 @@ def test_margins_of_verdicts_are_those_that_attacks_climb(case):
 
 
 class Line(nn.Module):
-    "Class 0 below .4 and class 1 above .6 of one grey value; between them a refusal"
+    "Class 0 below .4 and class 1 above .6 of one grey value, never class 2; in the middle a refusal"
     def forward(self, x):
         at = x.flatten(1)[:, :1]
-        return torch.cat([.8-2*at, 2*at-1.2, .1-(at-.5).abs()], 1)
+        return torch.cat([.8-2*at, 2*at-1.2, 0*at-5, .1-(at-.5).abs()], 1)
 
 
 def test_a_wrong_answer_is_kept_rather_than_the_refusal_it_came_from():
-    "All logits of a refusal are equal, a cross-entropy of log 2, which a narrow wrong answer does not reach"
+    "All three logits of a refusal are equal, a cross-entropy of log 3 that narrow wrong answers do not reach"
     model = Rejecting(Line().eval())
     x = torch.full((1, 1, 1, 1), .5)
     y = torch.tensor([0])

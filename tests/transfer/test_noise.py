@@ -116,5 +116,9 @@ def test_flip_chances_refuse_what_does_not_fit():
     known = answers()
     with pytest.raises(ValueError, match='`logits` must have the 6 classes of `known`; got 5'):
         flip_chances(answers(k=5), known, known)
-    with pytest.raises(ValueError, match='`copied` must have the shape'):
+    with pytest.raises(ValueError, match=r'`copied` must have the shape of `known`, \(80, 6\); got \(9, 6\)'):
         flip_chances(known, known, known[:9])
+    with pytest.raises(ValueError, match='`known` must be finite'):
+        flip_chances(known, known*torch.nan, known)
+    with pytest.raises(ValueError, match='`copied` must be answers'):
+        flip_chances(known, known, None)
