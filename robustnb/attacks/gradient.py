@@ -228,7 +228,7 @@ def is_correct(
     x:Tensor,              # Images (N,C,H,W)
     y:Tensor,              # True labels (N,)
     batch_size:int=125,    # Images the model sees at a time
-)->tuple:                  # Indices of the images classified correctly (M,); logits of all (N,K)
+)->tuple:                  # Indices of the images classified correctly (M,); logits (N,K) as losses see them
     "Which images are classified correctly: no wrong logit is above the true one."
     logits = torch.cat([_logits_for(model, x[s], y[s]) for s in batches(len(x), batch_size)])
     return (margin(logits, y) <= 0).nonzero().flatten(), logits

@@ -43,9 +43,8 @@ def rounding_noise(
     "Gain, shift, what ranks lose, remainder."
     a, b, _ = _standardized(logits, copied)
     gain = _gain(a, b)
-    rest = b - gain*a
-    shift = rest.mean(0)
-    rest = (rest - shift).gather(1, _ranked(a))
+    shift = (b - gain*a).mean(0)
+    rest = (b - gain*a - shift).gather(1, _ranked(a))
     by_rank = rest.mean(0)
     return RoundingNoise(gain, shift, by_rank, rest - by_rank)
 
