@@ -147,6 +147,16 @@ def test_what_an_attack_may_not_return_is_not_kept(tmp_path, attack, words):
     assert not [*(tmp_path/'parts').glob('*.pt')]
 
 
+def test_each_part_has_random_starts_of_its_own(tmp_path):
+    net, x, y, _ = case()
+    drawn = []
+    def drawing(model, x, y, threat, *, generator=None):
+        drawn.append(torch.rand(1, generator=generator).item())
+        return x
+    craft_adversarial(net, x, y, drawing, threat, tmp_path/'parts', part=4)
+    assert len({*drawn}) == 3
+
+
 def asking(model, x, y, threat, *, generator=None):
     assert model(x).shape == (len(x), 2)
     return x
@@ -174,7 +184,9 @@ def test_logits_that_are_no_numbers_prove_nothing(tmp_path):
     class Broken(nn.Module):
         def forward(self, x): return net(x) + torch.where(x.amax((1, 2, 3)) > 1-1e-6, torch.nan, 0.)[:, None]
     x = x.clamp_max(.95)
+    y = net(x).argmax(1)
     x_adv = x.clone()
     x_adv[:, 0, 0, 0] = 1.
     told = save_adversarial(tmp_path/'a.pt', Broken().eval(), x, y, x_adv, Linf(1.))
-    assert told['clean_accuracy'] > 0 and told['robust_accuracy'] == 0
+    assert 0 < y.sum() < len(y)
+    assert told['clean_accuracy'] == 1 and told['robust_accuracy'] == 0
