@@ -117,6 +117,10 @@ def loss_and_grad(
     return value.detach(), grad, logits.detach()
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #11f0a966
+def _logits_for(model, x, y):
+    "The logits that losses see: where a model may refuse, others than it answers with"
+    return model.logits_for(x, y) if hasattr(model, 'logits_for') else model(x)
+
 def fgsm(
     model:nn.Module,   # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,          # Clean images (N,C,H,W), float, pixels in [0,1]
@@ -164,7 +168,7 @@ def _pgd(model, x, y, threat, generator, lengths, loss, leave):
     now = x if generator is None else threat.sample(x, generator)
     with torch.no_grad():
         if generator is not None:
-            logits = model(x)
+            logits = _logits_for(model, x, y)
             go_on = best.see(ids, x, y, loss(logits, y), logits)
             ids = ids[go_on]
             now = now[go_on]
@@ -177,7 +181,7 @@ def _pgd(model, x, y, threat, generator, lengths, loss, leave):
             now = now[go_on]
             now = threat.project(x[ids], now + length*threat.steepest(grad[go_on], x[ids], now))
         if len(ids):
-            logits = model(now)
+            logits = _logits_for(model, now, y[ids])
             best.see(ids, now, y[ids], loss(logits, y[ids]), logits)
     return best.images
 
@@ -224,9 +228,9 @@ def is_correct(
     x:Tensor,              # Images (N,C,H,W)
     y:Tensor,              # True labels (N,)
     batch_size:int=125,    # Images the model sees at a time
-)->tuple:                  # Indices of the images classified correctly (M,); logits of all (N,K)
+)->tuple:                  # Indices of the images classified correctly (M,); logits (N,K) as losses see them
     "Which images are classified correctly: no wrong logit is above the true one."
-    logits = torch.cat([model(x[s]) for s in batches(len(x), batch_size)])
+    logits = torch.cat([_logits_for(model, x[s], y[s]) for s in batches(len(x), batch_size)])
     return (margin(logits, y) <= 0).nonzero().flatten(), logits
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #719156d8

@@ -7,8 +7,23 @@ __all__ = ['Rejecting', 'refused']
 
 # %% ../../nbs/api/attacks/35_rejection.ipynb #9ec8c93e
 import torch
-from torch import nn, Tensor
-from ..contract import open_model
+from torch import fx, nn, Tensor
+from ..contract import open_model, unwrap
+from .gradient import loss_and_grad
+
+# %% ../../nbs/api/attacks/35_rejection.ipynb #9b1c40e7
+def _parted(logits):
+    "Those of the classes (N,K), that of the refusal (N,1)"
+    if logits.shape[1] < 3:
+        raise ValueError("`model` must have at least two classes beside the one that refuses; it "
+                         f"answers with {logits.shape[1]} logits. Is the refusal among them?")
+    return logits[:, :-1], logits[:, -1:]
+
+def _spoken_for(logits, y):
+    "Logits (N,K): the true class has its own or that of the refusal, whichever is larger"
+    classes, refusal = _parted(logits)
+    true = (y if y.ndim == 2 else y[:, None])[:, :1]
+    return classes.scatter(1, true, torch.maximum(classes.gather(1, true), refusal))
 
 # %% ../../nbs/api/attacks/35_rejection.ipynb #5ab3aae2
 class Rejecting(nn.Module):
@@ -17,21 +32,27 @@ class Rejecting(nn.Module):
         model:nn.Module,  # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K+1); in eval mode
     ):
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError("`model` must be a torch.nn.Module from images to logits; "
+                            f"got {type(model).__name__}.")
         self.net = model
-        self.train(model.training)
-
-    def _classes(self, x):
-        logits = open_model(self.net, x)(x)
-        if logits.shape[1] < 3:
-            raise ValueError("`model` must have at least two classes beside the one that refuses; it "
-                             f"answers with {logits.shape[1]} logits.")
-        return logits[:, :-1], logits[:, -1:]
+        self.training = model.training   # the parts stay as they are
 
     def forward(self,
         x:Tensor,   # Images (N,C,H,W)
     ):
         "Logits (N,K)."
-        return torch.maximum(*self._classes(x))
+        if isinstance(x, fx.Proxy):
+            raise ValueError("`Rejecting` must be the outermost part, whose refusals a graph would lose; "
+                             "quantise what is inside: `Rejecting(quantize(net, ...))`")
+        return torch.maximum(*_parted(open_model(self.net, x)(x)))
+
+    def logits_for(self,
+        x:Tensor,   # Images (N,C,H,W)
+        y:Tensor,   # True labels (N,)
+    ):
+        "Logits (N,K) in which a refusal speaks for the true class."
+        return _spoken_for(open_model(self.net, x)(x), y)
 
     def loss_and_grad(self,
         x:Tensor,   # Images (N,C,H,W)
@@ -39,15 +60,9 @@ class Rejecting(nn.Module):
         loss,       # (logits, y) -> loss per image
     ):
         "Loss per image, its gradient, and logits (N,K) in which a refusal speaks for the true class."
-        x = x.detach().requires_grad_()
-        true = y if y.ndim == 2 else y[:, None]
-        with torch.enable_grad():
-            classes, refusal = self._classes(x)
-            safe = torch.maximum(classes.gather(1, true[:, :1]), refusal)
-            logits = classes.scatter(1, true[:, :1], safe)
-            value = loss(logits, y)
-            grad, = torch.autograd.grad(value.sum(), x)
-        return value.detach(), grad, logits.detach()
+        spoken = lambda logits, y: loss(_spoken_for(logits, y), y)
+        value, grad, logits = loss_and_grad(open_model(self.net, x), x, y, spoken)
+        return value, grad, _spoken_for(logits, y)
 
 # %% ../../nbs/api/attacks/35_rejection.ipynb #5c1e77ab
 def refused(
@@ -55,5 +70,5 @@ def refused(
     logits:Tensor,    # Its answers (N,K)
 )->Tensor:            # Which of them refuse (N,)
     "Where all classes of a `Rejecting` network are equal."
-    alike = (logits == logits[:, :1]).all(1)
-    return alike & isinstance(model, Rejecting)
+    alike = (logits == logits[:, :1]).all(1) & logits.isfinite().all(1)
+    return alike & isinstance(unwrap(model), Rejecting)

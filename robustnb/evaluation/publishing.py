@@ -18,13 +18,14 @@ from ..metrics import wilson
 from ..attacks.gradient import check_attack
 from ..attacks.rejection import refused
 from ..attacks.standard import CascadeResult
-from .robust_accuracy import _question, _same_question, worst_case
+from .robust_accuracy import _check_crafted, _question, _same_question, worst_case
 
 # %% ../../nbs/api/evaluation/50_publishing.ipynb #20386f5b
 def _right(model, x, y):
     "Which images are answered rightly, or not at all by a network that may refuse"
     logits = predict(model, x)
-    return (logits.argmax(1) == y) | refused(model, logits)
+    right = (logits.argmax(1) == y) & logits.isfinite().all(1)   # no number is no defence
+    return right | refused(model, logits)
 
 def _verdict(model, x, y, x_adv, threat, what):
     "How many stand, if these images may be judged"
@@ -89,8 +90,10 @@ def craft_adversarial(
     seed:int=0,         # Random starts
 )->Tensor:              # Images like `x`, on the CPU: for `save_adversarial`
     "Attack many images in parts that are kept."
-    if not part >= 1: raise ValueError(f"`part` must be at least 1; got {part}.")
-    check_attack(model, x, y, threat)
+    if not (isinstance(part, int) and part >= 1):
+        raise ValueError(f"`part` must be a whole number, at least 1; got {part}.")
+    asked = check_attack(model, x, y, threat)
+    device = next(model.parameters(), x).device
     question = _question(model, x, y, dict(attack=attack), threat, seed) | dict(part=part)
     folder = Path(save)
     _same_question(folder, question, '*.pt')
@@ -98,7 +101,10 @@ def craft_adversarial(
     for rows in progress(batches(len(x), part), 'parts'):
         file = folder/f'{rows.start:07d}.pt'
         if not file.exists():
-            found = attack(model, x[rows], y[rows], threat, generator=make_generator(seed, rows.start))
+            xs = x[rows].to(device)
+            ys = y[rows].to(device)
+            found = attack(asked, xs, ys, threat, generator=make_generator(seed, rows.start))
+            _check_crafted(xs, found, threat, 'attack')
             save_state(dict(x_adv=found.detach().cpu()), file)
         made.append(load_state(file)['x_adv'])
     return torch.cat(made)

@@ -111,16 +111,22 @@ def _crafted(attack, model, x, y, threat, generator):
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #d2945ec3
 @torch.no_grad()
-def _judge(model, x, x_adv, y, threat, name, images):
-    "One row per image."
+def _check_crafted(x, x_adv, threat, name):
+    "Raise unless an attack returned what its threat model allows."
     got = tuple(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
     if got != tuple(x.shape):
         raise ValueError(
             f"attack {name!r} must return images of shape {tuple(x.shape)}; got {got}.")
-    inside = threat.allows(x, x_adv) if name != 'clean' else torch.ones(len(x), dtype=torch.bool)
+    inside = threat.allows(x, x_adv)
     if not inside.all():
         raise ValueError(f"attack {name!r} left its threat model {threat} on "
                          f"{int((~inside).sum())} images. Return `threat.project(x, x_adv)`.")
+
+@torch.no_grad()
+def _judge(model, x, x_adv, y, threat, name, images):
+    "One row per image."
+    if name != 'clean':
+        _check_crafted(x, x_adv, threat, name)
     logits = model(x_adv).float().cpu()
     y = y.cpu()
     known = logits.isfinite().all(1)
@@ -186,7 +192,7 @@ def _same_question(folder, question, kind='*.csv'):
         raise ValueError(f"`save` holds rows of another version of this library ({file}), which "
                          "told attacks apart in another way. Name another folder, or delete "
                          "this one.")
-    differ = [k for k in question if known.get(k) != question[k]]
+    differ = [k for k in question | known if known.get(k) != question.get(k)]
     if differ:
         raise ValueError(f"`save` holds rows of another question: {', '.join(differ)} differ "
                          f"from {file}. Name another folder, or delete this one.")

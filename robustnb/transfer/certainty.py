@@ -66,7 +66,10 @@ def shifted(
 )->list:             # Four times as many, like `x`
     "Images moved by a sixteenth of their side towards each corner; what enters is mirrored at the border."
     sides = check_images(x).shape[-2:]
-    dy, dx = (max(1, round(side/16)) for side in sides)
+    if max(sides) == 1:
+        raise ValueError("`x` must hold images of more than one pixel, which can be shifted; got shape "
+                         f"{tuple(x.shape)}. Tell the accuracy where it is known.")
+    dy, dx = (min(side-1, max(1, round(side/16))) for side in sides)   # a side of one pixel stays
     wide = F.pad(x, (dx, dx, dy, dy), mode='reflect')
     h, w = sides
     return [wide[:, :, i:i+h, j:j+w] for i in (0, 2*dy) for j in (0, 2*dx)]
@@ -76,7 +79,12 @@ def foreseen_accuracy(
     moved:list,      # Answers (N,K) to the same photographs, shifted, from each of `shifted`
 )->float:            # The share that it is likely to get right, above chance and below 1
     "One less 1.4 times the share of answers that a shift changes."
-    said = _check(logits).argmax(1)
+    l = _check(logits)
+    shapes = [tuple(getattr(o, 'shape', ())) for o in moved]
+    if not shapes or {*shapes} != {tuple(l.shape)}:
+        raise ValueError(f"`moved` must be a list of answers of the shape of `logits`, {tuple(l.shape)}; "
+                         f"got {shapes or 'none'}. Ask about each of `shifted(x)`.")
+    said = l.argmax(1)
     changed = sum(int((_check(o, 'moved').argmax(1) != said).sum()) for o in moved)
     errors = 1.4*(changed + .5)/(len(said)*len(moved) + 1)
     return max(1 - errors, 1.1/logits.shape[1])

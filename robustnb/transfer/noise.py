@@ -24,14 +24,15 @@ class RoundingNoise:
 
 def _ranked(logits): return logits.argsort(1, descending=True)
 
-def _standardized(logits, copied):
+def _standardized(logits, copied, name='logits'):
     "Both without the mean of each image, in standard deviations of the original's; that deviation"
-    centred = _check(logits)
+    centred = _check(logits, name)
     std = centred.std(correction=0).clamp_min(1e-30)
-    if copied.shape != centred.shape:
-        raise ValueError(f"`copied` must have the shape of `logits`, {tuple(centred.shape)}; "
-                         f"got {tuple(copied.shape)}.")
-    return centred/std, _check(copied, 'copied')/std, std
+    added = _check(copied, 'copied')
+    if added.shape != centred.shape:
+        raise ValueError(f"`copied` must have the shape of `{name}`, {tuple(centred.shape)}; "
+                         f"got {tuple(added.shape)}.")
+    return centred/std, added/std, std
 
 def _gain(a, b): return ((a*b).sum()/(a*a).sum().clamp_min(1e-30)).item()
 
@@ -42,9 +43,8 @@ def rounding_noise(
     "Gain, shift, what ranks lose, remainder."
     a, b, _ = _standardized(logits, copied)
     gain = _gain(a, b)
-    rest = b - gain*a
-    shift = rest.mean(0)
-    rest = (rest - shift).gather(1, _ranked(a))
+    shift = (b - gain*a).mean(0)
+    rest = (b - gain*a - shift).gather(1, _ranked(a))
     by_rank = rest.mean(0)
     return RoundingNoise(gain, shift, by_rank, rest - by_rank)
 
@@ -109,7 +109,7 @@ def flip_chances(
     copied:Tensor,   # Answers (N,K) of the copy to these
 )->Tensor:           # (M,) float64 in [0,1]
     "How likely it is, image by image, that the copy answers otherwise than the original."
-    a, b, std = _standardized(known, copied)
+    a, b, std = _standardized(known, copied, 'known')
     l = _check(logits)/std
     if l.shape[1] != a.shape[1]:
         raise ValueError(f"`logits` must have the {a.shape[1]} classes of `known`; got {l.shape[1]}.")

@@ -3,12 +3,14 @@ import pytest
 import torch
 from torch import nn
 
-from robustnb.attacks.gradient import cross_entropy, is_correct, margin, margin_to, pgd
+from robustnb.attacks.gradient import cross_entropy, full_pgd, is_correct, margin, margin_to, pgd
 from robustnb.attacks.rejection import refused, Rejecting
 from robustnb.attacks.standard import run_cascade
 from robustnb.attacks.threat_models import Linf
+from robustnb.core import make_generator
 from robustnb.evaluation.publishing import save_adversarial
 from robustnb.evaluation.robust_accuracy import evaluate
+from robustnb.quant.ptq import quantize
 
 eps = .15
 
@@ -112,5 +114,82 @@ def test_a_file_proves_what_the_rows_say(case, tmp_path):
 
 
 def test_two_logits_are_no_classes_with_a_refusal():
-    with pytest.raises(ValueError, match='at least two classes beside'):
+    with pytest.raises(ValueError, match='at least two classes beside .* with 2 logits'):
         Rejecting(nn.Flatten().eval())(torch.rand(3, 2, 1, 1))
+
+
+def test_infinite_logits_refuse_nothing(case):
+    model = case[1]
+    assert not refused(model, torch.full((2, 4), torch.inf)).any()
+
+
+def test_in_a_wrapper_it_refuses_all_the_same(case, tmp_path):
+    net, model, x, y = case
+    wrapped = nn.DataParallel(model)
+    assert torch.equal(refused(wrapped, model(x)), net(x).argmax(1) == 4)
+    found = [save_adversarial(tmp_path/'adversarial.pt', o, x, y, x, Linf(eps)) for o in (model, wrapped)]
+    assert found[0] == found[1] and found[0]['clean_accuracy'] == 1
+
+
+def test_margins_of_verdicts_are_those_that_attacks_climb(case):
+    net, model, x, y = case
+    said = net(x).detach()
+    by_hand = said[:, :4].clone()
+    for row, k, refusal in zip(by_hand, y, said[:, 4]):
+        row[k] = max(row[k], refusal)
+    torch.testing.assert_close(is_correct(model, x, y)[1], by_hand)
+    assert (margin(by_hand, y)[said.argmax(1) == 4] < 0).all()
+
+
+class Line(nn.Module):
+    "Class 0 below .4 and class 1 above .6 of one grey value, never class 2; in the middle a refusal"
+    def forward(self, x):
+        at = x.flatten(1)[:, :1]
+        return torch.cat([.8-2*at, 2*at-1.2, 0*at-5, .1-(at-.5).abs()], 1)
+
+
+def test_a_wrong_answer_is_kept_rather_than_the_refusal_it_came_from():
+    "All three logits of a refusal are equal, a cross-entropy of log 3 that narrow wrong answers do not reach"
+    model = Rejecting(Line().eval())
+    x = torch.full((1, 1, 1, 1), .5)
+    y = torch.tensor([0])
+    found = full_pgd(model, x, y, Linf(.12), generator=make_generator(0))
+    assert model(found).argmax(1) == 1 and not refused(model, model(found)).any()
+
+
+def test_images_that_are_refused_do_not_pass_for_masked():
+    "Far from the other class, each comes nearer without reaching it"
+    model = Rejecting(Line().eval())
+    x = torch.linspace(.42, .46, 12).view(12, 1, 1, 1)
+    seen = run_cascade(model, x, torch.zeros(12, dtype=int), Linf(.05))
+    assert seen.survives.all() and not seen.masked
+    assert (seen.x_adv > x).all()
+
+
+def test_without_a_gradient_there_are_queries(case):
+    net, _, x, y = case
+    class Steps(nn.Module):
+        def forward(self, x): return net(x.detach())
+    model = Rejecting(Steps().eval())
+    with pytest.raises(ValueError, match='`model` must be differentiable'):
+        model.loss_and_grad(x, y, margin)
+    assert run_cascade(model, x[:4], y[:4], Linf(eps)).masked
+
+
+def test_parts_keep_their_modes():
+    parts = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(2)).train()
+    parts[1].eval()
+    assert Rejecting(parts).training and parts.training and not parts[1].training
+
+
+def test_what_is_no_module_is_named():
+    with pytest.raises(TypeError, match='`model` must be a torch.nn.Module .*; got function'):
+        Rejecting(lambda x: x)
+
+
+def test_copies_are_made_of_what_is_inside(case):
+    net, model, x, y = case
+    with pytest.raises(TypeError, match=r'`Rejecting\(quantize\(net'):
+        quantize(model, 'INT8', x)
+    copied = Rejecting(quantize(net, 'INT8', x))
+    assert (refused(copied, copied(x)) == refused(model, model(x))).float().mean() > .9

@@ -10,6 +10,7 @@ from robustnb.attacks.threat_models import Linf
 from robustnb.contract import count_passes
 from robustnb.evaluation.publishing import (
     accuracy_by_passes, check_adversarial, craft_adversarial, per_class, save_adversarial)
+from robustnb.evaluation.robust_accuracy import evaluate
 
 threat = Linf(.1)
 
@@ -126,6 +127,66 @@ def test_a_damaged_part_is_named(tmp_path):
 
 def test_a_part_has_images(tmp_path):
     net, x, y, _ = case()
-    with pytest.raises(ValueError, match='`part` must be at least 1; got 0'):
-        craft_adversarial(net, x, y, pgd, threat, tmp_path/'parts', part=0)
+    for part in (0, 2.5):
+        with pytest.raises(ValueError, match=f'`part` must be a whole number, at least 1; got {part}'):
+            craft_adversarial(net, x, y, pgd, threat, tmp_path/'parts', part=part)
     assert not (tmp_path/'parts').exists()
+
+
+def beyond(model, x, y, threat, *, generator=None): return (x + 2*threat.eps).clamp(0, 1)
+
+
+def nothing(model, x, y, threat, *, generator=None): return None
+
+
+@pytest.mark.parametrize('attack, words', [(beyond, 'left its threat model'), (nothing, 'got NoneType')])
+def test_what_an_attack_may_not_return_is_not_kept(tmp_path, attack, words):
+    net, x, y, _ = case()
+    with pytest.raises(ValueError, match=words):
+        craft_adversarial(net, x, y, attack, threat, tmp_path/'parts', part=4)
+    assert not [*(tmp_path/'parts').glob('*.pt')]
+
+
+def test_each_part_has_random_starts_of_its_own(tmp_path):
+    net, x, y, _ = case()
+    drawn = []
+    def drawing(model, x, y, threat, *, generator=None):
+        drawn.append(torch.rand(1, generator=generator).item())
+        return x
+    craft_adversarial(net, x, y, drawing, threat, tmp_path/'parts', part=4)
+    assert len({*drawn}) == 3
+
+
+def asking(model, x, y, threat, *, generator=None):
+    assert model(x).shape == (len(x), 2)
+    return x
+
+
+def test_an_attack_is_given_a_model_that_returns_logits(tmp_path):
+    net, x, y, _ = case()
+    class Told(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+        def forward(self, x): return dict(logits=self.net(x))
+    assert torch.equal(craft_adversarial(Told().eval(), x, y, asking, threat, tmp_path/'parts'), x)
+
+
+def test_a_run_in_parts_is_no_run_of_evaluate(tmp_path):
+    net, x, y, _ = case()
+    craft_adversarial(net, x, y, pgd, threat, tmp_path/'parts')
+    with pytest.raises(ValueError, match='of another question: part differ'):
+        evaluate(net, x, y, dict(attack=pgd), threat, save=tmp_path/'parts')
+
+
+def test_logits_that_are_no_numbers_prove_nothing(tmp_path):
+    net, x, y, _ = case()
+    class Broken(nn.Module):
+        def forward(self, x): return net(x) + torch.where(x.amax((1, 2, 3)) > 1-1e-6, torch.nan, 0.)[:, None]
+    x = x.clamp_max(.95)
+    y = net(x).argmax(1)
+    x_adv = x.clone()
+    x_adv[:, 0, 0, 0] = 1.
+    told = save_adversarial(tmp_path/'a.pt', Broken().eval(), x, y, x_adv, Linf(1.))
+    assert 0 < y.sum() < len(y)
+    assert told['clean_accuracy'] == 1 and told['robust_accuracy'] == 0

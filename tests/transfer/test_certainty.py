@@ -107,7 +107,8 @@ def moved_by_hand(x, dy, dx):
     return x[:, :, rows][..., columns]
 
 
-sizes = {(32, 32): (2, 2), (16, 48): (1, 3), (8, 8): (1, 1), (224, 224): (14, 14)}
+sizes = {(32, 32): (2, 2), (16, 48): (1, 3), (8, 8): (1, 1), (224, 224): (14, 14), (2, 2): (1, 1),
+         (1, 40): (0, 2), (28, 28): (2, 2)}
 
 
 @pytest.mark.parametrize('sides, step', sizes.items())
@@ -139,3 +140,14 @@ def test_shifted_answers_must_be_finite():
     logits = torch.randn(5, 4)
     with pytest.raises(ValueError, match='`moved` must be finite'):
         foreseen_accuracy(logits, [logits*torch.nan])
+
+
+def test_one_pixel_cannot_be_shifted():
+    with pytest.raises(ValueError, match=r'more than one pixel.*got shape \(4, 3, 1, 1\)'):
+        shifted(torch.rand(4, 3, 1, 1))
+
+
+@pytest.mark.parametrize('moved', [[], [torch.randn(1, 4)], [torch.randn(5, 3)], [torch.randn(5, 4), None]])
+def test_shifted_answers_must_fit(moved):
+    with pytest.raises(ValueError, match=r'`moved` must be .* of the shape of `logits`, \(5, 4\)'):
+        foreseen_accuracy(torch.randn(5, 4), moved)

@@ -116,5 +116,29 @@ def test_flip_chances_refuse_what_does_not_fit():
     known = answers()
     with pytest.raises(ValueError, match='`logits` must have the 6 classes of `known`; got 5'):
         flip_chances(answers(k=5), known, known)
-    with pytest.raises(ValueError, match='`copied` must have the shape'):
+    with pytest.raises(ValueError, match=r'`copied` must have the shape of `known`, \(80, 6\); got \(9, 6\)'):
         flip_chances(known, known, known[:9])
+    with pytest.raises(ValueError, match='`known` must be finite'):
+        flip_chances(known, known*torch.nan, known)
+    with pytest.raises(ValueError, match='`copied` must be answers'):
+        flip_chances(known, known, None)
+
+
+def test_a_class_that_is_raised_leaves_nothing_to_chance():
+    known = answers(500)
+    new = answers(200, seed=1)
+    def raised(logits): return logits + 2*torch.eye(6)[4]
+    flips = raised(new).argmax(1) != new.argmax(1)
+    chances = flip_chances(new, known, raised(known))
+    assert 20 < flips.sum() < 180
+    assert chances[flips].min() > .9 and chances[~flips].max() < .1
+
+
+def test_leads_that_shrink_are_lost_more_often():
+    known, new = answers(4000), answers(4000, seed=1)
+    noise = .3*answers(4000, seed=2), .3*answers(4000, seed=3)
+    found = {}
+    for gain in (.3, 1., 3.):
+        flips = (gain*new + noise[1]).argmax(1) != new.argmax(1)
+        found[gain] = flip_chances(new, known, gain*known + noise[0]).mean() / flips.double().mean()
+    assert all(.9 < o < 1.1 for o in found.values()), found
