@@ -109,6 +109,13 @@ def test_raw_link_in_a_block():
     assert ['a block shows Markdown'] == [o.partition(':')[0] for o in html_faults(Parts(html))]
 
 
+def test_link_within_a_link():
+    "As nbdev makes of a name in backticks that stands in a link already"
+    html = pandoc('see [[`g`](https://a.b/c#g)](../d.html), and `x](https://a.b)`, [a](b.html) (c)', 'html')
+    found = [*html_faults(Parts(html))]
+    assert found == ['the text shows Markdown: ](https://a.b/c#g)']
+
+
 def test_module_without_index():
     assert any('auto' in o for o in index_faults('p.auto', ['f'], {'p.auto': {}}))
     assert any('auto' in o for o in index_faults('p.auto', ['f'], {}))

@@ -82,10 +82,12 @@ def output_faults(nb):
 
 
 def html_faults(parts):
-    "Markdown that shows as it is written inside a block, and scripts of other hosts"
+    "Markdown that shows as it is written, in a block or as a link within a link, and scripts of other hosts"
     for o in parts.blocks:
         if m := re.search(r'\[[^\]\n]*\]\(\w+:[^)\s]*\)', o):
             yield f'a block shows Markdown: {m[0]}'
+    for o in re.findall(r'\]\(\s*[\w./]+[:/][^)\s]*\)', parts.prose):
+        yield f'the text shows Markdown: {o}'
     for o in parts.scripts:
         if re.match(r'(https?:)?//', o): yield f'a script of another host: {o}'
 

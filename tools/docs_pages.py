@@ -78,8 +78,11 @@ def pandoc(md, to, *args):
     return pypandoc.convert_text(md, to, format=reader, extra_args=list(args))
 
 
+unread = {'pre', 'code', 'script', 'style'}
+
+
 class Parts(HTMLParser):
-    "The ids, links and scripts of some HTML, and the text of its blocks"
+    "The ids, links and scripts of some HTML, the text of its blocks, and the rest but for code"
     def __init__(self, html):
         super().__init__()
         self.ids = set()
@@ -87,6 +90,8 @@ class Parts(HTMLParser):
         self.scripts = []
         self.blocks = []
         self.inside = 0                 # how many <pre> are open
+        self.prose = ''
+        self.unread = 0                 # how many of <pre>, <code>, <script>, <style> are open
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
@@ -95,15 +100,18 @@ class Parts(HTMLParser):
         if attrs.get('id'): self.ids.add(attrs['id'])
         if link and not link.startswith('#cb'): self.links.append(link)     # not the lines of code
         if tag == 'script': self.scripts.append(attrs.get('src') or '')
+        self.unread += tag in unread
         if tag == 'pre':
             self.inside += 1
             self.blocks.append('')
 
     def handle_endtag(self, tag):
         if tag == 'pre': self.inside -= 1
+        self.unread -= tag in unread
 
     def handle_data(self, data):
         if self.inside: self.blocks[-1] += data
+        if not self.unread: self.prose += data
 
 
 def render(path, name, out):
