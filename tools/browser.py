@@ -110,13 +110,18 @@ class Browser:
         while not arrived(self.events):
             self.events.append(self._read(until))
 
+    def _go(self, url):
+        "Load a page; `events` are those since"
+        self.events = []
+        loader = self.ask('Page.navigate', url=url)['loaderId']
+        self.wait(lambda events: any(_is_load(o, loader) for o in events))
+
     def open(self, url, width=1280, height=900):
         "Open a page at a width in CSS pixels: what `FAULTS` finds, and `errors` that were heard"
         self.ask('Emulation.setDeviceMetricsOverride', width=width, height=height,
                  deviceScaleFactor=1, mobile=width < 600)
-        self.events = []
-        loader = self.ask('Page.navigate', url=url)['loaderId']
-        self.wait(lambda events: any(_is_load(o, loader) for o in events))
+        self._go('about:blank')     # what the page before still says is heard here
+        self._go(url)
         self.ask('Runtime.evaluate', expression=TIMERS, awaitPromise=True)
         self.wait(lambda events: not _pending(events))      # a loaded page may still fetch
         found = self.ask('Runtime.evaluate', expression=FAULTS, returnByValue=True)['result']
