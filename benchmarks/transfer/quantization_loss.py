@@ -101,13 +101,7 @@ def network(name, args):
 def answers(name, args):
     "Logits of the network and of its copies on photographs and on crops, kept in a file"
     path = args.work/f"{name.partition('=')[0]}.pt"
-    if path.exists():
-        found = torch.load(path)
-        if 'shifted' not in found:
-            model, x = network(name, args)[:2]
-            found['shifted'] = [predict(model, o) for o in shifted(x)]
-            torch.save(found, path)
-        return found
+    if path.exists(): return torch.load(path)
     model, x, y, calibration = network(name, args)
     crops = [Probes.crops(model, x.shape[-1], seed=k) for k in range(args.seeds)]
     found = dict(y=y, photographs=predict(model, x), shifted=[predict(model, o) for o in shifted(x)],

@@ -24,15 +24,15 @@ import pandas as pd
 import torch
 
 from quantization_loss import cifar
-from robustnb.attacks.gradient import loss_and_grad, margin
+from robustnb.attacks.gradient import margin
 from robustnb.attacks.standard import run_cascade
 from robustnb.attacks.threat_models import Linf
 from robustnb.contract import predict
-from robustnb.core import batches, make_generator
+from robustnb.core import make_generator
 from robustnb.files import manifest, save_json
 from robustnb.quant.ptq import quantize
 from robustnb.transfer.certainty import foreseen_accuracy, granted, known_sharpness, shifted
-from robustnb.transfer.noise import flip_chances
+from robustnb.transfer.noise import flip_chances, rounding_noise
 
 networks = 'c10_resnet8_k c10_cnna_v c100_resnet8_k c10_resnet8_m'
 formats = 'INT8 INT4 POT4 FLOAT4 INT3'.split()
@@ -73,10 +73,7 @@ def original(model, x):
     logits = predict(model, x)
     said = logits.argmax(1)
     stood, images = surviving(model, x, said)
-    slopes = torch.cat([loss_and_grad(model, x[s], said[s], margin)[1].flatten(1).abs().sum(1)
-                        for s in batches(len(x), 125)])
-    return dict(logits=logits, stood=stood, images=images, slopes=slopes,
-                attacked=[predict(model, o) for o in images])
+    return dict(logits=logits, stood=stood, images=images, attacked=[predict(model, o) for o in images])
 
 
 def of_copy(copy, x, y, first):
@@ -118,8 +115,7 @@ def foreseen(first, copy, k):
     holds = stood & (Q.argmax(1) == said)
     carried = holds & (copy['transferred'][k].argmax(1) == said)
     lead = lambda o: -margin(o.double(), said)
-    gain = float((centred(L)*centred(Q)).sum()/centred(L).square().sum())
-    taken = gain*(lead(L) - lead(first['attacked'][k]))
+    taken = rounding_noise(L, Q).gain*(lead(L) - lead(first['attacked'][k]))
     # how unevenly the noise of rounding moves a lead within the ball
     uneven = (lead(copy['transferred'][k]) - lead(Q) + taken)[stood].std()
     calm = 1 - flip_chances(first['attacked'][k], L, Q)
@@ -141,9 +137,6 @@ def halves(first, copy, y, k):
             true = [1 - float(kept[o].sum()/(right*stood)[o].sum()) for o in (i, j)]
             apart.append((abs(share_lost(certain[i], stood[i], stands[i]) - true[1]), abs(true[0] - true[1])))
     return dict(zip(('attacked_other_half', 'measured_other_half'), torch.tensor(apart).mean(0).tolist()))
-
-
-def centred(logits): return logits.double() - logits.double().mean(1, keepdim=True)
 
 
 def rows_of(name, args):

@@ -27,7 +27,7 @@ formats = 'INT4', 'POT4'
 chosen_on = ('c10_resnet8_k c10_resnet8_m c10_cnna_v c100_resnet8_k c10_resnet20_a c10_resnet20_i '
              'c100_resnet20_k').split()
 judged_on = 'c100_micronet_t c10_resnet26_k'.split()
-parts = dict(train='train', test='test-a')
+parts = 'train', 'test'
 
 
 def answers(name, args):
@@ -37,8 +37,8 @@ def answers(name, args):
     from networks import load
     model = load(name).eval()
     x, y = cifar(args.data, name, 'train', 400)
-    images = dict(train=x[:300], test=None)
-    images['test'], labels = cifar(args.data, name, 'test-a', 300)
+    new, labels = cifar(args.data, name, 'test-a', 300)
+    images = dict(train=x[:300], test=new)
     asked = lambda net: {k: predict(net, o) for k, o in images.items()}
     found = dict(y=dict(train=y[:300], test=labels), original=asked(model),
                  crops=predict(model, natural_crops(200, 32)))

@@ -12,7 +12,7 @@ import torch
 from torch import nn, Tensor
 from ..core import batches
 from .gradient import (
-    check_attack, cross_entropy, dlr_to, loss_and_grad, margin, is_correct)
+    _logits_for, check_attack, cross_entropy, dlr_to, loss_and_grad, margin, is_correct)
 
 # %% ../../nbs/api/attacks/40_adaptive_pgd.ipynb #91e09b95
 def gradients(
@@ -23,10 +23,10 @@ def gradients(
     "Loss, gradient and logits of any number of images, a batch at a time."
     @torch.no_grad()
     def loss_alone(model, x, y, loss):
-        logits = model(x)
+        logits = _logits_for(model, x, y)
         return loss(logits, y), x[:, :0], logits
     def gradient_of(x, y, wanted=True):
-        look = loss_and_grad if wanted or hasattr(model, 'loss_and_grad') else loss_alone
+        look = loss_and_grad if wanted else loss_alone
         parts = [look(model, x[s], y[s], loss) for s in batches(len(x), batch_size)]
         return [torch.cat(o) for o in zip(*parts)]
     return gradient_of

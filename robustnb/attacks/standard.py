@@ -139,14 +139,13 @@ def _need(s, rows):
     "What is missing to the border, as a share of what was gained"
     return -s.height[rows]/(s.height-s.clean)[rows].clamp_min(1e-9)
 
-def _pace(s): return 12 if isinstance(s.threat, L1) else 1    # sparse steps need more
-
-def _walked(s, rows, model, start, steps, wanted=None):
-    "Walk, towards the classes `wanted` if there are any; how many of `rows` fall?"
+def _walked(s, rows, model, start, steps, wanted=None, search=None):
+    "Walk, or `search`, towards the classes `wanted` if there are any; how many of `rows` fall?"
     loss = margin if wanted is None else margin_to
     labels = s.y[rows] if wanted is None else torch.stack([s.y[rows], wanted], 1)
-    found, height, fallen = walk(s.look(model, loss), s.x[rows], labels, s.threat, start,
-                                 _pace(s)*steps, s.judge)
+    pace = 12 if isinstance(s.threat, L1) else 1    # sparse steps need more
+    found, height, fallen = (search or walk)(s.look(model, loss), s.x[rows], labels, s.threat, start,
+                                             pace*steps, s.judge)
     s.keep(rows, found, height, fallen)
     return int(fallen.sum())
 
@@ -212,13 +211,6 @@ def _finish(s, model, targets, generator):
 def _coarse(model):
     "A copy that rounds what flows through it to five bits or fewer"
     return any(m.fmt.bits <= 5 for m in model.modules() if isinstance(m, FakeQuantize))
-
-def _climbed(s, model, rows):
-    "Climb once more; how many of `rows` fall?"
-    found, height, fallen = climb(s.look(model, margin), s.x[rows], s.y[rows], s.threat, s.x[rows],
-                                  _pace(s)*100, s.judge)
-    s.keep(rows, found, height, fallen)
-    return int(fallen.sum())
 
 # %% ../../nbs/api/attacks/90_standard.ipynb #e5426119
 def _differentiable(model, x, y):
@@ -312,7 +304,8 @@ def run_cascade(
             _wave(s, 'long', .25, lambda rows: _walked(s, rows, fast, s.out[rows], 20))
             _finish(s, exact, targets, generator)
             if targets > 0 and _coarse(model):
-                _wave(s, 'Auto-PGD of a coarse copy', .08, partial(_climbed, s, exact))
+                _wave(s, 'Auto-PGD of a coarse copy', .08,
+                      lambda rows: _walked(s, rows, exact, s.x[rows], 100, search=climb))
         masked = bool(len(s.left)) and (not by_gradient or _sentinel(s, generator))
         if masked:
             _long_way(s, generator, by_gradient)
