@@ -20,7 +20,7 @@ setup(
     package_data={cfg['lib_path']: ['**/*.json']},
     python_requires='>='+cfg['min_python'],
     install_requires=lines('requirements'),
-    extras_require={k: lines(f'{k}_requirements') for k in ('dev', 'export', 'onnx', 'timm', 'slurm', 'accelerate')},
+    extras_require={k: lines(f'{k}_requirements') for k in ('dev', 'export', 'onnx', 'timm', 'faces', 'slurm', 'accelerate')},
     entry_points={'console_scripts': lines('console_scripts'),
                   'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
 )
