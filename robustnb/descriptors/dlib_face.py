@@ -180,7 +180,7 @@ def align_faces(
     chips = []
     found = []
     for i, image in enumerate(images):
-        image = check_pixels(np.asarray(image)[None])[0]
+        image = np.ascontiguousarray(check_pixels(np.asarray(image)[None])[0])
         enlarge = 2 if max(image.shape[:2]) < 400 else 1
         image = dlib.resize_image(image, enlarge) if enlarge > 1 else image
         faces = detector(image, 0)
