@@ -198,6 +198,7 @@ def _steps(nodes, order):
             steps.append((name, nodes[name]['op'], attr, needs))
     return steps
 
+# %% ../../nbs/api/descriptors/17_tfjs.ipynb #e426f0f5
 class _Network(nn.Module):
     "The nodes of a graph that `output` needs; `mean`, `std` and `bgr` as in `load_tfjs`"
     def __init__(self, nodes, weights, output, mean, std, bgr):
@@ -233,7 +234,7 @@ class _Network(nn.Module):
                     del values[o]
         return values[self.output].flatten(1)
 
-# %% ../../nbs/api/descriptors/17_tfjs.ipynb #e426f0f5
+# %% ../../nbs/api/descriptors/17_tfjs.ipynb #ea0e107b
 def load_tfjs(
     path,                  # `model.json` of a graph model; its weights files lie beside it
     output:str|None=None,  # Node whose values are wanted; None is the only end of the graph
