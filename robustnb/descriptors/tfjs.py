@@ -331,7 +331,9 @@ def _value(raw):
         return {'f': np.frombuffer(value, '<f4')[0].item()}
     if kind == 7:
         return {'shape': {'dim': [{'size': o} for o in _dims(value)]}}
-    return {{2: 's', 3: 'i', 5: 'b', 6: 'type'}[kind]: value if isinstance(value, int) else list(value)}
+    if kind == 5:
+        return {'b': bool(value)}
+    return {{2: 's', 3: 'i', 6: 'type'}[kind]: list(value) if kind == 2 else value}
 
 def _frozen_nodes(raw):
     "Nodes by name, and the constants"

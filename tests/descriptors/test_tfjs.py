@@ -1,4 +1,4 @@
-"""Graph models of TensorFlow.js, written here with numbers that are known and computed again by
+"""Graph models of TensorFlow.js and frozen graphs, written here with numbers that are known and computed again by
 loops and by plain numpy."""
 import base64, json, math
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from robustnb.descriptors.tfjs import load_tfjs, tfjs_weights
+from robustnb.descriptors.tfjs import load_frozen, load_tfjs, tfjs_weights
 
 rng = np.random.default_rng(0)
 
@@ -263,3 +263,97 @@ def test_a_layers_model_is_refused(tmp_path):
     path.write_text(json.dumps(dict(modelTopology=dict(model_config={}), weightsManifest=[])))
     with pytest.raises(ValueError, match='tensorflowjs_converter'):
         load_tfjs(path)
+
+
+def varint(n):
+    out = []
+    n %= 2**64
+    while n > 127:
+        out.append(n % 128 + 128)
+        n //= 128
+    return bytes(out + [n])
+
+
+def field(number, value):
+    "One field of a protocol buffer: bytes and words with their length, numbers as they are"
+    if isinstance(value, int): return varint(number << 3) + varint(value)
+    value = value.encode() if isinstance(value, str) else value
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def shape(*dims): return b''.join(field(2, field(1, o)) for o in dims)
+def whole(*v): return field(1, b''.join(field(3, o) for o in v))
+def packed(*v): return field(1, field(3, b''.join(map(varint, v))))
+
+
+def frozen(op, name, *inputs, **attr):
+    entries = b''.join(field(5, field(1, k) + field(2, v)) for k, v in attr.items())
+    return field(1, field(1, name) + field(2, op) + b''.join(field(3, o) for o in inputs) + entries)
+
+
+def constant(name, v):
+    content = field(1, {'f': 1, 'i': 3}[v.dtype.kind]) + field(2, shape(*v.shape)) + field(4, v.tobytes())
+    return frozen('Const', name, value=field(8, content), dtype=field(6, 1))
+
+
+def taken(batch=-1, side=6):
+    return frozen('Placeholder', 'image', shape=field(7, shape(batch, side, side, 3)))
+
+
+@pytest.mark.parametrize('listed', [whole, packed])
+def test_a_frozen_graph_of_the_layers_that_facenet_has(tmp_path, listed):
+    kernel = normal(3, 3, 3, 4)
+    gain, shift, mean = normal(3, 4)
+    var = rng.random(4).astype(np.float32)
+    pool = dict(ksize=listed(1, 2, 2, 1), strides=listed(1, 2, 2, 1), padding=field(2, 'VALID'))
+    raw = b''.join([
+        frozen('ConcatV2', 'both', 'most', 'mean', 'axis'),
+        frozen('Conv2D', 'c', 'image:0', 'k', strides=listed(1, 1, 1, 1), padding=field(2, 'SAME')),
+        frozen('FusedBatchNorm', 'n', 'c', 'gain', 'shift', 'center', 'var', is_training=field(5, 0),
+               epsilon=varint(4 << 3 | 5) + np.float32([.01]).tobytes()),
+        frozen('MaxPool', 'most', 'n', **pool), frozen('AvgPool', 'mean', 'n', **pool),
+        frozen('Sum', 'sum', 'both', 'axes', keep_dims=field(5, 1)), frozen('RealDiv', 'y', 'both', 'sum'),
+        constant('k', kernel), constant('gain', gain), constant('shift', shift), constant('center', mean),
+        constant('var', var), constant('axis', np.array(3, '<i4')), constant('axes', np.int32([3])), taken()])
+    (tmp_path/'g.pb').write_bytes(raw)
+    x = photos(6)
+    v = (slow_conv(last(x), kernel, 1, True)-mean)/np.sqrt(var + .01)*gain + shift
+    blocks = v.reshape(2, 3, 2, 3, 2, 4)
+    both = np.concatenate([blocks.max((2, 4)), blocks.mean((2, 4))], 3)
+    expected = both/both.sum(3, keepdims=True)
+    np.testing.assert_allclose(load_frozen(tmp_path/'g.pb')(x).numpy(), expected.reshape(2, -1), rtol=.01,
+                               atol=1e-3)
+
+
+def test_a_file_made_for_one_image_takes_several(tmp_path):
+    raw = [taken(1), constant('shape', np.int32([1, -1])), frozen('Reshape', 'y', 'image', 'shape')]
+    (tmp_path/'g.pb').write_bytes(b''.join(raw))
+    x = photos(6, 3)
+    np.testing.assert_array_equal(load_frozen(tmp_path/'g.pb')(x).numpy(), last(x).reshape(3, -1))
+
+
+def test_constants_said_in_other_ways(tmp_path):
+    few = field(1, 1) + field(2, shape(3)) + varint(5 << 3 | 5) + np.float32([2]).tobytes()
+    axes = field(1, 3) + field(2, shape(2)) + field(7, varint(1) + varint(-2))
+    raw = [taken(), frozen('Const', 'two', value=field(8, few)), frozen('Const', 'axes', value=field(8, axes)),
+           frozen('Mul', 'm', 'image', 'two'), frozen('Mean', 'y', 'm', 'axes')]
+    (tmp_path/'g.pb').write_bytes(b''.join(raw))
+    x = photos(6)
+    np.testing.assert_allclose(load_frozen(tmp_path/'g.pb')(x).numpy(), 2*last(x).mean((1, 2)), rtol=1e-5)
+
+
+@pytest.mark.parametrize('raw', [b'', b'no graph at all', bytes(50), b'\xff'*50,
+                                 (taken() + frozen('Abs', 'y', 'image'))[:-3],
+                                 taken() + frozen('Const', 'c', value=field(8, field(1, 7) + field(2, b'')))])
+def test_what_is_no_frozen_graph(tmp_path, raw):
+    (tmp_path/'g.pb').write_bytes(raw)
+    with pytest.raises(ValueError, match='g.pb cannot be read'):
+        load_frozen(tmp_path/'g.pb')
+
+
+def test_pools_that_are_padded_are_refused(tmp_path):
+    pool = frozen('MaxPool', 'y', 'image', ksize=whole(1, 2, 2, 1), strides=whole(1, 2, 2, 1),
+                  padding=field(2, 'SAME'))
+    (tmp_path/'g.pb').write_bytes(taken() + pool)
+    with pytest.raises(ValueError, match="'y' has padding SAME. Known are VALID"):
+        load_frozen(tmp_path/'g.pb')
