@@ -208,11 +208,11 @@ def _steps(nodes, order):
             steps.append((name, nodes[name]['op'], attr, needs))
     return steps
 
-# %% ../../nbs/api/descriptors/17_tfjs.ipynb #e426f0f5
 def _laid_out(weight):
     "The same kernel (H,W,I,O), in memory as torch's convolutions read it, which saves them a third"
     return weight.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0) if weight.ndim == 4 else weight
 
+# %% ../../nbs/api/descriptors/17_tfjs.ipynb #e426f0f5
 class _Network(nn.Module):
     "The nodes of a graph that `output` needs; `mean`, `std` and `bgr` as in `load_tfjs`"
     def __init__(self, nodes, weights, output, mean, std, bgr):

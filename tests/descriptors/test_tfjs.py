@@ -336,7 +336,8 @@ def test_constants_said_in_other_ways(tmp_path):
     few = field(1, 1) + field(2, shape(3)) + varint(5 << 3 | 5) + np.float32([2]).tobytes()
     axes = field(1, 3) + field(2, shape(2)) + field(7, varint(1) + varint(-2))
     raw = [taken(), frozen('Const', 'two', value=field(8, few)),
-           frozen('Const', 'axes', value=field(8, axes)), frozen('Mul', 'm', 'image', 'two'), frozen('Mean', 'y', 'm', 'axes')]
+           frozen('Const', 'axes', value=field(8, axes)),
+           frozen('Mul', 'm', 'image', 'two'), frozen('Mean', 'y', 'm', 'axes')]
     (tmp_path/'g.pb').write_bytes(b''.join(raw))
     x = photos(6)
     np.testing.assert_allclose(load_frozen(tmp_path/'g.pb')(x).numpy(), 2*last(x).mean((1, 2)), rtol=1e-5)
