@@ -7,7 +7,7 @@ __all__ = ['image_changes', 'pair_distances', 'threshold_at', 'true_accept_rate'
            'rank_one', 'verification_table', 'match_shares', 'impersonation_rate', 'dodging_rate', 'survival',
            'image_quality']
 
-# %% ../../nbs/api/descriptors/92_verification.ipynb #4b91248c
+# %% ../../nbs/api/descriptors/92_verification.ipynb #d8045b52
 import importlib.util, io, warnings
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +21,7 @@ from ..core import check_images, some_of, to_float, to_uint8
 from ..attacks.ssim_rule import file_ssim
 from .submission import _describe_files
 
-# %% ../../nbs/api/descriptors/92_verification.ipynb #493628f8
+# %% ../../nbs/api/descriptors/92_verification.ipynb #3708c63e
 def _checked(descriptors, identities, names=('descriptors', 'identities')):
     "Finite descriptors (N,D) in float64, and whose they are (N,)"
     if isinstance(descriptors, Tensor):
@@ -56,7 +56,7 @@ def pair_distances(
                          f"{len(np.unique(who))} of {len(who)} images.")
     return apart[same], apart[~same]
 
-# %% ../../nbs/api/descriptors/92_verification.ipynb #90dc5dd7
+# %% ../../nbs/api/descriptors/92_verification.ipynb #ba501b45
 def _lengths(values, name):
     "Distances as a sorted array, or an error"
     a = np.sort(np.asarray(values, np.float64).ravel())
@@ -78,6 +78,7 @@ def threshold_at(
                          f"of strangers; got {far}. Add images of more persons.")
     return float(other[most])
 
+# %% ../../nbs/api/descriptors/92_verification.ipynb #1f56f15f
 def true_accept_rate(
     same,            # Distances of pairs of one person, from `pair_distances`
     other,           # Distances of pairs of strangers
@@ -99,7 +100,7 @@ def equal_error_rate(
     nearest = np.argmin(abs(accepted*len(same) - refused*len(other)))
     return float((accepted[nearest]/len(other) + refused[nearest]/len(same))/2)
 
-# %% ../../nbs/api/descriptors/92_verification.ipynb #711f31f3
+# %% ../../nbs/api/descriptors/92_verification.ipynb #8a64533b
 def _doubt(rate, threshold, most=.05):
     "What is wrong with a threshold at which so many strangers match; empty where nothing is"
     if rate <= most: return ''
@@ -120,7 +121,7 @@ def false_accept_rate(
         warnings.warn(said, stacklevel=2)
     return rate
 
-# %% ../../nbs/api/descriptors/92_verification.ipynb #2372defa
+# %% ../../nbs/api/descriptors/92_verification.ipynb #c8871928
 def rank_one(
     descriptors,     # Descriptors (N,D) of clean images, finite
     identities,      # Whose they are (N,); some person has two images
@@ -136,7 +137,7 @@ def rank_one(
                          f"{some_of(names)} with one each.")
     return float((who[apart.argmin(1)] == who)[known].mean())
 
-# %% ../../nbs/api/descriptors/92_verification.ipynb #7effca9e
+# %% ../../nbs/api/descriptors/92_verification.ipynb #110db0dd
 def verification_table(
     descriptors,                # Descriptors (N,D) of clean images, finite
     identities,                 # Whose they are (N,)
@@ -157,7 +158,7 @@ def verification_table(
         row['far'] = false_accept_rate(other, threshold)
     return pd.Series(row)
 
-# %% ../../nbs/api/descriptors/92_verification.ipynb #108e3a3b
+# %% ../../nbs/api/descriptors/92_verification.ipynb #7873daec
 def match_shares(
     attacked,          # Descriptors (N,D) of attacked images, finite
     persons,           # The person each is compared with (N,), as named in `identities`
@@ -180,6 +181,7 @@ def match_shares(
     theirs = persons[:, None] == who
     return ((_distances(a, g) < threshold) & theirs).sum(1)/theirs.sum(1)
 
+# %% ../../nbs/api/descriptors/92_verification.ipynb #f0995632
 def impersonation_rate(
     attacked,              # Descriptors (N,D) of attacked images, finite
     wanted,                # The person each is to be taken for (N,)
@@ -203,7 +205,7 @@ def dodging_rate(
     "How often attacked images are no longer taken for their own person."
     return 1 - impersonation_rate(attacked, whose, gallery, identities, threshold, by_person)
 
-# %% ../../nbs/api/descriptors/92_verification.ipynb #88c3a85e
+# %% ../../nbs/api/descriptors/92_verification.ipynb #d251dc71
 def _jpeg(x, quality=75):
     "Images as a JPEG file gives them back"
     said = []
@@ -224,13 +226,13 @@ def _shifted(x, by=3):
     return F.pad(x, (by, 0, by, 0), mode='replicate')[:, :, :x.shape[2], :x.shape[3]]
 
 image_changes = {
-    'none': lambda x: x,
+    'as it is': lambda x: x,
     'JPEG 75': _jpeg,
     'half size and back': _resized,
     'shift by 3 pixels': _shifted,
     'mirror': lambda x: x.flip(3)}
 
-# %% ../../nbs/api/descriptors/92_verification.ipynb #d430bf0a
+# %% ../../nbs/api/descriptors/92_verification.ipynb #f61481d0
 def survival(
     boxes:dict,             # Name -> black box: images (N,3,H,W) -> descriptors (N,D)
     thresholds:dict,        # Name of the box -> distance below which two images match there
@@ -259,7 +261,7 @@ def survival(
             rows.append(dict(box=name, change=change, images=len(images)) | rates)
     return pd.DataFrame(rows)
 
-# %% ../../nbs/api/descriptors/92_verification.ipynb #0e1ed80a
+# %% ../../nbs/api/descriptors/92_verification.ipynb #0804b2bb
 def _lpips():
     "LPIPS with AlexNet, or None where the package is not installed"
     if importlib.util.find_spec('lpips') is None: return None

@@ -185,10 +185,10 @@ def test_what_does_not_fit_is_refused():
 
 def test_the_changes_are_what_their_names_say():
     x = pictures(3, 20, width=24)
-    assert list(image_changes) == ['none', 'JPEG 75', 'half size and back', 'shift by 3 pixels', 'mirror']
+    assert list(image_changes) == ['as it is', 'JPEG 75', 'half size and back', 'shift by 3 pixels', 'mirror']
     out = {k: f(x) for k, f in image_changes.items()}
     assert all(o.shape == x.shape and 0 <= o.min() and o.max() <= 1 for o in out.values())
-    assert torch.equal(out['none'], x)
+    assert torch.equal(out['as it is'], x)
     assert torch.equal(out['mirror'], x[..., range(23, -1, -1)])
     assert torch.equal(out['shift by 3 pixels'][:, :, 3:, 3:], x[:, :, :-3, :-3])
     assert torch.equal(out['shift by 3 pixels'][:, :, :3, :3], x[:, :, :1, :1].expand(-1, -1, 3, 3))
