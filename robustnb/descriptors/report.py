@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['attack_report']
 
-# %% ../../nbs/api/descriptors/95_report.ipynb #fc53d744
+# %% ../../nbs/api/descriptors/95_report.ipynb #6e25a364
 import base64, html
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from robustnb.descriptors.verification import (
     _distances, _doubt, false_accept_rate, image_quality, match_shares, pair_distances, survival,
     threshold_at, verification_table)
 
-# %% ../../nbs/api/descriptors/95_report.ipynb #9522dbb4
+# %% ../../nbs/api/descriptors/95_report.ipynb #fd08336f
 @dataclass
 class _Case:
     "The images of an attack, and whose they are"
@@ -57,7 +57,7 @@ def _case(images, pairs, x_adv):
                          f"with; there is none of {some_of(images.classes[k] for k in lost)}.")
     return _Case(clean, changed, whose, wanted, targets, enrolled)
 
-# %% ../../nbs/api/descriptors/95_report.ipynb #23ab5b4e
+# %% ../../nbs/api/descriptors/95_report.ipynb #3d5e7701
 def _percent(value): return '' if pd.isna(value) else f'{100*value:.1f} %'
 
 def _mean(shares):
@@ -86,7 +86,7 @@ def _gaps(said, described, case):
     return np.stack([_distances(o[None].astype(float), described[row].astype(float))[0]
                      for o, row in zip(said, case.targets)])
 
-# %% ../../nbs/api/descriptors/95_report.ipynb #b77b2b89
+# %% ../../nbs/api/descriptors/95_report.ipynb #718dc4b1
 _style = ' '.join((
     'body {font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto;',
     'padding: 0 1em; color: #222} h2 {margin-top: 1.8em} .wide {overflow-x: auto}',
@@ -110,7 +110,7 @@ def _table(rows, index=False):
     "A table that scrolls by itself where the page is narrow"
     return f'<div class="wide">{pd.DataFrame(rows).to_html(index=index, border=0)}</div>'
 
-# %% ../../nbs/api/descriptors/95_report.ipynb #e8427ba3
+# %% ../../nbs/api/descriptors/95_report.ipynb #4a55ca04
 def _people_table(said, images, cut):
     "What each box can tell on clean images"
     columns = {}
@@ -145,7 +145,7 @@ def _quality_table(case, perceptual):
     return _table([{'': titles[k], 'mean': f'{rows[k].mean():.4g}',
                     'worst': f'{rows[k].min() if k == "ssim" else rows[k].max():.4g}'} for k in rows])
 
-# %% ../../nbs/api/descriptors/95_report.ipynb #f3c88dc4
+# %% ../../nbs/api/descriptors/95_report.ipynb #5e73e0bc
 def _pairs_shown(case, images, before, after, shown, threshold):
     "Some attacked images from the nearest to the farthest, with what they were and were to become"
     order = np.argsort(after.mean(1), kind='stable')
@@ -166,7 +166,7 @@ def _pairs_shown(case, images, before, after, shown, threshold):
         parts.append(f'<div class="pair"><p>{words}</p>{"".join(figures)}</div>')
     return ''.join(parts)
 
-# %% ../../nbs/api/descriptors/95_report.ipynb #8f0021c9
+# %% ../../nbs/api/descriptors/95_report.ipynb #52ce02b0
 def _headline(shares, threshold, far):
     "The result in a sentence"
     attacked, clean = shares
@@ -186,7 +186,7 @@ def _page(title, parts, facts):
         *(f'<h2>{head}</h2>{part}' if head else part for head, part in parts),
         f'<h2>What was run</h2><pre>{html.escape(done)}</pre></body></html>'))
 
-# %% ../../nbs/api/descriptors/95_report.ipynb #5c308aaa
+# %% ../../nbs/api/descriptors/95_report.ipynb #c650334e
 def attack_report(
     path,                        # HTML file to write, completely or not at all
     boxes:dict,                  # Name -> black box, images -> descriptors; the first is the one attacked

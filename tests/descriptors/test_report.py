@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(faces, pairs, case,
             (dict(images=faces[np.isin(np.arange(24), faces.at(everybody.sources))],
                   pairs=Pairs(everybody.sources[:1], everybody.sources[-1:]), x_adv=x_adv[:4]),
              ValueError, "not attacked, to compare with; there is none of 'ann'"),
-            (dict(boxes=dict(near=lambda x: box(x)*torch.nan)), RuntimeError, 'must answer at least once')):
+            (dict(boxes=dict(near=lambda x: box(x)*torch.nan)), ValueError, '`descriptors` must be finite')):
         with pytest.raises(kind, match=said):
             attack_report(**good | change)
     assert not [*tmp_path.iterdir()]
