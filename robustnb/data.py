@@ -388,12 +388,12 @@ def _read(names, open_file, source, decode, prepare=None):
         except Exception as e:
             raise ValueError(f"{name!r} in {source} cannot be read as an image: {e}. Replace "
                              "or remove it.") from e
+        if prepare: a = prepare(a, name)
         shape = shape or a.shape
         if a.shape != shape:
-            way = 'Bring them to one size first.' if prepare else 'Give `size` to resize.'
+            way = 'Let `prepare` bring them to one size.' if prepare else 'Give `size` to resize.'
             raise ValueError(f"all images must have one size; in {source}, {names[0]!r} is "
                              f"{wh(shape)} and {name!r} is {wh(a.shape)}. {way}")
-        if prepare: a = prepare(a, name)
         if images is None:
             if len(names)*a.nbytes > _MAX_SET:
                 raise ValueError(f"`size` must be given: {len(names)} images of {wh(a.shape)} "
@@ -432,13 +432,14 @@ def load_folder(
     size:int|None=None,   # Height and width to resize to; None wants all images alike
     channels:int=3,       # 3, grey repeated over them, or 1, the brightness
     crop_pct:float=1.,    # Share of the resized image that the cut keeps, in (0, 1]
+    prepare=None,         # (image (H,W,C), its name in the folder) -> uint8 image; None leaves them
 )->ImageSet:              # Images (N,H,W,channels); classes sorted by name, or as numbers
     "Images from class folders, as ImageNet is usually kept."
     path = Path(path)
     _check_fit(size, channels, crop_pct)
     names, y, classes = class_folders(_tree(path), split, path)
     decode = partial(decode_image, size=size, channels=channels, crop_pct=crop_pct)
-    return ImageSet(_read(names, lambda o: open(path/o, 'rb'), path, decode), y, classes)
+    return ImageSet(_read(names, lambda o: open(path/o, 'rb'), path, decode, prepare), y, classes)
 
 def load_zip(
     path,                 # Zip file with split/class/image or class/image

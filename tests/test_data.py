@@ -252,6 +252,17 @@ def test_sizes(tmp_path):
     with pytest.raises(ValueError, match='`size` must be at least 1'):
         load_zip(path, size=0)
 
+def test_what_prepare_brings_to_one_size_is_taken(tmp_path):
+    files = {'a/1.png': encode(np.full((6, 9, 3), 7, np.uint8)),
+             'b/2.png': encode(np.full((8, 5, 3), 9, np.uint8))}
+    for load, source in ((load_zip, pack(tmp_path/'mixed.zip', files)),
+                         (load_folder, write(tmp_path/'loose', files))):
+        corner = load(source, prepare=lambda image, name: image[:5, :5])
+        assert corner.images.shape == (2, 5, 5, 3)
+        assert corner.images[:, 0, 0, 0].tolist() == [7, 9]
+        with pytest.raises(ValueError, match="'b/2.png' is 5x8. Let `prepare` bring them"):
+            load(source, prepare=lambda image, name: image)
+
 def test_large_jpegs_keep_their_detail_when_resized(tmp_path):
     blocks = np.kron(np.random.default_rng(0).integers(60, 200, (64, 64)),
                      np.ones((8, 8))).astype(np.uint8)[..., None].repeat(3, -1)

@@ -30,8 +30,8 @@ from .common import _command, _images, _listed, _write
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #5c901249
 def _named(data, size=112):
-    """The images that `data` names, all of them or the part in brackets; faces of `size`, unless a
-    number behind @ says otherwise"""
+    """The images that `data` names, all of them or the part in brackets; faces are brought to `size`,
+    whole, unless a number behind @ says otherwise"""
     source, split, first, last, other = re.fullmatch(
         r'(.+?)(?::(train|test|val))?(?:\[(\d*):(\d*)\])?(?:@(\d+))?', data).groups()
     if not split:
@@ -114,6 +114,18 @@ def _student_recipes(models, width, size, epochs):
         recipes[name] = replace(student_recipes.get(name, DescriptorRecipe()), epochs=epochs)
     return recipes
 
+def _two_sides(images, copies, noise):
+    "Images to ask about, the number of them to learn from, and the identities held back"
+    people = len(np.unique(images.y))
+    if people < 2:
+        raise ValueError("`data` must have images of at least 2 identities or classes, as one is held "
+                         "back; got 1. Name more of them in the brackets.")
+    for n in range(max(1, round(people/10)), people):
+        sides = split_groups(images.y, n/people)
+        if len(sides[1])*copies > 1: break          # what `fidelity` compares
+    fit, held = (views(images.images[o], copies, noise=noise) for o in sides)
+    return np.concatenate([fit, held]), len(fit), len(np.unique(images.y[sides[1]]))
+
 def _students(out, recipes, images, answers, held, width):
     "Train and save a student for each recipe; its fidelity on the images `held` back, by name"
     fit, held = held
@@ -151,19 +163,22 @@ def distill_command(
     out = Path(out)
     images = _named(data)
     recipes = _student_recipes(models, width, images.images.shape[1], epochs)
-    asked = views(images.images, copies, noise=noise)
+    asked, fit, people = _two_sides(images, copies, noise)
     said = _answers(_box(box), asked, out/f'asked-{_name(box)}.db')
-    known = said.isfinite().all(1).numpy()
-    if not known.any(): raise ValueError("`box` must answer; it did not once.")
-    parts = split_groups(np.tile(np.arange(len(images)), copies)[known])
+    known = np.flatnonzero(said.isfinite().all(1).numpy())
+    parts = np.flatnonzero(known < fit), np.flatnonzero(known >= fit)
+    if not all(map(len, parts)):
+        raise ValueError("`box` must answer about images to learn from and images held back; it "
+                         f"answered about {len(parts[0])} and {len(parts[1])}. Ask again.")
     table = _students(out, recipes, asked[known], said[known], parts, width)
     _write(table.reset_index(), out/'fidelity.csv')
     facts = dict(box=box, data=data, models=models, width=width, epochs=epochs, copies=copies,
-                 noise=noise, asked=len(known), answered=int(known.sum()),
+                 noise=noise, asked=len(asked), answered=len(known), identities_held_back=people,
                  seconds=round(time.time()-started))
     save_json(manifest(**facts), out/'manifest.json')
     print(table.round(4).to_string(),
-          f'\n\nOn images held back; {known.sum()} of {len(known)} answered. Written to {out}/')
+          f'\n\nOn {people} of {len(np.unique(images.y))} identities or classes, of whom no student saw '
+          f'an image; {len(known)} of {len(asked)} answered. Written to {out}/')
     return dict(out=str(out), rows=table.reset_index().to_dict('records'), **facts)
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #5001f1b3

@@ -6,31 +6,41 @@
 __all__ = ['prepare', 'load_faces']
 
 # %% ../../nbs/api/descriptors/20_faces.ipynb #99fa4e62
+from pathlib import Path
 from PIL import Image
 import numpy as np
-from ..data import load_zip, NamedSet
+from ..data import load_folder, load_zip, NamedSet
 
 # %% ../../nbs/api/descriptors/20_faces.ipynb #707e629f
 def _start(length, crop): return round((length-crop)/2) if length >= crop else -((crop-length)//2)
 
-def prepare(
-    image:np.ndarray,  # One image (H,W), (H,W,1) or (H,W,3), uint8
-    crop:int=224,      # Side of the centre that is kept, in pixels; smaller images get black borders
-    size:int=112,      # Height and width of the result in pixels, by bilinear interpolation
-)->np.ndarray:         # Image (size,size,3), uint8; grey is repeated over the channels
-    "What the black box of the competition sees of a photograph (Machines Can See 2018)."
+def _check_image(image):
+    "The image as an array, or an error that says what one is"
     image = np.asarray(image)
     shaped = image.ndim == 2 or image.ndim == 3 and image.shape[2] in (1, 3)
     if image.dtype != np.uint8 or not shaped or not image.size:
         raise ValueError("`image` must be one uint8 image (H,W), (H,W,1) or (H,W,3); got "
                          f"{image.dtype} of shape {image.shape}. Prepare images one by one, "
                          "channels last.")
-    for k, v in dict(crop=crop, size=size).items():
+    return image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+
+def prepare(
+    image:np.ndarray,    # One image (H,W), (H,W,1) or (H,W,3), uint8
+    # Side of the centre that is kept, in pixels, 224 in the competition; None keeps the whole image
+    crop:int|None=None,
+    size:int=112,        # Height and width of the result in pixels, by bilinear interpolation
+)->np.ndarray:           # Image (size,size,3), uint8; grey is repeated, what is missing is black
+    "A photograph as a square; with `crop=224` what Machines Can See (2018) shows its black box."
+    image = _check_image(image)
+    for k, v in dict(crop=1 if crop is None else crop, size=size).items():
         if not (isinstance(v, (int, np.integer)) and 1 <= v <= 10_000):
             raise ValueError(f"`{k}` must be a whole number of pixels from 1 to 10000; got {v!r}.")
-    if image.ndim == 3 and image.shape[2] == 1:
-        image = image[..., 0]
     picture = Image.fromarray(image).convert('RGB')
+    if crop is None:
+        longest = max(picture.size)
+        sides = [max(1, round(size*o/longest)) for o in picture.size]
+        picture = picture.resize(sides, Image.BILINEAR)
+        crop = size
     left = _start(picture.width, crop)
     top = _start(picture.height, crop)
     kept = picture.crop((left, top, left+crop, top+crop))
@@ -38,14 +48,15 @@ def prepare(
 
 # %% ../../nbs/api/descriptors/20_faces.ipynb #9e3abbb9
 def load_faces(
-    path,            # Zip file with identity/image; one folder around all is ignored
-    crop:int=112,    # Centre that is kept, see `prepare`; 112 pads the faces of ORL, 224 is the competition's
-    size:int=112,    # Height and width of the result in pixels
-)->NamedSet:         # Images (N,size,size,3), uint8; the classes are the identities, sorted by name
-    "Faces of several identities from a zip file, cut and resized."
+    path,                # Zip file or folder with identity/image; one folder around all is ignored
+    crop:int|None=None,  # Centre that is kept, see `prepare`; None keeps the whole images
+    size:int=112,        # Height and width of the result in pixels
+)->NamedSet:             # Images (N,size,size,3), uint8; the classes are the identities, sorted by name
+    "Faces of several identities, each brought to one size."
     names = []
-    def cut(image, name):
+    def square(image, name):
         names.append('_'.join(name.split('/')[-2:]).rpartition('.')[0] + '.png')
         return prepare(image, crop, size)
-    faces = load_zip(path, prepare=cut)
+    load = load_folder if Path(path).is_dir() else load_zip
+    faces = load(path, prepare=square)
     return NamedSet(faces.images, faces.y, faces.classes, names)

@@ -230,9 +230,20 @@ def _descriptor_rows(files, n):
 # %% ../../nbs/api/descriptors/85_submission.ipynb #eace9838
 @torch.no_grad()
 def _describe_files(oracle, images):
-    said = [oracle(to_float(images[o])).float().cpu() for o in batches(len(images), 100)]
-    return torch.cat(said).numpy()
+    "What a box says, which answers with a tensor or, as a server does, with an array: float32 (N,D)"
+    said = []
+    for s in batches(len(images), 100):
+        answer = oracle(to_float(images[s]))
+        if isinstance(answer, Tensor):
+            answer = answer.detach().float().cpu()
+        rows = np.asarray(answer, np.float32)
+        if rows.ndim != 2 or len(rows) != len(images[s]):
+            raise ValueError("`oracle` must answer with one descriptor per image, (N,D); got shape "
+                             f"{rows.shape} for {len(images[s])} images.")
+        said.append(rows)
+    return np.concatenate(said)
 
+# %% ../../nbs/api/descriptors/85_submission.ipynb #68c043b2
 def _spot_row(oracle, changed, d, names, spot, seed):
     "Are the descriptors those of the images?"
     if oracle is None or not spot: return _skipped('spot check', "Give `oracle`.")

@@ -1,10 +1,13 @@
 """The commands on descriptors, interrupted and given again: nothing is trained or asked twice, and
 the end is that of the undisturbed run."""
+import io, zipfile
 from functools import partial
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from robustnb.commands import descriptors
 from robustnb.descriptors import students
@@ -103,6 +106,57 @@ def test_students_ask_and_learn_once(epochs, questions, teacher, tmp_path):
         with pytest.raises(SystemExit, match=said):
             distill(teacher, photos, **dict(models='ResNet_18', out=str(tmp_path/'none')) | given)
     assert not questions, 'a wrong argument costs no question'
+
+
+def write_faces(path, people, each, side=32):
+    "A zip file of plain images, as light as the number of their person"
+    with zipfile.ZipFile(path, 'w') as z:
+        for k in range(people):
+            for i in range(each):
+                held = io.BytesIO()
+                Image.fromarray(np.full((side, side), 10*k + 5, np.uint8)).save(held, 'PNG')
+                z.writestr(f'p{k}/{i}.png', held.getvalue())
+    return str(path)
+
+
+@pytest.mark.parametrize('people, each, copies, held', [(10, 3, 2, 1), (20, 2, 1, 2), (3, 4, 1, 1),
+                                                        (5, 1, 1, 2), (2, 2, 3, 1)])
+def test_persons_are_held_back_whole(monkeypatch, people, each, copies, held, tmp_path):
+    shown = []
+    views = descriptors.views
+    def watched(images, *args, **kw):
+        shown.append({*images.ravel().tolist()})
+        return views(images, *args, **kw)
+    monkeypatch.setattr(descriptors, 'views', watched)
+    images = descriptors._named(write_faces(tmp_path/'f.zip', people, each) + '@32')
+    asked, fit, n = descriptors._two_sides(images, copies, .08)
+    assert len(asked) == people*each*copies
+    assert n == held
+    assert fit == (people-held)*each*copies
+    # a copy is blended with images of its own side
+    assert not shown[0] & shown[1]
+    assert len(shown[1]) == held
+
+
+def test_the_part_held_back_is_said(teacher, capsys, tmp_path):
+    data = write_faces(tmp_path/'f.zip', 3, 4) + '@32'
+    done = distill(teacher, data, 'ResNet_18', str(tmp_path/'out'), .0625, 1, 1)
+    assert done['identities_held_back'] == 1
+    assert 'On 1 of 3 identities or classes, of whom no student saw an image' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match='at least 2 identities or classes'):
+        distill(teacher, data.replace('@', '[0:1]@'), 'ResNet_18', str(tmp_path/'one'), .0625, 1, 1)
+
+
+def test_faces_are_not_cropped(tmp_path):
+    a = np.full((224, 200, 3), 60, np.uint8)
+    a[:, :50] = a[:, -50:] = 255
+    for k in 'ab':
+        (tmp_path/'faces'/k).mkdir(parents=True)
+        Image.fromarray(a).save(tmp_path/'faces'/k/'1.png')
+    for size in (224, 112):
+        images = descriptors._named(f"{tmp_path/'faces'}@{size}").images
+        assert images.shape == (2, size, size, 3)
+        assert abs((images == 255).mean() - 100/224) < .02
 
 
 def test_an_attack_asks_once(questions, teacher, tmp_path):

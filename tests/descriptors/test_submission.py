@@ -3,6 +3,7 @@ rule and runs nothing."""
 import io, itertools, math, pickle, struct, zipfile, zlib
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -402,3 +403,18 @@ def test_arguments_of_the_judge_are_checked(sent, faces, pairs):
             check_submission(**{**dict(path=sent, images=faces, pairs=pairs), **change})
     with pytest.raises(FileNotFoundError):
         check_submission(sent.parent/'none.zip', faces, pairs)
+
+
+def test_the_box_of_a_server_answers_with_arrays(tmp_path, faces, pairs, entry):
+    x, x_adv, targets = entry
+    path = write_submission(tmp_path/'s.zip', pairs.files, x_adv, x, box(x_adv))
+    want = check_submission(path, faces, pairs, box)
+    assert set(want.verdict) == {'ok'}
+    for served in (lambda x: box(x).numpy(), lambda x: box(x).double().numpy(),
+                   lambda x: box(x).tolist()):
+        pd.testing.assert_frame_equal(check_submission(path, faces, pairs, served), want)
+    coarse = check_submission(path, faces, pairs, lambda x: box(x).bfloat16())
+    assert abs(coarse.value.iloc[-1]-want.value.iloc[-1]) < .01
+    for bad in (lambda x: box(x)[0], lambda x: box(x)[1:], lambda x: 1.):
+        with pytest.raises(ValueError, match='`oracle` must answer with one descriptor per image'):
+            check_submission(path, faces, pairs, bad)
