@@ -45,8 +45,8 @@ def _fit(x, x_adv, threat):
         wrong = ~(over <= 1e-12)
         left = left[wrong]
         if not len(left): return out
-        share = (1 - over[wrong]/max(threat.eps, 1e-12)).clamp_min(.25).sqrt()*(1 - 2**k/2000)
-        kept = kept[wrong]*share.to(x).view(-1, 1, 1, 1)
+        more = 1.2*over[wrong]/max(threat.eps, 1e-12) + 2**k/2000
+        kept = kept[wrong]*(1-more).clamp_min(.25).sqrt().to(x).view(-1, 1, 1, 1)
     out[left] = x[left]
     return out
 
