@@ -40,8 +40,8 @@ def _loss_along(x, change, data_range=1.):
     if x.shape != change.shape:
         raise ValueError("`x` and the images compared with it must have the same shape; got "
                          f"{tuple(x.shape)} and {tuple(change.shape)}.")
-    x = x.double()
-    d = change.double()
+    x = x.double().contiguous()
+    d = change.double().contiguous()
     mean, var = _windows(x)
     mean_d, var_d = _windows(d)
     bright = 2*mean*mean + (.01*data_range)**2
@@ -97,9 +97,9 @@ def ssim(
 # %% ../../nbs/api/attacks/20_ssim_rule.ipynb #e0937f9b
 def _steepest(x, grad, eps):
     "The change along `grad`, each pixel over its cost, of which `eps` times loses about `eps`"
-    mean, var = _windows(x.double())
+    mean, var = _windows(x.double().contiguous())
     rough = 2*var + .03**2
-    step = grad.double()/_means(F.pad(1/rough, [6]*4))
+    step = grad.double().contiguous()/_means(F.pad(1/rough, [6]*4))
     step = step/step.flatten(1).abs().amax(1).clamp_min(1e-300).view(-1, 1, 1, 1)
     mean_d, var_d = _windows(step)
     lost = (mean_d*mean_d/(2*mean*mean + .01**2) + var_d/rough).mean((1, 2, 3))
@@ -138,7 +138,7 @@ def _allowed_part(loss, eps):
 def _pulled_back(x, x_adv, eps):
     "The last image between `x` and `x_adv` that loses at most `eps`"
     goal = x_adv.clamp(0, 1)
-    part = _allowed_part(_loss_along(x, goal-x), eps).to(x.dtype).view(-1, 1, 1, 1)
+    part = _allowed_part(_loss_along(x, goal-x), eps).float().to(x.dtype).view(-1, 1, 1, 1)
     return torch.where(part < 1, (x + part*(goal-x)).clamp(0, 1), goal)
 
 # %% ../../nbs/api/attacks/20_ssim_rule.ipynb #e0937f9c

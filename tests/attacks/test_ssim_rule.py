@@ -163,7 +163,7 @@ def slow_part(x, goal, level):
     return lo
 
 
-@pytest.mark.parametrize('level', (.8, .95, .999, 1-1e-6))
+@pytest.mark.parametrize('level', (.8, .95, .999, .9999))
 @pytest.mark.parametrize('kind', ('photos', 'flat', 'bright', 'smooth'))
 def test_ssim_projection_is_a_bisection_in_a_few_looks(photos, level, kind, monkeypatch):
     x = photos[:8]
