@@ -147,10 +147,10 @@ def square_descriptor(
 _ROWS = 100      # pairs and steps that are remembered
 _GRID = 4        # pixels between two random numbers
 _RIDGE = .01
-_SENT = 2**22    # numbers in one call of the oracle
+_SENT = 2**21    # numbers in one call of the oracle
 
 
-def _parts(steps): return batches(steps.shape[1], 2**15)
+def _parts(steps): return batches(steps.shape[1], 2**13)
 
 def _remember(memory, step, change):
     """Write steps in grey levels (N,K,F), whole numbers, and what they did to the descriptors (N,K,D)
