@@ -161,7 +161,7 @@ def _remember(memory, step, change):
     unit = 1 + (step.abs().amax(2, keepdim=True) > 127).to(step)
     memory['steps'][:, rows] = torch.where(
         known, torch.div(step, unit, rounding_mode='trunc'), 0).to(torch.int8)
-    memory['unit'][:, rows] = (unit[:, :, 0]/255).to(memory['unit'])
+    memory['unit'][:, rows] = unit[:, :, 0].to(memory['unit'])/255
     memory['changes'][:, rows] = torch.where(known, change, 0)
     for steps, unit, gram in zip(memory['steps'], memory['unit'], memory['gram']):
         new = sum(steps[:, s].to(gram) @ steps[rows, s].to(gram).T for s in _parts(steps))
