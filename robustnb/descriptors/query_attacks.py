@@ -158,12 +158,11 @@ def _remember(memory, step, change):
     rows = torch.arange(memory['count'], memory['count']+step.shape[1],
                         device=step.device) % memory['steps'].shape[1]
     known = change.isfinite().all(2, keepdim=True)
-    unit = 1 + (step.abs().amax(2, keepdim=True) > 127).to(step)
-    memory['steps'][:, rows] = torch.where(
-        known, torch.div(step, unit, rounding_mode='trunc'), 0).to(torch.int8)
-    memory['unit'][:, rows] = unit[:, :, 0].to(memory['unit'])/255
     memory['changes'][:, rows] = torch.where(known, change, 0)
-    for steps, unit, gram in zip(memory['steps'], memory['unit'], memory['gram']):
+    for i, (steps, unit, gram) in enumerate(zip(memory['steps'], memory['unit'], memory['gram'])):
+        coarse = 1 + (step[i].abs().amax(1, keepdim=True) > 127).to(step)
+        unit[rows] = coarse[:, 0].to(unit)/255
+        steps[rows] = (torch.div(step[i], coarse, rounding_mode='trunc')*known[i]).to(torch.int8)
         new = sum(steps[:, s].to(gram) @ steps[rows, s].to(gram).T for s in _parts(steps))
         new = new*unit[:, None]*unit[rows]
         gram[:, rows] = new
@@ -201,8 +200,10 @@ def _probe(oracle, x, now, targets, threat, z):
     size = x[0].numel()
     who = torch.arange(n*pairs, device=x.device)//pairs
     flat = z.flatten(0, 1)
-    ends = torch.cat([_ends(x[who[s]], now[who[s]], threat, flat[s])
-                      for s in batches(n*pairs, max(1, 2**20//size))]).flatten(0, 1)
+    ends = torch.empty(n*pairs, 2, *x.shape[1:], dtype=torch.uint8, device=x.device)
+    for s in batches(n*pairs, max(1, 2**20//size)):
+        ends[s] = _ends(x[who[s]], now[who[s]], threat, flat[s])
+    ends = ends.flatten(0, 1)
     goals = targets.repeat_interleave(2*pairs, 0)
     said = [_query(oracle, _pixels(ends[s], x), goals[s])
             for s in batches(len(ends), max(1, _SENT//size))]
