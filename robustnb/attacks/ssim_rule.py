@@ -105,6 +105,7 @@ def _steepest(x, grad, eps):
     lost = (mean_d*mean_d/(2*mean*mean + .01**2) + var_d/rough).mean((1, 2, 3))
     return (step*(lost*eps).clamp_min(1e-30).rsqrt().view(-1, 1, 1, 1)).to(grad.dtype)
 
+# %% ../../nbs/api/attacks/20_ssim_rule.ipynb #5c1a70e2
 _spent = 1-1e-4    # the least part of the budget that a shortened change loses
 _spared = 1-1e-5   # and the most: room for the last digits of its pixels
 

@@ -33,6 +33,7 @@ def allows_saved(
     return torch.cat([_distance_saved(x[s], x_adv[s], threat) <= threat.eps + 1e-12
                       for s in image_parts(x)])
 
+# %% ../../nbs/api/descriptors/40_attack.ipynb #5c1a70e3
 def _fit(x, x_adv, threat):
     "`fit_8bit` for few images: each failure tells by how much to shorten the change"
     goal = threat.project(x, x_adv)

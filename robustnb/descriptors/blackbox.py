@@ -288,12 +288,11 @@ class BlackBox(_Querying):
         self.black_box = _check_box(black_box)
         self.limit = _whole('limit', limit, 1)
         self.retries = _whole('retries', retries, 0)
-        if batch_size is None:
-            batch_size = getattr(black_box, 'batch_size', None)
+        if batch_size is None: batch_size = getattr(black_box, 'batch_size', None)
         self.batch_size = None if batch_size is None else _whole('batch_size', batch_size, 1)
         self.timeout = None if timeout is None else _seconds('timeout', timeout)
-        waits = [o for o in (self.timeout, getattr(black_box, 'timeout', None)) if o is not None]
-        self._wait = min(waits, default=None)
+        waits = (self.timeout, getattr(black_box, 'timeout', None))
+        self._wait = min((o for o in waits if o is not None), default=None)
         self._cache = _Cache(cache)
 
     def __call__(self,
@@ -358,8 +357,9 @@ def _post(url, body, timeout, most):
     except (OSError, http.client.HTTPException) as e:
         reason = getattr(e, 'reason', None) or repr(e)
         late = isinstance(e, TimeoutError) or isinstance(reason, TimeoutError)
-        raise (TimeoutError if late else ConnectionError)(f"`url` {url} gave no answer ({reason}; timeout {timeout} s). "
-                              "Is the server running, and the address right?") from e
+        kind = TimeoutError if late else ConnectionError
+        raise kind(f"`url` {url} gave no answer ({reason}; timeout {timeout} s). Is the server "
+                   "running, and the address right?") from e
     if len(raw) > most:
         raise ValueError(f"`url` {url} must answer with at most {most} bytes for this query; got "
                          "more. Is it the address of a descriptor model?")
