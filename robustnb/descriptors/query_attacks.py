@@ -201,7 +201,7 @@ def _probe(oracle, x, now, targets, threat, z):
     who = torch.arange(n*pairs, device=x.device)//pairs
     flat = z.flatten(0, 1)
     ends = torch.empty(n*pairs, 2, *x.shape[1:], dtype=torch.uint8, device=x.device)
-    for s in batches(n*pairs, max(1, 2**20//size)):
+    for s in batches(n*pairs, max(1, 2**19//size)):
         ends[s] = _ends(x[who[s]], now[who[s]], threat, flat[s])
     ends = ends.flatten(0, 1)
     goals = targets.repeat_interleave(2*pairs, 0)
@@ -272,6 +272,7 @@ def nes_descriptor(
             images, far, step, change = _probe(oracle, x, now, targets, threat, z)
             _remember(memory, step, change)
             best, value = _best(best, value, images, far)
+            del images, step
         downhill = -threat.steepest(_gradient(memory, d, targets, x.shape), x, now)
         tried = fit_8bit(x, now + (1-.7*used/queries)*threat.eps*downhill, threat)
         answer, far = _query(oracle, tried, targets)
