@@ -185,6 +185,8 @@ def _gradient(memory, d, targets, shape):
 # %% ../../nbs/api/descriptors/50_query_attacks.ipynb #43218fb1
 def _bytes(x): return (x*255).round().to(torch.uint8)
 
+def _levels(step): return (step*255).round().to(torch.int16).flatten(1)[:, None]
+
 def _pixels(levels, like): return levels.to(like)/255
 
 def _ends(x, now, threat, z):
@@ -276,8 +278,7 @@ def nes_descriptor(
         downhill = -threat.steepest(_gradient(memory, d, targets, x.shape), x, now)
         tried = fit_8bit(x, now + (1-.7*used/queries)*threat.eps*downhill, threat)
         answer, far = _query(oracle, tried, targets)
-        step = ((tried-now)*255).round().to(torch.int16).flatten(1)
-        _remember(memory, step[:, None], (answer-d)[:, None])
+        _remember(memory, _levels(tried-now), (answer-d)[:, None])
         best, value = _best(best, value, _bytes(tried)[:, None], far[:, None])
         now, d = _moved(now, d, tried, answer, far.isfinite())
         used += 2*pairs + 1
