@@ -15,19 +15,41 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core import check_images, check_model, make_generator, progress, round_to_8bit
 from ..attacks.threat_models import Ball
-from ..attacks.ssim_rule import ssim
+from ..attacks.ssim_rule import image_parts, ssim
 from ..attacks.transferable import mean_normalized, resize_matrix
 from .blackbox import descriptor_distance, is_spent, query_distances
 
 # %% ../../nbs/api/descriptors/40_attack.ipynb #6e52b4d2
+def _distance_saved(x, x_adv, threat):
+    grey = lambda o: (o.double()*255).round()/255
+    return threat.distance(grey(x), grey(x_adv))
+
 def allows_saved(
     x:Tensor,       # Clean images (N,C,H,W), pixels k/255
     x_adv:Tensor,   # Images like `x`
     threat,         # Threat model, e.g. `SSIM(.95)`
 )->Tensor:          # True where the file of `x_adv` is allowed (N,)
     "Does the rule allow the 8-bit images?"
-    grey = lambda o: (o.double()*255).round()/255
-    return threat.distance(grey(x), grey(x_adv)) <= threat.eps + 1e-12
+    return torch.cat([_distance_saved(x[s], x_adv[s], threat) <= threat.eps + 1e-12
+                      for s in image_parts(x)])
+
+# %% ../../nbs/api/descriptors/40_attack.ipynb #5c1a70e3
+def _fit(x, x_adv, threat):
+    "`fit_8bit` for few images: each failure tells by how much to shorten the change"
+    goal = threat.project(x, x_adv)
+    out = torch.empty_like(x)
+    left = torch.arange(len(x), device=x.device)
+    kept = torch.ones_like(x[:, :1, :1, :1])
+    for k in range(10):
+        out[left] = round_to_8bit((x[left] + kept*(goal[left]-x[left])).clamp(0, 1))
+        over = _distance_saved(x[left], out[left], threat) - threat.eps
+        wrong = ~(over <= 1e-12)
+        left = left[wrong]
+        if not len(left): return out
+        more = 1.2*over[wrong]/max(threat.eps, 1e-12) + 2**k/2000
+        kept = kept[wrong]*(1-more).clamp_min(.25).sqrt().to(x).view(-1, 1, 1, 1)
+    out[left] = x[left]
+    return out
 
 @torch.no_grad()
 def fit_8bit(
@@ -43,14 +65,7 @@ def fit_8bit(
         raise ValueError(
             "`x_adv` must be finite; got NaN or infinite pixels. Was a step divided by zero?")
     x = round_to_8bit(x)
-    goal = threat.project(x, x_adv.to(x))
-    left = torch.arange(len(x), device=x.device)
-    out = torch.empty_like(x)
-    for kept in (1, *(1-2**k/256 for k in range(9))):
-        out[left] = round_to_8bit((x[left] + kept*(goal[left]-x[left])).clamp(0, 1))
-        left = left[~allows_saved(x[left], out[left], threat)]
-        if not len(left): break
-    return out
+    return torch.cat([_fit(x[s], x_adv[s].to(x), threat) for s in image_parts(x)])
 
 # %% ../../nbs/api/descriptors/40_attack.ipynb #4d371eed
 def check_students(

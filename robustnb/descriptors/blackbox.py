@@ -117,7 +117,7 @@ def _seconds(name, value):
     return float(value)
 
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #f0fdfda8
-class _Late(Exception): "No answer in time"
+class _Late(TimeoutError): "No answer in time"
 
 def _call(box, x, timeout):
     "What the box says, or the error that it or its silence raised"
@@ -158,30 +158,33 @@ def _rows(answer, n, length):
     except (TypeError, ValueError, RuntimeError) as e:
         raise TypeError("`black_box` must answer with a tensor or numpy array (N,D) of "
                         f"numbers; got {type(answer).__name__} ({e}).") from e
+    if n == 1 and rows.ndim == 1:
+        rows = rows[None]
     if rows.ndim != 2 or len(rows) != n or not rows.shape[1]:
+        way = ("Answer with the numbers of its descriptor." if n == 1 else
+               "If it takes one image at a time, set `batch_size=1`.")
         raise ValueError("`black_box` must answer with one row per image; got shape "
-                         f"{tuple(rows.shape)} for {n} images. If it takes one image at a "
-                         "time, set `batch_size=1`.")
+                         f"{tuple(rows.shape)} for {n} image{'s'*(n > 1)}. {way}")
     if length not in (None, rows.shape[1]):
         raise ValueError("`black_box` must answer with descriptors of one length; got "
                          f"{rows.shape[1]} numbers after earlier answers of {length}. Is "
                          "`cache` that of another box?")
     return rows
 
-def _failed(e): return ' '.join(f'failed: {type(e).__name__}: {e}'.split())[:300]
+def _said(*parts): return ' '.join(': '.join(filter(None, map(str, parts))).split())[:300]
 
 def _query(box, x, timeout, length):
     "One call: its rows (none if it failed), an outcome for each image, the error that stops the run"
     try:
         answer = _call(box, x, timeout)
-    except _Late:
-        return (), ['late']*len(x), None
+    except TimeoutError as e:
+        return (), [_said('late', e)]*len(x), None
     except Exception as e:
-        return (), [_failed(e)]*len(x), None
+        return (), [_said('failed', type(e).__name__, e)]*len(x), None
     try:
         rows = _rows(answer, len(x), length)
     except (TypeError, ValueError) as e:
-        return (), [_failed(e)]*len(x), e
+        return (), [_said('failed', type(e).__name__, e)]*len(x), e
     return rows, ['answered' if o.isfinite().all() else 'not a number' for o in rows], None
 
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #de27ac1e
@@ -199,6 +202,14 @@ class _Querying:
         rows = pd.DataFrame(rows, columns=columns)
         return rows.assign(repeated=rows.key.duplicated())
 
+    def _batch(self, n):
+        "Images in the next call, of `n` that are left: half of what the box is known to do in time"
+        most = min(n, self.batch_size or n)
+        if self._wait is None: return most
+        known = self._cache.get("select seconds from asked where outcome in ('answered', "
+                                "'not a number') or outcome like 'late%' order by id desc limit 1")
+        return min(most, max(1, int(self._wait/2/max(known[0][0], 1e-9)))) if known else 1
+
     def _send(self, x, keys):
         "One call of the box: written down, sent, settled. Answers by key"
         ids = self._cache.grant(keys, self.limit)
@@ -214,21 +225,30 @@ class _Querying:
         return {k: good.get(k, torch.full_like(o, torch.nan)) for k, o in rows.items()}
 
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #f43fba07
+def _ask(oracle, x, keys, todo):
+    """Answers by key: each image once, then those without answer again, one by one; late ones in
+    shorter calls first"""
+    found = {}
+    late = False
+    for turn in range(oracle.retries+1):
+        start = oracle.used
+        alone = turn and (turn == oracle.retries or not late)
+        rest = todo
+        while rest and oracle.left:
+            size = 1 if alone else oracle._batch(len(rest))
+            found |= oracle._send(x[rest[:size]], [keys[i] for i in rest[:size]])
+            rest = rest[size:]
+        late = oracle._cache.get("select 1 from asked where id > ? and outcome like 'late%'", start)
+        todo = [i for i in todo if keys[i] not in found]
+    return found
+
 def _answers(oracle, x, again=False):
-    """Answers (N,D) of a `BlackBox`: each unknown image is queried once (`again`: the known too),
-    failures again one by one"""
+    "Answers (N,D) of a `BlackBox`; images that are known are not sent, unless `again`"
     x, keys = _keys(x)
     cache = oracle._cache
     found = {} if again else cache.find(keys)
     first = dict(zip(keys[::-1], range(len(keys))[::-1]))
-    todo = sorted(first[k] for k in first.keys()-found.keys())
-    size = oracle.batch_size or len(x)
-    for _ in range(oracle.retries+1):
-        for s in batches(len(todo), size):
-            if oracle.left:
-                found |= oracle._send(x[todo[s]], [keys[i] for i in todo[s]])
-        todo = [i for i in todo if keys[i] not in found]
-        size = 1
+    found |= _ask(oracle, x, keys, sorted(first[k] for k in first.keys()-found.keys()))
     d = cache.length() or max(map(len, found.values()), default=0)
     if not d:
         raise RuntimeError("`black_box` must answer at least once, or the length of a descriptor "
@@ -261,15 +281,18 @@ class BlackBox(_Querying):
         black_box:Callable,         # Images (N,3,H,W), float32 in [0,1] -> descriptors (N,D)
         limit:int,                  # Most images to query, >= 1, failed and repeated ones included
         cache=None,                 # File for log and answers, continued if there; None: in memory
-        batch_size:int|None=None,   # Images in one call, >= 1; None sends all at once
+        batch_size:int|None=None,   # Most images in one call, >= 1; None: that of `http_blackbox`, or all
         retries:int=2,              # Further queries of an image after a failure, one by one, >= 0
-        timeout:float|None=None,    # Seconds to wait for a call, > 0; None waits for ever
+        timeout:float|None=None,    # Seconds to wait for a call, > 0; None: `http_blackbox`'s, or for ever
     ):
         self.black_box = _check_box(black_box)
         self.limit = _whole('limit', limit, 1)
         self.retries = _whole('retries', retries, 0)
+        if batch_size is None: batch_size = getattr(black_box, 'batch_size', None)
         self.batch_size = None if batch_size is None else _whole('batch_size', batch_size, 1)
         self.timeout = None if timeout is None else _seconds('timeout', timeout)
+        waits = (self.timeout, getattr(black_box, 'timeout', None))
+        self._wait = min((o for o in waits if o is not None), default=None)
         self._cache = _Cache(cache)
 
     def __call__(self,
@@ -333,8 +356,10 @@ def _post(url, body, timeout, most):
                                   "of the server says more.") from e
     except (OSError, http.client.HTTPException) as e:
         reason = getattr(e, 'reason', None) or repr(e)
-        raise ConnectionError(f"`url` {url} gave no answer ({reason}; timeout {timeout} s). "
-                              "Is the server running, and the address right?") from e
+        late = isinstance(e, TimeoutError) or isinstance(reason, TimeoutError)
+        kind = TimeoutError if late else ConnectionError
+        raise kind(f"`url` {url} gave no answer ({reason}; timeout {timeout} s). Is the server "
+                   "running, and the address right?") from e
     if len(raw) > most:
         raise ValueError(f"`url` {url} must answer with at most {most} bytes for this query; got "
                          "more. Is it the address of a descriptor model?")
@@ -355,18 +380,23 @@ def _read(url, raw, n):
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #c339ed28
 def http_blackbox(
     url:str,               # Where the server listens: http://... or https://...
-    timeout:float=10,      # Seconds of silence after which a call fails, > 0
+    timeout:float=10,      # Seconds of silence after which a call fails with TimeoutError, > 0
+    batch_size:int|None=None, # Most images in one request, >= 1; None sends all at once
 )->Callable:               # Black box: images (N,C,H,W), float in [0,1] -> array (N,D)
     "A black box behind an HTTP address."
     if not (isinstance(url, str) and url.lower().startswith(('http://', 'https://'))):
         raise ValueError(f"`url` must start with http:// or https://; got {url!r}.")
     timeout = _seconds('timeout', timeout)
-    def box(x):
+    size = None if batch_size is None else _whole('batch_size', batch_size, 1)
+    def ask(x):
         with io.BytesIO() as f:
             np.save(f, to_uint8(x))
             body = f.getvalue()
         if len(body) > _most_sent:
             raise ValueError(f"`x` must fit into {_most_sent} bytes; got {len(x)} images of "
-                             f"{len(body)} bytes. Give `BlackBox` a smaller `batch_size`.")
+                             f"{len(body)} bytes. Set a smaller `batch_size`.")
         return _read(url, _post(url, body, timeout, _most_read*len(x)), len(x))
+    def box(x): return np.concatenate([ask(x[s]) for s in batches(len(x), size or len(x))])
+    box.timeout = timeout
+    box.batch_size = size
     return box

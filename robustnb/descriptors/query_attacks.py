@@ -147,18 +147,26 @@ def square_descriptor(
 _ROWS = 100      # pairs and steps that are remembered
 _GRID = 4        # pixels between two random numbers
 _RIDGE = .01
+_SENT = 2**21    # numbers in one call of the oracle
+
+
+def _parts(steps): return batches(steps.shape[1], 2**13)
 
 def _remember(memory, step, change):
-    """Write steps (N,K,F) and what they did to the descriptors (N,K,D) over the oldest rows; an
-    unanswered one is a row of zeros."""
+    """Write steps in grey levels (N,K,F), whole numbers, and what they did to the descriptors (N,K,D)
+    over the oldest rows; an unanswered one is a row of zeros."""
     rows = torch.arange(memory['count'], memory['count']+step.shape[1],
                         device=step.device) % memory['steps'].shape[1]
     known = change.isfinite().all(2, keepdim=True)
-    memory['steps'][:, rows] = torch.where(known, step, 0)
     memory['changes'][:, rows] = torch.where(known, change, 0)
-    gram = memory['steps'] @ memory['steps'][:, rows].mT
-    memory['gram'][:, :, rows] = gram
-    memory['gram'][:, rows] = gram.mT
+    for i, (steps, unit, gram) in enumerate(zip(memory['steps'], memory['unit'], memory['gram'])):
+        coarse = 1 + (step[i].abs().amax(1, keepdim=True) > 127).to(step)
+        unit[rows] = coarse[:, 0].to(unit)/255
+        steps[rows] = (torch.div(step[i], coarse, rounding_mode='trunc')*known[i]).to(torch.int8)
+        new = sum(steps[:, s].to(gram) @ steps[rows, s].to(gram).T for s in _parts(steps))
+        new = new*unit[:, None]*unit[rows]
+        gram[:, rows] = new
+        gram[rows] = new.T
     memory['count'] += len(rows)
 
 def _gradient(memory, d, targets, shape):
@@ -169,39 +177,58 @@ def _gradient(memory, d, targets, shape):
     load = _RIDGE*gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
     wanted = (memory['changes'][:, :k] @ away[:, :, None]).double()
     ridge = load.view(-1, 1, 1)*torch.eye(k, device=d.device)
-    weights = torch.linalg.solve(gram + ridge, wanted)
-    return (memory['steps'][:, :k].mT @ weights.to(d)).view(shape)
+    weights = torch.linalg.solve(gram + ridge, wanted)[:, :, 0].to(d)*memory['unit'][:, :k]
+    rows = [torch.cat([w @ steps[:k, s].to(d) for s in _parts(steps)])
+            for w, steps in zip(weights, memory['steps'])]
+    return torch.stack(rows).view(shape)
 
 # %% ../../nbs/api/descriptors/50_query_attacks.ipynb #43218fb1
+def _bytes(x): return (x*255).round().to(torch.uint8)
+
+def _levels(step): return (step*255).round().to(torch.int16).flatten(1)[:, None]
+
+def _pixels(levels, like): return levels.to(like)/255
+
+def _ends(x, now, threat, z):
+    "Both ends (P,2,C,H,W) of each random direction `z` (P,C,h,w) as bytes, for images (P,C,H,W)"
+    step = F.interpolate(z, size=x.shape[2:], mode='bilinear')
+    step = .6*threat.eps*threat.steepest(step, x, now)
+    return torch.stack([_bytes(fit_8bit(x, now+s*step, threat)) for s in (1, -1)], 1)
+
 def _probe(oracle, x, now, targets, threat, z):
-    """Query both ends of each random direction `z` (N,P,C,h,w): images, distances, and the lines
-    between the ends with what the descriptor does along them."""
+    """Query both ends of each random direction `z` (N,P,C,h,w): images (N,2P,C,H,W) as bytes,
+    distances, and the lines between the ends with what the descriptor does along them."""
     n, pairs = z.shape[:2]
-    many = lambda o, k=pairs: o.repeat_interleave(k, 0)
-    step = F.interpolate(z.flatten(0, 1), size=x.shape[2:], mode='bilinear')
-    step = .6*threat.eps*threat.steepest(step, many(x), many(now))
-    ends = [fit_8bit(many(x), many(now)+s*step, threat) for s in (1, -1)]
-    ends = torch.stack(ends, 1).flatten(0, 1)
-    d, far = _query(oracle, ends, many(targets, 2*pairs))
+    size = x[0].numel()
+    who = torch.arange(n*pairs, device=x.device)//pairs
+    flat = z.flatten(0, 1)
+    ends = torch.empty(n*pairs, 2, *x.shape[1:], dtype=torch.uint8, device=x.device)
+    for s in batches(n*pairs, max(1, 2**19//size)):
+        ends[s] = _ends(x[who[s]], now[who[s]], threat, flat[s])
+    ends = ends.flatten(0, 1)
+    goals = targets.repeat_interleave(2*pairs, 0)
+    said = [_query(oracle, _pixels(ends[s], x), goals[s])
+            for s in batches(len(ends), max(1, _SENT//size))]
+    d, far = [torch.cat(o) for o in zip(*said)]
     d = d.view(n, pairs, 2, -1)
     flat = ends.view(n, pairs, 2, -1)
-    step = flat[:, :, 0]-flat[:, :, 1]
-    change = d[:, :, 0]-d[:, :, 1]
-    return ends.view(n, 2*pairs, *x.shape[1:]), far.view(n, -1), step, change
+    step = flat[:, :, 0].to(torch.int16)-flat[:, :, 1]
+    return ends.view(n, 2*pairs, *x.shape[1:]), far.view(n, -1), step, d[:, :, 0]-d[:, :, 1]
 
 # %% ../../nbs/api/descriptors/50_query_attacks.ipynb #cbaa8b77
 def _best(now, value, images, far):
-    "The nearer of each image and its candidates (N,K,C,H,W), and its distance."
+    "The nearer of each image and its candidates (N,K,C,H,W), as bytes, and its distance."
     least, who = far.min(1)
     better = least < value
-    nearest = images[torch.arange(len(now), device=now.device), who]
+    nearest = _pixels(images[torch.arange(len(now), device=now.device), who], now)
     now = torch.where(better.view(-1, 1, 1, 1), nearest, now)
     return now, torch.where(better, least, value)
 
 def _new_memory(x, rows, dim):
     "Room for steps of images `x` and changes of their descriptors"
     zeros = lambda *shape: x.new_zeros(len(x), *shape)
-    return dict(count=0, steps=zeros(rows, x[0].numel()), changes=zeros(rows, dim),
+    steps = torch.zeros(len(x), rows, x[0].numel(), dtype=torch.int8, device=x.device)
+    return dict(count=0, steps=steps, unit=zeros(rows), changes=zeros(rows, dim),
                 gram=zeros(rows, rows))
 
 def _directions(own, pairs, x):
@@ -247,11 +274,12 @@ def nes_descriptor(
             images, far, step, change = _probe(oracle, x, now, targets, threat, z)
             _remember(memory, step, change)
             best, value = _best(best, value, images, far)
+            del images, step
         downhill = -threat.steepest(_gradient(memory, d, targets, x.shape), x, now)
         tried = fit_8bit(x, now + (1-.7*used/queries)*threat.eps*downhill, threat)
         answer, far = _query(oracle, tried, targets)
-        _remember(memory, (tried-now).flatten(1)[:, None], (answer-d)[:, None])
-        best, value = _best(best, value, tried[:, None], far[:, None])
+        _remember(memory, _levels(tried-now), (answer-d)[:, None])
+        best, value = _best(best, value, _bytes(tried)[:, None], far[:, None])
         now, d = _moved(now, d, tried, answer, far.isfinite())
         used += 2*pairs + 1
     return out.index_copy(0, on, best)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from robustnb.attacks.gradient import full_pgd, margin, pgd
-from robustnb.attacks.ssim_rule import SSIM, file_ssim, ssim, ssim_along
+from robustnb.attacks import ssim_rule as module
+from robustnb.attacks.ssim_rule import SSIM, file_ssim, image_parts, ssim, ssim_along
 from robustnb.attacks.threat_models import L2
 from robustnb.core import make_generator, to_uint8
 from robustnb.data import digits, subset
@@ -148,6 +149,75 @@ def test_ssim_projection_ends_on_the_line_just_inside(photos, level):
     mixed = torch.cat([photos[:3] + 1e-4, goal[3:]])
     assert torch.equal(threat.project(photos, mixed)[:3], mixed[:3].clamp(0, 1))
     assert torch.equal(threat.project(photos, mixed)[3:], near[3:])
+
+
+def slow_part(x, goal, level):
+    "The largest part of the change that the rule allows, by sixty halvings in double precision"
+    lo = torch.zeros(len(x), 1, 1, 1).double()
+    hi = torch.ones_like(lo)
+    for _ in range(60):
+        mid = (lo+hi)/2
+        good = (ssim(x, x + mid*(goal-x)) >= level).view(-1, 1, 1, 1)
+        lo = torch.where(good, mid, lo)
+        hi = torch.where(good, hi, mid)
+    return lo
+
+
+@pytest.mark.parametrize('level', (.8, .95, .999, .9999))
+@pytest.mark.parametrize('kind', ('photos', 'flat', 'bright', 'smooth'))
+def test_ssim_projection_is_a_bisection_in_a_few_looks(photos, level, kind, monkeypatch):
+    x = photos[:8]
+    g = randn(*x.shape, dtype=torch.float32)
+    if kind == 'flat': x = torch.full_like(x, .3)
+    move = {'bright': torch.full_like(x, .5) + .01*g,
+            'smooth': nn.functional.avg_pool2d(g, 7, 1, 3)}.get(kind, g)
+    goal = (x + torch.linspace(.02, 1, 8).view(-1, 1, 1, 1)*move).clamp(0, 1)
+    looks = []
+    along = module._loss_along
+    def counted(*args):
+        loss = along(*args)
+        return lambda t: looks.append(t) or loss(t)
+    monkeypatch.setattr(module, '_loss_along', counted)
+    near = SSIM(level).project(x, goal)
+    assert len(looks) <= 16
+    monkeypatch.undo()
+    kept = ssim(x.double(), near.double())
+    outside = ssim(x.double(), goal.double()) < level
+    assert (kept >= level).all(), 'to double precision, and without tolerance'
+    assert (1-kept[outside] >= (1-2e-4)*(1-level)).all()
+    assert outside.any()
+    assert torch.equal(near[~outside], goal[~outside])
+    x, goal, near = [o[outside].double() for o in (x, goal, near)]
+    part = slow_part(x, goal, level)
+    found = dot(near-x, goal-x)/dot(goal-x, goal-x)
+    assert torch.allclose(found, part.flatten(), rtol=3e-4, atol=0)
+
+
+def test_images_at_the_edge_stay_as_they_are(photos):
+    threat = SSIM(.95)
+    near = threat.project(photos, photos + randn(*photos.shape, dtype=torch.float32))
+    assert torch.equal(threat.project(photos, near), near)
+    assert torch.equal(SSIM(1.).project(photos, near), photos)
+    assert torch.equal(SSIM(1.).project(photos, photos), photos)
+
+
+def test_images_are_taken_in_small_parts(photos):
+    for n, shape, most, size in ((20, (3, 32, 32), 2**17, 42), (5, (3, 224, 224), 2**17, 1),
+                                 (7, (1, 8, 8), 128, 2), (0, (3, 8, 8), 2**17, 1)):
+        x = torch.zeros(n, *shape)
+        parts = image_parts(x, most)
+        assert [i for s in parts for i in range(n)[s]] == list(range(n))
+        assert all(s.stop-s.start <= size for s in parts)
+        assert len(parts) == max(1, -(-n//size))
+    many = photos.repeat(4, 1, 1, 1)
+    far = many + randn(*many.shape, dtype=torch.float32)
+    g = randn(*many.shape, seed=1, dtype=torch.float32)
+    threat = SSIM(.9)
+    assert len(image_parts(many)) == 2
+    for f in (threat.project, threat.distance, lambda x, y: threat.steepest(g[:len(x)], x, y)):
+        assert torch.equal(f(many, far)[:7], f(many[:7], far[:7]))
+    for f in (ssim, threat.project, lambda x, y: threat.steepest(x, x, y)):
+        assert len(f(many[:0], many[:0])) == 0
 
 
 def test_the_cost_of_a_pixel_is_that_of_changing_it_alone():

@@ -80,7 +80,7 @@ def test_images_already_inside_come_back_unchanged(problem):
     threat, x, far = problem
     goal = far.clamp(0, 1)
     if isinstance(threat, SSIM):
-        inside = 1-ssim(x, goal) <= threat.eps
+        inside = threat.distance(x.double(), goal.double()) <= threat.eps
     else:
         inside = torch.from_numpy(lengths[type(threat)]((goal-x).double().numpy()) <= threat.eps)
     moved = (threat.project(x, goal)-goal)[inside].abs()

@@ -124,6 +124,21 @@ def test_fit_goes_as_far_as_it_may():
                        round_to_8bit(mixed[:1])), 'one image does not depend on another'
 
 
+def test_a_file_over_the_rule_tells_by_how_much(monkeypatch):
+    x = photos()
+    looks = []
+    look = D._distance_saved
+    monkeypatch.setattr(D, '_distance_saved', lambda *a: looks.append(len(a[0])) or look(*a))
+    lost = {}
+    for size in (.05, .2, 1.):
+        y = fit_8bit(x, x + size*torch.randn(x.shape, generator=make_generator(2)), RULE)
+        lost[size] = RULE.distance(x.double(), y.double())
+        assert (lost[size] <= .05 + 1e-12).all()
+        assert lost[size].min() > .045
+    assert looks[:1] == [len(x)]
+    assert len(looks) <= 12, 'not a ladder of ten'
+
+
 # ---- the second place
 
 def test_goals():

@@ -267,16 +267,16 @@ def test_late_answers_are_thrown_away():
     d = oracle(x)
     assert time.perf_counter()-start < 10
     assert not d.isnan().any()
-    assert [len(c) for c in box.calls] == [3, 1, 1, 1, 1]
-    assert oracle.log.outcome.tolist() == ['late']*3 + ['answered', 'late', 'answered', 'answered']
-    assert oracle.log.seconds[4] >= .3
+    assert [len(c) for c in box.calls] == [1, 2, 1, 1, 1]
+    assert oracle.log.outcome.tolist() == ['answered'] + ['late']*3 + ['answered', 'answered']
+    assert oracle.log.seconds[3] >= .3
     rows = oracle.log
     assert all(o.daemon for o in threading.enumerate() if o is not threading.main_thread()), (
         'a stalled box must not keep the process alive')
     gate.set()
     time.sleep(.2)
     assert oracle.log.equals(rows)
-    assert oracle.used == 7
+    assert oracle.used == 6
     with pytest.raises(RuntimeError, match='the last: late'):
         BlackBox(lambda x: time.sleep(2), 4, timeout=.05)(x)
     with pytest.raises(KeyboardInterrupt):
@@ -290,8 +290,9 @@ def test_an_interruption_passes_and_is_logged(tmp_path, timeout):
     oracle = BlackBox(box, 100, cache=tmp_path/'a.db', batch_size=2, timeout=timeout)
     with pytest.raises(KeyboardInterrupt):
         oracle(x)
-    assert oracle.used == 4
-    assert oracle.log.outcome.tolist() == ['answered']*2 + ['interrupted']*2
+    known = 3 if timeout else 2
+    assert oracle.used == known+2
+    assert oracle.log.outcome.tolist() == ['answered']*known + ['interrupted']*2
     box.bad.clear()
     assert not oracle(x).isnan().any()
     assert oracle.used == 8
@@ -310,10 +311,89 @@ def test_answers_of_the_wrong_form(name, timeout):
     oracle = BlackBox(wrong_answers[name], 100, timeout=timeout)
     with pytest.raises((ValueError, TypeError), match='`black_box` must answer') as e:
         oracle(images(3))
-    assert oracle.used == 3
-    assert oracle.log.outcome.str.startswith(f'failed: {type(e.value).__name__}: `black_box`').all()
+    right = 1 if timeout and name in ('rows', 'flat') else 0
+    assert oracle.used == (3 if right or not timeout else 1), 'with a time-out one is sent first'
+    outcomes = oracle.log.outcome[right:]
+    assert outcomes.str.startswith(f'failed: {type(e.value).__name__}: `black_box`').all()
     if name == 'rows':
         assert 'batch_size=1' in str(e.value)
+
+
+def test_one_image_may_have_one_row_of_numbers():
+    x = images(3)
+    alone = BlackBox(lambda o: answer(o)[0].numpy(), 10, batch_size=1)
+    assert torch.equal(alone(x), torch.cat([answer(round_to_8bit(o[None])) for o in x]))
+    assert alone.used == 3
+    with pytest.raises(ValueError, match='for 1 image. Answer with the numbers') as e:
+        BlackBox(lambda o: answer(o)[None], 10, batch_size=1)(x)
+    assert 'batch_size' not in str(e.value), 'it has it already'
+
+
+class Clock:
+    "A box that takes `pace(n)` seconds for a call of n images, without waiting"
+    def __init__(self, monkeypatch, pace):
+        self.now = 0.
+        self.sizes = []
+        def call(box, x, timeout):
+            self.sizes.append(len(x))
+            self.now += min(pace(len(x)), timeout or 9e9)
+            if timeout and pace(len(x)) > timeout: raise TimeoutError
+            return box(x)
+        monkeypatch.setattr(module, '_call', call)
+        monkeypatch.setattr(module, 'time', self)
+    def perf_counter(self): return self.now
+
+
+def test_a_slow_box_is_asked_once(monkeypatch):
+    x = images(120)
+    for pace, sizes in ((lambda n: .15*n, [1, 33, 33, 33, 20]),
+                        (lambda n: 2 + .01*n, [1, 2, 4, 9, 21, 47, 36]),
+                        (lambda n: 1e-5*n, [1, 100, 19])):
+        clock = Clock(monkeypatch, pace)
+        oracle = BlackBox(answer, 1000, batch_size=100, timeout=10)
+        oracle(x)
+        assert clock.sizes == sizes
+        assert oracle.used == 120
+        assert (oracle.log.outcome == 'answered').all()
+    assert BlackBox(answer, 1000, batch_size=100)(x).isfinite().all()
+    assert clock.sizes[-2:] == [100, 20], 'without a time-out nothing need be found out'
+
+
+def test_a_late_call_is_followed_by_shorter_ones(monkeypatch):
+    clock = Clock(monkeypatch, lambda n: 0 if n == 1 else .3*n)
+    oracle = BlackBox(answer, 1000, batch_size=64, timeout=10)
+    assert oracle(images(129)).isfinite().all()
+    assert clock.sizes[:3] == [1, 64, 32]
+    late = [n for n in clock.sizes if .3*n > 10 and n > 1]
+    assert late == [64], 'half of it would be in time, and is'
+    assert oracle.used == 129 + 64
+    clock = Clock(monkeypatch, lambda n: 99)
+    oracle = BlackBox(answer, 1000, timeout=10)
+    with pytest.raises(RuntimeError, match='the last: late'):
+        oracle(images(4))
+    assert oracle.used == 12
+
+
+def test_a_server_says_how_long_to_wait(server):
+    box = http_blackbox(server + '/', timeout=7, batch_size=4)
+    assert (box.timeout, box.batch_size) == (7, 4)
+    assert torch.allclose(torch.from_numpy(box(images())).float(), answer(round_to_8bit(images())),
+                          atol=1e-5), 'in two requests'
+    assert BlackBox(box, 5).batch_size == 4
+    assert BlackBox(box, 5, batch_size=3).batch_size == 3
+    seen = []
+    def asked(x):
+        seen.append(len(x))
+        return answer(x)
+    asked.timeout = 60
+    BlackBox(asked, 10)(images())
+    assert seen == [1, 5]
+    slow = BlackBox(http_blackbox(server + '/slow', timeout=.3), 2)
+    with pytest.raises(RuntimeError, match='the last: late: `url`'):
+        slow(images(2))
+    for bad in (0, 1.5, True):
+        with pytest.raises(ValueError, match='`batch_size` must'):
+            http_blackbox(server, batch_size=bad)
 
 
 def test_a_descriptor_keeps_its_length():
@@ -589,7 +669,7 @@ def test_a_server_says_what_the_box_says(server):
     ('header', ValueError, 'allocate'), ('long', ValueError, f'at most {6*2**20} bytes'),
     ('status', ConnectionError, 'gave no answer.*BadStatusLine'),
     ('500', ConnectionError, 'HTTP 500.*out of memory'),
-    ('slow', ConnectionError, 'timed out.*timeout 0.3 s')])
+    ('slow', TimeoutError, 'timed out.*timeout 0.3 s')])
 def test_servers_that_lie(server, path, error, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=words) as e:
