@@ -22,7 +22,7 @@ from .query_attacks import _answered, _query
 
 # %% ../../nbs/api/descriptors/53_bandit.ipynb #f9970109
 _FORGET = .93    # of gains and counts, after each question to the arm
-_BONUS = .005    # of the first distance, for an arm that was asked once
+_BONUS = .002    # of the first distance, for an arm that was asked once
 _FIRST = .03     # gain that every arm is believed to have before it is asked
 
 class _Gains:
@@ -59,8 +59,8 @@ def smoothed_gradient(
     x:Tensor,                    # Images (N,C,H,W), pixels in [0,1]
     loss:Callable,               # Descriptors (N,D) -> numbers (N,)
     generator:torch.Generator,   # Views
-    views:int=2,                 # Views averaged, >= 1
-    blur:float=1.,               # Deviation of the blur, in pixels; 0 is none
+    views:int=1,                 # Views averaged, >= 1; momentum averages over steps
+    blur:float=.013,             # Deviation of the blur, as a share of the height; 0 is none
 )->Tensor:                       # Like `x`
     "Mean gradient of `loss` over views of the images."
     x = x.detach().requires_grad_(True)
@@ -73,7 +73,7 @@ def smoothed_gradient(
             noise = .05*torch.randn(x.shape, generator=generator).to(x)
             total = total + loss(student(view + noise)).sum()
         grad, = torch.autograd.grad(total/views, x)
-    return _blurred(grad, blur) if blur else grad
+    return _blurred(grad, blur*x.shape[2]) if blur else grad
 
 # %% ../../nbs/api/descriptors/53_bandit.ipynb #b9f3dc7b
 class _Follow:

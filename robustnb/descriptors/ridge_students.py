@@ -60,7 +60,7 @@ class GaborFeatures(nn.Module):
         return torch.cat([o.flatten(1) for o in parts], 1)
 
 # %% ../../nbs/api/descriptors/37_ridge_students.ipynb #e0429b97
-_TRUST = 30.     # how much further an image's own answers may move the weight than the fit allows
+_TRUST = 100.     # how much further an image's own answers may move the weight than the fit allows
 _MOST = 240      # rows that a student remembers of its own image
 
 class RidgeStudent(nn.Module):
@@ -79,8 +79,13 @@ class RidgeStudent(nn.Module):
         self.register_buffer('covariance', torch.eye(n_features))
         self.register_buffer('spread', torch.ones(()))
         self.dim = dim
-        self.rows = torch.zeros(0, n_features), torch.zeros(0, dim)
+        self.forget()
         self.eval()
+
+    def forget(self):
+        "Learn from here on, as if the box had not been asked about any image of one's own."
+        self.first = self.weight
+        self.rows = tuple(self.weight.new_zeros(0, n) for n in (len(self.mean), self.dim, len(self.mean)))
 
     def forward(self,
         x:Tensor,            # Images (N,3,H,W), pixels in [0,1]
@@ -92,7 +97,7 @@ class RidgeStudent(nn.Module):
         "A student that knows the same, and learns on its own."
         other = copy.copy(self)
         other._buffers = dict(self._buffers)
-        other.first = self.weight
+        other.forget()
         return other
 
     @torch.no_grad()
@@ -110,12 +115,13 @@ class RidgeStudent(nn.Module):
         moved = change.norm(dim=1) > 1e-4*self.spread
         part = 2*self.spread/change[moved].norm(dim=1, keepdim=True)
         steps = part*(here-there)[moved]/self.deviation, part*change[moved]
-        self.rows = tuple(torch.cat(o)[-_MOST:] for o in zip(self.rows, own, steps))
-        a, b = self.rows
-        first = self.first if hasattr(self, 'first') else self.weight
-        gain = _TRUST*(a @ self.covariance)
-        known = (gain @ a.T).double() + torch.eye(len(a))
-        self.weight = first + gain.T @ torch.linalg.solve(known, (b - a @ first).double()).float()
+        a, b = (torch.cat(o) for o in zip(own, steps))
+        rows = zip(self.rows, (a, b, _TRUST*(a @ self.covariance)))
+        self.rows = tuple(torch.cat(o)[-_MOST:] for o in rows)
+        a, b, gain = self.rows
+        known = (gain @ a.T).double() + torch.eye(len(a)).to(a.device)
+        wrong = (b - a @ self.first).double()
+        self.weight = self.first + gain.T @ torch.linalg.solve(known, wrong).float()
 
 # %% ../../nbs/api/descriptors/37_ridge_students.ipynb #3424a7cd
 @torch.no_grad()
@@ -146,6 +152,7 @@ def fit_ridge(
     student.covariance = torch.linalg.inv(moments).float()
     student.weight = torch.linalg.solve(moments, a.T @ b).float()
     student.spread = b.norm(dim=1).mean().float()
+    student.forget()
     return student
 
 # %% ../../nbs/api/descriptors/37_ridge_students.ipynb #83d408cc
@@ -218,4 +225,5 @@ def load_student(
         head = held['head']
         student = RidgeStudent(_features(held['features'], held.get('file')), *head['weight'].shape)
         student.load_state_dict(head, strict=False)
+        student.forget()
     return student
