@@ -1,0 +1,178 @@
+"The bandit: budget, rule, arms that see the gradient and arms that do not, answers that fail"
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from robustnb.attacks.ssim_rule import SSIM
+from robustnb.attacks.threat_models import L2
+from robustnb.core import image_generators, make_generator, round_to_8bit
+from robustnb.descriptors import bandit
+from robustnb.descriptors.bandit import Bandit, bandit_descriptor, smoothed_gradient
+from robustnb.descriptors.blackbox import BlackBox, descriptor_distance
+
+
+class Linear(nn.Module):
+    "Descriptors that are linear in the image: the gradient is the same everywhere"
+    def __init__(self, dim=6, side=24, seed=0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        coarse = torch.randn(dim, 3, 6, 6, generator=generator)
+        smooth = nn.functional.interpolate(coarse, size=(side, side), mode='bilinear')
+        self.register_buffer('weight', smooth.flatten(1)/side)
+    def forward(self, x): return x.flatten(1) @ self.weight.T
+
+
+box = Linear().eval()
+x = round_to_8bit(torch.rand(3, 3, 24, 24, generator=torch.Generator().manual_seed(1)))
+targets = box(round_to_8bit(torch.rand(6, 3, 24, 24, generator=torch.Generator().manual_seed(2)))).view(3, 2, 6)
+rule = SSIM(.9)
+
+
+def far(images, of=box): return descriptor_distance(of(images), targets)
+
+
+def attack(queries=20, students=(), oracle=None, **more):
+    oracle = oracle or BlackBox(box, 3*queries)
+    return bandit_descriptor(oracle, x, targets, rule, students=students,
+                             plan=Bandit(queries, **more)), oracle
+
+
+@pytest.mark.parametrize('students', [(), (box,), (Linear(seed=5),), (Linear(seed=5), box)])
+def test_budget_rule_and_gain(students):
+    got, oracle = attack(students=students)
+    assert oracle.used <= 60
+    assert torch.equal(got, round_to_8bit(got)) and rule.allows(x, got).all()
+    assert (far(got) <= far(x)).all() and (far(got) < far(x)).any()
+
+
+def test_a_student_that_is_the_box_beats_all():
+    blind = far(attack()[0]).mean()
+    wrong = far(attack(students=[Linear(seed=5)])[0]).mean()
+    right = far(attack(students=[box])[0]).mean()
+    both = far(attack(students=[Linear(seed=5), box])[0]).mean()
+    assert right < blind and right < wrong and both < blind
+    assert (far(x).mean()-right) > 1.5*(far(x).mean()-blind)
+
+
+def test_dodging_is_the_other_way():
+    got, _ = attack(students=[box], dodge=True)
+    assert (far(got) > far(x)).all() and rule.allows(x, got).all()
+
+
+def test_same_seed_same_images():
+    one, two = (attack(students=[box], oracle=BlackBox(box, 60))[0] for _ in range(2))
+    assert torch.equal(one, two)
+    other = bandit_descriptor(BlackBox(box, 60), x, targets, rule, make_generator(9), students=[box],
+                              plan=Bandit(20))
+    assert not torch.equal(one, other)
+
+
+def test_a_box_that_fails():
+    "No answer about one image at all; none about others now and then"
+    calls = []
+    def says(images):
+        d = box(images)
+        for k, image in enumerate(images):
+            calls.append(1)
+            if (image - x[1]).abs().max() < .5 and torch.equal(image.round(), x[1].round()) or not len(calls) % 7:
+                d[k] = torch.nan
+        return d
+    got = bandit_descriptor(says, x, targets, rule, students=[box], plan=Bandit(20))
+    assert (far(got) <= far(x) + 1e-6).all()
+    nothing = bandit_descriptor(lambda o: torch.full((len(o), 6), torch.nan), x, targets, rule, plan=Bandit(5))
+    assert torch.equal(nothing, x)
+
+
+def test_a_budget_that_ends():
+    oracle = BlackBox(box, 10)
+    got, _ = attack(40, [box], oracle)
+    assert oracle.used == 10 and (far(got) <= far(x)).all()
+
+
+def test_start_and_another_threat_model():
+    threat = L2(.5)
+    start, _ = attack(students=[box])
+    got = bandit_descriptor(BlackBox(box, 60), x, targets, threat, start=start, students=[box],
+                            plan=Bandit(20))
+    assert threat.allows(x, got).all()
+    assert far(got).mean() < far(x).mean()
+
+
+def test_memory_finds_the_gradient_of_a_linear_box():
+    "After as many steps as numbers in a space of few dimensions, by regression alone"
+    basis = torch.randn(8, 3, 24, 24, generator=torch.Generator().manual_seed(3)).sign()
+    size = torch.randint(-3, 4, (40, 8), generator=torch.Generator().manual_seed(4)).float()
+    steps = size @ basis.flatten(1)/255
+    memory = bandit._Memory(x[:1], lambda d, i: d/d.norm())
+    assert not memory.ready(3) and memory.ready(30)
+    before = x[:1].expand(40, -1, -1, -1)
+    after = before + steps.view_as(before)
+    memory.learn(0, after, box(after), before, box(before))
+    direction = torch.randn(6, generator=torch.Generator().manual_seed(5))
+    found = memory._gradient(0, direction)
+    true = direction/direction.norm() @ box.weight
+    true = steps.T @ torch.linalg.lstsq(steps.T, true[:, None], driver='gelsd').solution[:, 0]
+    assert torch.cosine_similarity(found, true, dim=0) > .95
+
+
+def test_students_are_left_alone():
+    student = Linear(seed=5)
+    kept = student.weight.clone()
+    attack(students=[student])
+    assert torch.equal(student.weight, kept)
+
+
+class Scholar(nn.Module):
+    "Counts its lessons"
+    def __init__(self, log, owner=None):
+        super().__init__()
+        self.log, self.owner = log, owner
+    def fork(self): return Scholar(self.log, object())
+    def forward(self, images): return box(images)
+    def learn(self, asked, answers, before, said):
+        assert torch.allclose(answers, box(asked)) and torch.allclose(said, box(before))
+        self.log.append((id(self), len(asked)))
+
+
+def test_each_image_teaches_its_own_student():
+    log = []
+    attack(13, [Scholar(log)], learn_every=4)
+    assert len(log) == 3*3 and {n for _, n in log} == {4}
+    assert len({who for who, _ in log}) == 3
+
+
+def test_blur_keeps_the_sum_and_is_a_gaussian():
+    spot = torch.zeros(1, 2, 41, 41)
+    spot[:, 0, 20, 20] = 1
+    soft = bandit._blurred(spot, 2.)
+    assert math.isclose(soft.sum(), 1, rel_tol=1e-5) and soft[0, 1].abs().max() == 0
+    assert torch.allclose(soft[0, 0, 20, 23]/soft[0, 0, 20, 20], torch.tensor(math.exp(-9/8)), rtol=1e-4)
+
+
+def test_smoothed_gradient_of_a_linear_loss():
+    "Without blur, the mean over many views has the sum of the plain gradient, less what left the image"
+    flat = lambda images: images.mean((1, 2, 3))[:, None]
+    grad = smoothed_gradient(flat, x[:1], lambda d: d[:, 0], make_generator(0), views=20, blur=0)
+    assert math.isclose(grad.sum(), 1, rel_tol=.05)
+
+
+def test_gains_ask_the_best():
+    gains = bandit._Gains(2, 3)
+    seen = torch.zeros(2)
+    for at in range(1, 100):
+        chosen = gains.choose(at, torch.tensor([True, True]))
+        gains.hear(chosen, torch.tensor([0, .01])[chosen])
+        seen += torch.bincount(chosen, minlength=2)
+    assert seen[1] > 5*seen[0] > 0
+
+
+@pytest.mark.parametrize('plan', [dict(queries=1), dict(learn_every=0)])
+def test_refusals(plan):
+    with pytest.raises(ValueError, match='must be at least'):
+        Bandit(**plan)
+    with pytest.raises(ValueError, match='targets'):
+        bandit_descriptor(box, x, targets[:2], rule)
+    own = image_generators(None, x)
+    assert len(own) == 3
