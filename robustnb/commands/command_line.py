@@ -84,7 +84,8 @@ _JOBS = {
         generate='transfer', sweep='sweep', fit_predictor='fit_predictor'),
     'Training sets': dict(build_set='curation', score_set='curation', validate_set='curation'),
     'Descriptors': dict(train_descriptor='descriptors', distill='descriptors',
-                        attack_descriptors='descriptors', check_submission='descriptors'),
+                        attack_descriptors='descriptors', check_submission='descriptors',
+                        report_descriptors='descriptors'),
     'To begin with': dict(demo='demo', train='train')}
 _HOMES = {name.replace('_', '-'): home for jobs in _JOBS.values() for name, home in jobs.items()}
 

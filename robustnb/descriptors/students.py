@@ -408,14 +408,20 @@ def fidelity(
     student:nn.Module,       # Images (N,3,H,W) in [0,1] -> descriptors (N,D); in eval mode
     images:np.ndarray,       # uint8 images (N,H,W,3) that nobody trained on, N >= 2
     descriptors,             # The black box's answers (N,D)
-)->pd.Series:                # `cosine`, `distance`, `mse`, `within_0.01`, `nearest`
+    # cosine; centred: cosine of what is left without the mean answer; r2: share of the variance that is
+    # explained, 0 for a constant; distance, mse, within_0.01; nearest: share of equal nearest neighbours
+)->pd.Series:
     "How well a student answers for the black box."
     images, t = _described(images, np.asarray(descriptors, np.float32), 'descriptors')
     d = predict(student, to_float(images))
     t = torch.from_numpy(t)
     hit = torch.cdist(d, t).argmin(1) == torch.cdist(t, t).argmin(1)
+    mean = t.mean(0)
+    left = (t-mean).square().sum().clamp_min(1e-30)
     return pd.Series({
         'cosine': F.cosine_similarity(d, t).mean().item(),
+        'centred': F.cosine_similarity(d-mean, t-mean).mean().item(),
+        'r2': 1 - ((d-t).square().sum()/left).item(),
         'distance': (d-t).norm(dim=1).mean().item(),
         'mse': F.mse_loss(d, t).item(),
         'within_0.01': ((d-t).abs() < .01).float().mean().item(),
