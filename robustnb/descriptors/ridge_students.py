@@ -60,10 +60,46 @@ class GaborFeatures(nn.Module):
         return torch.cat([o.flatten(1) for o in parts], 1)
 
 # %% ../../nbs/api/descriptors/37_ridge_students.ipynb #e0429b97
-_TRUST = 100.     # how much further an image's own answers may move the weight than the fit allows
+_TRUST = 100.    # how much further an image's own answers may move the weight than the fit allows
 _MOST = 240      # rows that a student remembers of its own image
 
-class RidgeStudent(nn.Module):
+class _Learning:
+    "How `RidgeStudent` learns"
+    def forget(self):
+        "Learn from here on, as if the box had not been asked about any image of one's own."
+        self.first = self.weight
+        n = len(self.mean)
+        self.rows = tuple(self.weight.new_zeros(0, k) for k in (n, self.dim, n))
+
+    def fork(self)->'RidgeStudent':
+        "A student that knows the same, and learns on its own."
+        other = copy.copy(self)
+        other._buffers = dict(self._buffers)
+        other.forget()
+        return other
+
+    @torch.no_grad()
+    def learn(self,
+        x:Tensor,            # Images that the box was asked about (N,3,H,W)
+        answers:Tensor,      # What it said (N,D), finite
+        before:Tensor,       # The image that each stems from (N,3,H,W)
+        said_before:Tensor,  # What the box said about that one (N,D)
+    ):
+        "Take in answers about changed images: what the box said, and how that differs."
+        here, there = ((self.features(o)-self.mean)/self.deviation for o in (x, before))
+        change = answers-said_before
+        moved = change.norm(dim=1) > 1e-4*self.spread
+        part = 2*self.spread/change[moved].norm(dim=1, keepdim=True)
+        a = torch.cat([here, part*(here-there)[moved]])
+        b = torch.cat([answers-self.bias, part*change[moved]])
+        rows = zip(self.rows, (a, b, _TRUST*(a @ self.covariance)))
+        a, b, gain = self.rows = tuple(torch.cat(o)[-_MOST:] for o in rows)
+        known = (gain @ a.T).double() + torch.eye(len(a)).to(a.device)
+        wrong = (b - a @ self.first).double()
+        self.weight = self.first + gain.T @ torch.linalg.solve(known, wrong).float()
+
+# %% ../../nbs/api/descriptors/37_ridge_students.ipynb #21bade02
+class RidgeStudent(_Learning, nn.Module):
     "A linear map from features to the descriptors of a box, which can learn from further answers."
     def __init__(self,
         features:nn.Module,  # Images (N,3,H,W), pixels in [0,1] -> features (N,F)
@@ -82,56 +118,23 @@ class RidgeStudent(nn.Module):
         self.forget()
         self.eval()
 
-    def forget(self):
-        "Learn from here on, as if the box had not been asked about any image of one's own."
-        self.first = self.weight
-        self.rows = tuple(self.weight.new_zeros(0, n) for n in (len(self.mean), self.dim, len(self.mean)))
-
     def forward(self,
         x:Tensor,            # Images (N,3,H,W), pixels in [0,1]
     )->Tensor:               # Descriptors (N,D), of any length
         "What the box should say."
         return ((self.features(x)-self.mean)/self.deviation) @ self.weight + self.bias
 
-    def fork(self)->'RidgeStudent':
-        "A student that knows the same, and learns on its own."
-        other = copy.copy(self)
-        other._buffers = dict(self._buffers)
-        other.forget()
-        return other
-
-    @torch.no_grad()
-    def learn(self,
-        x:Tensor,            # Images that the box was asked about (N,3,H,W)
-        answers:Tensor,      # What it said (N,D), finite
-        before:Tensor,       # The image that each stems from (N,3,H,W)
-        said_before:Tensor,  # What the box said about that one (N,D)
-    ):
-        "Take answers about changed images in: what the box said, and how that differs."
-        here = self.features(x)
-        there = self.features(before)
-        own = ((here-self.mean)/self.deviation, answers-self.bias)
-        change = answers-said_before
-        moved = change.norm(dim=1) > 1e-4*self.spread
-        part = 2*self.spread/change[moved].norm(dim=1, keepdim=True)
-        steps = part*(here-there)[moved]/self.deviation, part*change[moved]
-        a, b = (torch.cat(o) for o in zip(own, steps))
-        rows = zip(self.rows, (a, b, _TRUST*(a @ self.covariance)))
-        self.rows = tuple(torch.cat(o)[-_MOST:] for o in rows)
-        a, b, gain = self.rows
-        known = (gain @ a.T).double() + torch.eye(len(a)).to(a.device)
-        wrong = (b - a @ self.first).double()
-        self.weight = self.first + gain.T @ torch.linalg.solve(known, wrong).float()
-
 # %% ../../nbs/api/descriptors/37_ridge_students.ipynb #3424a7cd
 @torch.no_grad()
 def fit_ridge(
-    features:nn.Module,      # Images (N,3,H,W), pixels in [0,1] -> features (N,F); `GaborFeatures()`, or any network
+    # Images (N,3,H,W), pixels in [0,1] -> features (N,F): `GaborFeatures()`, or any network
+    features:nn.Module,
     images:np.ndarray,       # uint8 images (N,H,W,3) that the box has described
     descriptors,             # Its answers (N,D)
     ridge:float=.3,          # Weight of the ridge, as a part of the mean squared length of a row, > 0
 )->RidgeStudent:             # In evaluation mode
-    "A student of any features, solved in one go (Hoerl and Kennard 1970, doi:10.1080/00401706.1970.10488634)."
+    """A student of any features, solved in one go (Hoerl and Kennard 1970,
+    doi:10.1080/00401706.1970.10488634)."""
     images, d = _described(images, np.asarray(descriptors, np.float32), 'descriptors')
     if not 0 < ridge < math.inf:
         raise ValueError(f"`ridge` must be positive and finite; got {ridge!r}.")
@@ -161,7 +164,8 @@ _READERS = {'.onnx': read_onnx, '.pt2': read_exported, '.pb': load_frozen}
 class FileFeatures(nn.Module):
     "A network in a file, as features."
     def __init__(self,
-        path,                # Network in a file .onnx, .pt2 (`torch.export`) or .pb (frozen graph of TensorFlow)
+        # Network in a file .onnx, .pt2 (`torch.export`) or .pb (frozen graph of TensorFlow)
+        path,
         size:int=112,        # Height and width of the images that it takes, in pixels
         mean:float=127.5,    # Taken off pixels from 0 to 255
         std:float=128.,      # Divides what is left, > 0
@@ -191,14 +195,14 @@ _FORMAT = 'robustnb.ridge_student/1'
 
 def save_student(
     student:RidgeStudent,    # From `fit_ridge`, on `GaborFeatures` or `FileFeatures`
-    path,                    # File to write; an existing one is replaced only once the new one is complete
+    path,                    # File to write, completely or not at all
 )->Path:                     # The path written
     "Write a student with all that `load_student` needs."
     features = student.features
     if not isinstance(features, (GaborFeatures, FileFeatures)):
-        raise ValueError("`student` must stand on `GaborFeatures` or `FileFeatures` to be stored; its "
-                         f"features are a {type(features).__name__}. Write that network with "
-                         "`torch.export.save` and read it with `FileFeatures`.")
+        raise ValueError("`student` must stand on `GaborFeatures` or `FileFeatures` to be stored; "
+                         f"its features are a {type(features).__name__}. Write that network "
+                         "with `torch.export.save` and read it with `FileFeatures`.")
     head = {k: v.detach().cpu() for k, v in student.named_buffers() if not k.startswith('features')}
     held = dict(format=_FORMAT, head=head, features=getattr(features, 'made', dict(kind='gabor')))
     if isinstance(features, FileFeatures):
@@ -207,13 +211,11 @@ def save_student(
 
 def _features(made, file):
     "The features that a student's file describes"
-    made = dict(made)
-    kind = made.pop('kind')
-    if kind == 'gabor': return GaborFeatures()
+    if made['kind'] == 'gabor': return GaborFeatures()
     with tempfile.TemporaryDirectory() as folder:
-        net = Path(folder)/f'net{kind}'
+        net = Path(folder)/f"net{made['kind']}"
         net.write_bytes(file.numpy().tobytes())
-        return FileFeatures(net, **made)
+        return FileFeatures(net, made['size'], made['mean'], made['std'])
 
 def load_student(
     path,                    # File of `save_student` or `save_descriptor`
@@ -223,7 +225,8 @@ def load_student(
     if not isinstance(held, dict) or held.get('format') != _FORMAT: return load_descriptor(path)
     with explain_errors(path, 'a file written by `save_student`'):
         head = held['head']
-        student = RidgeStudent(_features(held['features'], held.get('file')), *head['weight'].shape)
+        features = _features(held['features'], held.get('file'))
+        student = RidgeStudent(features, *head['weight'].shape)
         student.load_state_dict(head, strict=False)
         student.forget()
     return student

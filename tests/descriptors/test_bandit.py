@@ -26,7 +26,8 @@ class Linear(nn.Module):
 
 box = Linear().eval()
 x = round_to_8bit(torch.rand(3, 3, 24, 24, generator=torch.Generator().manual_seed(1)))
-targets = box(round_to_8bit(torch.rand(6, 3, 24, 24, generator=torch.Generator().manual_seed(2)))).view(3, 2, 6)
+others = round_to_8bit(torch.rand(6, 3, 24, 24, generator=torch.Generator().manual_seed(2)))
+targets = box(others).view(3, 2, 6)
 rule = SSIM(.9)
 
 
@@ -76,12 +77,13 @@ def test_a_box_that_fails():
         d = box(images)
         for k, image in enumerate(images):
             calls.append(1)
-            if (image - x[1]).abs().max() < .5 and torch.equal(image.round(), x[1].round()) or not len(calls) % 7:
+            if torch.equal(image, x[1]) or not len(calls) % 7:
                 d[k] = torch.nan
         return d
     got = bandit_descriptor(says, x, targets, rule, students=[box], plan=Bandit(20))
     assert (far(got) <= far(x) + 1e-6).all()
-    nothing = bandit_descriptor(lambda o: torch.full((len(o), 6), torch.nan), x, targets, rule, plan=Bandit(5))
+    silent = lambda o: torch.full((len(o), 6), torch.nan)
+    nothing = bandit_descriptor(silent, x, targets, rule, plan=Bandit(5))
     assert torch.equal(nothing, x)
 
 
