@@ -33,6 +33,8 @@ _NAMES = {
     'descriptors.blackbox': 'BlackBox',
     'descriptors.students': 'distill_descriptor',
     'descriptors.attack': 'attack_descriptor',
+    'descriptors.bandit': 'bandit_descriptor',
+    'descriptors.ridge_students': 'fit_ridge',
     'descriptors.pairs': 'make_pairs',
     'descriptors.submission': 'check_submission write_submission',
 }
@@ -65,8 +67,10 @@ if TYPE_CHECKING:
     from .curation.training_sets import attacked, build_training_set
     from .data import ImageSet, load_data, load_splits, subset
     from .descriptors.attack import attack_descriptor
+    from .descriptors.bandit import bandit_descriptor
     from .descriptors.blackbox import BlackBox
     from .descriptors.pairs import make_pairs
+    from .descriptors.ridge_students import fit_ridge
     from .descriptors.students import distill_descriptor
     from .descriptors.submission import check_submission, write_submission
     from .evaluation.auditing import audit

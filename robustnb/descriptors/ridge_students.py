@@ -7,6 +7,7 @@ __all__ = ['GaborFeatures', 'RidgeStudent', 'fit_ridge', 'FileFeatures', 'save_s
 
 # %% ../../nbs/api/descriptors/37_ridge_students.ipynb #5d1d8eed
 import copy, math, tempfile
+from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
@@ -159,7 +160,8 @@ def fit_ridge(
     return student
 
 # %% ../../nbs/api/descriptors/37_ridge_students.ipynb #83d408cc
-_READERS = {'.onnx': read_onnx, '.pt2': read_exported, '.pb': load_frozen}
+# a graph of TensorFlow gets pixels as they are: 255*x/255
+_READERS = {'.onnx': read_onnx, '.pt2': read_exported, '.pb': partial(load_frozen, std=255.)}
 
 class FileFeatures(nn.Module):
     "A network in a file, as features."

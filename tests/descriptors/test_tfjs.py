@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from robustnb.descriptors.ridge_students import FileFeatures
 from robustnb.descriptors.tfjs import load_frozen, load_tfjs, tfjs_weights
 
 rng = np.random.default_rng(0)
@@ -358,3 +359,13 @@ def test_pools_that_are_padded_are_refused(tmp_path):
     (tmp_path/'g.pb').write_bytes(taken() + pool)
     with pytest.raises(ValueError, match="'y' has padding SAME. Known are VALID"):
         load_frozen(tmp_path/'g.pb')
+
+
+def test_a_frozen_graph_as_features_sees_the_pixels_that_were_meant(tmp_path):
+    raw = [taken(1), constant('shape', np.int32([1, -1])), frozen('Reshape', 'y', 'image', 'shape')]
+    (tmp_path/'g.pb').write_bytes(b''.join(raw))
+    x = photos(6, 3)
+    theirs = load_frozen(tmp_path/'g.pb', mean=127.5, std=128.)(x)
+    ours = FileFeatures(tmp_path/'g.pb', 6, mean=127.5, std=128.)(x)
+    np.testing.assert_allclose(ours.numpy(), theirs.numpy(), atol=1e-5)
+    assert ours.abs().max() <= 1
