@@ -290,6 +290,16 @@ def attack_descriptors_command(
     return dict(out=str(out), rows=rows.to_dict('records'), **facts)
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #40b2d002
+def _changed(path, names):
+    "Images (N,H,W,3) of a submission, in the order of their names"
+    try:
+        with zipfile.ZipFile(path) as z:
+            opened = [np.asarray(Image.open(z.open(o)).convert('RGB')) for o in names]
+        return np.stack(opened)
+    except (zipfile.BadZipFile, KeyError, OSError, ValueError) as e:
+        raise ValueError("`attacked` must be a folder of robustnb attack-descriptors, with a whole "
+                         f"submission.zip; {path} cannot be read ({e}). Attack again.") from e
+
 @_command
 def report_descriptors_command(
     attacked:str,           # Folder of robustnb attack-descriptors
@@ -306,9 +316,7 @@ def report_descriptors_command(
     folder = Path(attacked)
     images = _named(data)
     pairs = read_pairs(folder/'pairs.csv', images)
-    with zipfile.ZipFile(folder/'submission.zip') as z:
-        opened = [Image.open(z.open(o)).convert('RGB') for o in pairs.files]
-        changed = np.stack([np.asarray(o) for o in opened])
+    changed = _changed(folder/'submission.zip', pairs.files)
     boxes = {o: _box(o) for o in [box, *(_listed(others, 'others') if others else ())]}
     page = attack_report(folder/'report.html', boxes, images, pairs, changed, threshold or None)
     print(f'Written to {page}')

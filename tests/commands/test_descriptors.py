@@ -1,6 +1,6 @@
 """The commands on descriptors, interrupted and given again: nothing is trained or asked twice, and
 the end is that of the undisturbed run."""
-import io, zipfile
+import importlib.util, io, zipfile
 from functools import partial
 
 import numpy as np
@@ -8,10 +8,12 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from skimage.data import astronaut
 
 from robustnb.commands import descriptors
 from robustnb.descriptors import students
 from robustnb.files import load_state
+from robustnb.descriptors.ridge_students import load_student
 from robustnb.descriptors.students import load_descriptor
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -181,3 +183,53 @@ def test_an_attack_asks_once(questions, teacher, tmp_path):
         run(queries=0, out=str(tmp_path/'none'))
     assert not questions
     assert not (tmp_path/'none').exists()
+
+
+def picture(array):
+    held = io.BytesIO()
+    Image.fromarray(array).save(held, 'PNG')
+    return held.getvalue()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('dlib'), reason='needs robustnb[faces]')
+def test_faces_are_aligned_and_those_without_one_left_out(tmp_path):
+    photo = astronaut()
+    with zipfile.ZipFile(tmp_path/'faces.zip', 'w') as z:
+        z.writestr('a/0.png', picture(photo))
+        z.writestr('a/1.png', picture(photo[:, ::-1]))
+        z.writestr('b/0.png', picture(np.zeros((60, 50, 3), np.uint8)))
+        z.writestr('b/1.png', picture(photo[20:]))
+    faces = descriptors._named(f'{tmp_path}/faces.zip@aligned')
+    assert faces.images.shape == (3, 150, 150, 3) and faces.names == ('a_0.png', 'a_1.png', 'b_1.png')
+    assert faces.y.tolist() == [0, 0, 1]
+    said = descriptors._box('dlib')(faces.x)
+    assert (said[0]-said[1]).norm() < .6 and (said[0]-said[2]).norm() < .6
+    with zipfile.ZipFile(tmp_path/'none.zip', 'w') as z:
+        for name in 'ab':
+            z.writestr(f'{name}/0.png', picture(np.zeros((60, 50, 3), np.uint8)))
+    with pytest.raises(ValueError, match='in none of the 2 photographs'):
+        descriptors._named(f'{tmp_path}/none.zip@aligned')
+
+
+def test_a_network_in_a_file_becomes_a_student(teacher, tmp_path):
+    net = torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten()).eval()
+    program = torch.export.export(net, (torch.rand(2, 3, 16, 16),),
+                                  dynamic_shapes=({0: torch.export.Dim('n')},))
+    torch.export.save(program, tmp_path/'theirs.pt2')
+    got = distill(teacher, photos, f'filters,{tmp_path}/theirs.pt2@16', str(tmp_path/'students'), copies=2)
+    assert [o['student'] for o in got['rows']] == ['(constant)', 'filters', 'theirs']
+    student = load_student(tmp_path/'students'/'theirs.pt')
+    assert student(torch.rand(1, 3, 30, 30)).shape == (1, 512)
+    assert student.features(torch.rand(1, 3, 30, 30)).shape == (1, 48)
+
+
+def test_a_report_of_an_attack(teacher, tmp_path):
+    distill(teacher, photos, 'filters', str(tmp_path/'students'), copies=1)
+    out = tmp_path/'attacked'
+    attack(teacher, f'{tmp_path}/students/filters.pt', 'digits:test', n_pairs=1, queries=3, out=str(out))
+    page = descriptors.report_descriptors_command(str(out), 'digits:test', teacher, teacher)
+    assert page['images'] == 5 and page['boxes'] == [teacher]
+    assert '</html>' in (out/'report.html').read_text()
+    (out/'submission.zip').write_bytes(b'')
+    with pytest.raises(SystemExit, match='Attack again'):
+        descriptors.report_descriptors_command(str(out), 'digits:test', teacher)
