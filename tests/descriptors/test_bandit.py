@@ -9,7 +9,7 @@ from robustnb.attacks.ssim_rule import SSIM
 from robustnb.attacks.threat_models import L2
 from robustnb.core import image_generators, make_generator, round_to_8bit
 from robustnb.descriptors import bandit
-from robustnb.descriptors.bandit import Bandit, bandit_descriptor, smoothed_gradient
+from robustnb.descriptors.bandit import Bandit, bandit_descriptor, gain_share, smoothed_gradient
 from robustnb.descriptors.blackbox import BlackBox, descriptor_distance
 
 
@@ -158,6 +158,16 @@ def test_smoothed_gradient_of_a_linear_loss():
     flat = lambda images: images.mean((1, 2, 3))[:, None]
     grad = smoothed_gradient(flat, x[:1], lambda d: d[:, 0], make_generator(0), views=20, blur=0)
     assert math.isclose(grad.sum(), 1, rel_tol=.05)
+
+
+def test_gain_share_under_l2_is_the_cosine_of_the_gradients():
+    student = Linear(seed=5)
+    def gradient(net):
+        image = x.clone().requires_grad_(True)
+        return torch.autograd.grad(far(image, net).sum(), image)[0].flatten(1)
+    cosine = torch.cosine_similarity(gradient(student), gradient(box), dim=1)
+    assert torch.allclose(gain_share(student, box, x, targets, L2(.5)), cosine, atol=1e-5)
+    assert torch.allclose(gain_share(box, box, x, targets, rule), torch.ones(3), atol=1e-5)
 
 
 def test_gains_ask_the_best():
