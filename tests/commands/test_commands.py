@@ -11,7 +11,7 @@ from robustnb.commands import command_line as cli, common
 
 root = Path(__file__).parents[2]
 NAMES = ('assess evaluate cost quantize export generate fit-predictor sweep build-set score-set validate-set '
-         'train train-descriptor distill attack-descriptors check-submission demo').split()
+         'train train-descriptor distill attack-descriptors check-submission report-descriptors demo').split()
 WORDS = dict(model='--model', weights='--weights', mean='--mean', std='--std', size='--size',
              classes='--classes', device='--device')
 
