@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import batches, draw, image_generators
-from ..attacks.score_based import square_side, square_window
+from ..core import draw, image_generators
+from ..attacks.score_based import square_side
 from ..attacks.transferable import mean_normalized
 from ..augmentation.transforms import affine
 from .blackbox import descriptor_distance, is_spent
 from .attack import begin_attack, fit_8bit
-from .query_attacks import _answered, _query
+from .query_attacks import _answered, _query, _signed_square
 
 # %% ../../nbs/api/descriptors/53_bandit.ipynb #f9970109
 _FORGET = .93    # of gains and counts, after each question to the arm
@@ -93,6 +93,11 @@ def gain_share(
     return gained(gradient(student))/gained(truth)
 
 # %% ../../nbs/api/descriptors/53_bandit.ipynb #b9f3dc7b
+def _lengthened(length, rows, better):
+    "Longer steps after a success, shorter ones after a failure, in place"
+    grown = torch.where(better, 1.2, .8).view(-1, 1, 1, 1).to(length)
+    length[rows] = (length[rows]*grown).clamp(.03, 1)
+
 class _Follow:
     "Steps along a student's gradient, with momentum"
     def __init__(self, student, x, loss, own):
@@ -112,8 +117,7 @@ class _Follow:
         return threat.project(x, now - self.length[rows]*step)
 
     def hear(self, rows, better):
-        grown = torch.where(better, 1.2, .8).view(-1, 1, 1, 1).to(self.length)
-        self.length[rows] = (self.length[rows]*grown).clamp(.03, 1)
+        _lengthened(self.length, rows, better)
         self.total[rows[~better]] *= .5
 
     def learn(self, i, asked, answers, before, said_before):
@@ -132,9 +136,7 @@ class _Squares:
 
     def propose(self, rows, x, now, d, threat, at):
         u = draw(torch.rand, [self.own[i] for i in rows.tolist()], 2+x.shape[1], like=x)
-        fresh = torch.zeros_like(x)
-        window = square_window(x, square_side(at, self.queries, .3, x), u[:, :2])
-        fresh[window] = torch.where(u[:, 2:] < .5, -1., 1.).to(x)[:, :, None, None]
+        fresh = _signed_square(x, square_side(at, self.queries, .3, x), u)
         again = self.again[rows].view(-1, 1, 1, 1)
         self.pattern[rows] = torch.where(again, -self.pattern[rows], fresh)
         return now + threat.eps*threat.steepest(self.pattern[rows], x, now)
@@ -149,7 +151,7 @@ _REMEMBERED = 60     # questions
 class _Memory:
     "A step along the ridge regression of the answers about an image on the steps that they were about"
     def __init__(self, x, away):
-        self.steps = [[] for _ in x]      # bytes: differences of 8-bit images
+        self.steps = [[] for _ in x]      # in grey levels: differences of 8-bit images
         self.changes = [[] for _ in x]
         self.length = torch.full_like(x[:, :1, :1, :1], .35)
         self.away = away
@@ -168,9 +170,7 @@ class _Memory:
         step = threat.eps*threat.steepest(grads.view_as(x), x, now)
         return now - self.length[rows]*step
 
-    def hear(self, rows, better):
-        grown = torch.where(better, 1.2, .8).view(-1, 1, 1, 1).to(self.length)
-        self.length[rows] = (self.length[rows]*grown).clamp(.03, 1)
+    def hear(self, rows, better): _lengthened(self.length, rows, better)
 
     def learn(self, i, asked, answers, before, said_before):
         steps = (255*(asked-before)).round().short().flatten(1)
@@ -262,16 +262,14 @@ def bandit_descriptor(
     plan:Bandit=Bandit(),    # How many queries, towards the targets or away
 )->Tensor:                   # Images like `x`, pixels k/255, allowed by `threat`, never worse than the start
     "Students, squares and remembered answers, each question to the arm that gains most."
-    x, targets, out, d, _ = begin_attack(oracle, x, targets, threat, start)
-    goal = _Goal(targets, plan.dodge)
-    value = goal.sign*descriptor_distance(d, targets)
-    on = _answered(value)
+    x, targets, out, d, distance = begin_attack(oracle, x, targets, threat, start)
+    on = _answered(distance)
     if not len(on): return out
     own = image_generators(generator, out)
     own = [own[i] for i in on.tolist()]
-    goal.targets = targets[on]
+    goal = _Goal(targets[on], plan.dodge)
     arms = [_Follow(o, x[on], goal.loss, own) for o in students]
     arms += [_Squares(x[on], plan.queries, own), _Memory(x[on], goal.away)]
-    state = out[on], d[on], value[on]
+    state = out[on], d[on], goal.sign*distance[on]
     best = _rounds(oracle, x[on], state, goal, threat, arms, plan)
     return out.index_copy(0, on, best)

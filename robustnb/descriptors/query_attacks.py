@@ -29,6 +29,13 @@ def _query(oracle, x, targets):
 
 def _answered(value): return value.isfinite().nonzero().flatten()
 
+def _signed_square(x, side, u):
+    "A square of one sign in each channel, by the random numbers `u` (N,2+C); 0 elsewhere"
+    pattern = torch.zeros_like(x)
+    signs = torch.where(u[:, 2:] < .5, -1., 1.).to(x)
+    pattern[square_window(x, side, u[:, :2])] = signs[:, :, None, None]
+    return pattern
+
 # %% ../../nbs/api/descriptors/50_query_attacks.ipynb #bcc9015b
 def _heights(oracle, x, now, targets, threat, batch, genes):
     "Distances (N,P) of all members `genes` (N,P,2+C); infinite for images that are not allowed."
@@ -131,10 +138,7 @@ def square_descriptor(
             u = draw(torch.rand, own, 100, 2+x.shape[1], like=x)
         v = u[:, (at-1) % 100]
         side = square_side(at, queries, p, x)
-        fresh = torch.zeros_like(x)
-        fresh[square_window(x, side, v[:, :2])] = torch.where(
-            v[:, 2:] < .5, -1., 1.).to(x)[:, :, None, None]
-        pattern = torch.where(again.view(-1, 1, 1, 1), -pattern, fresh)
+        pattern = torch.where(again.view(-1, 1, 1, 1), -pattern, _signed_square(x, side, v))
         tried = fit_8bit(x, now + threat.eps*threat.steepest(pattern, x, now), threat)
         far = _query(oracle, tried, targets)[1]
         better = far < value
