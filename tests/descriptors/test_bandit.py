@@ -119,6 +119,27 @@ def test_memory_finds_the_gradient_of_a_linear_box():
     assert torch.cosine_similarity(found, true, dim=0) > .95
 
 
+@pytest.mark.parametrize('dodge', [False, True])
+def test_away_is_the_slope_of_the_goal(dodge):
+    goal = bandit._Goal(targets, dodge)
+    d = box(x)[1].clone().requires_grad_(True)
+    slope, = torch.autograd.grad(goal.loss(d[None], 1).sum(), d)
+    assert torch.allclose(goal.away(d.detach(), 1), slope, atol=1e-6)
+
+
+def test_a_square_that_failed_comes_back_with_the_other_sign():
+    arm = bandit._Squares(x, 20, image_generators(make_generator(0), x))
+    rows = torch.arange(3)
+    propose = lambda: (arm.propose(rows, x, x, None, rule, 5), arm.pattern.clone())[1]
+    first = propose()
+    arm.hear(rows, torch.tensor([False, False, True]))
+    second = propose()
+    assert torch.equal(second[:2], -first[:2]) and not torch.equal(second[2], -first[2])
+    arm.hear(rows, torch.tensor([False, False, False]))
+    third = propose()
+    assert not torch.equal(third[0].abs(), first[0].abs()) and torch.equal(third[2], -second[2])
+
+
 def test_students_are_left_alone():
     student = Linear(seed=5)
     kept = student.weight.clone()
