@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['hidden_mixture', 'families', 'hidden_set', 'proxy_networks', 'count_correct', 'score_training_sets',
-           'rank_training_sets']
+           'rank_training_sets', 'compare_sets', 'load_hidden']
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #8402ddf8
 import itertools
@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 import pandas as pd
+from scipy.stats import t
 from ..core import subseed
 from ..contract import predict
 from ..files import atomic_path
 from ..questions import cache_key
-from ..data import ImageSet
+from ..data import ImageSet, load_data
 from ..images import match_classes
 from ..augmentation.transforms import (
     affine, gamma, gaussian_noise, photometric, posterize, salt_and_pepper, uniform_noise)
@@ -28,7 +29,8 @@ from ..attacks.minimum_norm import carlini_wagner, deepfool
 from ..attacks.score_based import one_pixel, square
 from ..attacks.transferable import di_fgsm, mi_fgsm, ti_fgsm, vmi_fgsm
 from ..attacks.perceptual import advdrop, wasserstein
-from .training_sets import attacked, build_training_set, TrainingSet, unchanged
+from .training_sets import (
+    attacked, build_training_set, concatenate_sets, load_training_set, TrainingSet, unchanged)
 from .contest import contest_network, contest_train, default_config
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #af5709dc
@@ -122,26 +124,30 @@ def proxy_networks(
     return {k: partial(contest_network, k, width) for k in names}, {k: settings for k in names}
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #5bd1000a
+def _parts(rows):
+    "The columns that say which part of a hidden set an image belongs to"
+    return [o for o in ('family', 'kind', 'severity', 'slice') if o in rows]
+
 def count_correct(
     model,                # Classifier in eval mode
-    hidden:TrainingSet,   # From `hidden_set`
-)->pd.DataFrame:          # One row for each family and slice: `family`, `slice`, `n`, `correct`
+    hidden:TrainingSet,   # From `hidden_set`, `held_out_set` or `load_hidden`
+)->pd.DataFrame:          # One row for each family and slice: `family`, `slice`, `n`, `correct`; `kind`, `severity` where known
     "How many hidden images of each family a network gets right."
     right = predict(model, hidden.x).argmax(1).numpy() == hidden.y
-    by_family = hidden.rows.assign(right=right).groupby(['family', 'slice'], as_index=False)
+    by_family = hidden.rows.assign(right=right).groupby(_parts(hidden.rows), as_index=False)
     return by_family.agg(n=('right', 'size'), correct=('right', 'sum'))
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #1cd0a63e
 def _key(data, hidden, config, model):
     "A short name for everything a run depends on, apart from its seed: code and first weights too"
-    parts = hidden.rows[['family', 'slice']].to_csv()
+    parts = hidden.rows[_parts(hidden.rows)].to_csv()
     return cache_key(data.images, data.labels, hidden.images, hidden.labels, parts, model,
                      sorted(config.items()), contest_train, count_correct, arg='folder')[:16]
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #1757ed27
 def score_training_sets(
     sets:dict,             # Name -> `ImageSet` or `TrainingSet`
-    hidden:TrainingSet,    # From `hidden_set`
+    hidden:TrainingSet,    # From `hidden_set`, `held_out_set` or `load_hidden`
     networks:dict,         # Name -> function of a seed that returns an untrained network
     config:dict,           # Name of the network -> settings, as in `config.py`
     seeds=(0, 1, 2),       # Trainings of each network on each set
@@ -190,27 +196,148 @@ def _weighed(each, weights):
                          f"all 0; got {weights}.")
     return each[list(weights)] @ (pd.Series(weights)/sum(weights.values()))
 
+def _of_slices(rows, slices):
+    "The rows of the slices"
+    found = rows[rows['slice'].isin([slices] if isinstance(slices, str) else list(slices))]
+    if not len(found):
+        raise ValueError(f"`slices` must name slices of the rows; got {slices!r}. There are: "
+                         f"{', '.join(sorted(rows['slice'].unique()))}.")
+    return found
+
+def _damaged(rows):
+    "The rows of families that are seen or unseen; all of them where nobody says"
+    return rows[rows.kind != 'clean'] if 'kind' in rows else rows
+
+def _runs(rows, weights=None):
+    "What each run is worth: `score`; where kinds are known also `seen` and `unseen`, means over families"
+    run = ['set', 'model', 'seed']
+    if 'kind' in rows and weights is None:
+        sides = _accuracy(_damaged(rows), run + ['kind', 'family']).groupby(run + ['kind']).mean().unstack()
+        return sides.assign(score=sides.mean(axis=1, skipna=False))
+    if weights is None: return _accuracy(rows, run).to_frame('score')
+    return _weighed(_accuracy(rows, run + ['family']).unstack(), weights).to_frame('score')
+
+# %% ../../nbs/api/curation/40_hidden.ipynb #7ffe6b71
 def rank_training_sets(
     rows:pd.DataFrame,        # From `score_training_sets`
     slices=('public_a', 'public_b'), # Which images count; ('final',) at the end
-    # Family -> weight of its accuracy, >= 0, not all 0; None counts every image alike
+    # Family -> weight of its accuracy, >= 0, not all 0; None counts every image alike, or, where kinds are
+    # known, seen and unseen kinds half each and every family alike in its half
     weights:dict|None=None,
-    # One row for each set, best first: `score`, `se`, `clean`, `worst`, `worst_family`, each family
+    # One row for each set, best first: `score`, `se`, `seen` and `unseen` where known, `clean`, `worst`,
+    # `worst_family`, each family
 )->pd.DataFrame:
     "What each training set is worth: mean accuracy of the networks over the hidden images."
-    rows = rows[rows['slice'].isin([slices] if isinstance(slices, str) else list(slices))]
-    if not len(rows):
-        raise ValueError(f"`slices` must name slices of the rows; got {slices!r}. There are: "
-                         "public_a, public_b, final.")
-    runs = ['set', 'model', 'seed']
-    if weights is None:
-        right = _accuracy(rows, runs)
-    else:
-        right = _weighed(_accuracy(rows, runs + ['family']).unstack(), weights)
-    score = right.groupby(['set', 'seed']).mean().groupby('set')
+    rows = _of_slices(rows, slices)
+    runs = _runs(rows, weights)
+    score = runs.score.groupby(['set', 'seed']).mean().groupby('set')
     each = _accuracy(rows, ['set', 'family']).unstack()
-    table = pd.DataFrame(dict(score=score.mean(), se=score.std()/score.size()**.5,
-                              clean=each.get('clean'), worst=each.min(axis=1),
-                              worst_family=each.idxmin(axis=1)))
+    damaged = each[_damaged(rows).family.unique()]
+    table = pd.DataFrame(dict(score=score.mean(), se=score.std()/score.size()**.5))
+    table = table.join(runs.drop(columns='score').groupby('set').mean())
+    table = table.assign(clean=each.get('clean'), worst=damaged.min(axis=1),
+                         worst_family=damaged.idxmin(axis=1))
     table = table.join(each.drop(columns='clean', errors='ignore'))
     return table.sort_values('score', ascending=False)
+
+# %% ../../nbs/api/curation/40_hidden.ipynb #8b0ffbb3
+def compare_sets(
+    rows:pd.DataFrame,        # From `score_training_sets`, at least two runs of each set
+    a:str,                    # Name of a set
+    b:str,                    # Name of the set it is compared with
+    slices=('public_a', 'public_b'), # Which images count
+    # One row each for `score`, `seen` and `unseen` where known, `clean`, `worst` (that family which is worst
+    # in the run): `difference` (a - b), `low` and `high` of the 95 % interval, `runs`
+)->pd.DataFrame:
+    "How much better one training set is than another, paired over networks and seeds."
+    rows = _of_slices(rows, slices)
+    run = ['set', 'model', 'seed']
+    each = _accuracy(rows, run + ['family']).unstack()
+    worst = each[_damaged(rows).family.unique()].min(axis=1)
+    what = _runs(rows).assign(clean=each.get('clean'), worst=worst).dropna(axis=1, how='all')
+    lost = [o for o in (a, b) if o not in what.index.get_level_values('set')]
+    if lost:
+        raise ValueError(f"`a` and `b` must be sets of the rows; {lost[0]!r} is none of "
+                         f"{', '.join(rows['set'].unique())}.")
+    change = what.loc[a].sub(what.loc[b]).dropna()
+    n = len(change)
+    if n < 2:
+        raise ValueError("`rows` must hold at least two runs, network and seed alike, of both sets; got "
+                         f"{n} of {a!r} and {b!r}. Train with more seeds.")
+    wide = t.ppf(.975, n-1)*change.std()/n**.5
+    return pd.DataFrame(dict(difference=change.mean(), low=change.mean()-wide,
+                             high=change.mean()+wide, runs=n))
+
+# %% ../../nbs/api/curation/40_hidden.ipynb #73f21ffa
+def _family(data, name, **columns):
+    "A set all of whose images are one family, for the end"
+    rows = pd.DataFrame(dict(family=name, slice='final', image=np.arange(len(data)), **columns))
+    return TrainingSet(data.images, data.labels, data.classes, rows)
+
+def _with_history(folder):
+    "A hidden set that was saved with its table"
+    made = load_training_set(folder)
+    rows = made.rows if 'family' in made.rows else made.rows.rename(columns=dict(source='family'))
+    if 'family' not in rows:
+        raise ValueError("`path` must hold a provenance.csv with a column `family` or `source`; that of "
+                         f"{folder} has {', '.join(rows)}.")
+    made.rows = rows if 'slice' in rows else rows.assign(slice='final')
+    return made
+
+def _from_folders(path, split, size):
+    "Class folders, or folders of class folders, each a family"
+    tops = sorted(o for o in path.iterdir() if o.is_dir() and not o.name.startswith('.'))
+    splits = [o.name for o in tops if any(q.is_dir() for q in o.iterdir())]
+    if not splits or split: return _family(load_data(path, split, size), split or 'own')
+    if 'train' in splits:
+        raise ValueError(f"`split` must be named: {path} holds training images beside others "
+                         f"({', '.join(splits)}).")
+    return concatenate_sets(_family(load_data(path, o, size), o) for o in splits)
+
+# %% ../../nbs/api/curation/40_hidden.ipynb #a6fe58ec
+def _array(path):
+    "An array that is read piece by piece; None if the file holds no plain array"
+    try:
+        return np.load(path, mmap_mode='r', allow_pickle=False)
+    except (ValueError, OSError) as e:
+        raise ValueError(f"{path} must be a plain numpy array; it is damaged or holds Python "
+                         f"objects ({e}).") from e
+
+def _from_severities(path, each, classes):
+    "Corruptions in the form of CIFAR-10-C: one file each, five severities one after the other"
+    labels = _array(path/'labels.npy')
+    files = sorted(o for o in path.glob('*.npy') if o.name != 'labels.npy')
+    if not files: raise ValueError(f"`path` must hold corruptions such as fog.npy; {path} has labels.npy alone.")
+    n = len(labels)//5
+    if labels.ndim != 1 or not n or len(labels) != 5*n or (labels.reshape(5, n) != labels[:n]).any():
+        raise ValueError("labels.npy must hold the same class numbers five times, once for each severity; "
+                         f"that of {path} has shape {labels.shape}.")
+    m = n if each is None else min(each, n)
+    names = int(labels.max())+1 if classes is None else classes
+    parts = []
+    for file in files:
+        images = _array(file)
+        if len(images) != 5*n:
+            raise ValueError(f"{file.name} must have one image for each of the {5*n} labels; got shape "
+                             f"{images.shape}.")
+        for s in range(5):
+            part = ImageSet(np.array(images[s*n:s*n+m]), np.array(labels[:m]).astype(int), names)
+            parts.append(_family(part, file.stem, severity=s+1))
+    return concatenate_sets(parts)
+
+# %% ../../nbs/api/curation/40_hidden.ipynb #a88d959c
+def load_hidden(
+    path,                    # Folder of one of the forms above; a zip file of class folders
+    split:str|None=None,     # Name of the one split to read; None takes every split as a family
+    size:int|None=None,      # Height and width to resize pictures to; None leaves them as they are
+    each:int|None=None,      # Photographs of each severity of CIFAR-10-C, the first ones; None takes all
+    classes=None,            # Names of the classes of CIFAR-10-C or their number; None counts them
+)->TrainingSet:              # The images; `rows` has `family` and `slice`, `severity` and `kind` where known
+    "Hidden images from files."
+    path = Path(path)
+    if each is not None and not each >= 1: raise ValueError(f"`each` must be at least 1; got {each}.")
+    if (path/'provenance.csv').is_file(): return _with_history(path)
+    if (path/'data.npy').is_file(): return _family(load_data(path, size=size), 'own')
+    if (path/'labels.npy').is_file(): return _from_severities(path, each, classes)
+    if path.is_dir(): return _from_folders(path, split, size)
+    return _family(load_data(path, split, size), split or 'own')
