@@ -144,8 +144,9 @@ def _dashed(word):
 
 # %% ../../nbs/api/commands/90_command_line.ipynb #3c01a9dd
 _TITLES = dict(named_model='the model', unlabelled_images='images', labelled_images='images',
-               known_accuracy='the model', training_images='images', pool_split='images', on_device='device',
-               rows_to_assess='what to deploy', mark_advice='what to deploy')
+               known_accuracy='the model', training_images='images', pool_split='images',
+               hidden_source='images', on_device='device', rows_to_assess='what to deploy',
+               mark_advice='what to deploy')
 
 def _add(group, name, kind, default, text):
     "One option"
@@ -169,8 +170,8 @@ def _parser(name):
     about, options = _options(_HOMES[name], _function(name))
     parser = _Parser(f'robustnb {name}', description=about, formatter_class=_Help,
                      allow_abbrev=False, add_help=False)
-    first = next(iter(options))
-    free = [k for k, o in options.items() if o[1] is _REQUIRED or k == first == 'model']
+    own = _own_options(_definition(_HOMES[name], _function(name))[0], {})
+    free = [k for k, o in options.items() if o[1] is _REQUIRED or k == 'model' and k in own]
     for k in free:
         shown = k.upper() if options[k][1] is _REQUIRED else f'[{k.upper()}]'
         parser.add_argument(f'{k} ', metavar=shown, nargs='?', default=argparse.SUPPRESS,

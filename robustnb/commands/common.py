@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['named_model', 'unlabelled_images', 'known_accuracy', 'labelled_images', 'rows_to_assess', 'mark_advice', 'on_device',
-           'pool_split', 'training_images']
+           'pool_split', 'hidden_source', 'training_images']
 
 # %% ../../nbs/api/commands/10_common.ipynb #aebe5b72
 import json, os, sys, zipfile
@@ -285,6 +285,16 @@ def pool_split(
 )->str:                  # The same
     "The split that a training set is made of."
     return split
+
+def hidden_source(
+    # Hidden images of one's own in place of those that --model would make: a folder of `held_out_set`,
+    # class folders, data.npy and label.npy, or the files of CIFAR-10-C
+    hidden:str='',
+    hidden_split:str='', # Which split of the class folders; none takes each as a family
+    each:int=0,          # Photographs of each severity of CIFAR-10-C; none takes all
+)->dict:                 # Options of `load_hidden`
+    "Where somebody's own hidden images are."
+    return dict(path=hidden, split=hidden_split or None, each=each or None)
 
 def training_images(
     split:str,           # 'train' or 'test'

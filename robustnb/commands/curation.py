@@ -12,12 +12,12 @@ from ..files import manifest, save_json
 from ..data import load_npy
 from ..curation.training_sets import build_training_set, load_training_set, set_card, summary
 from ..curation.contest import default_config, validate_set, write_config
-from ..curation.hidden import (hidden_set, proxy_networks, score_training_sets,
-                                      rank_training_sets)
+from ..curation.hidden import (
+    hidden_set, load_hidden, proxy_networks, rank_training_sets, score_training_sets)
 from ..curation.published import published_mixture
 from .common import (
     _command, _continue, _given, _images, _listed, _mark_model, _mark_of, _opened_by_name, _write,
-    labelled_images, named_model, pool_split)
+    hidden_source, labelled_images, named_model, pool_split)
 
 # %% ../../nbs/api/commands/60_curation.ipynb #8bcaa177
 @_command
@@ -68,7 +68,7 @@ def validate_set_command(
     return dict(rows=table.to_dict('records'), failed=int((table.verdict == 'broken').sum()))
 
 # %% ../../nbs/api/commands/60_curation.ipynb #74a30214
-def _hidden_images(out, nets, pool, n):
+def _made_hidden(out, nets, pool, n):
     "The hidden set of `out`, made at the first call; refused if it was made of something else"
     made_with = {k: _mark_model(v) for k, v in nets.items()}
     _continue(out, dict(surrogates=made_with, images=_mark_of(pool), n=n))
@@ -77,27 +77,42 @@ def _hidden_images(out, nets, pool, n):
     hidden.save(out/'hidden')
     return hidden
 
+def _hidden_images(out, model, n, source, opening, labelled, classes):
+    "Hidden images: somebody's own, or those that networks make"
+    if source['path']:
+        if model or labelled.get('test'):
+            raise ValueError("`hidden` must stand alone: --model and --test make other hidden images.")
+        hidden = load_hidden(**source, size=opening.get('size'), classes=classes)
+        _continue(out, dict(hidden=_mark_of(hidden), families=sorted(hidden.rows.family.unique())))
+        return hidden, []
+    if not model:
+        raise ValueError("`model` must name networks that tamper with the hidden images, or `hidden` "
+                         "images of your own.")
+    nets = _opened_by_name(model, **opening)
+    pool = labelled_images(next(iter(nets.values())), 2**31, 0, **labelled)
+    return _made_hidden(out, nets, pool, n), [*nets]
+
 # %% ../../nbs/api/commands/60_curation.ipynb #f73303c0
 @_command
 def score_set_command(
     sets:str,              # Folders of training sets, separated by commas
     # Networks that tamper with the hidden images, separated by commas; not those that made the sets
-    model:str,
+    model:str='',
     n:int=20_000,          # Hidden images
     width:float=.25,       # Multiplier of the channels of the networks trained
     epochs:int=20,         # Passes over each set
     seeds:int=3,           # Trainings of each network on each set
     out:str='scores',      # Folder for hidden images, finished trainings, answers.csv, standings.csv
-    **given,               # Those of `named_model`, `labelled_images`
+    **given,               # Those of `named_model`, `labelled_images`, `hidden_source`
 ):
     """Score training sets on stand-in hidden images.
 
-    The test images are those that the networks tamper with.
+    The test images are those that the networks tamper with; --hidden takes your own.
 
     Example:
 
         robustnb score-set sets/clean,sets/lyx3911 runs/alexnet/weights.pt --test cifar10 --epochs 20"""
-    opening, labelled = _given(given, named_model, labelled_images)
+    opening, labelled, own = _given(given, named_model, labelled_images, hidden_source)
     out = Path(out)
     folders = [Path(o) for o in _listed(sets, 'sets')]
     named = {f.name: load_npy(f) for f in folders}
@@ -105,15 +120,15 @@ def score_set_command(
         raise ValueError(f"`sets` must be folders with different names; got {sets}.")
     if not seeds >= 1: raise ValueError(f"`seeds` must be at least 1; got {seeds}.")
     trained = proxy_networks(2, width, epochs)
-    nets = _opened_by_name(model, **opening)
-    pool = labelled_images(next(iter(nets.values())), 2**31, 0, **labelled)
-    hidden = _hidden_images(out, nets, pool, n)
+    classes = next(iter(named.values())).classes
+    hidden, nets = _hidden_images(out, model, n, hidden_source(**own), opening, labelled, classes)
     rows = score_training_sets(named, hidden, *trained, seeds=range(seeds), folder=out/'runs')
-    table = rank_training_sets(rows)
+    public = [o for o in ('public_a', 'public_b') if o in set(rows['slice'])]
+    table = rank_training_sets(rows, public or rows['slice'].unique())
     _write(rows, out/'answers.csv')
     _write(table.reset_index(), out/'standings.csv')
-    facts = dict(sets=sets, model=[*nets], test=labelled.get('test'), n=len(hidden), width=width,
-                 epochs=epochs, seeds=seeds)
+    facts = dict(sets=sets, model=nets, test=labelled.get('test'), hidden=own.get('hidden'),
+                 n=len(hidden), width=width, epochs=epochs, seeds=seeds)
     save_json(manifest(**facts), out/'manifest.json')
     print(table.round(4).to_string())
     return dict(out=str(out), rows=table.reset_index().to_dict('records'), **facts)

@@ -17,7 +17,7 @@ from ..core import subseed
 from ..contract import predict
 from ..files import atomic_path
 from ..questions import cache_key
-from ..data import ImageSet, load_data
+from ..data import ImageSet, load_data, load_npy
 from ..images import match_classes
 from ..augmentation.transforms import (
     affine, gamma, gaussian_noise, photometric, posterize, salt_and_pepper, uniform_noise)
@@ -213,7 +213,7 @@ def _runs(rows, weights=None):
     run = ['set', 'model', 'seed']
     if 'kind' in rows and weights is None:
         sides = _accuracy(_damaged(rows), run + ['kind', 'family']).groupby(run + ['kind']).mean().unstack()
-        return sides.assign(score=sides.mean(axis=1, skipna=False))
+        return sides.assign(score=sides.mean(axis=1))
     if weights is None: return _accuracy(rows, run).to_frame('score')
     return _weighed(_accuracy(rows, run + ['family']).unstack(), weights).to_frame('score')
 
@@ -296,7 +296,7 @@ def _from_folders(path, split, size):
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #a6fe58ec
 def _array(path):
-    "An array that is read piece by piece; None if the file holds no plain array"
+    "An array that is read piece by piece"
     try:
         return np.load(path, mmap_mode='r', allow_pickle=False)
     except (ValueError, OSError) as e:
@@ -310,16 +310,16 @@ def _from_severities(path, each, classes):
     if not files: raise ValueError(f"`path` must hold corruptions such as fog.npy; {path} has labels.npy alone.")
     n = len(labels)//5
     if labels.ndim != 1 or not n or len(labels) != 5*n or (labels.reshape(5, n) != labels[:n]).any():
-        raise ValueError("labels.npy must hold the same class numbers five times, once for each severity; "
-                         f"that of {path} has shape {labels.shape}.")
+        raise ValueError("`path` must hold a labels.npy with the same class numbers five times, once for each "
+                         f"severity; that of {path} has shape {labels.shape}.")
     m = n if each is None else min(each, n)
     names = int(labels.max())+1 if classes is None else classes
     parts = []
     for file in files:
         images = _array(file)
         if len(images) != 5*n:
-            raise ValueError(f"{file.name} must have one image for each of the {5*n} labels; got shape "
-                             f"{images.shape}.")
+            raise ValueError(f"`path` must hold one image in {file.name} for each of the {5*n} labels; got "
+                             f"shape {images.shape}.")
         for s in range(5):
             part = ImageSet(np.array(images[s*n:s*n+m]), np.array(labels[:m]).astype(int), names)
             parts.append(_family(part, file.stem, severity=s+1))
@@ -331,13 +331,16 @@ def load_hidden(
     split:str|None=None,     # Name of the one split to read; None takes every split as a family
     size:int|None=None,      # Height and width to resize pictures to; None leaves them as they are
     each:int|None=None,      # Photographs of each severity of CIFAR-10-C, the first ones; None takes all
-    classes=None,            # Names of the classes of CIFAR-10-C or their number; None counts them
+    # Names of the classes, or their number, where files have class numbers alone (CIFAR-10-C, label.npy
+    # without classes.json); None counts them
+    classes=None,
 )->TrainingSet:              # The images; `rows` has `family` and `slice`, `severity` and `kind` where known
     "Hidden images from files."
     path = Path(path)
     if each is not None and not each >= 1: raise ValueError(f"`each` must be at least 1; got {each}.")
     if (path/'provenance.csv').is_file(): return _with_history(path)
-    if (path/'data.npy').is_file(): return _family(load_data(path, size=size), 'own')
+    if (path/'data.npy').is_file():
+        return _family(load_npy(path, None if (path/'classes.json').is_file() else classes), 'own')
     if (path/'labels.npy').is_file(): return _from_severities(path, each, classes)
     if path.is_dir(): return _from_folders(path, split, size)
     return _family(load_data(path, split, size), split or 'own')
