@@ -143,7 +143,8 @@ def _combined(a, b, beta, generator):
 
 # %% ../../nbs/api/augmentation/40_mixing.ipynb #97f3c935
 def pixmix(
-    pictures:np.ndarray,   # What to mix with: uint8 (M,H,W,C), at least as large as the images, e.g. `fractals(1000)`
+    # What to mix with: uint8 (M,H,W,C), at least as large as the images, e.g. `fractals(1000)`
+    pictures:np.ndarray,
     rounds:int=4,          # Most combinations of an image, >= 0; each has a number of its own
     beta:float=3,          # Of the weights, above 0; larger leaves more of the image
     operations=None,       # Transforms that change copies; None takes `mild_operations`

@@ -131,7 +131,8 @@ def _parts(rows):
 def count_correct(
     model,                # Classifier in eval mode
     hidden:TrainingSet,   # From `hidden_set`, `held_out_set` or `load_hidden`
-)->pd.DataFrame:          # One row for each family and slice: `family`, `slice`, `n`, `correct`; `kind`, `severity` where known
+    # One row for each family and slice: `family`, `slice`, `n`, `correct`; `kind` and `severity` where known
+)->pd.DataFrame:
     "How many hidden images of each family a network gets right."
     right = predict(model, hidden.x).argmax(1).numpy() == hidden.y
     by_family = hidden.rows.assign(right=right).groupby(_parts(hidden.rows), as_index=False)
@@ -307,7 +308,8 @@ def _from_severities(path, each, classes):
     "Corruptions in the form of CIFAR-10-C: one file each, five severities one after the other"
     labels = _array(path/'labels.npy')
     files = sorted(o for o in path.glob('*.npy') if o.name != 'labels.npy')
-    if not files: raise ValueError(f"`path` must hold corruptions such as fog.npy; {path} has labels.npy alone.")
+    if not files:
+        raise ValueError(f"`path` must hold corruptions such as fog.npy; {path} has labels.npy alone.")
     n = len(labels)//5
     if labels.ndim != 1 or not n or len(labels) != 5*n or (labels.reshape(5, n) != labels[:n]).any():
         raise ValueError("`path` must hold a labels.npy with the same class numbers five times, once for each "
@@ -318,8 +320,8 @@ def _from_severities(path, each, classes):
     for file in files:
         images = _array(file)
         if len(images) != 5*n:
-            raise ValueError(f"`path` must hold one image in {file.name} for each of the {5*n} labels; got "
-                             f"shape {images.shape}.")
+            raise ValueError(f"`path` must hold an image in {file.name} for each of the {5*n} labels; "
+                             f"got shape {images.shape}.")
         for s in range(5):
             part = ImageSet(np.array(images[s*n:s*n+m]), np.array(labels[:m]).astype(int), names)
             parts.append(_family(part, file.stem, severity=s+1))

@@ -53,6 +53,7 @@ _same = dict(
     auto_augment=f'{_light_and_place} invert', TrivialAugmentWide=_light_and_place,
     AugMix=_light_and_place, AutoAugment=f'{_light_and_place} invert')
 
+# %% ../../nbs/api/curation/42_unseen.ipynb #dd7dcbf9
 _by_option = dict(
     affine=dict(degrees=('rotation', 0), shift=('translation', 0), scale=('zoom', 1)),
     photometric=dict(brightness=('brightness', 1), contrast=('contrast', 1),
@@ -60,9 +61,9 @@ _by_option = dict(
 
 _opaque = {'Compose', 'RandomApply', 'RandomChoice', 'RandomOrder', 'function', 'Sequential', 'SomeOf',
            'OneOf', 'Sometimes', 'Lambda', '<lambda>'}
+_around = {'chain', 'sometimes', 'some_of', 'summed'}
 _own_measure = {'advdrop', 'wasserstein', 'recolor'}
 
-# %% ../../nbs/api/curation/42_unseen.ipynb #0b3203d6
 def _named(name, options=()):
     "Kinds of an operation by its name; what options leave as it is does not count"
     if name in _opaque:
@@ -73,6 +74,7 @@ def _named(name, options=()):
                 if dict(options).get(option) not in (still, (still, still))}
     return set(_same.get(name, name).split())
 
+# %% ../../nbs/api/curation/42_unseen.ipynb #b9b9c6af
 def _innermost(attack):
     "The name of an attack, without options and what is around it"
     while isinstance(attack, partial) or hasattr(attack, 'said'):
@@ -90,16 +92,19 @@ def kinds(
     transform,   # Transform (x, y, generator) -> (x, y)
 )->set:          # Names of what it does to images, such as 'fog', 'rotation' or 'pgd Linf on ResNet_18'
     "What a transform does, through all that it is made of."
-    if isinstance(transform, partial) and not hasattr(transform.func, 'said'):
-        return _named(transform.func.__name__, transform.keywords)
+    options = {}
+    while isinstance(transform, partial):
+        options = transform.keywords | options
+        transform = transform.func
+    if hasattr(transform, 'severity'): return _named(transform.name)
     said = getattr(transform, 'said', None)
-    if said is None:
-        return _named(getattr(transform, 'name', None) or getattr(transform, '__name__', None)
-                      or type(transform).__name__)
+    if said is None: return _named(getattr(transform, '__name__', type(transform).__name__), options)
     if said[0] == 'attacked': return {_attack_kind(*said[1:4])}
-    if said[0] in ('from_torchvision', 'from_imgaug'): return _named(said[1])
+    if said[0] in ('from_torchvision', 'from_imgaug'):
+        return _named(said[1] if isinstance(said[1], str) else type(said[1]).__name__)
     inside = [kinds(o) for o in said[1:] if callable(o)]
-    return set().union(*inside) if inside and said[0] != 'pixmix' else _named(said[0]).union(*inside)
+    own = set() if said[0] in _around else _named(said[0])
+    return own.union(*inside)
 
 def overlap(
     sources:dict,    # As for `build_training_set`: name -> transform, list of them, or (pool, one of these)
@@ -156,6 +161,18 @@ def seen_families(
     return dict(noise=known['noise'], corruption=corrupted, photometric=lights, linf=known['linf'],
                 l2=known['l2'])
 
+# %% ../../nbs/api/curation/42_unseen.ipynb #e529c45e
+def _unseen_attacks(models, k):
+    "Attacks on networks of others and in unusual norms, `k` rounding their steps"
+    on = lambda attack, threat: [attacked(attack, net, threat, name) for name, net in models.items()]
+    pixels = partial(one_pixel, population=max(3, k(50)), generations=k(20))
+    return dict(
+        norms=(on(partial(apgd, steps=k(50)), L1(12.)) + on(pixels, L0(3))
+               + on(partial(advdrop, steps=k(50)), Linf(1.))
+               + on(partial(wasserstein, steps=k(20)), Linf(1.))),
+        transfer=(on(partial(mi_fgsm, steps=k(10)), Linf(12/255))
+                  + on(partial(pgd, steps=k(10)), Linf(8/255)) + on(partial(pgd, steps=k(10)), L2(1.))))
+
 def unseen_families(
     models:dict,         # Name -> network of others, in eval mode, which no source attacks
     effort:float=1,      # Share of the attack steps, above 0
@@ -163,10 +180,7 @@ def unseen_families(
     "Kinds of damage that no source of a training set may use."
     if not models: raise ValueError("`models` must hold at least one network; got none.")
     if not effort > 0: raise ValueError(f"`effort` must be above 0; got {effort}.")
-    k = lambda steps: max(1, round(effort*steps))
-    on = lambda attack, threat: [attacked(attack, net, threat, name) for name, net in models.items()]
     tv = from_torchvision
-    pixels = partial(one_pixel, population=max(3, k(50)), generations=k(20))
     return dict(
         geometry=[tv(v2.RandomRotation(30)), tv(v2.RandomPerspective(.5, 1)),
                   partial(affine, degrees=0, shift=0, scale=(1.3, 2))],
@@ -177,11 +191,7 @@ def unseen_families(
         erasing=[tv(v2.RandomErasing(1, (.1, .33)))], blocks=[block_shuffle],
         held_out=[corruption(o, s) for s in (1, 2, 3) for o in held_out_corruptions],
         compression=[webp],
-        norms=(on(partial(apgd, steps=k(50)), L1(12.)) + on(pixels, L0(3))
-               + on(partial(advdrop, steps=k(50)), Linf(1.))
-               + on(partial(wasserstein, steps=k(20)), Linf(1.))),
-        transfer=(on(partial(mi_fgsm, steps=k(10)), Linf(12/255))
-                  + on(partial(pgd, steps=k(10)), Linf(8/255)) + on(partial(pgd, steps=k(10)), L2(1.))))
+        **_unseen_attacks(models, lambda steps: max(1, round(effort*steps))))
 
 # %% ../../nbs/api/curation/42_unseen.ipynb #cb4cee3b
 def held_out_set(
@@ -195,7 +205,7 @@ def held_out_set(
     # fills alike: 'public_a', 'public_b' (a quarter each) or 'final'
 )->TrainingSet:
     "Tampered test images of kinds that a training set may know, and of kinds that it may not."
-    both = [o for o in models if o in others]
+    both = [k for k, net in others.items() if k in models or any(net is o for o in models.values())]
     if both:
         raise ValueError(f"`others` must be other networks than `models`; {both[0]!r} is in both.")
     known = seen_families(models, effort)
