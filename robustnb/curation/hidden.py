@@ -312,8 +312,8 @@ def _from_severities(path, each, classes):
         raise ValueError(f"`path` must hold corruptions such as fog.npy; {path} has labels.npy alone.")
     n = len(labels)//5
     if labels.ndim != 1 or not n or len(labels) != 5*n or (labels.reshape(5, n) != labels[:n]).any():
-        raise ValueError("`path` must hold a labels.npy with the same class numbers five times, once for each "
-                         f"severity; that of {path} has shape {labels.shape}.")
+        raise ValueError("`path` must hold a labels.npy with the same class numbers five times, once for "
+                         f"each severity; that of {path} has shape {labels.shape}.")
     m = n if each is None else min(each, n)
     names = int(labels.max())+1 if classes is None else classes
     parts = []

@@ -1,6 +1,7 @@
 "Scores of training sets: in one folder, sets are compared on the same hidden images"
 from functools import partial
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
@@ -45,3 +46,27 @@ def test_scores_of_one_folder_are_on_the_same_hidden_images(tmp_path):
         with pytest.raises(SystemExit, match=said):
             score(str(tmp_path/'a'), **given | dict(out=str(tmp_path/'none')))
         assert not (tmp_path/'none').exists(), 'before hidden images are made'
+
+
+def test_hidden_images_of_ones_own(tmp_path):
+    digits = load_data('digits', 'train')
+    digits[list(range(60))].save(tmp_path/'a')
+    (tmp_path/'corrupted').mkdir()
+    few = digits[list(range(100, 110))]
+    for name in ('fog', 'snow'):
+        np.save(tmp_path/'corrupted'/f'{name}.npy', np.concatenate([few.images//s for s in (1, 2, 3, 4, 5)]))
+    np.save(tmp_path/'corrupted'/'labels.npy', np.tile(few.y, 5))
+    score = partial(score_set_command, str(tmp_path/'a'), width=.0625, epochs=1, seeds=1)
+    made = score(hidden=str(tmp_path/'corrupted'), each=8, out=str(tmp_path/'out'))
+    answers = pd.read_csv(tmp_path/'out'/'answers.csv')
+    assert made['n'] == 80
+    assert answers.groupby(['family', 'severity', 'model']).n.sum().eq(8).all()
+    assert {'fog', 'snow'} <= set(made['rows'][0])
+    assert 'seen' not in made['rows'][0]
+    with pytest.raises(SystemExit, match='`out` answers another question: hidden is'):
+        score(hidden=str(tmp_path/'corrupted'), each=4, out=str(tmp_path/'out'))
+    for given, said in ((dict(hidden=str(tmp_path/'corrupted'), test='digits'), '`hidden` must stand alone'),
+                        ({}, '`model` must name networks'), (dict(hidden=str(tmp_path/'none')), 'nothing there')):
+        with pytest.raises(SystemExit, match=said):
+            score(**given, out=str(tmp_path/'more'))
+        assert not (tmp_path/'more').exists()

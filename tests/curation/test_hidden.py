@@ -2,6 +2,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from torch import nn
 
 from helpers_curation import Brightness, nets, pool, probabilities
@@ -122,3 +123,192 @@ def test_a_run_is_found_again_only_if_nothing_changed(tmp_path, monkeypatch):
     assert runs(hidden=dark) == 13
     assert runs(hidden=other_slice) == 15
     assert not [*tmp_path.glob('*/checkpoint.pt')]
+
+
+def kinds_table(right):
+    "As `counts_table`, with a seen family of two sizes, two unseen families and clean images"
+    sides = dict(clean='clean', noise='seen', fog='unseen', blocks='unseen')
+    rows = [dict(set=s, model=m, seed=k, family=f, kind=sides[f], slice='final', n=n,
+                 correct=n*right(s, m, k, f))
+            for s in 'ab' for m in 'uv' for k in (0, 1, 2) for f in sides
+            for n in ((10, 30) if f == 'noise' else (10,))]
+    return pd.DataFrame(rows)
+
+
+def by_kind(s, m, k, f):
+    known = dict(clean=.9, noise=.6, fog=.4, blocks=.2)[f]
+    return known + (s == 'b')*(.1 + .05*k)*(f != 'clean') - (s == 'b')*.2*(f == 'noise')*(m == 'u')
+
+
+def test_ranking_of_seen_and_unseen_by_hand():
+    table = H.rank_training_sets(kinds_table(by_kind), 'final')
+    assert table.index.tolist() == ['b', 'a']
+    assert np.isclose(table.seen['a'], .6)
+    assert np.isclose(table.unseen['a'], .3)
+    assert np.isclose(table.score['a'], .45)
+    assert np.isclose(table.se['a'], 0)
+    seeds = [((.6 + .1 + .05*k - .1) + (.3 + .1 + .05*k))/2 for k in (0, 1, 2)]
+    assert np.isclose(table.score['b'], np.mean(seeds))
+    assert np.isclose(table.se['b'], np.std(seeds, ddof=1)/3**.5)
+    assert np.isclose(table.clean['b'], .9)
+    assert table.worst_family['b'] == 'blocks'
+    assert np.isclose(table.blocks['b'], .35)
+    weighed = H.rank_training_sets(kinds_table(by_kind), 'final', dict(fog=1))
+    assert np.allclose(weighed.score, weighed.fog)
+
+
+def test_a_clean_family_is_never_the_worst_of_kinds():
+    table = H.rank_training_sets(kinds_table(lambda s, m, k, f: .1 if f == 'clean' else .5), 'final')
+    assert (table.worst == .5).all()
+
+
+def test_difference_of_two_sets_by_hand():
+    rows = kinds_table(by_kind)
+    gain = H.compare_sets(rows, 'b', 'a', 'final')
+    each = np.array([[.1 + .05*k - (.1 if m == 'u' else 0) for k in (0, 1, 2)] for m in 'uv']).ravel()
+    assert (gain.runs == 6).all()
+    assert np.isclose(gain.difference.score, each.mean())
+    # Student's t with 5 degrees of freedom
+    assert np.isclose(gain.high.score - gain.difference.score, 2.570582*each.std(ddof=1)/6**.5, atol=1e-6)
+    assert np.isclose(gain.difference.score - gain.low.score, gain.high.score - gain.difference.score)
+    assert np.allclose(gain.loc['clean', ['difference', 'low', 'high']].astype(float), 0)
+    assert np.isclose(gain.difference.unseen, .15)
+    assert np.isclose(gain.difference.worst, .15)
+    assert gain.index.tolist() == ['seen', 'unseen', 'score', 'clean', 'worst']
+
+
+def test_pairs_are_runs_of_the_same_network_and_seed():
+    "Differences between networks and seeds cancel, in whatever order the rows come"
+    rows = kinds_table(lambda s, m, k, f: .1*k + .3*(m == 'u') + (.05 if s == 'b' else 0))
+    gain = H.compare_sets(rows.sample(frac=1, random_state=0), 'b', 'a', 'final')
+    assert np.allclose(gain.loc[:, ['difference', 'low', 'high']], .05)
+    fewer = rows[~((rows.set == 'a') & (rows.seed == 2))]
+    assert (H.compare_sets(fewer, 'b', 'a', 'final').runs == 4).all()
+
+
+def test_without_kinds_every_image_counts_alike():
+    gain = H.compare_sets(counts_table(lambda s, m, k, f, c: 4 + (s == 'b')*(f == 'noise')), 'b', 'a')
+    assert gain.index.tolist() == ['score', 'clean', 'worst']
+    assert np.isclose(gain.difference.score, .05)
+
+
+@pytest.mark.parametrize('given, said', ((dict(a='c'), '`a` and `b` must be sets'), (dict(b='c'), '`a` and `b`'),
+                                         (dict(slices='public_a'), '`slices`')))
+def test_comparisons_that_cannot_be_made(given, said):
+    with pytest.raises(ValueError, match=said):
+        H.compare_sets(kinds_table(by_kind), **dict(a='a', b='b', slices='final') | given)
+    one = kinds_table(by_kind)
+    with pytest.raises(ValueError, match='`rows` must hold at least two runs'):
+        H.compare_sets(one[(one.seed == 0) & (one.model == 'u')], 'a', 'b', 'final')
+
+
+def test_answers_are_counted_by_kind_and_severity():
+    rows = pd.DataFrame(dict(family='fog', kind='seen', slice='final', image=0,
+                             severity=np.arange(90) % 5 + 1))
+    hidden = TrainingSet(pool.images, pool.labels, 3, rows)
+    table = H.count_correct(nets[0], hidden)
+    assert table.severity.tolist() == [1, 2, 3, 4, 5]
+    assert (table.n == 18).all()
+    assert table.correct.sum() == (probabilities(pool.images).argmax(1) == pool.y).sum()
+    unlike = TrainingSet(pool.images, pool.labels, 3, rows.assign(kind='unseen'))
+    keys = [H._key(pool, o, {}, nets[0]) for o in (hidden, unlike)]
+    assert keys[0] != keys[1]
+
+
+def corrupted_folder(folder, each=10, names=('fog', 'snow')):
+    "Files in the form of CIFAR-10-C: image `i` of severity `s` of the k-th corruption is `20*s + 100*k + i`"
+    labels = np.arange(each) % 3
+    for k, name in enumerate(names):
+        value = np.concatenate([20*s + 100*k + np.arange(each) for s in range(1, 6)]).astype(np.uint8)
+        np.save(folder/f'{name}.npy', np.broadcast_to(value[:, None, None, None], (5*each, 8, 8, 3)))
+    np.save(folder/'labels.npy', np.tile(labels, 5).astype(np.uint8))
+
+
+def test_corruptions_in_files_of_severities(tmp_path):
+    corrupted_folder(tmp_path)
+    whole = H.load_hidden(tmp_path)
+    assert len(whole) == 100
+    assert set(whole.rows['slice']) == {'final'}
+    for i, row in enumerate(whole.rows.itertuples()):
+        k = ('fog', 'snow').index(row.family)
+        assert (whole.images[i] == 20*row.severity + 100*k + row.image).all()
+        assert whole.y[i] == row.image % 3
+    assert whole.rows.groupby(['family', 'severity']).size().eq(10).all()
+    few = H.load_hidden(tmp_path, each=4, classes=('cat', 'dog', 'fox'))
+    assert few.classes == ('cat', 'dog', 'fox')
+    assert few.rows.groupby(['family', 'severity']).size().eq(4).all()
+    assert few.rows.image.max() == 3
+    # answers by severity, from the brightness in the corner
+    table = H.count_correct(nets[0], whole).set_index(['family', 'severity'])
+    assert table.correct['fog', 1] == 4, 'all are dark'
+    assert table.n.sum() == 100
+
+
+def test_corruptions_in_files_that_do_not_fit(tmp_path):
+    corrupted_folder(tmp_path)
+    np.save(tmp_path/'rain.npy', np.zeros((40, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match='`path` must hold an image in rain.npy for each of the 50 labels'):
+        H.load_hidden(tmp_path)
+    (tmp_path/'rain.npy').write_bytes(b'no array')
+    with pytest.raises(ValueError, match='rain.npy must be a plain numpy array'):
+        H.load_hidden(tmp_path)
+    (tmp_path/'rain.npy').unlink()
+    np.save(tmp_path/'labels.npy', np.arange(50) % 3)
+    with pytest.raises(ValueError, match='the same class numbers five times'):
+        H.load_hidden(tmp_path)
+    np.save(tmp_path/'labels.npy', np.tile(np.arange(10) % 3, 5))
+    with pytest.raises(ValueError, match='`each` must be at least 1'):
+        H.load_hidden(tmp_path, each=0)
+    with pytest.raises(ValueError, match=r'`labels` must lie in \[0, 2\)'):
+        H.load_hidden(tmp_path, classes=2)
+    for name in ('fog', 'snow'):
+        (tmp_path/f'{name}.npy').unlink()
+    with pytest.raises(ValueError, match='has labels.npy alone'):
+        H.load_hidden(tmp_path)
+
+
+def picture_folder(folder, tops):
+    "One picture of each of two classes, as bright as its place says"
+    for i, top in enumerate(tops):
+        for k, name in enumerate(('cat', 'dog')):
+            (folder/top/name).mkdir(parents=True)
+            Image.new('RGB', (8, 8), (10*i + k,)*3).save(folder/top/name/'a.png')
+
+
+def test_class_folders_are_one_family_and_folders_of_them_several(tmp_path):
+    picture_folder(tmp_path/'one', [''])
+    one = H.load_hidden(tmp_path/'one')
+    assert one.rows.family.tolist() == ['own', 'own']
+    assert one.images[:, 0, 0, 0].tolist() == [0, 1]
+    picture_folder(tmp_path/'many', ['fog', 'snow'])
+    many = H.load_hidden(tmp_path/'many', size=4)
+    assert many.rows.family.tolist() == ['fog', 'fog', 'snow', 'snow']
+    assert many.images[:, 0, 0, 0].tolist() == [0, 1, 10, 11]
+    assert many.images.shape[1:] == (4, 4, 3)
+    assert H.load_hidden(tmp_path/'many', split='snow').images[:, 0, 0, 0].tolist() == [10, 11]
+    picture_folder(tmp_path/'split', ['test', 'train'])
+    with pytest.raises(ValueError, match='`split` must be named'):
+        H.load_hidden(tmp_path/'split')
+    assert len(H.load_hidden(tmp_path/'split', split='test')) == 2
+    with pytest.raises(ValueError, match='nothing there'):
+        H.load_hidden(tmp_path/'none')
+
+
+def test_npy_pairs_and_sets_with_a_table(tmp_path):
+    pool.save(tmp_path/'pair')
+    pair = H.load_hidden(tmp_path/'pair')
+    assert (pair.images == pool.images).all()
+    assert set(pair.rows.family) == {'own'}
+    (tmp_path/'pair'/'classes.json').unlink()
+    assert H.load_hidden(tmp_path/'pair', classes=('a', 'b', 'c')).classes == ('a', 'b', 'c')
+    rows = pd.DataFrame(dict(family='fog', kind='unseen', slice='public_a', image=np.arange(90)))
+    TrainingSet(pool.images, pool.labels, 3, rows).save(tmp_path/'set')
+    assert H.load_hidden(tmp_path/'set').rows.equals(rows)
+    rows = rows.rename(columns=dict(family='source')).drop(columns='slice')
+    TrainingSet(pool.images, pool.labels, 3, rows).save(tmp_path/'built')
+    built = H.load_hidden(tmp_path/'built').rows
+    assert set(built.family) == {'fog'}
+    assert set(built['slice']) == {'final'}
+    TrainingSet(pool.images, pool.labels, 3, rows.drop(columns='source')).save(tmp_path/'bare')
+    with pytest.raises(ValueError, match='`path` must hold a provenance.csv with a column'):
+        H.load_hidden(tmp_path/'bare')
