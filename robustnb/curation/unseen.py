@@ -188,7 +188,7 @@ def unseen_families(
                tv(v2.RandomChannelPermutation()),
                partial(photometric, brightness=1, contrast=1, saturation=(0, 2), hue=(-.5, .5))],
         elastic=[tv(v2.ElasticTransform(50.)), tv(v2.ElasticTransform(80.))],
-        erasing=[tv(v2.RandomErasing(1, (.1, .33)))], blocks=[block_shuffle],
+        erasing=[tv(v2.RandomErasing(1, (.1, .33)))], blocks=[partial(block_shuffle, size=16)],
         held_out=[corruption(o, s) for s in (1, 2, 3) for o in held_out_corruptions],
         compression=[webp],
         **_unseen_attacks(models, lambda steps: max(1, round(effort*steps))))

@@ -1,0 +1,204 @@
+"""Training sets judged on kinds of damage that their sources may use, and on kinds that they may not.
+
+    python benchmarks/curation/kinds.py regime --data ../shared/data --work kinds_work
+    python benchmarks/curation/kinds.py race ...     # and final, agreement
+
+`--data` is a folder with `read_images.py`, `cifar10/` and `models/networks.py`: lossless photographs and
+networks made by other people. The builder has 4,000 training photographs and builds sets of 4,000 rows;
+PreAct-ResNet-18 and WideResNet-28-4, an eighth as wide, are trained on each set for 20 epochs. It may attack
+and ask the networks that it trained on its own photographs. Hidden images are test photographs: for the
+search those of `search`, attacked through networks that `final` does not use. Everything that is made is
+kept in --work and found again. Rows go to results/curation_kinds_<part>.csv with a manifest beside them.
+"""
+import argparse, sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from robustnb.attacks.transferable import ensemble
+from robustnb.core import make_generator
+from robustnb.curation.baselines import baseline_mixture, baseline_names
+from robustnb.curation.contest import contest_train
+from robustnb.curation.hidden import (
+    compare_sets, proxy_networks, rank_training_sets, score_training_sets)
+from robustnb.curation.published import published_mixture
+from robustnb.curation.recipe import robust_mixture, teaching_mixture
+from robustnb.curation.search import successive_halving
+from robustnb.curation.training_sets import build_training_set, load_training_set
+from robustnb.curation.unseen import held_out_set
+from robustnb.data import ImageSet
+from robustnb.files import load_state, manifest, save_json, save_state
+
+# committed before the search began
+photographs = rows = 4000
+width, epochs, batch = .125, 20, 64
+n_hidden, effort = 6000, .25
+hidden_sets = dict(
+    search=dict(skip=0, seen=('c10_resnet20_a', 'c10_resnet8_k'), unseen=('c10_resnet20_i',)),
+    final=dict(skip=2000, seen=('c10_resnet26_k', 'c10_resnet8_m'),
+               unseen=('c10_resnet56_a', 'c10_cnna_v')))
+teams = ('lyx3911', 'kanra', 'yoyo', 'hncszyq', 'tenth', 'ciki000')
+every = ('public_a', 'public_b', 'final')
+# name -> proportions of `builder_sources`, weight of the teachers' labels
+some = dict(clean=.35, corrupted=.25, cutmix=.2, noise=.1, linf=.1)
+candidates = {
+    'mixed': (some, 0.), 'mixed taught': (some, .8), 'clean taught': (dict(clean=1.), .8),
+    'pixmix taught': (dict(pixmix=1.), .8),
+    'mild taught': (dict(clean=.6, corrupted=.25, noise=.1, linf=.05), .8),
+    'strong taught': (dict(clean=.1, corrupted=.4, cutmix=.2, noise=.15, linf=.1, l2=.05), .8)}
+winner = 'mixed taught'
+agreement = ['clean', 'augmix', 'noise', 'mixed', 'clean taught', 'mixed taught']
+
+
+def drawn(data, part, n, skip=0):
+    "Photographs of a part, as many of each class, in an order drawn once"
+    from read_images import read
+    x, y, classes = read(data/'cifar10'/f'cifar10-{part}.zip')
+    order = torch.randperm(len(x), generator=make_generator(0, part)).numpy()
+    rank = pd.Series(y[order]).groupby(y[order]).cumcount().to_numpy()
+    at = order[np.argsort(rank, kind='stable')][skip:skip+n]
+    return ImageSet(x[at], y[at], classes)
+
+
+def kept(path, make):
+    "A set from its folder, made first if it is not there"
+    if not (path/'provenance.csv').exists():
+        make().save(path)
+    return load_training_set(path)
+
+
+def hidden_images(args, which):
+    "Tampered test photographs; networks of others do the tampering"
+    from networks import load
+    facts = hidden_sets[which]
+    together = ensemble([load(k).eval() for k in facts['seen']])
+    others = {k: load(k).eval() for k in facts['unseen']}
+    test = drawn(args.data, 'test-a', 2000, facts['skip'])
+    return kept(args.work/f'hidden-{which}', lambda: held_out_set(
+        test, {'+'.join(facts['seen']): together}, others, n_hidden, effort=effort))
+
+
+def trained(path, name, wide, data, passes, seed):
+    "A network trained on a set, kept in a file"
+    networks, config = proxy_networks(2, wide, passes, batch_size=batch)
+    net = networks[name](seed)
+    if path.exists():
+        net.load_state_dict(load_state(path))
+        return net.eval()
+    net, _ = contest_train(net, data.images, data.labels, config[name], seed=seed,
+                           checkpoint=path.with_suffix('.part'))
+    save_state(net.state_dict(), path)
+    path.with_suffix('.part').unlink()
+    return net
+
+
+def builders(args, pool):
+    "The networks that the builder attacks and asks, trained on its photographs"
+    return {k: trained(args.work/f'builder-{k}.pt', k, width, pool, 30, 100)
+            for k in ('preactresnet18', 'wideresnet')}
+
+
+def teachers(args, pool, nets):
+    "Networks that label: wider, trained on ten tampered versions of each photograph"
+    lessons = kept(args.work/'lessons', lambda: build_training_set(
+        pool, **teaching_mixture(nets), n=10*photographs, seed=1))
+    return [trained(args.work/f'teacher-{k}.pt', k, wide, lessons, 8, 200)
+            for k, wide in (('preactresnet18', .1875), ('wideresnet', .125))]
+
+
+def plan_of(name, nets, taught):
+    if name in baseline_names: return baseline_mixture(name)
+    if name in teams: return published_mixture(name, nets, effort=effort)
+    proportions, weight = candidates[name]
+    return robust_mixture(nets, taught if weight else (), proportions, weight, effort)
+
+
+def sets_of(args, names):
+    "Name -> training set"
+    pool = drawn(args.data, 'train', photographs)
+    nets = builders(args, pool)
+    taught = teachers(args, pool, nets) if any(n in candidates for n in names) else ()
+    make = lambda name: build_training_set(pool, **plan_of(name, nets, taught), n=rows)
+    return {k: kept(args.work/'sets'/k.replace(' ', '-'), partial(make, k)) for k in names}
+
+
+def judged(args, sets, which, seeds, passes=epochs):
+    "Rows of `score_training_sets` in the regime"
+    networks, config = proxy_networks(2, width, passes, batch_size=batch)
+    networks = {k: v for k, v in networks.items() if k in args.networks}
+    return score_training_sets(sets, hidden_images(args, which), networks, config, seeds,
+                               args.work/'runs')
+
+
+def deliver(args, table, **facts):
+    path = Path(args.out)/f'curation_kinds_{args.part}.csv'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path, index=False)
+    save_json(manifest(photographs=photographs, rows=rows, width=width, epochs=epochs, batch=batch,
+                       n_hidden=n_hidden, effort=effort, hidden=hidden_sets, **facts),
+              path.with_suffix('.json'))
+
+
+def part_regime(args):
+    "What damage costs a network trained on clean photographs, on the hidden images of the search"
+    found = judged(args, sets_of(args, ['clean']), 'search', (0,))
+    deliver(args, found)
+    table = rank_training_sets(found, every).T['clean'].drop('worst_family').astype(float)
+    print(table.round(3).to_string())
+
+
+def part_agreement(args):
+    "The sets of the race that differ most, trained as in the race and four times as long"
+    sets = sets_of(args, args.sets or agreement)
+    parts = [judged(args, sets, 'search', (0,), passes).assign(epochs=passes)
+             for passes in (epochs, 4*epochs)]
+    scores = pd.concat({p.epochs.iloc[0]: rank_training_sets(p, every).score for p in parts}, axis=1)
+    print(scores.round(3), '\nSpearman', scores.corr('spearman').iloc[0, 1])
+    deliver(args, pd.concat(parts))
+
+
+def part_race(args):
+    "Baselines and candidates by successive halving, one network"
+    everyone = [*baseline_names, *candidates]
+    sets = sets_of(args, everyone)
+    levels = [partial(judged, args, which='search', seeds=(0,), passes=p) for p in (epochs//3, epochs)]
+    table = successive_halving({k: k for k in everyone}, sets.get, levels, .5, every)
+    print(table.round(3).to_string())
+    deliver(args, table, candidates=candidates)
+
+
+def part_final(args):
+    "Baselines, published sets and the winner on images and through networks that no choice has seen"
+    sets = sets_of(args, args.sets or [*baseline_names, *teams, winner])
+    found = judged(args, sets, 'final', args.seeds)
+    deliver(args, found, winner=winner, proportions=candidates[winner])
+    print(rank_training_sets(found, every).round(3).to_string())
+    for other in sets:
+        if other != winner and found.seed.nunique()*found.model.nunique() > 1:
+            print(f'\n{winner} - {other}\n{compare_sets(found, winner, other, every).round(3)}')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('part', choices=('regime', 'race', 'agreement', 'final'))
+    parser.add_argument('--data', type=Path, required=True)
+    parser.add_argument('--sets', type=lambda s: s.split(','), help='names; None takes those of the part')
+    parser.add_argument('--seeds', type=lambda s: tuple(map(int, s.split(','))), default=(0, 1, 2))
+    parser.add_argument('--networks', type=lambda s: s.split(','),
+                        default=['preactresnet18', 'wideresnet'])
+    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--work', type=Path, default=Path('kinds_work'))
+    parser.add_argument('--out', default='results')
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    sys.path[:0] = [str(args.data), str(args.data/'models')]
+    args.work.mkdir(parents=True, exist_ok=True)
+    globals()[f'part_{args.part}'](args)
+
+
+if __name__ == '__main__':
+    main()
