@@ -1,11 +1,10 @@
-"""Training sets compared on stand-in hidden images: the published ladder, the teams' sets, and a
-search for a better one.
+"""Published training sets compared on stand-in hidden images: the ladder, and the teams' sets.
 
     # surrogates of the hidden set, which no builder sees
     robustnb train --data DATA --model VGG_16 --width .15 --out vgg ...
     python benchmarks/curation/training_sets.py ladder cifar10-images.zip \\
         --hidden vgg/weights.pt,mobilenet/weights.pt
-    python benchmarks/curation/training_sets.py proxy ...      # and teams, search, final
+    python benchmarks/curation/training_sets.py proxy ...      # and teams
 
 The sets called lyx3911 are those of lyx3911/tianchi-AI-Challenger-sea8.
 
@@ -24,24 +23,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from robustnb.attacks.gradient import fgsm, pgd
 from robustnb.curation.contest import contest_train
 from robustnb.files import load_state, manifest, save_json, save_state
-from robustnb.augmentation.corruptions import corruption, corruption_names
-from robustnb.curation.training_sets import (
-    attacked, build_training_set, load_training_set, unchanged)
+from robustnb.curation.training_sets import build_training_set, load_training_set
 from robustnb.data import ImageSet, load_data, subset
 from robustnb.curation.hidden import (hidden_set, proxy_networks, score_training_sets,
                                       rank_training_sets)
-from robustnb.augmentation.soft_labels import mixup
 from robustnb.models.loading import load_model
-from robustnb.attacks.transferable import ensemble, mi_fgsm
 from robustnb.curation.published import published_mixture
-from robustnb.curation.search import build_bank, mix, random_mixtures, successive_halving
-from robustnb.attacks.threat_models import L2, Linf
-from robustnb.augmentation.transforms import (
-    affine, chain, fast_pipeline, gamma, gaussian_noise, one_of, photometric, posterize,
-    salt_and_pepper, uniform_noise)
 
 # published scores of stage I
 rungs = dict(all_clean=.60, test_only=.78, noise=.92, augmented=.93, fgsm_l2=.95, lyx3911=.9743)
@@ -149,84 +138,10 @@ def part_teams(args):
     deliver(args, pd.concat(parts), effort=args.effort)
 
 
-def sources(nets):
-    "What the search mixes"
-    on = lambda attack, *threats: [attacked(attack, net, t, k) for t in threats
-                                   for k, net in nets.items()]
-    both = ensemble([*nets.values()])
-    ten_steps = partial(pgd, steps=10)
-    noise = [partial(gaussian_noise, sigma=(.02, .12), per_channel=1),
-             partial(salt_and_pepper, amount=(.02, .3)), partial(uniform_noise, width=(.04, .2))]
-    linf = (on(ten_steps, *(Linf(e/255) for e in (4, 8, 12)))
-            + [attacked(mi_fgsm, both, Linf(e/255), 'both') for e in (8, 16)]
-            + on(fgsm, Linf(12/255)))
-    l2 = on(ten_steps, L2(.5), L2(1.5)) + [attacked(ten_steps, both, L2(2.5), 'both')]
-    mild = one_of(*(corruption(k, 1) for k in corruption_names[:15]))
-    return dict(clean=unchanged, noise=noise,
-                corrupted=[corruption(k, s) for s in (1, 2, 3) for k in corruption_names],
-                light=[gamma, photometric, posterize], pipeline=fast_pipeline(), linf=linf, l2=l2,
-                corrupted_linf=[chain(mild, t) for t in on(partial(pgd, steps=5), Linf(6/255))],
-                moved=affine, mixed=mixup)
-
-
-plans = dict(everything=dict(clean=.1, noise=.2, corrupted=.25, light=.1, linf=.2, l2=.15),
-             corrupted=dict(clean=.2, corrupted=.8),
-             mild=dict(clean=.3, noise=.15, corrupted=.25, light=.1, linf=.1, l2=.1),
-             strong=dict(clean=.05, noise=.2, corrupted=.25, light=.05, linf=.3, l2=.15),
-             twice=dict(clean=.1, noise=.15, corrupted=.3, corrupted_linf=.3, l2=.15),
-             mixed=dict(clean=.05, noise=.2, corrupted=.25, linf=.2, l2=.15, mixed=.15),
-             light=dict(clean=.1, noise=.2, corrupted=.25, light=.25, l2=.2),
-             blend=dict(clean=.2, noise=.1, corrupted=.2, light=.15, pipeline=.25, l2=.1))
-
-
-def banks(args, pools, n, regime):
-    nets = builders(args, pools, regime)
-    make = lambda name, source: build_bank(pools[regime], {name: source}, n)[name]
-    return {k: kept(args.work/f'{regime}-bank-{k}', partial(make, k, source))
-            for k, source in sources(nets).items()}
-
-
-def part_search(args):
-    "Successive halving on the public slices, every plan judged in all regimes"
-    pools, n, score = begin(args)
-    bank = {r: banks(args, pools, n, r) for r in args.regimes}
-    quick = proxy_networks(2, args.width, max(1, args.epochs//3), batch_size=args.batch)[1]
-    def level(plans, **options):
-        return pd.concat([score({k: mix(bank[r], p, n) for k, p in plans.items()},
-                                seeds=(0,), **options) for r in args.regimes])
-    names = [*next(iter(bank.values()))]
-    tried = plans | random_mixtures(names, args.random, seed=1)
-    table = successive_halving(tried, lambda proportions: proportions,
-                               [partial(level, config=quick), level], keep=.6)
-    for k in names:
-        table[f'fraction {k}'] = [tried[p].get(k, 0.) for p in table.plan]
-    print(table.round(3).to_string())
-    deliver(args, table, regimes=args.regimes)
-
-
-def part_final(args):
-    "The best plan of the search beside the set lyx3911, in both regimes, on the untouched slice"
-    pools, n, score = begin(args)
-    found = pd.read_csv(Path(args.out)/'curation_search.csv')
-    best = found[found.level == found.level.max()].iloc[0]
-    proportions = {k.removeprefix('fraction '): float(v) for k, v in best.items()
-                   if k.startswith('fraction ') and v > 0}
-    parts = []
-    for regime in args.regimes:
-        nets = builders(args, pools, regime)
-        bank = banks(args, pools, n, regime)
-        make = lambda: build_training_set(pools[regime], **published_mixture('lyx3911', nets), n=n)
-        rows = score(dict(lyx3911=kept(args.work/f'{regime}-lyx3911', make),
-                          found=mix(bank, proportions, n)))
-        parts.append(rows.assign(regime=regime))
-        print(regime, rank_training_sets(rows, ('final',)).round(3).to_string())
-    deliver(args, pd.concat(parts), plan=best.plan, proportions=proportions)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('part', choices=('ladder', 'proxy', 'teams', 'search', 'final'))
+    parser.add_argument('part', choices=('ladder', 'proxy', 'teams'))
     parser.add_argument('data', help='folder or zip with the splits train and test')
     parser.add_argument(
         '--hidden', required=True,
@@ -239,7 +154,6 @@ def main():
     parser.add_argument('--batch', type=int, default=64, help='images in a step')
     parser.add_argument('--effort', type=float, default=.25,
                         help='share of the published attack steps, for the teams')
-    parser.add_argument('--random', type=int, default=8, help='random mixtures in the search')
     parser.add_argument('--seeds', type=lambda s: tuple(map(int, s.split(','))), default=(0, 1, 2))
     parser.add_argument('--networks', type=lambda s: s.split(','),
                         default=['preactresnet18', 'wideresnet'])

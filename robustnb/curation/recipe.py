@@ -32,11 +32,12 @@ def builder_sources(
                                    for name, net in nets.items()]
     noises = [partial(gaussian_noise, sigma=(.02, .12), per_channel=1),
               partial(salt_and_pepper, amount=(.02, .3)), partial(uniform_noise, width=(.04, .2))]
+    lights = [gamma, partial(photometric, saturation=1, hue=0), posterize]
     corrupted = [corruption(o, s) for s in (1, 2, 3) for o in corruption_names
                  if o not in held_out_corruptions]
     return dict(
         clean=unchanged, cutmix=cutmix, mixup=mixup, pixmix=pixmix(fractals(1000)), noise=noises,
-        corrupted=corrupted, light=[gamma, photometric, posterize],
+        corrupted=corrupted, light=lights,
         linf=on(partial(mi_fgsm, steps=k(10)), *(Linf(e/255) for e in (8, 12, 16))),
         l2=on(partial(pgd, steps=k(10)), L2(1.5)))
 

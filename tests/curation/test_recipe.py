@@ -1,0 +1,44 @@
+"The library's own set: its sources, and the labels of its teachers by hand"
+import numpy as np
+import pytest
+
+from helpers_curation import nets, pool, probabilities
+from robustnb.augmentation.corruptions import corruption
+from robustnb.curation.recipe import (
+    builder_sources, robust_mixture, robust_proportions, teaching_mixture)
+from robustnb.curation.training_sets import build_training_set
+from robustnb.curation.unseen import overlap, unseen_families
+
+networks = dict(corner=nets[0], other=nets[1])
+stranger = dict(stranger=nets[0])
+
+
+def test_nothing_unseen_is_a_source():
+    sources = builder_sources(networks)
+    assert not overlap(sources, unseen_families(stranger))
+    assert overlap(sources | dict(more=[corruption('frost', 1)]), unseen_families(stranger)) == {'frost'}
+    for plan in (teaching_mixture(networks), robust_mixture(networks)):
+        assert set(plan['sources']) == set(plan['proportions']) <= set(sources)
+        assert sum(plan['proportions'].values()) == pytest.approx(1)
+
+
+def test_labels_are_the_weighted_mean_of_opinion_and_label():
+    plan = robust_mixture(networks, nets, dict(clean=1.), weight=.7)
+    made = build_training_set(pool, **plan, n=90)
+    images = pool.images[made.rows.image]
+    opinion = (probabilities(images, 0) + probabilities(images, 1))/2
+    assert (made.images == images).all()
+    assert np.allclose(made.labels, .7*opinion + .3*pool.labels[made.rows.image], atol=1e-5)
+
+
+def test_without_a_teacher_labels_stay():
+    made = build_training_set(pool, **robust_mixture(networks, (), dict(clean=1.)), n=90)
+    assert (made.labels == pool.labels[made.rows.image]).all()
+
+
+def test_what_cannot_be_mixed_is_refused():
+    with pytest.raises(ValueError, match='`proportions`.*gold'):
+        robust_mixture(networks, proportions=dict(gold=1.))
+    with pytest.raises(ValueError, match='`nets`'):
+        teaching_mixture({})
+    assert sum(robust_proportions.values()) == pytest.approx(1)
