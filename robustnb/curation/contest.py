@@ -413,7 +413,8 @@ def _looks(x):
     return small/small.norm(dim=1, keepdim=True).clamp_min(1e-3)
 
 def _agreement(x, y, reference, most=2000):
-    "Share of the images that have the class of their nearest neighbour, that by chance, standard errors, images"
+    """Share of the images that have the class of their nearest neighbour, the share by chance, how many
+    standard errors lie between, and of how many images"""
     rng = np.random.default_rng(0)
     some = lambda n: np.sort(rng.permutation(n)[:most])
     mine = some(len(x))
