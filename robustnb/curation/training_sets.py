@@ -56,6 +56,7 @@ def _fooling(attack, model, copies, x, y):
     wrong = lambda net: predict(net, out).argmax(1) != y.cpu()
     misled = wrong(fast) & ~wrong(model)
     if misled.any():
+        out = out.clone()
         out[misled] = attack(exact, x[misled], y[misled]).to(x)
     return out
 
