@@ -38,7 +38,7 @@ _copies = WeakKeyDictionary()    # network -> what it was, and the copies made o
 def _search_copies(model, x, y):
     """The copy of `model` to attack, and the exact one, both as it now is; the model itself where a copy
     would mislead"""
-    state = fingerprint(tuple(x.shape[1:]), *model.state_dict().values())
+    state = fingerprint(x.device, tuple(x.shape[1:]), *model.state_dict().values())
     if _copies.get(model, [None])[0] != state:
         opened = open_model(model, x)
         random = answers_at_random(opened, x)      # a copy would freeze what is drawn

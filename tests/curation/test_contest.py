@@ -17,7 +17,7 @@ from robustnb.curation.contest import (
 from robustnb.core import make_generator
 from robustnb.contract import predict
 from robustnb.files import load_state, save_state
-from robustnb.data import digits, subset
+from robustnb.data import digits, ImageSet, subset
 from robustnb.models.wrapping import Normalized
 from robustnb.models.graph import trace
 

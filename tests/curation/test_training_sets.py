@@ -363,13 +363,19 @@ def test_what_was_drawn_is_kept(tmp_path):
     assert rows.get_group('b').str.fullmatch(r'(snow 2|fog 3) sigma=[\d.e-]+').all()
     assert {*rows.get_group('c')} == {'', 'snow 2', 'fog 3'}
     assert {*rows.get_group('e')} == {'eps=0.0314'}
-    by_hand = {(k, s): sum(f'{k} {s}' in o for o in made.rows.drawn) for k in ('snow', 'fog') for s in range(1, 6)}
+    by_hand = {(k, s): sum(f'{k} {s}' in o for o in made.rows.drawn)
+               for k in ('snow', 'fog') for s in range(1, 6)}
     assert corruption_table(made).stack().to_dict() == by_hand
     assert "corruption('snow', 2)" in {*made.rows['transform']}
     for i in np.flatnonzero(made.rows.source == 'd'):
         partner, weight = (float(o.split('=')[1]) for o in made.rows.drawn[i].split())
         own, other = (wide.images[int(k)].astype(float) for k in (made.rows['image'][i], partner))
         assert abs(weight*own + (1-weight)*other - made.images[i]).max() < 1.5
+
+
+def test_a_table_without_corruptions_is_empty():
+    made = build_training_set(pool, dict(a=gaussian_noise), dict(a=1.), 10)
+    assert corruption_table(made).shape == (0, 5)
 
 
 # ---- resume
@@ -399,9 +405,11 @@ def test_a_killed_run_goes_on_with_the_next_source(tmp_path):
 @pytest.mark.parametrize('change', (
     dict(seed=4), dict(n=42), dict(batch_size=20), dict(select=misclassified), dict(candidates=2),
     dict(pool=pool[1:]), dict(sources=dict(a=attacked(fgsm, nets[1], Linf(.2)))),
-    dict(sources=dict(a=attacked(fgsm, nets[0], Linf(.3)))), dict(sources=dict(a=attacked(pgd, nets[0], Linf(.2))))))
+    dict(sources=dict(a=attacked(fgsm, nets[0], Linf(.3)))),
+    dict(sources=dict(a=attacked(pgd, nets[0], Linf(.2))))))
 def test_a_kept_source_answers_its_own_question_only(change, tmp_path):
-    plan = dict(pool=pool, sources=dict(a=attacked(fgsm, nets[0], Linf(.2))), proportions=dict(a=1.), n=40)
+    plan = dict(pool=pool, sources=dict(a=attacked(fgsm, nets[0], Linf(.2))), proportions=dict(a=1.),
+                n=40)
     if 'select' in change:
         change = dict(select=partial(misclassified, models=nets[1]), candidates=4)
         plan |= dict(select=partial(misclassified, models=nets[0]), candidates=4)
