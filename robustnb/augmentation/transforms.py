@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['gaussian_noise', 'uniform_noise', 'salt_and_pepper', 'dropout', 'coarse_dropout', 'gaussian_blur', 'average_blur',
-           'median_blur', 'multiply', 'add', 'gamma', 'photometric', 'posterize', 'affine', 'chain', 'sometimes',
-           'some_of', 'one_of', 'imgaug_augmenters', 'from_imgaug', 'from_torchvision', 'imgaug_pipeline',
-           'fast_pipeline', 'describe']
+           'median_blur', 'multiply', 'add', 'gamma', 'photometric', 'posterize', 'affine', 'describe', 'chain',
+           'sometimes', 'some_of', 'one_of', 'imgaug_augmenters', 'from_imgaug', 'from_torchvision', 'imgaug_pipeline',
+           'fast_pipeline']
 
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #eadd6a99
 import copy, importlib, math, sys, tempfile
@@ -306,6 +306,20 @@ def affine(
     grid = F.affine_grid(maps, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode='border', align_corners=False).clamp(0, 1), y
 
+# %% ../../nbs/api/augmentation/10_transforms.ipynb #40d713e5
+def describe(
+    transform,     # Transform, attack or anything else with options
+)->str:            # Text that is the same in every process
+    "What a transform is, as it would be typed."
+    told = lambda o: describe(o) if callable(o) else repr(o)
+    if isinstance(transform, partial):
+        options = [f'{k}={told(v)}' for k, v in transform.keywords.items()]
+        return f"{describe(transform.func)}({', '.join([*map(told, transform.args), *options])})"
+    if hasattr(transform, 'said'):
+        name, *args = transform.said
+        return f"{name}({', '.join(o if isinstance(o, str) else told(o) for o in args)})"
+    return getattr(transform, '__name__', None) or type(transform).__name__
+
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #fa7cc07f
 def _name(transform):
     "What a member is called in a history; nothing if it tells that itself"
@@ -451,17 +465,3 @@ def fast_pipeline()->Callable:      # Transform (x, y, generator) -> (x, y)
     lost = one_of(dropout, coarse_dropout)
     return some_of(2, 3, blur, gaussian_noise, lost, partial(add, value=-10/255), multiply,
                    salt_and_pepper)
-
-# %% ../../nbs/api/augmentation/10_transforms.ipynb #40d713e5
-def describe(
-    transform,     # Transform, attack or anything else with options
-)->str:            # Text that is the same in every process
-    "What a transform is, as it would be typed."
-    told = lambda o: describe(o) if callable(o) else repr(o)
-    if isinstance(transform, partial):
-        options = [f'{k}={told(v)}' for k, v in transform.keywords.items()]
-        return f"{describe(transform.func)}({', '.join([*map(told, transform.args), *options])})"
-    if hasattr(transform, 'said'):
-        name, *args = transform.said
-        return f"{name}({', '.join(o if isinstance(o, str) else told(o) for o in args)})"
-    return getattr(transform, '__name__', None) or type(transform).__name__
