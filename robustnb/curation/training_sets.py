@@ -73,7 +73,7 @@ def attacked(
     "Adversarial copies of the images."
     run = attack if stop else to_the_end(attack)
     def adversarial(x, y, generator):
-        note(eps=threat.eps)
+        if hasattr(threat, 'eps'): note(eps=threat.eps)
         device = next(model.parameters(), x).device
         images = x.to(device)
         labels = y.argmax(1).to(device)
