@@ -102,11 +102,10 @@ def builders(args, pool):
 
 
 def teachers(args, pool, nets):
-    "Networks that label: wider, trained on ten tampered versions of each photograph"
+    "The network that labels: wider, trained on ten tampered versions of each photograph"
     lessons = kept(args.work/'lessons', lambda: build_training_set(
         pool, **teaching_mixture(nets), n=10*photographs, seed=1))
-    return [trained(args.work/f'teacher-{k}.pt', k, wide, lessons, 8, 200)
-            for k, wide in (('preactresnet18', .1875), ('wideresnet', .125))]
+    return [trained(args.work/'teacher.pt', 'preactresnet18', .1875, lessons, 8, 200)]
 
 
 def plan_of(name, nets, taught):
@@ -140,6 +139,12 @@ def deliver(args, table, **facts):
     save_json(manifest(photographs=photographs, rows=rows, width=width, epochs=epochs, batch=batch,
                        n_hidden=n_hidden, effort=effort, hidden=hidden_sets, **facts),
               path.with_suffix('.json'))
+
+
+def part_prepare(args):
+    "Everything but the trainings that are judged"
+    sets = sets_of(args, args.sets or [*baseline_names, *teams, *candidates])
+    print({k: len(v) for k, v in sets.items()})
 
 
 def part_regime(args):
@@ -184,7 +189,7 @@ def part_final(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('part', choices=('regime', 'race', 'agreement', 'final'))
+    parser.add_argument('part', choices=('prepare', 'regime', 'race', 'agreement', 'final'))
     parser.add_argument('--data', type=Path, required=True)
     parser.add_argument('--sets', type=lambda s: s.split(','), help='names; None takes those of the part')
     parser.add_argument('--seeds', type=lambda s: tuple(map(int, s.split(','))), default=(0, 1, 2))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from ..core import batches, check_images, to_float, to_uint8
-from .transforms import note
+from .history import note
 
 # %% ../../nbs/api/augmentation/20_corruptions.ipynb #47755dd4
 corruption_names = ('gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur',

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..contract import predict
-from .transforms import note
+from .history import note
 
 # %% ../../nbs/api/augmentation/30_soft_labels.ipynb #550d9027
 def label_smoothing(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['predict_all', 'entropy', 'everything', 'succeeded', 'is_wrong', 'misclassified', 'most_misclassified',
-           'second_highest', 'by_entropy', 'balanced', 'hardest_version']
+           'second_highest', 'by_entropy', 'gradient_norm', 'low_gradient_norm', 'balanced', 'hardest_version']
 
 # %% ../../nbs/api/curation/10_selection.ipynb #3b17420a
 from collections.abc import Callable
@@ -131,6 +131,37 @@ def by_entropy(
     undecided = entropy(predict_all(models, images).mean(0))
     first = int(skip*len(images))
     return _ranked(undecided if highest else -undecided, first+n, generator)[first:]
+
+# %% ../../nbs/api/curation/10_selection.ipynb #7c41e0a2
+def gradient_norm(
+    models,               # A classifier in eval mode, or several
+    images:np.ndarray,    # uint8 images (M,H,W,C)
+    labels:np.ndarray,    # Their soft labels (M,K)
+    batch_size:int=250,   # Images at a time
+)->torch.Tensor:          # Mean over the networks (M,), >= 0
+    "Length of the gradient of the cross-entropy with regard to the pixels (in [0,1])."
+    models = [models] if isinstance(models, nn.Module) else list(models)
+    if not models: raise ValueError("`models` must hold at least one classifier; got none.")
+    lengths = torch.zeros(len(images))
+    for i in range(0, len(images), batch_size):
+        part = slice(i, i+batch_size)
+        y = torch.as_tensor(labels[part])
+        for model in models:
+            x = to_float(images[part]).requires_grad_()
+            loss = -(y*model(x).log_softmax(1)).sum()
+            lengths[part] += torch.autograd.grad(loss, x)[0].flatten(1).norm(dim=1)/len(models)
+    return lengths
+
+def low_gradient_norm(
+    images:np.ndarray,    # Candidates, uint8 (M,H,W,C)
+    labels:np.ndarray,    # Their soft labels (M,K)
+    rows:pd.DataFrame,    # One row for each
+    n:int,                # How many are wanted
+    generator:torch.Generator, # Order among equals
+    models=(),            # Classifiers whose gradients count
+)->np.ndarray:            # Positions, at most `n`
+    "The easiest images first (EasyCore, Ramesh et al. 2025, arXiv:2510.11018)."
+    return _ranked(-gradient_norm(models, images, labels), n, generator)
 
 # %% ../../nbs/api/curation/10_selection.ipynb #2d31bbde
 def balanced(

@@ -25,7 +25,8 @@ from ..files import atomic_path, explain_errors, fingerprint, load_state, save_s
 from ..questions import cache_key
 from ..data import ImageSet, load_npy
 from ..plots import figure_png, show_images
-from ..augmentation.transforms import apply_noted, describe, note
+from ..augmentation.history import apply_noted, note
+from ..augmentation.transforms import describe
 from ..augmentation.corruptions import corruption_names
 from ..attacks.gradient import to_the_end
 from ..attacks.standard import search_copy
@@ -35,8 +36,9 @@ from .selection import everything
 _copies = WeakKeyDictionary()    # network -> what it was, and the copies made of it
 
 def _search_copies(model, x, y):
-    "The copy to attack and the exact copy of `model` as it now is; the model itself where none is faithful"
-    state = fingerprint(tuple(x.shape[1:]), *model.state_dict().values())
+    """The copy of `model` to attack, and the exact one, both as it now is; the model itself where a copy
+    would mislead"""
+    state = fingerprint(x.device, tuple(x.shape[1:]), *model.state_dict().values())
     if _copies.get(model, [None])[0] != state:
         opened = open_model(model, x)
         random = answers_at_random(opened, x)      # a copy would freeze what is drawn
@@ -54,6 +56,7 @@ def _fooling(attack, model, copies, x, y):
     wrong = lambda net: predict(net, out).argmax(1) != y.cpu()
     misled = wrong(fast) & ~wrong(model)
     if misled.any():
+        out = out.clone()
         out[misled] = attack(exact, x[misled], y[misled]).to(x)
     return out
 
@@ -70,7 +73,7 @@ def attacked(
     "Adversarial copies of the images."
     run = attack if stop else to_the_end(attack)
     def adversarial(x, y, generator):
-        note(eps=threat.eps)
+        if hasattr(threat, 'eps'): note(eps=threat.eps)
         device = next(model.parameters(), x).device
         images = x.to(device)
         labels = y.argmax(1).to(device)
@@ -98,7 +101,8 @@ class TrainingSet(ImageSet):
         images:np.ndarray,   # Images (N,H,W,C), uint8
         labels:np.ndarray,   # Soft labels (N,K)
         classes,             # Class names, or their number
-        rows:pd.DataFrame,   # One row for each image: `source`, `image`, `transform`, `surrogate`, `success`, `drawn`
+        # One row for each image: `source`, `image`, `transform`, `surrogate`, `success`, `drawn`
+        rows:pd.DataFrame,
     ):
         super().__init__(images, labels, classes)
         if len(rows) != len(self):
@@ -183,8 +187,8 @@ class _Order:
 def _check_made(x, y, images, K):
     "Raise unless a transform has returned images like those it was given, and a row of labels for each"
     if not isinstance(x, Tensor) or x.shape != images.shape:
-        raise ValueError(f"`x` must come back as images of shape {tuple(images.shape)}; its transform returned "
-                         f"{tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}.")
+        raise ValueError(f"`x` must come back as images of shape {tuple(images.shape)}; its transform "
+                         f"returned {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}.")
     want = len(images), K
     if not isinstance(y, Tensor) or y.shape != want:
         raise ValueError(f"`y` must come back as rows of probabilities, {want}; its transform returned "

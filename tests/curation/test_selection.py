@@ -3,6 +3,7 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
+import torch
 
 from helpers_curation import is_wrong, nets, pool, probabilities, seeded
 from robustnb.core import make_generator
@@ -99,3 +100,27 @@ def test_hardest_version_by_hand():
     few = chosen(S.hardest_version, 5, rows=rows, models=nets, then=most_undecided)
     assert sorted(chosen(S.hardest_version, 30, rows=rows, models=nets)) == best.tolist()
     assert {*few} == {*best[np.argsort(-entropy[best])[:5]]}
+
+
+def test_gradient_norm_by_finite_differences():
+    images, labels = pool.images[:6], pool.labels[:6]
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).double()/255
+    y = torch.from_numpy(labels).double()
+    expected = 0
+    for net in nets:
+        loss = lambda o: -(y*net(o).log_softmax(1)).sum(1)
+        slopes = []
+        for k in range(x[0].numel()):
+            step = torch.zeros(x[0].numel(), dtype=torch.double)
+            step[k] = 1e-5
+            step = step.view(x[0].shape)
+            slopes.append((loss(x+step) - loss(x-step))/2e-5)
+        expected = expected + torch.stack(slopes).norm(dim=0)/len(nets)
+    assert torch.allclose(S.gradient_norm(nets, images, labels, 4).double(), expected, atol=1e-4)
+
+
+def test_the_easiest_images_come_first():
+    steep = S.gradient_norm(nets, pool.images, pool.labels)
+    first = chosen(S.low_gradient_norm, 90, models=nets)
+    assert (steep[first].diff() >= 0).all()
+    assert steep[first[0]] < steep[first[-1]]
