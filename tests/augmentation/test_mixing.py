@@ -33,7 +33,7 @@ def test_sizes_of_the_maps_are_those_of_the_paper(k):
 
 
 def test_points_follow_the_maps_of_their_own_picture():
-    "Two pictures with one map each (the second of a pair that is never drawn twice alike): halving, and standing still"
+    "Two pictures whose two maps are the same: one halves, one stands still"
     matrices = np.stack([[np.eye(2)/2]*2, [np.zeros((2, 2))]*2])
     shifts = np.stack([np.zeros((2, 2)), [[.25, -.5]]*2])
     colors = np.stack([np.ones((2, 3)), np.zeros((2, 3))])

@@ -192,8 +192,9 @@ def test_without_kinds_every_image_counts_alike():
     assert np.isclose(gain.difference.score, .05)
 
 
-@pytest.mark.parametrize('given, said', ((dict(a='c'), '`a` and `b` must be sets'), (dict(b='c'), '`a` and `b`'),
-                                         (dict(slices='public_a'), '`slices`')))
+@pytest.mark.parametrize('given, said', (
+    (dict(a='c'), '`a` and `b` must be sets'), (dict(b='c'), '`a` and `b`'),
+    (dict(slices='public_a'), '`slices`')))
 def test_comparisons_that_cannot_be_made(given, said):
     with pytest.raises(ValueError, match=said):
         H.compare_sets(kinds_table(by_kind), **dict(a='a', b='b', slices='final') | given)
