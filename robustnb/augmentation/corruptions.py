@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from ..core import batches, check_images, to_float, to_uint8
+from .history import note
 
 # %% ../../nbs/api/augmentation/20_corruptions.ipynb #47755dd4
 corruption_names = ('gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur',
@@ -370,12 +371,21 @@ class _Corruption:
     name:str
     severity:int
     table:str
+    names_itself = True
+
+    @property
+    def said(self):
+        other_table = () if self.table == 'imagenet-c' else (repr(self.table),)
+        return 'corruption', repr(self.name), self.severity, *other_table
+
+    def _note(self): note(' '.join(o.strip("'") for o in map(str, self.said[1:])))
 
     def __repr__(self): return f"corruption({self.name!r}, {self.severity}, {self.table!r})"
 
     @torch.no_grad()
     def __call__(self, x, y, generator):
         _check_batch(x, generator, self.name, 16)
+        self._note()
         c = _tables[self.table][self.name][self.severity-1]
         return _work[self.name](x.float(), c, generator).clamp(0, 1).to(x.dtype), y
 
@@ -395,10 +405,14 @@ class _Reference(_Corruption):
     "A corruption by the package imagecorruptions."
     def __repr__(self): return f"reference_corruption({self.name!r}, {self.severity})"
 
+    @property
+    def said(self): return 'reference_corruption', repr(self.name), self.severity
+
     @torch.no_grad()
     def __call__(self, x, y, generator):
         from imagecorruptions import corrupt
         _check_batch(x, generator, self.name, 32)
+        self._note()
         seed = 0 if self.name in _exact else torch.randint(
             2**31, (), generator=generator, device=generator.device).item()
         seeded = self.name in ('impulse_noise', 'glass_blur')

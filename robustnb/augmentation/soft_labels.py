@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..contract import predict
+from .history import note
 
 # %% ../../nbs/api/augmentation/30_soft_labels.ipynb #550d9027
 def label_smoothing(
@@ -38,6 +39,7 @@ def mixup(
     "Mixup (Zhang et al. 2018, arXiv:1710.09412)."
     own = _portions(len(x), alpha, generator)
     other = torch.randperm(len(x), generator=generator)
+    note(partner=other, weight=own)
     def blend(o, fraction): return fraction*o + (1-fraction)*o[other]
     return blend(x, own.view(-1, 1, 1, 1)), blend(y, own.view(-1, 1))
 
@@ -56,6 +58,7 @@ def cutmix(
               for s, m in zip((h, w), middle)]
     pasted = inside[0][:, None, :, None] & inside[1][:, None, None, :]
     own = 1-pasted.float().mean((1, 2, 3)).view(-1, 1)
+    note(partner=other, weight=own)
     return torch.where(pasted, x[other], x), own*y + (1-own)*y[other]
 
 # %% ../../nbs/api/augmentation/30_soft_labels.ipynb #b2531767

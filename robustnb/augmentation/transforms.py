@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['gaussian_noise', 'uniform_noise', 'salt_and_pepper', 'dropout', 'coarse_dropout', 'gaussian_blur', 'average_blur',
-           'median_blur', 'multiply', 'add', 'gamma', 'photometric', 'posterize', 'affine', 'chain', 'sometimes',
-           'some_of', 'one_of', 'imgaug_augmenters', 'from_imgaug', 'from_torchvision', 'imgaug_pipeline',
-           'fast_pipeline', 'describe']
+           'median_blur', 'multiply', 'add', 'gamma', 'photometric', 'posterize', 'affine', 'describe', 'chain',
+           'sometimes', 'some_of', 'one_of', 'imgaug_augmenters', 'from_imgaug', 'from_torchvision', 'imgaug_pipeline',
+           'fast_pipeline']
 
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #eadd6a99
 import copy, importlib, math, sys, tempfile
@@ -19,16 +19,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core import to_float, to_uint8
+from .history import _heard_as, note
 
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #352807b3
-def _between(span, n, generator, name):
-    "One strength for each of `n` images, shape (n,1,1,1)"
+def _draw(span, n, generator, name):
+    "`n` strengths, shape (n,1,1,1)"
     low, high = span if isinstance(span, (tuple, list)) else (span, span)
     if not (math.isfinite(low) and low <= high < math.inf):
         raise ValueError(f"`{name}` must be a finite number or a pair (low, high) with low <= "
                          f"high; got {span!r}.")
     return low + (high-low)*torch.rand(n, 1, 1, 1, generator=generator)
 
+def _between(span, n, generator, name):
+    "One strength for each of `n` images, shape (n,1,1,1), noted"
+    drawn = _draw(span, n, generator, name)
+    note(**{name: drawn})
+    return drawn
+
+def _not_negative(span, name):
+    "The same span, if it does not go below zero"
+    if not (min(span) if isinstance(span, (tuple, list)) else span) >= 0:
+        raise ValueError(f"`{name}` must not be negative; got {span!r}.")
+    return span
+
+# %% ../../nbs/api/augmentation/10_transforms.ipynb #ba1ac9fa
 def _shared(kind, n, c, h, w, per_channel, generator):
     """Draws (n,c,h,w) of `kind(*shape, generator)`, one for each channel in the fraction `per_channel`
     of the images; in the others all channels have the same"""
@@ -54,12 +68,6 @@ def _lots(*shape):
 def _odds(p):
     "The number below which a lot falls with probability `p`"
     return (p*2**16).round() - 2**15
-
-def _not_negative(span, name):
-    "The same span, if it does not go below zero"
-    if not (min(span) if isinstance(span, (tuple, list)) else span) >= 0:
-        raise ValueError(f"`{name}` must not be negative; got {span!r}.")
-    return span
 
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #c5712b39
 def gaussian_noise(
@@ -175,6 +183,7 @@ def average_blur(
     if not 1 <= low <= high:
         raise ValueError(f"`size` must be whole pixels, at least 1; got {size!r}.")
     k = torch.randint(low, high+1, (len(x), 1), generator=generator)
+    note(size=k)
     r = high//2
     reach = torch.arange(-r, r+1)
     return _blurred(x, ((reach >= -(k//2)) & (reach < k-k//2))/k).clamp_(0, 1), y
@@ -191,6 +200,7 @@ def median_blur(
     if not (1 <= low <= high and low % 2):
         raise ValueError(f"`size` must be odd pixels, at least 1; got {size!r}.")
     k = low + 2*torch.randint((high-low)//2+1, (len(x),), generator=generator)
+    note(size=k)
     images = to_uint8(x)
     threads = torch.get_num_threads()
     def some(part): return [cv2.medianBlur(images[i], int(k[i])) for i in part]
@@ -209,9 +219,11 @@ def multiply(
 )->tuple:                        # Images and labels
     "Make images lighter or darker."
     n, c, *_ = x.shape
-    each = _between(_not_negative(factor, 'factor'), n*c, generator, 'factor').view(n, c, 1, 1)
+    each = _draw(_not_negative(factor, 'factor'), n*c, generator, 'factor').view(n, c, 1, 1)
     own = torch.rand(n, 1, 1, 1, generator=generator) < per_channel
-    return (x*torch.where(own, each, each[:, :1])).clamp_(0, 1), y
+    each = torch.where(own, each, each[:, :1])
+    note(factor=each)
+    return (x*each).clamp_(0, 1), y
 
 def add(
     x:Tensor,                    # Images (N,C,H,W), pixels in [0,1]
@@ -267,8 +279,9 @@ def posterize(
     levels=(3, 16),              # Levels left in each channel, >= 2: a number or (low, high)
 )->tuple:                        # Images and labels
     "Leave few levels in each channel."
-    levels = _between(levels, len(x), generator, 'levels').round()
+    levels = _draw(levels, len(x), generator, 'levels').round()
     if not (levels >= 2).all(): raise ValueError("`levels` must be at least 2.")
+    note(levels=levels)
     return (x*(levels-1)).round()/(levels-1), y
 
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #f3e4e669
@@ -284,7 +297,8 @@ def affine(
     n = len(x)
     angle = _between(degrees, len(x), generator, 'degrees').flatten()*math.pi/180
     size = _between(scale, n, generator, 'scale').flatten()
-    move = _between(shift, 2*n, generator, 'shift').view(n, 2, 1)
+    move = _draw(shift, 2*n, generator, 'shift').view(n, 2, 1)
+    note(shift=move)
     if not (size > 0).all(): raise ValueError(f"`scale` must be above 0; got {scale!r}.")
     sines = [angle.cos(), -angle.sin(), angle.sin(), angle.cos()]
     turn = torch.stack(sines, 1).view(n, 2, 2)/size.view(n, 1, 1)
@@ -292,11 +306,31 @@ def affine(
     grid = F.affine_grid(maps, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode='border', align_corners=False).clamp(0, 1), y
 
+# %% ../../nbs/api/augmentation/10_transforms.ipynb #40d713e5
+def describe(
+    transform,     # Transform, attack or anything else with options
+)->str:            # Text that is the same in every process
+    "What a transform is, as it would be typed."
+    told = lambda o: describe(o) if callable(o) else repr(o)
+    if isinstance(transform, partial):
+        options = [f'{k}={told(v)}' for k, v in transform.keywords.items()]
+        return f"{describe(transform.func)}({', '.join([*map(told, transform.args), *options])})"
+    if hasattr(transform, 'said'):
+        name, *args = transform.said
+        return f"{name}({', '.join(o if isinstance(o, str) else told(o) for o in args)})"
+    return getattr(transform, '__name__', None) or type(transform).__name__
+
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #fa7cc07f
+def _name(transform):
+    "What a member is called in a history; nothing if it tells that itself"
+    if getattr(transform, 'names_itself', False): return ''
+    return describe(transform.func if isinstance(transform, partial) else transform)
+
 def _change_(chosen, transform, x, y, generator):
     "Put `transform` of the chosen images in their place"
     if chosen.any():
-        new_x, new_y = transform(x[chosen], y[chosen], generator)
+        with _heard_as(_name(transform), chosen):
+            new_x, new_y = transform(x[chosen], y[chosen], generator)
         x[chosen] = new_x.to(x)
         y[chosen] = new_y.to(y)
 
@@ -323,6 +357,7 @@ def sometimes(
         _change_(torch.rand(len(x), generator=generator) < p, transform, x, y, generator)
         return x, y
     perhaps.said = 'sometimes', p, transform
+    perhaps.names_itself = True
     return perhaps
 
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #872da062
@@ -347,6 +382,7 @@ def some_of(
                 _change_(order[:, place] == k, t, x, y, generator)
         return x, y
     some.said = 'some_of', least, most, *transforms
+    some.names_itself = True
     return some
 
 def one_of(
@@ -389,16 +425,26 @@ def from_imgaug(
     return augmented
 
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #bc2fc831
+def _as_pixels(o):
+    "What a torchvision transform returned as floats in [0,1]"
+    if isinstance(o, Tensor) and o.dtype == torch.uint8: return o/255
+    floats = isinstance(o, Tensor) and o.is_floating_point()
+    if floats and o.min() >= -1e-4 and o.max() <= 1+1e-4: return o.clamp(0, 1)
+    got = f"{o.dtype} with values in [{o.min():.4g}, {o.max():.4g}]" if floats else getattr(
+        o, 'dtype', type(o).__name__)
+    raise ValueError(f"`transform` must return a uint8 tensor, or floats in [0, 1]; got {got}. Leave "
+                     "`v2.Normalize` out: the model normalises; end with `v2.ToImage()` after PIL.")
+
 def from_torchvision(
-    transform:Callable,   # Takes and returns one uint8 tensor (C,H,W)
+    transform:Callable,   # Takes one uint8 tensor (C,H,W); returns one, or floats in [0,1]
 )->Callable:              # Transform (x, y, generator) -> (x, y)
     "A torchvision transform such as `v2.AugMix()` or `v2.RandAugment()`."
     def transformed(x, y, generator):
         images = torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            return torch.stack([transform(o) for o in images]).to(x)/255, y
-    transformed.said = 'from_torchvision', type(transform).__name__
+            return torch.stack([_as_pixels(transform(o)) for o in images]).to(x), y
+    transformed.said = 'from_torchvision', transform
     return transformed
 
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #eff13860
@@ -419,17 +465,3 @@ def fast_pipeline()->Callable:      # Transform (x, y, generator) -> (x, y)
     lost = one_of(dropout, coarse_dropout)
     return some_of(2, 3, blur, gaussian_noise, lost, partial(add, value=-10/255), multiply,
                    salt_and_pepper)
-
-# %% ../../nbs/api/augmentation/10_transforms.ipynb #40d713e5
-def describe(
-    transform,     # Transform, attack or anything else with options
-)->str:            # Text that is the same in every process
-    "What a transform is, as it would be typed."
-    told = lambda o: describe(o) if callable(o) else repr(o)
-    if isinstance(transform, partial):
-        options = [f'{k}={told(v)}' for k, v in transform.keywords.items()]
-        return f"{describe(transform.func)}({', '.join([*map(told, transform.args), *options])})"
-    if hasattr(transform, 'said'):
-        name, *args = transform.said
-        return f"{name}({', '.join(o if isinstance(o, str) else told(o) for o in args)})"
-    return getattr(transform, '__name__', None) or type(transform).__name__

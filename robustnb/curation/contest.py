@@ -405,6 +405,46 @@ def _pair_rows(x, y):
                                f"{counts.min()} to {counts.max()} images a class",
                                "Similar numbers for all ten classes.", 'warning')]
 
+# %% ../../nbs/api/curation/30_contest.ipynb #4805dfc6
+def _looks(x):
+    "Images at 8x8 pixels, brightness and contrast taken away, (N,192)"
+    small = F.adaptive_avg_pool2d(torch.from_numpy(x).permute(0, 3, 1, 2).float(), 8).flatten(1)
+    small = small - small.mean(1, keepdim=True)
+    return small/small.norm(dim=1, keepdim=True).clamp_min(1e-3)
+
+def _agreement(x, y, reference, most=2000):
+    """Share of the images that have the class of their nearest neighbour, the share by chance, how many
+    standard errors lie between, and of how many images"""
+    rng = np.random.default_rng(0)
+    some = lambda n: np.sort(rng.permutation(n)[:most])
+    mine = some(len(x))
+    looks = _looks(x[mine])
+    if reference is None:
+        far = torch.cdist(looks, looks).fill_diagonal_(torch.inf)
+        names = y[mine]
+    else:
+        theirs = some(len(reference))
+        far = torch.cdist(looks, _looks(reference.images[theirs]))
+        names = reference.y[theirs]
+    near = names[far.argmin(1).numpy()]
+    n = len(mine)
+    shares = [np.bincount(o, minlength=10)/n for o in (y[mine], near)]
+    chance = (shares[0]*shares[1]).sum()
+    share = (near == y[mine]).mean()
+    return share, chance, (share-chance)/max(chance*(1-chance)/n, 1e-12)**.5, n
+
+def _advice_rows(x, y, reference):
+    "Images of one colour, and labels that do not follow the images; advice"
+    blank = int((x == x[:, :1, :1]).all((1, 2, 3)).sum())
+    rows = [verdict_row('blank images', not blank, f"{blank} of one colour",
+                        "Look at them: were pixels in [0, 1] stored as 8 bits?", 'warning')]
+    if len(x) < 2: return rows
+    share, chance, errors, n = _agreement(x, y.argmax(1), reference)
+    found = (f"{share:.1%} of {n} have the class of their nearest neighbour, {chance:.1%} by chance: "
+             f"{errors:.1f} standard errors more")
+    return rows + [verdict_row('label agreement', errors >= 3, found,
+                               "Are labels and images in the same order?", 'warning')]
+
 # %% ../../nbs/api/curation/30_contest.ipynb #b4c2ef9c
 def load_set(
     path,                   # Folder or zip file with `data.npy` and `label.npy`
@@ -426,7 +466,7 @@ def load_set(
 _rules = ('archive', 'data.npy', 'image dtype', 'image shape', 'image count', 'label.npy',
           'label dtype', 'label shape', 'labels finite', 'labels >= 0', 'row sums', 'lengths',
           'config.py', 'config networks', 'config keys', 'epochs', 'batch size', 'optimizer',
-          'scheduler', 'duplicates', 'class balance')
+          'scheduler', 'duplicates', 'class balance', 'blank images', 'label agreement')
 
 def _config_bytes(files):
     if 'config.py' not in files:
@@ -465,6 +505,9 @@ def _read_all(path, rows):
 # %% ../../nbs/api/curation/30_contest.ipynb #26dfc8d0
 def validate_set(
     path,           # Folder or zip file of a submission
+    # `ImageSet` of clean images of the same ten classes, whose labels are right: a class order that was
+    # turned round is found as well; None asks the submission alone
+    reference=None,
 )->pd.DataFrame:    # A row per rule: rule, verdict (ok, warning, broken, not checked), found, what_to_do
     "Judge a submission by every rule of the contest, without running or unpickling anything in it."
     rows = []
@@ -475,6 +518,8 @@ def validate_set(
         rows += _label_rows(y)
     if x is not None and y is not None:
         rows += _pair_rows(x, y)
+        if not {r['rule'] for r in rows if r['verdict'] == 'broken'} - {'config.py'}:
+            rows += _advice_rows(x, y, reference)
     if config is not None:
         rows += _config_rows(config)
     found = {r['rule']: r for r in rows}

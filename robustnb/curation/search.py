@@ -14,7 +14,7 @@ from ..core import subseed
 from ..data import ImageSet
 from .selection import balanced, everything, is_wrong, most_misclassified
 from .training_sets import (
-    apportion, build_training_set, concatenate_sets, TrainingSet)
+    _least_used, apportion, build_training_set, concatenate_sets, TrainingSet)
 from .hidden import rank_training_sets
 
 # %% ../../nbs/api/curation/60_search.ipynb #9b7b3091
@@ -27,7 +27,7 @@ def build_bank(
     pool:ImageSet,      # Clean images
     sources:dict,       # As for `build_training_set`
     n:int,              # Images of each source
-    **options,          # `select`, `candidates`, `seed` and `batch_size` of `build_training_set`
+    **options,          # `select`, `candidates`, `seed`, `batch_size` and `folder` of `build_training_set`
 )->dict:                # Name -> `TrainingSet` of `n` images
     "Each source on its own."
     return {name: build_training_set(pool, {name: source}, {name: 1.}, n,
@@ -52,9 +52,8 @@ def mix(
     for k, q in quotas.items():
         if not q: continue
         order = np.random.default_rng(subseed(seed, 'mix', k)).permutation(len(bank[k]))
-        image = bank[k].rows['image'].iloc[order].reset_index(drop=True)
-        turn = image.map(used).fillna(0) + image.groupby(image).cumcount()
-        parts.append(bank[k][order[np.argsort(turn, kind='stable')[:q]]])
+        image = bank[k].rows['image'].iloc[order]
+        parts.append(bank[k][order[_least_used(image, used)[:q]]])
         used = used.add(parts[-1].rows['image'].value_counts(), fill_value=0)
     return concatenate_sets(parts)
 

@@ -60,6 +60,8 @@ def succeeded(
     found = torch.from_numpy(np.flatnonzero(rows['success'].to_numpy() == True))
     return found[torch.randperm(len(found), generator=generator)[:n]].numpy()
 
+everything.one_by_one = succeeded.one_by_one = True
+
 # %% ../../nbs/api/curation/10_selection.ipynb #7803cb3c
 def is_wrong(
     models,               # A classifier in eval mode, or several
@@ -83,6 +85,8 @@ def misclassified(
     wrong = is_wrong(models, images, labels)
     found = (wrong.any(0) if by is any else wrong.all(0)).nonzero().flatten()
     return found[torch.randperm(len(found), generator=generator)[:n]].numpy()
+
+misclassified.one_by_one = True
 
 # %% ../../nbs/api/curation/10_selection.ipynb #02b59355
 def most_misclassified(

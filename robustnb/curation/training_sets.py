@@ -4,38 +4,86 @@
 
 # %% auto #0
 __all__ = ['attacked', 'unchanged', 'TrainingSet', 'load_training_set', 'apportion', 'build_training_set', 'concatenate_sets',
-           'contact_sheet', 'summary', 'set_card']
+           'corruption_table', 'contact_sheet', 'summary', 'set_card']
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #cc45b2d5
-import html
+import html, re
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import ceil
 from pathlib import Path
+from weakref import WeakKeyDictionary
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 from ..core import batches, make_generator, progress, subseed, to_float, to_uint8
-from ..contract import predict
-from ..files import atomic_path, explain_errors
+from ..contract import answers_at_random, open_model, predict
+from ..files import atomic_path, explain_errors, fingerprint, load_state, save_state
+from ..questions import cache_key
 from ..data import ImageSet, load_npy
 from ..plots import figure_png, show_images
+from ..augmentation.history import apply_noted, note
 from ..augmentation.transforms import describe
+from ..augmentation.corruptions import corruption_names
 from ..attacks.gradient import to_the_end
+from ..attacks.standard import search_copy
 from .selection import everything
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #f4c109a4
+_copies = WeakKeyDictionary()    # network -> what it was, and the copies made of it
+
+def _search_copies(model, x, y):
+    """The copy of `model` to attack, and the exact one, both as it now is; the model itself where a copy
+    would mislead"""
+    state = fingerprint(x.device, tuple(x.shape[1:]), *model.state_dict().values())
+    if _copies.get(model, [None])[0] != state:
+        opened = open_model(model, x)
+        random = answers_at_random(opened, x)      # a copy would freeze what is drawn
+        fast = model if random else search_copy(opened, x, y)
+        low = getattr(fast, 'low', False)
+        exact = search_copy(opened, x, y, low=False) if low else fast
+        _copies[model] = state, [None if o is opened or o is model else o for o in (fast, exact)]
+    return [model if o is None else o for o in _copies[model][1]]
+
+def _fooling(attack, model, copies, x, y):
+    "Adversarial images from the first copy, or from the second where the first one misled"
+    fast, exact = copies
+    out = attack(fast, x, y).to(x)
+    if fast is exact: return out
+    wrong = lambda net: predict(net, out).argmax(1) != y.cpu()
+    misled = wrong(fast) & ~wrong(model)
+    if misled.any():
+        out = out.clone()
+        out[misled] = attack(exact, x[misled], y[misled]).to(x)
+    return out
+
+# %% ../../nbs/api/curation/20_training_sets.ipynb #39aacabc
 def attacked(
     attack:Callable,      # (model, x, y, threat, *, generator) -> x_adv
     model,                # Network to fool, in eval mode
     threat,               # Threat model, e.g. `Linf(8/255)`
     surrogate:str=None,   # What to call the network in tables; None asks its `name`
+    # Whether `pgd` leaves an image as soon as it is fooled: several times faster, and nearer to the
+    # boundary, so that it fools other networks less
+    stop:bool=False,
 )->Callable:              # Transform (x, y, generator) -> (x, y)
     "Adversarial copies of the images."
+    run = attack if stop else to_the_end(attack)
     def adversarial(x, y, generator):
-        return to_the_end(attack)(model, x, y.argmax(1), threat, generator=generator), y
+        note(eps=threat.eps)
+        device = next(model.parameters(), x).device
+        images = x.to(device)
+        labels = y.argmax(1).to(device)
+        copies = _search_copies(model, images, labels)
+        once = lambda net, x, y: run(net, x, y, threat, generator=generator)
+        made = [_fooling(once, model, copies, images[s], labels[s]) for s in batches(len(x), 125)]
+        return torch.cat(made).to(x), y
     adversarial.model = model
     adversarial.surrogate = surrogate or getattr(model, 'name', None) or type(model).__name__
-    adversarial.said = 'attacked', attack, adversarial.surrogate, repr(threat)
+    adversarial.said = ('attacked', attack, adversarial.surrogate, repr(threat)) + ('stop=True',)*stop
     return adversarial
 
 def unchanged(
@@ -53,7 +101,8 @@ class TrainingSet(ImageSet):
         images:np.ndarray,   # Images (N,H,W,C), uint8
         labels:np.ndarray,   # Soft labels (N,K)
         classes,             # Class names, or their number
-        rows:pd.DataFrame,   # One row for each image: `source`, `image`, `transform`, `surrogate`, `success`
+        # One row for each image: `source`, `image`, `transform`, `surrogate`, `success`, `drawn`
+        rows:pd.DataFrame,
     ):
         super().__init__(images, labels, classes)
         if len(rows) != len(self):
@@ -91,6 +140,13 @@ def load_training_set(
                            pd.read_csv(path, keep_default_na=False, na_values={'success': ['']}))
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #4c746635
+def _least_used(image, used):
+    """Positions of images in the order in which they should be taken, the photographs that were used least
+    first; an image that comes up again counts as used once more"""
+    image = pd.Series(np.asarray(image))
+    turn = image.map(used).fillna(0) + image.groupby(image).cumcount()
+    return np.argsort(turn.to_numpy(), kind='stable')
+
 def _interleaved(y, K, rng):
     "Positions of all images in random order, classes in turn"
     order = rng.permutation(len(y))
@@ -106,41 +162,132 @@ def _versions(source, pool):
         pool, source = source
     return pool, list(source) if isinstance(source, (list, tuple)) else [source]
 
-def _assigned(m, pool, versions, candidates, rng):
-    "The image and the version that each of `m` candidates is made of"
-    each = min(candidates, len(versions))
-    place, turn = np.divmod(np.arange(m), each)
-    passes = place[-1]//len(pool) + 1
-    order = [_interleaved(pool.y, len(pool.classes), rng) for _ in range(passes)]
-    return np.concatenate(order)[place], (place + turn) % len(versions)
+def _assigned(m, pool, V, each, used, rng):
+    "The image and the version, of `V`, that each of `m` candidates is made of, `each` of one image"
+    place, turn = np.divmod(np.arange(m), min(each, V))
+    K = len(pool.classes)
+    passes = place[-1]//len(pool) + 1 + int(used.max() - used.min())
+    order = np.concatenate([_interleaved(pool.y, K, rng) for _ in range(passes)])
+    image = order[_least_used(order, pd.Series(used))][place]
+    shift = place//np.lcm(K, V)      # else a version would see the same classes again and again
+    return image, (place + shift + turn) % V
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #6626a22f
-def _offer(name, source, pool, m, candidates, seed, batch_size):
-    "`m` candidates of one source: images, labels, rows"
-    pool, versions = _versions(source, pool)
-    rng = np.random.default_rng(subseed(seed, 'order', name))
-    image, version = _assigned(m, pool, versions, candidates, rng)
-    images = np.empty((m, *pool.images.shape[1:]), np.uint8)
-    labels = np.empty((m, len(pool.classes)), np.float32)
-    success = np.full(m, None)
-    for v, transform in enumerate(versions):
+@dataclass(frozen=True)
+class _Order:
+    "What one source is to deliver"
+    name:str
+    versions:list
+    n:int
+    candidates:float
+    policy:Callable
+    seed:int
+    batch_size:int
+
+def _check_made(x, y, images, K):
+    "Raise unless a transform has returned images like those it was given, and a row of labels for each"
+    if not isinstance(x, Tensor) or x.shape != images.shape:
+        raise ValueError(f"`x` must come back as images of shape {tuple(images.shape)}; its transform "
+                         f"returned {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}.")
+    want = len(images), K
+    if not isinstance(y, Tensor) or y.shape != want:
+        raise ValueError(f"`y` must come back as rows of probabilities, {want}; its transform returned "
+                         f"{tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__}. For class "
+                         "numbers return `torch.nn.functional.one_hot(y, K)`.")
+    ok = (y >= 0).all(1) & ((y.double().sum(1)-1).abs() <= 1e-3)
+    if not ok.all():
+        i = int((~ok).nonzero()[0])
+        raise ValueError("`labels` must be rows of probabilities, >= 0 with sum 1; row "
+                         f"{i} of the batch came back as {y[i].tolist()} ({int((~ok).sum())} such rows). "
+                         "Divide each row by its sum.")
+
+# %% ../../nbs/api/curation/20_training_sets.ipynb #431a317e
+def _made(order, pool, image, version, first):
+    "Candidates of one source, of which there are `first` before: images, labels, rows"
+    images = np.empty((len(image), *pool.images.shape[1:]), np.uint8)
+    labels = np.empty((len(image), len(pool.classes)), np.float32)
+    success = np.full(len(image), None)
+    drawn = np.full(len(image), '', object)
+    for v, transform in enumerate(order.versions):
         at = np.flatnonzero(version == v)
         model = getattr(transform, 'model', None)
-        said = f'{name} {v+1}/{len(versions)}'
-        for k, s in enumerate(progress(batches(len(at), batch_size), said)):
+        said = f'{order.name} {v+1}/{len(order.versions)}'
+        for k, s in enumerate(progress(batches(len(at), order.batch_size), said)):
             w = at[s]
             x = to_float(pool.images[image[w]])
             y = torch.from_numpy(pool.labels[image[w]])
-            x, y = transform(x, y, make_generator(seed, name, v, k))
+            seen = x
+            generator = make_generator(order.seed, order.name, v, first+k)
+            x, y, drawn[w] = apply_noted(transform, x, y, generator, image[w])
+            _check_made(x, y, seen, len(pool.classes))
             images[w] = to_uint8(x)
             labels[w] = y.numpy()
             if model is not None:
                 success[w] = (predict(model, to_float(images[w])).argmax(1) != y.argmax(1)).numpy()
-    described = [describe(t) for t in versions]
-    surrogate = [getattr(t, 'surrogate', '') for t in versions]
+    described = np.array([describe(t) for t in order.versions], object)
+    surrogate = np.array([getattr(t, 'surrogate', '') for t in order.versions], object)
     return images, labels, pd.DataFrame(dict(
-        source=name, image=image, transform=[described[v] for v in version],
-        surrogate=[surrogate[v] for v in version], success=success))
+        source=order.name, image=image, transform=described[version],
+        surrogate=surrogate[version], success=success, drawn=drawn))
+
+def _named_made(order, *args):
+    "`_made`; an error names the source"
+    try:
+        return _made(order, *args)
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"source {order.name!r} failed: {e}") from e
+
+# %% ../../nbs/api/curation/20_training_sets.ipynb #b5fbd487
+def _judges_one_by_one(policy):
+    while isinstance(policy, partial):
+        policy = policy.func
+    return getattr(policy, 'one_by_one', False)
+
+def _filled(order, pool, used):
+    "Images, labels and rows that one source delivers, given how often each photograph was used before"
+    most = ceil(order.n*order.candidates)
+    alone = _judges_one_by_one(order.policy)
+    rng = np.random.default_rng(subseed(order.seed, 'order', order.name))
+    each = 1 if alone else int(order.candidates)
+    image, version = _assigned(most, pool, len(order.versions), each, used, rng)
+    generator = make_generator(order.seed, 'select', order.name)
+    parts = []
+    done = full = 0
+    while full < order.n and done < most:
+        missing = order.n - full
+        want = missing if not full else ceil(missing*done/full)
+        want = min(want, most-done) if alone and (full or not done) else most-done
+        now = slice(done, done+want)
+        made = _named_made(order, pool, image[now], version[now], done)
+        kept = order.policy(*made, missing, generator)
+        parts.append([made[0][kept], made[1][kept], made[2].iloc[kept]])
+        done += want
+        full += len(kept)
+    if full < order.n:
+        raise ValueError(f"source {order.name!r} must give {order.n} images; {describe(order.policy)} "
+                         f"lets {full} of {most} candidates through. Raise `candidates` (now "
+                         f"{order.candidates}), or lower its proportion.")
+    images, labels, rows = zip(*parts)
+    return np.concatenate(images), np.concatenate(labels), pd.concat(rows, ignore_index=True)
+
+# %% ../../nbs/api/curation/20_training_sets.ipynb #3fe36b19
+def _kept(folder, order, pool, used):
+    "`_filled`, found again in `folder` if the same was asked before; written completely or not at all"
+    if folder is None: return _filled(order, pool, used)
+    key = cache_key(order, pool.images, pool.labels, used, _filled, arg='folder')[:16]
+    name = re.sub(r'\W+', '-', order.name)
+    path = Path(folder)/f'{name}-{key}.pt'
+    if not path.exists():
+        images, labels, rows = map(_plain, _filled(order, pool, used))
+        save_state(dict(images=images, labels=labels, rows=rows), path)
+    with explain_errors(path, 'a source kept by `build_training_set`'):
+        state = load_state(path)
+        rows = pd.DataFrame(state['rows']).astype(dict(success=object))
+        return state['images'].numpy(), state['labels'].numpy(), rows
+
+def _plain(o):
+    "Arrays and tables as `save_state` keeps them"
+    return torch.from_numpy(o) if isinstance(o, np.ndarray) else {k: o[k].tolist() for k in o}
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #5b1a72d1
 def apportion(
@@ -178,36 +325,37 @@ def _check_plan(sources, proportions, n, options):
             refuse_unknown(argument, option)
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #c430d81a
+def _running(batch_size=1000, folder=None): return batch_size, folder
+
 def build_training_set(
     pool:ImageSet,       # Clean images with labels
     sources:dict,        # Name -> transform, list of versions, or (pool, one of these)
     proportions:dict,    # Name -> proportion of the images, in [0,1]; sum 1
     n:int=50_000,        # Images wanted, at most 50,000
     select=everything,   # Policy from `selection`, or one for each source by name; `everything` for the rest
-    # Candidates for each image wanted, >= 1, or a number for each source by name; 1 for the rest
+    # Candidates that may be made for each image wanted, >= 1, or a number for each source by name; 1
+    # for the rest
     candidates=1,
     seed:int=0,          # Everything random
-    batch_size:int=1000, # Images a transform sees at a time; part of the result: it draws for a batch
+    # `batch_size`: images a transform sees at a time, 1000; part of the result: it draws for a batch.
+    # `folder`: where finished sources are kept and found again; None, the default, keeps nothing
+    **running,
 )->TrainingSet:          # `n` images in mixed order
     "Images from several sources in given proportions."
     _check_plan(sources, proportions, n, dict(select=select, candidates=candidates))
+    batch_size, folder = _running(**running)
+    used = {}
     parts = []
     for name, q in apportion(proportions, n).items():
         if not q: continue
         c = candidates.get(name, 1) if isinstance(candidates, dict) else candidates
         policy = select.get(name, everything) if isinstance(select, dict) else select
         if not c >= 1: raise ValueError(f"`candidates` must be at least 1; got {c} for {name!r}.")
-        try:
-            images, labels, rows = _offer(name, sources[name], pool, int(np.ceil(q*c)), int(c),
-                                          seed, batch_size)
-        except (ValueError, TypeError) as e:
-            raise ValueError(f"source {name!r} failed: {e}") from e
-        kept = policy(images, labels, rows, q, make_generator(seed, 'select', name))
-        if len(kept) < q:
-            raise ValueError(f"source {name!r} must give {q} images; {describe(policy)} lets "
-                             f"{len(kept)} of {len(images)} candidates through. Raise "
-                             f"`candidates` (now {c}), or lower its proportion.")
-        parts.append((images[kept], labels[kept], rows.iloc[kept]))
+        own, versions = _versions(sources[name], pool)
+        counts = used.setdefault(id(own), np.zeros(len(own), int))
+        order = _Order(name, versions, q, c, policy, seed, batch_size)
+        parts.append(_kept(folder, order, own, counts))
+        np.add.at(counts, parts[-1][2]['image'].to_numpy(), 1)
     images, labels, rows = zip(*parts)
     order = np.random.default_rng(subseed(seed, 'mix')).permutation(n)
     return TrainingSet(np.concatenate(images)[order], np.concatenate(labels)[order],
@@ -223,6 +371,21 @@ def concatenate_sets(
     images = np.concatenate([p.images for p in parts])
     labels = np.concatenate([p.labels for p in parts])
     return TrainingSet(images, labels, parts[0].classes, pd.concat([p.rows for p in parts]))
+
+# %% ../../nbs/api/curation/20_training_sets.ipynb #0c4fab9d
+def corruption_table(
+    data:TrainingSet,   # A set with its history
+)->pd.DataFrame:        # Images: one row for each corruption in the set, columns are severities 1 to 5
+    "How many images have which corruption at which severity, also inside `one_of`, `chain` and the like."
+    if 'drawn' not in data.rows:
+        raise ValueError("`data` must have a history with the column `drawn`; this one has "
+                         f"{', '.join(data.rows)}. Build the set again with this version.")
+    words = rf"\b({'|'.join(corruption_names)}) ([1-5])\b"
+    found = data.rows['drawn'].str.extractall(words)
+    counts = pd.crosstab(found[0], found[1].astype(int))
+    names = [o for o in corruption_names if o in counts.index]
+    return counts.reindex(index=names, columns=range(1, 6), fill_value=0).rename_axis(
+        index='corruption', columns='severity')
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #6128fc8b
 def contact_sheet(

@@ -5,6 +5,7 @@ import torch
 
 from robustnb.augmentation import mixing as M
 from robustnb.augmentation.transforms import describe
+from robustnb.augmentation.history import apply_noted
 from robustnb.core import make_generator
 
 rng = np.random.default_rng(0)
@@ -113,6 +114,17 @@ def test_what_pixmix_leaves():
     assert (M.pixmix(pictures)(x, y, make_generator(1))[0] != out).any()
     near = M.pixmix(pictures, beta=1e6, operations=[same])(x, y, seeded())[0]
     assert (near - x).abs().max() < 1e-3, 'with a large beta the image is left'
+
+
+def test_the_history_has_the_number_of_rounds():
+    same = lambda x, y, generator: (x, y)
+    out, _, notes = apply_noted(M.pixmix(pictures, operations=[same]), x, y, seeded())
+    assert set(notes) == {f'rounds={k}' for k in range(5)}
+    kept = (out == x).flatten(1).all(1)
+    assert all(kept[i] for i, o in enumerate(notes) if o == 'rounds=0')
+    assert not any(kept[i] for i, o in enumerate(notes) if o == 'rounds=4')
+    _, _, notes = apply_noted(M.pixmix(pictures), x, y, seeded())
+    assert set(notes) == {f'rounds={k}' for k in range(5)}, 'not what copies went through that were dropped'
 
 
 @pytest.mark.parametrize('bad', (dict(rounds=-1), dict(beta=0), dict(beta=float('nan'))))

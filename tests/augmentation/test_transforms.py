@@ -7,6 +7,7 @@ import imgaug.augmenters as iaa
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms import v2
 
 from robustnb.augmentation import transforms as T
 from robustnb.core import make_generator, to_float, to_uint8
@@ -249,6 +250,18 @@ def test_levels_chances_and_eight_bits():
     inverted = T.from_torchvision(lambda o: 255-o)(x, y, seeded())[0]
     assert (to_uint8(inverted) == 255-to_uint8(x)).all()
     assert torch.allclose(T.from_torchvision(lambda o: o)(x, y, seeded())[0], (255*x).round()/255)
+
+
+def test_floats_of_torchvision_are_pixels_or_refused():
+    floats = v2.ToDtype(torch.float32, scale=True)
+    assert (to_uint8(T.from_torchvision(floats)(x, y, seeded())[0]) == to_uint8(x)).all()
+    assert torch.allclose(T.from_torchvision(lambda o: o.double()/255)(x, y, seeded())[0],
+                          T.from_torchvision(lambda o: o)(x, y, seeded())[0])
+    bad = (lambda o: o.float(), lambda o: o.int(), lambda o: o.numpy(), lambda o: floats(o)*float('nan'),
+           v2.Compose([floats, v2.Normalize([.5]*3, [.5]*3)]))
+    for transform in bad:
+        with pytest.raises(ValueError, match='`transform` must return a uint8 tensor, or floats'):
+            T.from_torchvision(transform)(x, y, seeded())
 
 
 def test_imgaug_where_only_the_temporary_folder_can_be_written(tmp_path):

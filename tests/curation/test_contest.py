@@ -17,7 +17,7 @@ from robustnb.curation.contest import (
 from robustnb.core import make_generator
 from robustnb.contract import predict
 from robustnb.files import load_state, save_state
-from robustnb.data import digits, subset
+from robustnb.data import digits, ImageSet, subset
 from robustnb.models.wrapping import Normalized
 from robustnb.models.graph import trace
 
@@ -878,3 +878,39 @@ def test_training_refuses_wrong_settings(data):
         with pytest.raises(ValueError, match=match):
             contest_train(k.pop('network'), data.images, data.labels, k.pop('config'),
                           device='cpu', **k)
+
+
+def test_labels_that_do_not_follow_the_images_and_blank_images(tmp_path):
+    "Patches of few colours with a class each: neighbours by hand, shuffles, exchanged names, little data"
+    rng = np.random.default_rng(0)
+    looks = rng.integers(0, 256, (10, 8, 8, 3)).repeat(4, 1).repeat(4, 2)
+    y = rng.permutation(np.repeat(np.arange(10), 20))
+    x = np.clip(looks[y] + rng.normal(0, 30, (200, 32, 32, 3)), 0, 255).astype(np.uint8)
+    good_set(tmp_path, ImageSet(x, y, 10))
+    def judged(x, y, **options):
+        np.save(tmp_path/'data.npy', x)
+        np.save(tmp_path/'label.npy', y)
+        table = validate_set(tmp_path, **options).set_index('rule')
+        return table.loc['label agreement'], table.loc['blank images']
+    labels = np.eye(10, dtype=np.float32)[y]
+    agreement, blank = judged(x, labels)
+    assert agreement.verdict == blank.verdict == 'ok'
+    assert agreement.found.startswith('100.0% of 200 ')
+    passed = [judged(x, labels[rng.permutation(200)])[0].verdict for _ in range(10)]
+    assert passed.count('warning') >= 9
+    assert judged(x, labels[::-1])[0].verdict == 'warning'
+    trusted = ImageSet(x[:100], y[:100], 10)
+    turned = judged(x, labels[:, ::-1], reference=trusted)[0]
+    assert turned.verdict == 'warning'
+    assert turned.found.startswith('0.0% of 200 ')
+    assert judged(x, labels, reference=trusted)[0].verdict == 'ok'
+    assert judged(x[:2], labels[:2])[0].verdict == 'warning'          # nobody could tell
+    darkened = x.copy()
+    darkened[3:10] = 0
+    darkened[10] = (1, 2, 3)
+    darkened[11, 0, 0, 0] = 255 - darkened[11, 0, 0, 0]
+    agreement, blank = judged(darkened, labels)
+    assert blank.verdict == 'warning'
+    assert blank.found == '8 of one colour'
+    assert judged(x, labels.astype(np.int64))[0].verdict == 'not checked'
+    pack_training_set(good_set(tmp_path, ImageSet(darkened, y, 10)), tmp_path/'x.zip')

@@ -5,12 +5,18 @@ import numpy as np
 import pytest
 import torch
 
-from helpers_curation import marking, nets, pool, probabilities, seeded
-from robustnb.attacks.gradient import fgsm
+from helpers_curation import Brightness, marking, nets, pool, probabilities, seeded
+from robustnb.attacks.gradient import fgsm, full_pgd, pgd
 from robustnb.attacks.threat_models import Linf
-from robustnb.curation.selection import everything, misclassified
+from robustnb.augmentation.corruptions import corruption
+from robustnb.augmentation.soft_labels import mixup
+from robustnb.augmentation.transforms import chain, describe, gaussian_noise, one_of, sometimes
+from robustnb.curation import training_sets
+from robustnb.curation.contest import contest_network
+from robustnb.curation.selection import balanced, everything, misclassified, succeeded
 from robustnb.curation.training_sets import (
-    attacked, build_training_set, concatenate_sets, load_training_set, set_card, summary, unchanged)
+    attacked, build_training_set, concatenate_sets, corruption_table, load_training_set, set_card,
+    summary, unchanged)
 from robustnb.data import ImageSet
 
 
@@ -166,3 +172,264 @@ def test_sets_are_concatenated_in_order():
     assert both.rows.source.tolist() == ['a']*20 + ['b']*20
     with pytest.raises(ValueError, match='at least one'):
         concatenate_sets([])
+
+
+# ---- candidates, evenness, copies
+
+class Lucky:
+    "An attack that fools for the images whose corner is darker than `part`, and counts what it is asked"
+    def __init__(self, part): self.part, self.asked = part, 0
+    def __call__(self, model, x, y, threat, generator=None):
+        self.asked += len(x)
+        dark = x[:, 0, 0, 0] < self.part
+        wrong = ((y+1) % 3).float()/2
+        return torch.where(dark.view(-1, 1, 1, 1), wrong.view(-1, 1, 1, 1).expand_as(x), x)
+
+
+def lucky(part, n=40, policy=succeeded, candidates=4):
+    "What was asked of an attack until `n` images were there"
+    attack = Lucky(part)
+    # an image that is left alone is right: class 0 is dark, 2 bright
+    images = np.repeat(np.array([20, 128, 235], np.uint8)[pool.y], 192).reshape(90, 8, 8, 3)
+    noise = np.random.default_rng(0).integers(-20, 20, images.shape)
+    own = ImageSet((images+noise).astype(np.uint8), pool.labels, 3)
+    made = build_training_set(own, dict(a=attacked(attack, nets[0], Linf(1.))), dict(a=1.), n,
+                              select=policy, candidates=candidates)
+    return attack.asked, made
+
+
+def test_candidates_are_made_until_the_quota_is_full():
+    asked, made = lucky(2.)
+    assert asked == 40
+    assert made.rows.success.all()
+    assert made.rows['image'].is_unique
+    asked, made = lucky(.7)          # two classes of three
+    assert 55 <= asked <= 75
+    assert made.rows.success.all()
+    assert len(made) == 40
+    with pytest.raises(ValueError, match='lets 0 of 160 candidates'):
+        lucky(-1.)
+    with pytest.raises(ValueError, match="must give 40 images; succeeded lets .* of 44"):
+        lucky(.7, candidates=1.1)
+
+
+def test_policies_that_compare_see_all_candidates():
+    assert lucky(2., policy=balanced(everything))[0] == 160
+    assert lucky(2., policy=everything)[0] == 40
+    assert lucky(2., policy=partial(misclassified, models=nets[0]))[0] == 40
+
+
+@pytest.mark.parametrize('n', (45, 90, 200))
+def test_photographs_are_used_evenly_over_the_whole_set(n):
+    sources = dict(a=marking(1), b=[marking(2), marking(3)], c=unchanged)
+    made = build_training_set(pool, sources, dict(a=.2, b=.5, c=.3), n)
+    uses = np.bincount(made.rows['image'], minlength=90)
+    assert uses.max()-uses.min() <= 1
+    assert np.bincount(made.y).max() - np.bincount(made.y).min() <= 3
+
+
+def test_a_pool_of_its_own_is_counted_by_itself():
+    other = ImageSet(255-pool.images[:20], pool.labels[:20], 3)
+    sources = dict(a=unchanged, b=(other, unchanged), c=(other, marking(9)))
+    made = build_training_set(pool, sources, dict(a=.5, b=.25, c=.25), 80)
+    theirs = made.rows['image'][made.rows.source != 'a']
+    assert (np.bincount(theirs) == 2).all()
+    assert made.rows['image'][made.rows.source == 'a'].is_unique
+
+
+def test_even_use_after_uneven_failures():
+    "A source that fails for some photographs leaves others used twice; those that follow make up for it"
+    used = np.array([0, 3, 1, 0, 2, 0])
+    taken = training_sets._assigned(12, pool[:6], 1, 1, used, np.random.default_rng(0))[0]
+    total = used.copy()
+    for i in taken:
+        assert total[i] == total.min()
+        total[i] += 1
+    assert total.tolist() == [3]*6
+
+
+@pytest.mark.parametrize('V', (3, 4, 6))
+def test_every_version_meets_every_class(V):
+    made = build_training_set(pool, dict(a=[marking(k) for k in range(V)]), dict(a=1.), 90)
+    table = np.zeros((V, 3), int)
+    np.add.at(table, (made.images[:, 0, 0, 0], made.y), 1)
+    assert table.min() > 0
+    assert table.max()-table.min() <= 6
+
+
+def test_one_copy_for_each_network_until_its_weights_change(monkeypatch):
+    seen = []
+    def watched(*args, **options):
+        seen.append(args[0])
+        return made(*args, **options)
+    made = training_sets.search_copy
+    monkeypatch.setattr(training_sets, 'search_copy', watched)
+    net = contest_network('preactresnet18', .05)
+    other = contest_network('preactresnet18', .05, seed=1)
+    images = torch.rand(6, 3, 32, 32, generator=seeded())
+    y = torch.eye(10)[:6]
+    steps = partial(pgd, steps=3)
+    run = lambda net, attack=steps: attacked(attack, net, Linf(.1))(images, y, seeded())[0]
+    first = run(net)
+    exact = full_pgd(net, images, y.argmax(1), Linf(.1), generator=seeded(), steps=3)
+    assert (first-exact).abs().mean() < .01*(images-exact).abs().mean()
+    for attack in (steps, fgsm, steps):
+        run(net, attack)
+        run(other, attack)
+    assert len(seen) == 2
+    with torch.no_grad():
+        for p in net.parameters():
+            p.data.mul_(1.5)
+    run(net)
+    assert len(seen) == 3
+
+
+def test_the_network_has_the_last_word_where_the_copy_is_rounded(monkeypatch):
+    "A copy that is always fooled: every image that the network still knows is attacked on the exact one"
+    class Fooled(torch.nn.Module):
+        low = True
+        def forward(self, x): return nets[0](x).flip(1)
+    fast = Fooled().eval()
+    copies = {True: fast, False: Brightness(0).eval()}
+    monkeypatch.setattr(training_sets, 'search_copy', lambda model, x, y, low=True: copies[low])
+    monkeypatch.setattr(training_sets, '_copies', training_sets.WeakKeyDictionary())
+    asked = []
+    def attack(model, x, y, threat, generator=None):
+        asked.append((model, len(x)))
+        return x if model is fast else 1-x
+    x = torch.tensor([.1, .9, .1]).view(3, 1, 1, 1).expand(3, 3, 8, 8)
+    y = torch.eye(3)[[0, 2, 2]]                  # the third is wrong already
+    out = attacked(attack, nets[0], Linf(1.))(x, y, seeded())[0]
+    assert asked == [(fast, 3), (copies[False], 2)]
+    assert torch.allclose(out[:2], 1-x[:2])
+    assert torch.equal(out[2], x[2])
+    assert x[0].max() < .2
+
+
+def test_images_that_stop_are_fooled_and_nearer():
+    x = pool.x[:30]
+    y = torch.from_numpy(pool.labels[:30])
+    on = lambda **options: attacked(partial(pgd, steps=8), nets[0], Linf(.6), **options)
+    early, late = (f(x, y, None)[0] for f in (on(stop=True), on()))
+    answers = lambda o: nets[0](o).argmax(1)
+    both = (answers(early) != y.argmax(1)) & (answers(late) != y.argmax(1))
+    assert both.sum() > 10
+    assert (answers(early) != y.argmax(1)).equal(answers(late) != y.argmax(1))
+    far = lambda o: (o-x).abs().flatten(1).amax(1)[both]
+    assert (far(early) <= far(late)+1e-6).all()
+    assert far(early).mean() < .7*far(late).mean()
+    assert describe(on(stop=True)).endswith('stop=True)')
+
+
+# ---- what a transform returns
+
+@pytest.mark.parametrize('change, words', (
+    (lambda y: y.argmax(1), r'rows of probabilities, \(10, 3\); its transform returned \(10,\)'),
+    (lambda y: y*float('nan'), 'with sum 1; row 0 of the batch'), (lambda y: y-.1, 'sum 1; row 0'),
+    (lambda y: y*(torch.arange(10) != 4)[:, None], 'row 4 of the batch came back as'),
+    (lambda y: y[:9], 'its transform returned'), (lambda y: y.numpy(), 'returned ndarray'),
+    (lambda y: y[:, :2], 'its transform returned'), (lambda y: y*2, 'sum 1')))
+def test_labels_of_a_transform_are_checked_at_its_first_batch(change, words):
+    asked = []
+    def wrong(x, y, generator):
+        asked.append(len(x))
+        return x, change(y)
+    with pytest.raises(ValueError, match="source 'second' failed: .*" + words):
+        build_training_set(pool, dict(first=unchanged, second=wrong), dict(first=.5, second=.5), 80,
+                           batch_size=10)
+    assert asked == [10]
+
+
+def test_images_of_a_transform_are_checked():
+    for bad in (lambda x: x[:1], lambda x: x[:, :1], lambda x: x[..., :4], lambda x: x.numpy()):
+        with pytest.raises(ValueError, match="source 'a' failed: `x` must come back"):
+            build_training_set(pool, dict(a=lambda x, y, g: (bad(x), y)), dict(a=1.), 10)
+
+
+# ---- history
+
+def test_what_was_drawn_is_kept(tmp_path):
+    snow = one_of(corruption('snow', 2), corruption('fog', 3))
+    wide = ImageSet(np.repeat(np.repeat(pool.images, 4, 1), 4, 2), pool.labels, 3)
+    sources = dict(a=[corruption('snow', 2), corruption('fog', 5)], b=chain(snow, gaussian_noise),
+                   c=sometimes(.5, snow), d=mixup, e=attacked(fgsm, nets[0], Linf(8/255)))
+    made = build_training_set(wide, sources, dict.fromkeys(sources, .2), 100, batch_size=7)
+    again = load_training_set(made.save(tmp_path/'set'))
+    assert again.rows.drawn.tolist() == made.rows.drawn.tolist()
+    assert corruption_table(again).equals(corruption_table(made))
+    assert list(corruption_table(made).columns) == [1, 2, 3, 4, 5]
+    rows = made.rows.groupby('source').drawn
+    assert rows.get_group('a').value_counts().to_dict() == {'snow 2': 10, 'fog 5': 10}
+    assert rows.get_group('b').str.fullmatch(r'(snow 2|fog 3) sigma=[\d.e-]+').all()
+    assert {*rows.get_group('c')} == {'', 'snow 2', 'fog 3'}
+    assert {*rows.get_group('e')} == {'eps=0.0314'}
+    by_hand = {(k, s): sum(f'{k} {s}' in o for o in made.rows.drawn)
+               for k in ('snow', 'fog') for s in range(1, 6)}
+    assert corruption_table(made).stack().to_dict() == by_hand
+    assert "corruption('snow', 2)" in {*made.rows['transform']}
+    for i in np.flatnonzero(made.rows.source == 'd'):
+        partner, weight = (float(o.split('=')[1]) for o in made.rows.drawn[i].split())
+        own, other = (wide.images[int(k)].astype(float) for k in (made.rows['image'][i], partner))
+        assert abs(weight*own + (1-weight)*other - made.images[i]).max() < 1.5
+
+
+def test_a_table_without_corruptions_is_empty():
+    made = build_training_set(pool, dict(a=gaussian_noise), dict(a=1.), 10)
+    assert corruption_table(made).shape == (0, 5)
+
+
+# ---- resume
+
+def test_a_killed_run_goes_on_with_the_next_source(tmp_path):
+    asked = []
+    def first(x, y, generator):
+        asked.append('first')
+        return x.flip(3), y
+    def killed(x, y, generator): raise KeyboardInterrupt
+    second = attacked(fgsm, nets[0], Linf(.2))
+    half = dict(first=.5, second=.5)
+    build = partial(build_training_set, pool, proportions=half, n=40, seed=3)
+    whole = build(dict(first=first, second=second))
+    with pytest.raises(KeyboardInterrupt):
+        build(dict(first=first, second=killed), folder=tmp_path)
+    assert len([*tmp_path.iterdir()]) == 1
+    asked.clear()
+    resumed = build(dict(first=first, second=second), folder=tmp_path)
+    assert not asked
+    assert (resumed.images == whole.images).all()
+    assert (resumed.labels == whole.labels).all()
+    assert resumed.rows.equals(whole.rows)
+    assert not [o for o in tmp_path.iterdir() if o.suffix != '.pt']
+
+
+@pytest.mark.parametrize('change', (
+    dict(seed=4), dict(n=42), dict(batch_size=20), dict(select=misclassified), dict(candidates=2),
+    dict(pool=pool[1:]), dict(sources=dict(a=attacked(fgsm, nets[1], Linf(.2)))),
+    dict(sources=dict(a=attacked(fgsm, nets[0], Linf(.3)))),
+    dict(sources=dict(a=attacked(pgd, nets[0], Linf(.2))))))
+def test_a_kept_source_answers_its_own_question_only(change, tmp_path):
+    plan = dict(pool=pool, sources=dict(a=attacked(fgsm, nets[0], Linf(.2))), proportions=dict(a=1.),
+                n=40)
+    if 'select' in change:
+        change = dict(select=partial(misclassified, models=nets[1]), candidates=4)
+        plan |= dict(select=partial(misclassified, models=nets[0]), candidates=4)
+    for _ in range(2):
+        build_training_set(**plan, folder=tmp_path)
+    assert len([*tmp_path.iterdir()]) == 1
+    other = build_training_set(**plan | change, folder=tmp_path)
+    assert len([*tmp_path.iterdir()]) == 2
+    assert (other.images == build_training_set(**plan | change).images).all()
+
+
+def test_a_damaged_file_of_a_source_is_refused(tmp_path):
+    build = partial(build_training_set, pool, dict(a=unchanged), dict(a=1.), 20, folder=tmp_path)
+    build()
+    path, = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=path.name):
+        build()
+
+
+def test_options_that_do_not_exist():
+    with pytest.raises(TypeError, match='unexpected keyword'):
+        build_training_set(pool, dict(a=unchanged), dict(a=1.), 20, batchsize=3)
