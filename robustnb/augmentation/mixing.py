@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 from ..core import batches, subseed, to_float
+from .history import apply_noted, note
 from .transforms import (
     affine, from_torchvision, gamma, one_of, photometric, posterize)
 
@@ -161,10 +162,11 @@ def pixmix(
             raise ValueError(f"`pictures` must have {c} channels and at least {h} x {w} pixels, as the "
                              f"images; got shape {pictures.shape}.")
         def perhaps(plain):
-            copies = change(x, y, generator)[0]
+            copies = apply_noted(change, x, y, generator)[0]
             return torch.where(torch.rand(n, 1, 1, 1, generator=generator) < .5, copies, plain)
         out = perhaps(x)
         wanted = torch.randint(rounds+1, (n, 1, 1, 1), generator=generator)
+        note(rounds=wanted)
         for i in range(rounds):
             other = perhaps(_cut(pictures, n, h, w, generator).to(x))
             out = torch.where(i < wanted, _combined(out, other, beta, generator), out)

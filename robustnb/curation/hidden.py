@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 import pandas as pd
+import torch
 from scipy.stats import t
-from ..core import subseed
+from ..core import batches, subseed, to_float
 from ..contract import predict
 from ..files import atomic_path
 from ..questions import cache_key
@@ -134,7 +135,8 @@ def count_correct(
     # One row for each family and slice: `family`, `slice`, `n`, `correct`; `kind` and `severity` where known
 )->pd.DataFrame:
     "How many hidden images of each family a network gets right."
-    right = predict(model, hidden.x).argmax(1).numpy() == hidden.y
+    answers = [predict(model, to_float(hidden.images[s])).argmax(1) for s in batches(len(hidden), 5000)]
+    right = torch.cat(answers).numpy() == hidden.y
     by_family = hidden.rows.assign(right=right).groupby(_parts(hidden.rows), as_index=False)
     return by_family.agg(n=('right', 'size'), correct=('right', 'sum'))
 

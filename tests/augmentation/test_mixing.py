@@ -5,6 +5,7 @@ import torch
 
 from robustnb.augmentation import mixing as M
 from robustnb.augmentation.transforms import describe
+from robustnb.augmentation.history import apply_noted
 from robustnb.core import make_generator
 
 rng = np.random.default_rng(0)
@@ -33,7 +34,7 @@ def test_sizes_of_the_maps_are_those_of_the_paper(k):
 
 
 def test_points_follow_the_maps_of_their_own_picture():
-    "Two pictures with one map each (the second of a pair that is never drawn twice alike): halving, and standing still"
+    "Two pictures whose two maps are the same: one halves, one stands still"
     matrices = np.stack([[np.eye(2)/2]*2, [np.zeros((2, 2))]*2])
     shifts = np.stack([np.zeros((2, 2)), [[.25, -.5]]*2])
     colors = np.stack([np.ones((2, 3)), np.zeros((2, 3))])
@@ -113,6 +114,17 @@ def test_what_pixmix_leaves():
     assert (M.pixmix(pictures)(x, y, make_generator(1))[0] != out).any()
     near = M.pixmix(pictures, beta=1e6, operations=[same])(x, y, seeded())[0]
     assert (near - x).abs().max() < 1e-3, 'with a large beta the image is left'
+
+
+def test_the_history_has_the_number_of_rounds():
+    same = lambda x, y, generator: (x, y)
+    out, _, notes = apply_noted(M.pixmix(pictures, operations=[same]), x, y, seeded())
+    assert set(notes) == {f'rounds={k}' for k in range(5)}
+    kept = (out == x).flatten(1).all(1)
+    assert all(kept[i] for i, o in enumerate(notes) if o == 'rounds=0')
+    assert not any(kept[i] for i, o in enumerate(notes) if o == 'rounds=4')
+    _, _, notes = apply_noted(M.pixmix(pictures), x, y, seeded())
+    assert set(notes) == {f'rounds={k}' for k in range(5)}, 'not what copies went through that were dropped'
 
 
 @pytest.mark.parametrize('bad', (dict(rounds=-1), dict(beta=0), dict(beta=float('nan'))))

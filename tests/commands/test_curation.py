@@ -65,8 +65,9 @@ def test_hidden_images_of_ones_own(tmp_path):
     assert 'seen' not in made['rows'][0]
     with pytest.raises(SystemExit, match='`out` answers another question: hidden is'):
         score(hidden=str(tmp_path/'corrupted'), each=4, out=str(tmp_path/'out'))
-    for given, said in ((dict(hidden=str(tmp_path/'corrupted'), test='digits'), '`hidden` must stand alone'),
-                        ({}, '`model` must name networks'), (dict(hidden=str(tmp_path/'none')), 'nothing there')):
+    for given, said in (
+            (dict(hidden=str(tmp_path/'corrupted'), test='digits'), '`hidden` must stand alone'),
+            ({}, '`model` must name networks'), (dict(hidden=str(tmp_path/'none')), 'nothing there')):
         with pytest.raises(SystemExit, match=said):
             score(**given, out=str(tmp_path/'more'))
         assert not (tmp_path/'more').exists()

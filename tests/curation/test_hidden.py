@@ -192,8 +192,9 @@ def test_without_kinds_every_image_counts_alike():
     assert np.isclose(gain.difference.score, .05)
 
 
-@pytest.mark.parametrize('given, said', ((dict(a='c'), '`a` and `b` must be sets'), (dict(b='c'), '`a` and `b`'),
-                                         (dict(slices='public_a'), '`slices`')))
+@pytest.mark.parametrize('given, said', (
+    (dict(a='c'), '`a` and `b` must be sets'), (dict(b='c'), '`a` and `b`'),
+    (dict(slices='public_a'), '`slices`')))
 def test_comparisons_that_cannot_be_made(given, said):
     with pytest.raises(ValueError, match=said):
         H.compare_sets(kinds_table(by_kind), **dict(a='a', b='b', slices='final') | given)
@@ -312,3 +313,11 @@ def test_npy_pairs_and_sets_with_a_table(tmp_path):
     TrainingSet(pool.images, pool.labels, 3, rows.drop(columns='source')).save(tmp_path/'bare')
     with pytest.raises(ValueError, match='`path` must hold a provenance.csv with a column'):
         H.load_hidden(tmp_path/'bare')
+
+
+def test_answers_do_not_depend_on_how_many_are_asked_at_a_time(monkeypatch):
+    rows = pd.DataFrame(dict(family='fog', slice='final', image=np.arange(90)))
+    hidden = TrainingSet(pool.images, pool.labels, 3, rows)
+    whole = H.count_correct(nets[0], hidden)
+    monkeypatch.setattr(H, 'batches', lambda n, size: [slice(i, i+7) for i in range(0, n, 7)])
+    assert H.count_correct(nets[0], hidden).equals(whole)

@@ -86,8 +86,9 @@ def test_the_two_lists_share_nothing():
 
 
 @pytest.mark.parametrize('source, shared', (
-    (corruption('frost', 1), {'frost'}), (T.affine, {'rotation', 'zoom'}), (T.photometric, {'saturation', 'hue'}),
-    (T.fast_pipeline(), {'erasing'}), ((pool, [T.gamma, T.from_torchvision(v2.RandomEqualize())]), {'equalize'}),
+    (corruption('frost', 1), {'frost'}), (T.affine, {'rotation', 'zoom'}),
+    (T.photometric, {'saturation', 'hue'}), (T.fast_pipeline(), {'erasing'}),
+    ((pool, [T.gamma, T.from_torchvision(v2.RandomEqualize())]), {'equalize'}),
     (attacked(pgd, nets[1], Linf(1/255), 'B'), {'pgd Linf on B'}), (on(one_pixel, L0(1)), {'one_pixel L0'}),
     ([U.block_shuffle], {'block_shuffle'})))
 def test_a_source_that_trains_for_the_unseen_is_found(source, shared):
@@ -109,7 +110,8 @@ def test_published_sets_and_baselines_can_all_be_looked_into():
 def test_blocks_by_hand():
     x = torch.arange(2*3*4*6).view(2, 3, 4, 6).float()
     out = U.block_shuffle(x, None, seeded(), size=2)[0]
-    blocks = lambda image: {tuple(image[:, i:i+2, j:j+2].flatten().tolist()) for i in (0, 2) for j in (0, 2, 4)}
+    def blocks(image):
+        return {tuple(image[:, i:i+2, j:j+2].flatten().tolist()) for i in (0, 2) for j in (0, 2, 4)}
     for a, b in zip(x, out):
         assert blocks(a) == blocks(b)
     assert (out != x).any()
