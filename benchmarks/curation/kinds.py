@@ -5,7 +5,7 @@
 
 `--data` is a folder with `read_images.py`, `cifar10/` and `models/networks.py`: lossless photographs and
 networks made by other people. The builder has 4,000 training photographs and builds sets of 4,000 rows;
-PreAct-ResNet-18 and WideResNet-28-4, an eighth as wide, are trained on each set for 20 epochs. It may attack
+PreAct-ResNet-18 and WideResNet-28-4, an eighth as wide, are trained on each set for 30 epochs. It may attack
 and ask the networks that it trained on its own photographs. Hidden images are test photographs: for the
 search those of `search`, attacked through networks that `final` does not use. Everything that is made is
 kept in --work and found again. Rows go to results/curation_kinds_<part>.csv with a manifest beside them.
@@ -34,8 +34,8 @@ from robustnb.files import load_state, manifest, save_json, save_state
 
 # committed before the search began
 photographs = rows = 4000
-width, epochs, batch = .125, 20, 64
-n_hidden, effort = 6000, .25
+width, epochs, batch = .125, 30, 64
+n_hidden, hidden_effort, effort = 4000, .5, .25
 hidden_sets = dict(
     search=dict(skip=0, seen=('c10_resnet20_a', 'c10_resnet8_k'), unseen=('c10_resnet20_i',)),
     final=dict(skip=2000, seen=('c10_resnet26_k', 'c10_resnet8_m'),
@@ -78,7 +78,7 @@ def hidden_images(args, which):
     others = {k: load(k).eval() for k in facts['unseen']}
     test = drawn(args.data, 'test-a', 2000, facts['skip'])
     return kept(args.work/f'hidden-{which}', lambda: held_out_set(
-        test, {'+'.join(facts['seen']): together}, others, n_hidden, effort=effort))
+        test, {'+'.join(facts['seen']): together}, others, n_hidden, effort=hidden_effort))
 
 
 def trained(path, name, wide, data, passes, seed):
@@ -137,7 +137,8 @@ def deliver(args, table, **facts):
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)
     save_json(manifest(photographs=photographs, rows=rows, width=width, epochs=epochs, batch=batch,
-                       n_hidden=n_hidden, effort=effort, hidden=hidden_sets, **facts),
+                       n_hidden=n_hidden, hidden_effort=hidden_effort, effort=effort,
+                       hidden=hidden_sets, **facts),
               path.with_suffix('.json'))
 
 
