@@ -26,7 +26,6 @@ from robustnb.curation.hidden import (
     compare_sets, proxy_networks, rank_training_sets, score_training_sets)
 from robustnb.curation.published import published_mixture
 from robustnb.curation.recipe import robust_mixture, teaching_mixture
-from robustnb.curation.search import successive_halving
 from robustnb.curation.training_sets import build_training_set, load_training_set
 from robustnb.curation.unseen import held_out_set
 from robustnb.data import ImageSet
@@ -167,13 +166,10 @@ def part_agreement(args):
 
 
 def part_race(args):
-    "Baselines and candidates by successive halving, one network"
-    everyone = [*baseline_names, *candidates]
-    sets = sets_of(args, everyone)
-    levels = [partial(judged, args, which='search', seeds=(0,), passes=p) for p in (epochs//3, epochs)]
-    table = successive_halving({k: k for k in everyone}, sets.get, levels, .5, every)
-    print(table.round(3).to_string())
-    deliver(args, table, candidates=candidates)
+    "Baselines, published sets and candidates on the hidden images of the search, one training each"
+    found = judged(args, sets_of(args, args.sets or [*baseline_names, *teams, *candidates]), 'search', (0,))
+    deliver(args, found, candidates=candidates)
+    print(rank_training_sets(found, every).round(3).to_string())
 
 
 def part_final(args):
