@@ -2,10 +2,10 @@
 
     python benchmarks/evaluation/audit.py --data ../shared/data
 
-`--data` as for benchmarks/attacks/union.py. The cascade attacks `--n` photographs; its survivors are audited
-with samples of 50 and 100, then with all of them (the full evaluation of the survivors), and the full
-evaluation runs on all photographs, as one would without a cascade. `seconds` are of the processor, on one
-thread. A row per run in results/audit.csv, with a manifest beside it.
+`--data` as for benchmarks/attacks/union.py. The cascade attacks `--n` photographs, its survivors are audited
+with a sample of 50, and the full evaluation runs on all photographs, as one would without a cascade; its row
+says what stands after both. `seconds` are of the processor, on one thread, `forward` and `backward` images
+through a network. A row per run in results/audit.csv, with a manifest beside it.
 """
 import argparse, sys, time
 from pathlib import Path
@@ -16,37 +16,39 @@ import torch
 sys.path.append(str(Path(__file__).parent.parent/'attacks'))
 from robustnb.attacks.gradient import is_correct
 from robustnb.attacks.standard import autoattack, cascade
+from robustnb.contract import count_passes
 from robustnb.evaluation.auditing import audit
 from robustnb.files import manifest, save_json
 from union import network, photographs, threat_of
 
 
-def counted(run, *case, **more):
-    "What `run` returned, and seconds of the processor"
+def counted(run, *case):
+    "What `run` returned, and what it took"
     began = time.process_time()
-    out = run(*case, **more)
-    return out, time.process_time()-began
+    with count_passes() as passes:
+        out = run(*case)
+    return out, dict(seconds=time.process_time()-began, forward=passes.forward, backward=passes.backward)
 
 
-def robust_share(model, x, x_adv, y):
-    "Percent that are classified correctly before and after"
-    clean = is_correct(model, x, y)[0]
-    return 100*len(is_correct(model, x_adv[clean], y[clean])[0])/len(x)
+def standing(model, x, images, y):
+    "Percent that are classified correctly, clean and in all of `images`"
+    left = is_correct(model, x, y)[0]
+    for x_adv in images:
+        left = left[is_correct(model, x_adv[left], y[left])[0]]
+    return 100*len(left)/len(x)
 
 
 def runs(name, threat, args):
     "Rows of a network, one at a time"
     model = network(name, args.data)
     x, y = photographs(args.data, name, 'test-a', args.n)
-    x_adv, seconds = counted(cascade, model, x, y, threat)
-    yield dict(run='cascade', seconds=seconds, robust=robust_share(model, x, x_adv, y))
-    for n in (50, 100, len(x)):
-        found, seconds = counted(audit, model, x, y, x_adv, threat, n)
-        kind = 'all survivors' if n == len(x) else f'audit of {n}'
-        yield dict(run=kind, seconds=seconds, robust=100*found.robust_accuracy, lower=100*found.lower,
-                   survivors=found.survivors, attacked=len(found.sampled), fallen=len(found.fallen))
-    x_adv, seconds = counted(autoattack, model, x, y, threat)
-    yield dict(run='full evaluation', seconds=seconds, robust=robust_share(model, x, x_adv, y))
+    fast, cost = counted(cascade, model, x, y, threat)
+    yield dict(run='cascade', robust=standing(model, x, [fast], y)) | cost
+    found, cost = counted(audit, model, x, y, fast, threat, args.sample)
+    yield dict(run='audit', robust=100*found.robust_accuracy, lower=100*found.lower, survivors=found.survivors,
+               attacked=len(found.sampled), fallen=len(found.fallen)) | cost
+    full, cost = counted(autoattack, model, x, y, threat)
+    yield dict(run='full evaluation', robust=standing(model, x, [fast, full], y)) | cost
 
 
 def main():
@@ -56,6 +58,7 @@ def main():
     parser.add_argument('--network', default='c10_cnna_v')
     parser.add_argument('--threat', default='linf_1')
     parser.add_argument('--n', type=int, default=500)
+    parser.add_argument('--sample', type=int, default=50)
     parser.add_argument('--out', type=Path, default=Path('results'))
     args = parser.parse_args()
     torch.set_num_threads(1)
