@@ -1,4 +1,4 @@
-"""One run of the cascade of whatever version of robustnb stands in a folder: a part of speed.py.
+"""One run of the cascade of whatever version of robustnb stands in a folder: a part of cascade_speed.py.
 
     python benchmarks/attacks/one_cascade.py VERSION CASE RESULT
 

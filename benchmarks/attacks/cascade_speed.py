@@ -2,7 +2,7 @@
 
     git worktree add ../before 797baaf
     pip install foolbox
-    python benchmarks/attacks/speed.py --data ../shared/data --before ../before
+    python benchmarks/attacks/cascade_speed.py --data ../shared/data --before ../before
 
 `--data`, networks and threats as for union.py; a copy (`name:FORMAT`) has no row of the earlier version, whose
 copies are others. Tools run in turn within each repetition, on one thread, after a run on ten images that is
