@@ -57,12 +57,12 @@ def tools_of(name, threat, args):
     def before(model, x, y, threat): return earlier(args.before, name, threat, args.data, x, y)
     step = threat.eps/8 if isinstance(threat, Linf) else 2.5*threat.eps/40
     def own_pgd(*case): return pgd(*case, make_generator(0))
-    ours = {'cascade': cascade, 'fast cascade': partial(cascade, targets=0), 'pgd': own_pgd,
+    every = {'cascade': cascade, 'fast cascade': partial(cascade, targets=0), 'pgd': own_pgd,
             'foolbox PGD-40': in_batches(partial(foolbox_pgd, step_size=step))}
-    tools = {k: partial(timed, attack) for k, attack in ours.items()}
+    tools = {k: partial(timed, attack) for k, attack in every.items()}
     if args.before and ':' not in name:
         tools['earlier cascade'] = before
-    return tools
+    return {k: run for k, run in tools.items() if k in args.tools.split(',')}
 
 
 def compare(name, threat, args):
@@ -88,6 +88,8 @@ def main():
     parser.add_argument('--data', type=Path, required=True)
     parser.add_argument('--before', help='folder of the earlier version')
     parser.add_argument('--rows', default=asked, help='network,threat separated by spaces')
+    parser.add_argument('--tools', default='cascade,fast cascade,pgd,earlier cascade,foolbox PGD-40',
+                        help='separated by commas')
     parser.add_argument('--n', type=int, default=250)
     parser.add_argument('--repeats', type=int, default=2)
     parser.add_argument('--out', type=Path, default=Path('results'))
