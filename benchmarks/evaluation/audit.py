@@ -45,8 +45,8 @@ def runs(name, threat, args):
     fast, cost = counted(cascade, model, x, y, threat)
     yield dict(run='cascade', robust=standing(model, x, [fast], y)) | cost
     found, cost = counted(audit, model, x, y, fast, threat, args.sample)
-    yield dict(run='audit', robust=100*found.robust_accuracy, lower=100*found.lower, survivors=found.survivors,
-               attacked=len(found.sampled), fallen=len(found.fallen)) | cost
+    yield dict(run='audit', robust=100*found.robust_accuracy, lower=100*found.lower,
+               survivors=found.survivors, attacked=len(found.sampled), fallen=len(found.fallen)) | cost
     full, cost = counted(autoattack, model, x, y, threat)
     yield dict(run='full evaluation', robust=standing(model, x, [fast, full], y)) | cost
 
