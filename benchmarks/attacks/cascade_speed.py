@@ -5,10 +5,10 @@
     python benchmarks/attacks/cascade_speed.py --data ../shared/data --before ../before
 
 `--data`, networks and threats as for union.py; a copy (`name:FORMAT`) has no row of the earlier version,
-whose copies are others. Tools run in turn within each repetition, on one thread, after a run on ten images that is
-not counted. `seconds` are of the processor. PGD of foolbox takes 40 steps from a random start, of an eighth
-of the budget (L2: 2.5 budgets in all); `pgd` is this package's as it comes, from a random start. A row per
-network, threat, repetition and tool, in results/attacks_speed.csv; cases that are there with as many
+whose copies are others. Tools run in turn within each repetition, on one thread, after a run on ten images
+that is not counted. `seconds` are of the processor. PGD of foolbox takes 40 steps from a random start, of an
+eighth of the budget (L2: 2.5 budgets in all); `pgd` is this package's as it comes, from a random start. A row
+per network, threat, repetition and tool, in results/attacks_speed.csv; cases that are there with as many
 photographs are not measured again.
 """
 import argparse, subprocess, sys, tempfile, time
