@@ -3,15 +3,16 @@
     python benchmarks/attacks/union.py --data ../shared/data
 
 `--data` is a folder with `read_images.py`, `cifar10/`, `cifar100/` and `models/networks.py`: lossless
-photographs and networks made by other people; `name:FORMAT` is a quantised copy of one, its ranges from
-100 training photographs; `name=weights.pt` a network saved by this package, for example by
-benchmarks/models/adversarial_training.py. The union is what stands after the cascade and after, on its
-survivors and those of each other: 100 iterations of Auto-PGD on the margin from the image and from a random
-point, on the cross-entropy and on the logit ratio from random points, 50 towards each of five classes, and
-1,000 queries of Square. Which of them found what the cascade missed stands in `found_by`. A row per network
-and threat, in results/attacks_union.csv; rows that are there are not measured again. `passes` are images
-through the network, forward and backward, for each image given. Settings were chosen on c10_resnet20_a and
-its INT4 copy at Linf 1/255; all other rows judge them.
+photographs and networks made by other people; `name:FORMAT` is a quantised copy of one, its ranges from 100
+training photographs; `name=weights.pt` a network saved by this package, for example by
+benchmarks/models/adversarial_training.py; `lite0` is EfficientNet-Lite0 on photographs of 224 pixels, whose
+weights and `imagenet/` benchmarks/quant/real_size.py explains. The union is what stands after the cascade and
+after, on its survivors and those of each other: 100 iterations of Auto-PGD on the margin from the image and
+from a random point, on the cross-entropy and on the logit ratio from random points, 50 towards each of five
+classes, and 1,000 queries of Square. Which of them found what the cascade missed stands in `found_by`. A row
+per network and threat, in results/attacks_union.csv; rows that are there are not measured again. `passes` are
+images through the network, forward and backward, for each image given. Settings were chosen on c10_resnet20_a
+and its INT4 copy at Linf 1/255; all other rows judge them.
 """
 import argparse, sys, time
 from pathlib import Path
@@ -19,6 +20,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+sys.path.append(str(Path(__file__).parent.parent/'quant'))
+from real_size import opened, photographs as imagenet
 from robustnb.attacks.adaptive_pgd import climb, gradients
 from robustnb.attacks.gradient import cross_entropy, dlr, is_correct, margin, margin_to
 from robustnb.attacks.score_based import square
@@ -46,6 +49,7 @@ def threat_of(text):
 
 def photographs(data, name, part, n):
     "As many of each class, in an order drawn once"
+    if name == 'lite0': return imagenet(data, n)
     from read_images import read
     of = 'cifar100' if name.startswith('c100') else 'cifar10'
     per_class = -(-n//(100 if of == 'cifar100' else 10))
@@ -55,6 +59,7 @@ def photographs(data, name, part, n):
 
 
 def network(name, data):
+    if name == 'lite0': return opened(name)
     from networks import load
     name, _, file = name.partition('=')
     name, _, fmt = name.partition(':')
