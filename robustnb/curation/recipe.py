@@ -52,7 +52,7 @@ def teaching_mixture(
     return dict(sources={k: sources[k] for k in proportions}, proportions=proportions)
 
 # %% ../../nbs/api/curation/70_recipe.ipynb #afa9a356
-robust_proportions = dict(clean=.35, corrupted=.25, cutmix=.2, noise=.1, linf=.1)
+robust_proportions = dict(pixmix=.6, corrupted=.25, linf=.1, noise=.05)
 
 def robust_mixture(
     nets:dict,              # Name -> network to attack, in eval mode
@@ -61,7 +61,7 @@ def robust_mixture(
     weight:float=.8,        # Of the teachers' opinion, in [0,1]; the rest stays with the label
     effort:float=1,         # Share of the attack steps, above 0
 )->dict:                    # `sources` and `proportions` for `build_training_set`
-    "The set that `benchmarks/curation/kinds.py` found to be best, as a plan."
+    "A mixture with the labels of networks that saw more, as a plan."
     known = builder_sources(nets, effort)
     lost = [k for k in proportions if k not in known]
     if lost:
