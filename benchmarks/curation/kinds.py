@@ -46,10 +46,10 @@ some = dict(clean=.35, corrupted=.25, cutmix=.2, noise=.1, linf=.1)
 candidates = {
     'mixed': (some, 0.), 'mixed taught': (some, .8), 'clean taught': (dict(clean=1.), .8),
     'pixmix taught': (dict(pixmix=1.), .8),
-    'damaged pixmix taught': (dict(pixmix=.6, corrupted=.25, linf=.1, noise=.05), .8),
+    'damaged pixmix taught': (dict(pixmix=.6, corrupted=.25, noise=.05, linf=.1), .8),
     'mild taught': (dict(clean=.6, corrupted=.25, noise=.1, linf=.05), .8),
     'strong taught': (dict(clean=.1, corrupted=.4, cutmix=.2, noise=.15, linf=.1, l2=.05), .8)}
-winner = 'damaged pixmix taught'
+winner = 'pixmix taught'
 agreement = ['clean', 'augmix', 'noise', 'mixed', 'clean taught', 'mixed taught']
 
 
