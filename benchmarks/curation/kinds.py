@@ -1,7 +1,7 @@
 """Training sets judged on kinds of damage that their sources may use, and on kinds that they may not.
 
-    python benchmarks/curation/kinds.py regime --data ../shared/data --work kinds_work
-    python benchmarks/curation/kinds.py race ...     # and final, agreement
+    python benchmarks/curation/kinds.py race --data ../shared/data --work kinds_work
+    python benchmarks/curation/kinds.py final ...    # and prepare, agreement
 
 `--data` is a folder with `read_images.py`, `cifar10/` and `models/networks.py`: lossless photographs and
 networks made by other people. The builder has 4,000 training photographs and builds sets of 4,000 rows;
@@ -26,10 +26,11 @@ from robustnb.curation.hidden import (
     compare_sets, proxy_networks, rank_training_sets, score_training_sets)
 from robustnb.curation.published import published_mixture
 from robustnb.curation.recipe import robust_mixture, teaching_mixture
-from robustnb.curation.training_sets import build_training_set, load_training_set
+from robustnb.curation.training_sets import build_training_set
 from robustnb.curation.unseen import held_out_set
 from robustnb.data import ImageSet
 from robustnb.files import load_state, manifest, save_json, save_state
+from training_sets import kept
 
 # committed before the search began
 photographs = rows = 4000
@@ -61,13 +62,6 @@ def drawn(data, part, n, skip=0):
     rank = pd.Series(y[order]).groupby(y[order]).cumcount().to_numpy()
     at = order[np.argsort(rank, kind='stable')][skip:skip+n]
     return ImageSet(x[at], y[at], classes)
-
-
-def kept(path, make):
-    "A set from its folder, made first if it is not there"
-    if not (path/'provenance.csv').exists():
-        make().save(path)
-    return load_training_set(path)
 
 
 def hidden_images(args, which):
@@ -148,14 +142,6 @@ def part_prepare(args):
     print({k: len(v) for k, v in sets.items()})
 
 
-def part_regime(args):
-    "What damage costs a network trained on clean photographs, on the hidden images of the search"
-    found = judged(args, sets_of(args, ['clean']), 'search', (0,))
-    deliver(args, found)
-    table = rank_training_sets(found, every).T['clean'].drop('worst_family').astype(float)
-    print(table.round(3).to_string())
-
-
 def part_agreement(args):
     "The sets of the race that differ most, trained as in the race and four times as long"
     sets = sets_of(args, args.sets or agreement)
@@ -187,7 +173,7 @@ def part_final(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('part', choices=('prepare', 'regime', 'race', 'agreement', 'final'))
+    parser.add_argument('part', choices=('prepare', 'race', 'agreement', 'final'))
     parser.add_argument('--data', type=Path, required=True)
     parser.add_argument('--sets', type=lambda s: s.split(','), help='names; None takes those of the part')
     parser.add_argument('--seeds', type=lambda s: tuple(map(int, s.split(','))), default=(0, 1, 2))

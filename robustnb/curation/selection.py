@@ -16,16 +16,20 @@ from ..core import to_float
 from ..contract import predict
 
 # %% ../../nbs/api/curation/10_selection.ipynb #9bc49ea1
+def _several(models):
+    "One classifier or several, as a list that is not empty"
+    models = [models] if isinstance(models, nn.Module) else list(models)
+    if not models: raise ValueError("`models` must hold at least one classifier; got none.")
+    return models
+
 def predict_all(
     models,               # A classifier in eval mode, or several
     images:np.ndarray,    # uint8 images (M,H,W,C)
     batch_size:int=500,   # Images at a time
 )->torch.Tensor:          # Probabilities (models,M,K)
     "What each network thinks of each image."
-    models = [models] if isinstance(models, nn.Module) else list(models)
-    if not models: raise ValueError("`models` must hold at least one classifier; got none.")
     parts = [to_float(images[i:i+batch_size]) for i in range(0, len(images), batch_size)]
-    return torch.stack([torch.cat([predict(m, x).softmax(1) for x in parts]) for m in models])
+    return torch.stack([torch.cat([predict(m, x).softmax(1) for x in parts]) for m in _several(models)])
 
 def entropy(
     probabilities,        # Rows of probabilities (M,K)
@@ -140,8 +144,7 @@ def gradient_norm(
     batch_size:int=250,   # Images at a time
 )->torch.Tensor:          # Mean over the networks (M,), >= 0
     "Length of the gradient of the cross-entropy with regard to the pixels (in [0,1])."
-    models = [models] if isinstance(models, nn.Module) else list(models)
-    if not models: raise ValueError("`models` must hold at least one classifier; got none.")
+    models = _several(models)
     lengths = torch.zeros(len(images))
     for i in range(0, len(images), batch_size):
         part = slice(i, i+batch_size)
