@@ -1,12 +1,18 @@
 "Published training sets: every plan can be built, and what is their own is checked by hand"
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 
 from helpers_curation import Brightness, nets, pool, seeded
+from robustnb.attacks.gradient import fgsm
 from robustnb.attacks.threat_models import Linf
+from robustnb.augmentation.soft_labels import label_smoothing
 from robustnb.curation import published as P
 from robustnb.curation.published import (
     published_mixture, published_names, simulated_training, towards_random)
+from robustnb.curation.training_sets import attacked, build_training_set
 
 
 @pytest.mark.parametrize('name', published_names)
@@ -61,3 +67,13 @@ def test_simulated_training_attacks_what_it_trains(monkeypatch):
 def test_simulated_training_needs_a_round():
     with pytest.raises(ValueError, match='`rounds` must be at least 1; got 0'):
         simulated_training(pool, nets[0], 20, rounds=0)
+
+
+def test_relabeled_sources_keep_images_and_the_network_attacked():
+    sources = dict(fooled=[attacked(fgsm, nets[0], Linf(.1), 'corner')])
+    half = P.relabeled(sources, partial(label_smoothing, alpha=.5))
+    plain, soft = (build_training_set(pool, o, dict(fooled=1.), 30) for o in (sources, half))
+    assert (soft.images == plain.images).all()
+    assert (soft.rows.surrogate == 'corner').all()
+    assert (soft.rows.success == plain.rows.success).all()
+    assert np.allclose(soft.labels, .5*plain.labels + .25*(1-plain.labels))
