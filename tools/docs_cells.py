@@ -1,4 +1,4 @@
-"""What a page shows of its cells: first how to import the module, then what a reader runs; what only asserts is folded.
+"""What a page shows of its cells: the import first, then what a reader runs; what only asserts is folded.
 
 `procs` in settings.ini names this file.
 """
