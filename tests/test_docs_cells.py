@@ -29,7 +29,10 @@ def test_checks_go_into_a_folded_cell_below_and_the_rest_stays():
     shown, test = sources(cell(mixed))
     assert shown == 'x = 2\n# a word on what follows\nfor i in range(2):\n    assert i < 2\nx + 1'
     assert test.startswith('#| code-fold: true\n#| code-summary: Test\n')
-    assert test.endswith("(x, 2)\nwith expect_fail(ValueError,\n                 contains='no'):\n    broken(x)")
+    assert test.endswith("""(x, 2)
+with expect_fail(ValueError,
+                 contains='no'):
+    broken(x)""")
     assert 'x + 1' not in test
 
 
