@@ -55,8 +55,9 @@ sync: $(VENV)/.dev       ## clean and export the notebooks; fails if that change
 nbs: $(VENV)/.dev        ## run the notebooks in place and save their outputs (NB=nbs/api/00_core.ipynb for one)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python tools/nbrun.py --n_workers $(N) --flags "$(FLAGS)" $(NB)
 
-readme: $(VENV)/.dev     ## write README.md from nbs/index.ipynb
+readme: $(VENV)/.dev     ## write README.md from nbs/index.ipynb, and nbs/llms.txt from the menu
 	@$(BIN)/python -W ignore tools/readme.py
+	@$(BIN)/python -W ignore tools/llms.py
 
 house: $(VENV)/.dev      ## check the house limits (CONTRIBUTING.md)
 	@$(BIN)/python tools/house.py

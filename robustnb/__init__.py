@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 _NAMES = {
     'data': 'ImageSet load_data load_splits subset',
+    'images': 'load_images',
     'contract': 'predict',
     'models.zoo': 'build_model',
     'models.wrapping': 'wrap_model',
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from .evaluation.auditing import audit
     from .evaluation.checks import red_flags
     from .evaluation.robust_accuracy import evaluate, summarize
+    from .images import load_images
     from .models.loading import load_model, save_model
     from .models.training import Recipe, train
     from .models.wrapping import wrap_model

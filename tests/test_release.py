@@ -1,8 +1,10 @@
 "What is released: the wheel, one version, and workflows that run what exists"
-import email, re, shutil, subprocess, sys, zipfile
+import csv, email, json, re, shutil, subprocess, sys, zipfile
 from configparser import ConfigParser
 from pathlib import Path
 import pytest, yaml
+from launch import INSTALL, launch_links, launchable
+from llms import FILE, llms
 
 root = Path(__file__).parent.parent
 settings = ConfigParser(delimiters=['='])
@@ -46,27 +48,65 @@ def test_wheel_says_what_settings_say(wheel):
     assert [re.match(r'[\w-]+', o)[0] for o in needed] == [
         re.match(r'[\w-]+', o)[0] for o in settings['requirements'].split()]
     assert 'LICENSE' in text
-    assert '# robustnb' in meta.get_payload()
+    said = meta.get_payload()
+    assert '# robustnb' in said
+    assert not re.findall(r'\]\((?!https:|#)[^)]*\)', said), 'PyPI has no files beside the page'
+    assert f"![Predicted against measured loss of accuracy]({settings['git_url']}/raw/" in said
+    pythons = settings['pythons'].split()
+    assert [o[-4:] for o in meta.get_all('Classifier') if ':: 3.' in o] == pythons
+    tried = csv.DictReader((root/'results/versions.csv').open())
+    assert {o['python'].rpartition('.')[0] for o in tried if o['failed'] == '0'} == {*pythons}
     entries = ConfigParser(delimiters=['='])
     entries.read_string(text['entry_points.txt'])
     scripts = [o.partition('=')[::2] for o in settings['console_scripts'].split()]
     assert dict(entries['console_scripts']) == dict(scripts)
 
 
+def in_the_wheel(wheel, folder, job):
+    "What a process prints that has the wheel, and neither the repository nor a network"
+    with zipfile.ZipFile(wheel) as z: z.extractall(folder/'site')
+    alone = """import socket, sys
+def refuse(*_): raise OSError('no network here')
+socket.socket.connect = refuse
+sys.path.insert(0, 'site')
+"""
+    return subprocess.run([sys.executable, '-I', '-c', alone + job], cwd=folder, capture_output=True,
+                          text=True, timeout=300)
+
+
 def test_wheel_works_without_the_repository(wheel, tmp_path):
-    with zipfile.ZipFile(wheel) as z:
-        z.extractall(tmp_path/'site')
-    job = ('import sys; sys.path.insert(0, "site"); import robustnb; from '
-           'robustnb.transfer.predictor import load_predictor; from importlib.metadata import '
-           'version;print(robustnb.__file__, version("robustnb"), '
+    job = ('import robustnb; from robustnb.transfer.predictor import load_predictor; from '
+           'importlib.metadata import version;print(robustnb.__file__, version("robustnb"), '
            'load_predictor("loss").spread > 0)')
-    done = subprocess.run([sys.executable, '-I', '-c', job], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=120)
+    done = in_the_wheel(wheel, tmp_path, job)
     assert done.returncode == 0, done.stderr
     file, version, links = done.stdout.split()
     assert links == 'True'
     assert Path(file).resolve().is_relative_to(tmp_path.resolve())
     assert version == settings['version']
+
+
+QUICKSTART = re.search(r'```\s?python\n(.*?)```', (root/'README.md').read_text(encoding='utf-8'), re.S)[1]
+NET = "import robustnb as rn; rn.save_model(rn.build_model('ResNet_18', 10, .125), 'weights.pt')\n"
+PHOTOS = """from pathlib import Path
+from PIL import Image
+Path('photos').mkdir()
+for i in range(3): Image.linear_gradient('L').rotate(90*i).save(f'photos/{i}.png')
+"""
+
+
+@pytest.mark.parametrize('photos', [PHOTOS, ''], ids=['photos', 'no photos'])
+def test_wheel_runs_the_quickstart_of_the_front_page(wheel, tmp_path, photos):
+    "Word for word, but for the weights, which would be fetched"
+    assert QUICKSTART.count("'torchvision:resnet18'") == 1
+    job = NET + photos + QUICKSTART.replace("'torchvision:resnet18'", "'weights.pt'")
+    done = in_the_wheel(wheel, tmp_path, job)
+    if photos:
+        assert done.returncode == 0, done.stderr
+        assert 'INT4' in (tmp_path/'report.html').read_text(encoding='utf-8')
+    else:
+        assert done.returncode == 1
+        assert 'photos' in done.stderr.splitlines()[-1]
 
 
 def test_version_in_one_place():
@@ -78,6 +118,56 @@ def test_version_in_one_place():
     assert written == ['robustnb/__init__.py']
     assert re.search(r'^## (\S+)', (root/'CHANGELOG.md').read_text(encoding='utf-8'),
                      re.M)[1] == settings['version']
+
+
+def test_the_version_and_the_facts_elsewhere():
+    cite = yaml.safe_load((root/'CITATION.cff').read_text(encoding='utf-8'))
+    quarto = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))['website']
+    bar = {o['href']: o['text'] for o in quarto['navbar']['right']}
+    assert (cite['version'], cite['license'], cite['abstract'], cite['repository-code']) == tuple(
+        settings[o] for o in ('version', 'license', 'description', 'git_url'))
+    changes = f"{settings['git_url']}/blob/{settings['branch']}/CHANGELOG.md"
+    assert bar[changes] == f"Changelog of {settings['version']}"
+    assert settings['git_url'] in bar
+    assert (root/'nbs'/quarto['favicon']).is_file()
+    assert quarto['page-navigation'] is True
+
+
+def test_llms_txt_follows_the_menu():
+    said = FILE.read_text(encoding='utf-8')
+    assert said == llms(), "nbs/llms.txt is out of step: run 'make readme'"
+    assert re.match(r'# robustnb\n\n> .+\n\n', said)
+    pages = len([o for o in (root/'nbs').rglob('*.ipynb') if '/.' not in o.as_posix()])
+    assert len(re.findall(r'^- \[.+\]\(https://\S+\.html\): \S', said, re.M)) == pages - 1
+
+
+tutorials = sorted((root/'nbs/tutorials').glob('*.ipynb'))
+
+
+def launch_faults(cells, path):
+    "What is wrong with the top of a tutorial"
+    if ''.join(cells[1]['source']) != launch_links(path): yield 'the second cell must be the launch links'
+    if ''.join(cells[2]['source']) != INSTALL: yield 'the third cell must install the package in Colab'
+
+
+@pytest.mark.parametrize('file', tutorials, ids=[o.stem for o in tutorials])
+def test_launch_links(file):
+    path = file.relative_to(root).as_posix()
+    cells = json.loads(file.read_text(encoding='utf-8'))['cells']
+    assert not [*launch_faults(cells, path)], f'run python tools/launch.py {path}'
+    where, branch = settings['git_url'].partition('github.com/')[2], settings['branch']
+    links = re.findall(r'\((https://[^)]*)\)', ''.join(cells[1]['source']))
+    assert links == [f'https://colab.research.google.com/github/{where}/blob/{branch}/{path}',
+                     f'https://mybinder.org/v2/gh/{where}/{branch}?urlpath=lab/tree/{path}']
+    assert [*launch_faults(cells[:1]*3, path)]
+    without = launchable(dict(cells=[cells[0], *cells[3:]]), path)['cells']
+    assert [''.join(o['source']) for o in without] == [''.join(o['source']) for o in cells]
+
+
+def test_binder_installs_the_package():
+    lines = (root/'binder/requirements.txt').read_text().splitlines()
+    assert '.' in lines
+    assert any(o.startswith('--extra-index-url https://download.pytorch.org') for o in lines)
 
 
 def steps(name): return [o for job in workflows[name]['jobs'].values() for o in job['steps']]

@@ -4,7 +4,7 @@ The notebooks are processed as `make docs` does, rendered with pandoc into `_che
 link, anchor and image of the HTML is resolved; links to other sites are counted, not visited.
 Other faults are found by `docs_faults.py`, what is cut off by `widths.py`.
 """
-import json, os, runpy, shutil, sys
+import json, os, re, runpy, shutil, sys
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from urllib.parse import unquote, urlsplit
@@ -14,7 +14,9 @@ from nbdev.serve import proc_nbs
 import browser, widths
 from docs_faults import (exported, html_faults, index_faults, menu_faults, menu_files, order_faults,
                          output_faults, shown)
-from docs_pages import Parts, menu, page_style, render, to_pages, whole_page
+from docs_pages import (Parts, bar_links, footer, header, menu, neighbours, page_style, render, to_pages,
+                        whole_page)
+from llms import FILE, llms
 from readme import readme
 
 cfg = get_config()
@@ -66,25 +68,33 @@ def faults(cache, made, infos, quarto):
     yield from menu_faults(quarto['website']['sidebar']['contents'], made)
     if (root/'README.md').read_text(encoding='utf-8') != readme():
         yield "README.md is out of step: run 'make readme'"
+    if not FILE.is_file() or FILE.read_text(encoding='utf-8') != llms():
+        yield "nbs/llms.txt is out of step: run 'make readme'"
+    for link in [*re.findall(r'\]\((.*?)\)', llms()), *bar_links(quarto['website'])]:
+        if why := fault(link, 'index.html', pages, infos): yield f'llms.txt or _quarto.yml: {why}: {link}'
 
 
 def write(made, quarto):
     "The pages of `made`, with the pictures they show, in `_check/`"
-    for f in cfg.nbs_path.rglob('images/*'):
+    website = quarto['website']
+    order = [o for o in sidebar(website['sidebar']['contents']) if o in made]
+    for f in [*cfg.nbs_path.rglob('images/*'), FILE]:
         to = out/f.relative_to(cfg.nbs_path)
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(f, to)
     pages = {nb: page for nb,(page,*_) in made.items()}
     style = page_style(quarto, (cfg.nbs_path/'styles.css').read_text(encoding='utf-8'))
-    for page,title,subtitle,html in made.values():
+    for nb,(page,title,subtitle,html) in made.items():
         up = '../'*page.count('/')
 
         def link(file):
             if file not in made: return ''
             return f'<li><a href="{up}{pages[file]}">{escape(made[file][1])}</a></li>'
-        nav = ''.join(menu(quarto['website']['sidebar']['contents'], link))
-        html = to_pages(html, page, pages).replace(f'href="{site}', f'href="{up}')
-        (out/page).write_text(whole_page(title, subtitle, html, nav, style), encoding='utf-8')
+        nav = ''.join(menu(website['sidebar']['contents'], link))
+        html += neighbours(order, nb, link)
+        whole = whole_page(title, subtitle, html, nav, style, header(website, up), footer(website))
+        whole = to_pages(whole, page, pages).replace(f'href="{site}', f'href="{up}')
+        (out/page).write_text(whole, encoding='utf-8')
 
 
 def main():

@@ -12,8 +12,11 @@ import pypandoc, yaml
 
 # The columns of Quarto's docked layout: what stands beside the text gets 4/5 of its width
 STYLE = '''body{{font:17px/1.5 system-ui,sans-serif;color:#222;margin:0;
-padding:0 1.5em;display:grid;gap:1.5em;
+padding:0 1.5em;display:grid;gap:0 1.5em;
 grid-template-columns:calc(.8*{sidebar}) minmax(500px,calc({body} - 3em)) calc(.8*{margin})}}
+header,footer{{grid-column:1/-1;display:flex;flex-wrap:wrap;gap:.3em 1.5em;padding:.6em 0;
+border-bottom:1px solid #ddd}} footer{{border-top:1px solid #ddd}} header a:first-child{{flex:1}}
+.turn{{display:flex;justify-content:space-between;gap:1em;list-style:none;padding:1em 0 0}}
 nav{{font-size:.85em;padding-top:1em}} nav ul{{padding-left:1em}} nav summary{{font-weight:bold}}
 main{{min-width:0}} a{{color:#0b5cad}} 
 pre{{background:#f6f6f6;padding:.7em;font-size:.875em}}
@@ -151,14 +154,44 @@ def to_pages(html, page, pages):
     return re.sub(r'href="(?!\w+:)([^"#]*\.ipynb)', to_page, html)
 
 
-def whole_page(title, subtitle, html, nav, style):
+def bar_links(website):
+    "The addresses in the bars at the top and at the bottom"
+    return [o['href'] for o in [*website['navbar']['right'], *website['page-footer']['right']]]
+
+
+def bar(items): return ''.join(f'<a href="{escape(o["href"])}">{escape(o["text"])}</a>' for o in items)
+
+
+def header(website, up):
+    "The bar at the top: the title, and the links of the navbar"
+    home = f'<a href="{up}index.html">{escape(website["title"])}</a>'
+    icon = f'<link rel="icon" href="{up}{website["favicon"]}">'
+    return f'{icon}<header>{home}{bar(website["navbar"]["right"])}</header>'
+
+
+def footer(website):
+    "The bar at the bottom"
+    foot = website['page-footer']
+    return f'<footer><span>{escape(foot["left"])}</span>{bar(foot["right"])}</footer>'
+
+
+def neighbours(order, file, link):
+    "Links to the pages before and after `file` in the menu; `link` is that of `menu`"
+    at = order.index(file) if file in order else None
+    if at is None: return ''
+    before = order[at-1] if at else None
+    after = order[at+1] if at+1 < len(order) else None
+    return f'<ul class="turn">{"".join(link(o) if o else "<li></li>" for o in (before, after))}</ul>'
+
+
+def whole_page(title, subtitle, html, nav, style, head='', foot=''):
     "A page that can be opened"
     title = escape(title)
     return (f'<!doctype html><html lang="en"><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width,initial-scale=1">'
-            f'<title>{title}</title><style>{style}</style>'
+            f'<title>{title}</title><style>{style}</style>{head}'
             f'<nav><details><summary>Contents</summary><ul>{nav}</ul></details></nav>'
-            f'<main><h1>{title}</h1>\n<p>{escape(subtitle)}</p>\n{html}</main>{UNFOLD}</html>')
+            f'<main><h1>{title}</h1>\n<p>{escape(subtitle)}</p>\n{html}</main>{foot}{UNFOLD}</html>')
 
 
 def page_style(quarto, css):
