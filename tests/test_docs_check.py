@@ -6,8 +6,10 @@ from browser import find
 from docs_check import cfg, fault
 from docs_faults import (ENTRIES, exported, html_faults, index_faults, menu_faults, menu_files,
                          order_faults, output_faults, shown, site_faults)
-from docs_pages import Parts, menu, page_style, pandoc, whole_page
+from docs_pages import Parts, menu, notebook_md, page_style, pandoc, whole_page
 from docs_parts import comment_md, type_md
+from docs_reader import (FORBIDDEN, code_faults, nan_faults, next_faults, picture_faults, reader_faults,
+                         word_faults)
 from docs_tables import SIZES, fitted
 
 root = Path(__file__).parent.parent
@@ -114,6 +116,102 @@ def test_link_within_a_link():
     html = pandoc('see [[`g`](https://a.b/c#g)](../d.html), and `x](https://a.b)`, [a](b.html) (c)', 'html')
     found = [*html_faults(Parts(html))]
     assert found == ['the text shows Markdown: ](https://a.b/c#g)']
+
+
+def in_html(md): return Parts(pandoc(md, 'html'))
+
+
+@pytest.mark.parametrize('link', ['[`g`](https://a.b/c#g)', '[g](../d.ipynb)', '[g](d.html#g)', '[g](#g)'])
+def test_link_in_code_of_a_line(link):
+    found = list(code_faults(in_html(f'As ``{link}`` takes it')))
+    assert found == [f'code shows Markdown: {link}']
+
+
+def test_code_that_is_no_link():
+    assert not list(code_faults(in_html('`steps[0](x)`, `f[k](a.b)`, [`g`](d.html), `[a, b](c)`')))
+    assert not list(code_faults(in_html('```\n[a](b.html)\n```')))          # a block: html_faults
+
+
+PIXEL = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
+
+
+def figure_page(*options):
+    "The parts of a page with a figure, made as docs_check makes it"
+    nb = notebook(['# A\n\n> B', ''.join(f'#| {o}\n' for o in options) + 'show()'], [{'image/png': PIXEL}])
+    return in_html(notebook_md(nb, lambda data, name: name)[1])
+
+
+def test_figure_without_alt_text():
+    found = list(picture_faults(figure_page()))
+    assert len(found) == 1
+    assert 'without alt text: 1-0.png' in found[0]
+    assert list(picture_faults(figure_page('fig-alt: "  "')))
+    assert list(picture_faults(Parts('<img src="a.png"><img src="b.png" alt="">')))
+
+
+def test_alt_text_and_caption_reach_the_page():
+    said = 'Loss: 3 % of "all", a < b'
+    parts = figure_page(f'fig-alt: "{said}"', 'fig-cap: "What it cost"')
+    assert parts.alts == [said]
+    assert 'What it cost' in parts.prose
+    assert not list(picture_faults(parts))
+
+
+@pytest.mark.parametrize('word', ['Simply', 'easily', 'easy to', 'leverages', 'utilise', 'state-of-the-art',
+                                  'obviously', 'novel', 'in order to', '/tmp/a', '/work/x', 'issue 30'])
+def test_forbidden_word(word):
+    found = list(word_faults(in_html(f'This is {word} what it does')))
+    assert len(found) == 1
+    assert repr(word) in found[0]
+
+
+def test_words_that_only_look_forbidden():
+    text = 'simplicity, easy images, novelty, api/tmp/x, tissue 5, `simply`\n\n```\nobviously\n```'
+    assert not list(word_faults(in_html(text)))
+
+
+def nan_page(prose, html='<table><tr><td>NaN</td></tr></table>'):
+    return notebook([prose, '1'], [{'text/html': html, 'text/plain': 'a NaN'}])
+
+
+def test_nan_that_nobody_explains():
+    found = list(nan_faults(nan_page('# A')))
+    assert len(found) == 1
+    assert 'cell 1 shows NaN' in found[0]
+    plain = notebook(['# A', '1'], [{'text/plain': '[1.0, nan]'}])
+    assert list(nan_faults(plain))
+
+
+def test_nan_that_is_explained():
+    assert not list(nan_faults(nan_page('# A\n\nNaN: no result.')))
+    assert not list(nan_faults(nan_page('# A\n\nWhat is empty was not measured.')))
+    assert not list(nan_faults(nan_page('# A', '<table><tr><td>no NaN here</td></tr></table>')))
+    assert not list(nan_faults(notebook(['# A', '1'], [{'text/plain': 'nano, banana'}])))
+
+
+def test_page_without_a_next_step():
+    last = dict(cell_type='markdown', id='z', metadata={}, source=['Next: [b](b.ipynb).'])
+    nb = notebook(['# A [b](b.ipynb)', '1'])
+    assert not list(next_faults('howto/a.ipynb', nb))
+    nb['cells'].append(dict(last, source=['The end, [here](a.ipynb) and [there](https://c.d).']))
+    for o in ('howto', 'explain', 'results', 'tutorials'):
+        found = list(next_faults(f'{o}/a.ipynb', nb))
+        assert found == ['no next step: the last text has no link to another page']
+    assert not list(next_faults('api/a.ipynb', nb))
+    nb['cells'][-1] = last
+    assert not list(next_faults('howto/a.ipynb', nb))
+
+
+def test_faults_of_a_reader_are_all_asked_for():
+    nb = nan_page('# A')
+    parts = in_html('simply `[a](b.html)` ![](c.png)')
+    found = ' '.join(reader_faults('howto/a.ipynb', nb, parts))
+    for o in ('code shows', 'simply', 'alt text', 'NaN', 'next step'): assert o in found
+    clean = notebook(['# A\n\n[b](b.ipynb)', '1'])
+    assert not list(reader_faults('howto/a.ipynb', clean, in_html('plain `code` ![a b](c.png)')))
+
+
+def test_the_list_of_words_is_short(): assert len(FORBIDDEN.split()) < 30
 
 
 def test_module_without_index():

@@ -2,7 +2,7 @@
 
 The notebooks are processed as `make docs` does, rendered with pandoc into `_check/`, and then every
 link, anchor and image of the HTML is resolved; links to other sites are counted, not visited.
-Other faults are found by `docs_faults.py`, what is cut off by `widths.py`.
+Other faults are found by `docs_faults.py` and `docs_reader.py`, what is cut off by `widths.py`.
 """
 import json, os, re, runpy, shutil, sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +16,7 @@ from docs_faults import (exported, html_faults, index_faults, menu_faults, menu_
                          output_faults, shown)
 from docs_pages import (Parts, bar_links, footer, header, menu, neighbours, page_style, render, to_pages,
                         whole_page)
+from docs_reader import reader_faults
 from llms import FILE, llms
 from readme import readme
 
@@ -45,14 +46,16 @@ def fault(link, page, pages, infos):
     return 'leads nowhere on the site' if lost else None
 
 
-def notebook_faults(name, processed, symbols):
-    "What is wrong with a notebook and with what nbdev made of it"
+def notebook_faults(name, processed, symbols, parts):
+    "What is wrong with a notebook, with what nbdev made of it and with its page"
     book = json.loads((cfg.nbs_path/name).read_text(encoding='utf-8'))
     made = json.loads(processed.read_text(encoding='utf-8'))
     module, names = exported(book)
     if module: yield from index_faults(f'{cfg.lib_path.name}.{module}', names, symbols)
     yield from order_faults(names, shown(made))
     yield from output_faults(made)
+    yield from html_faults(parts)
+    yield from reader_faults(name, book, parts)
 
 
 def faults(cache, made, infos, quarto):
@@ -61,8 +64,7 @@ def faults(cache, made, infos, quarto):
     symbols = runpy.run_path(cfg.lib_path/'_modidx.py')['d']['syms']
     for nb,(page,title,*_) in made.items():
         if not title: yield f'{nb}: no title'
-        for o in notebook_faults(nb, cache/nb, symbols): yield f'{nb}: {o}'
-        for o in html_faults(infos[page]): yield f'{nb}: {o}'
+        for o in notebook_faults(nb, cache/nb, symbols, infos[page]): yield f'{nb}: {o}'
         for link in infos[page].links:
             if why := fault(link, page, pages, infos): yield f'{nb}: {why}: {link}'
     yield from menu_faults(quarto['website']['sidebar']['contents'], made)

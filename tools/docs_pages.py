@@ -33,7 +33,7 @@ def text(s): return s if isinstance(s, str) else ''.join(s)
 def fence(s, lang=''): return f'\n``````{lang}\n{s.rstrip()}\n``````\n'
 
 
-def output_md(o, picture, name):
+def output_md(o, picture, name, option):
     "Markdown of one saved output; `picture(bytes, file name)` stores an image and gives its link"
     if o['output_type'] == 'stream': return fence(text(o['text'])) if o['name'] == 'stdout' else ''
     d = o.get('data', {})
@@ -43,14 +43,21 @@ def output_md(o, picture, name):
     for k in ('image/png', 'image/jpeg'):
         if k in d:
             file = picture(base64.b64decode(text(d[k])), f'{name}.{k[6:]}')
-            return f'\n![]({file})\n'
+            return figure_md(file, option)
     return fence(text(d['text/plain'])) if 'text/plain' in d else ''
+
+
+def figure_md(file, option):
+    "Markdown of a figure with the caption and the alt text of its cell"
+    alt = option.get('fig-alt', '').replace('"', '&quot;')
+    return f'\n![{option.get("fig-cap", "")}]({file}){{alt="{alt}"}}\n'
 
 
 def code_md(cell, number, picture):
     "Markdown of a code cell and its outputs, as its Quarto options want them"
     source = text(cell['source'])
     option = dict(re.findall(r'^#\|\s*([\w-]+):\s*(.*?)\s*$', source, re.M))
+    option = {k: v.strip('"') for k,v in option.items()}
     source = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
     md = []
     if option.get('include') == 'false': return md
@@ -60,7 +67,7 @@ def code_md(cell, number, picture):
         fold = option.get('code-fold') == 'true'
         md.append(f'<details><summary>{summary}</summary>\n{code}\n</details>' if fold else code)
     if option.get('output') != 'false':
-        md += [output_md(o, picture, f'{number}-{i}') for i,o in enumerate(cell['outputs'])]
+        md += [output_md(o, picture, f'{number}-{i}', option) for i,o in enumerate(cell['outputs'])]
     return md
 
 
@@ -85,13 +92,17 @@ unread = {'pre', 'code', 'script', 'style'}
 
 
 class Parts(HTMLParser):
-    "The ids, links and scripts of some HTML, the text of its blocks, and the rest but for code"
+    "Ids, links, scripts, pictures without words; the text of blocks, of code in lines, and the rest"
     def __init__(self, html):
         super().__init__()
         self.ids = set()
         self.links = []
         self.scripts = []
+        self.alts = []                  # alt text of the pictures that have some
+        self.unnamed = []               # the other pictures
         self.blocks = []
+        self.codes = []                 # of each <code> that is not in a <pre>
+        self.coding = 0
         self.inside = 0                 # how many <pre> are open
         self.prose = ''
         self.unread = 0                 # how many of <pre>, <code>, <script>, <style> are open
@@ -103,17 +114,27 @@ class Parts(HTMLParser):
         if attrs.get('id'): self.ids.add(attrs['id'])
         if link and not link.startswith('#cb'): self.links.append(link)     # not the lines of code
         if tag == 'script': self.scripts.append(attrs.get('src') or '')
+        if tag == 'img': self.picture(link or '', attrs.get('alt') or '')
         self.unread += tag in unread
+        if tag == 'code' and not self.inside:
+            self.coding += 1
+            self.codes.append('')
         if tag == 'pre':
             self.inside += 1
             self.blocks.append('')
 
+    def picture(self, link, alt):
+        if alt.strip(): self.alts.append(alt)
+        else: self.unnamed.append(link)
+
     def handle_endtag(self, tag):
         if tag == 'pre': self.inside -= 1
+        if tag == 'code' and not self.inside: self.coding -= 1
         self.unread -= tag in unread
 
     def handle_data(self, data):
         if self.inside: self.blocks[-1] += data
+        elif self.coding: self.codes[-1] += data
         if not self.unread: self.prose += data
 
 
