@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from robustnb.attacks.transferable import ensemble
 from robustnb.core import make_generator
@@ -75,9 +76,28 @@ def hidden_images(args, which):
         test, {'+'.join(facts['seen']): together}, others, n_hidden, effort=hidden_effort))
 
 
-def trained(path, name, wide, data, passes, seed):
-    "A network trained on a set, kept in a file"
+class Mixed(nn.Module):
+    "A network that is trained in bfloat16 and answers in float32"
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        with torch.autocast('cpu', torch.bfloat16, enabled=self.training):
+            return self.network(x).float()
+
+
+def networks_of(args, wide, passes):
+    "Networks by seed, and their settings"
     networks, config = proxy_networks(2, wide, passes, batch_size=batch)
+    if args.bf16:
+        networks = {k: lambda seed, make=make: Mixed(make(seed)) for k, make in networks.items()}
+    return networks, config
+
+
+def trained(args, path, name, wide, data, passes, seed):
+    "A network trained on a set, kept in a file"
+    networks, config = networks_of(args, wide, passes)
     net = networks[name](seed)
     if path.exists():
         net.load_state_dict(load_state(path))
@@ -91,7 +111,7 @@ def trained(path, name, wide, data, passes, seed):
 
 def builders(args, pool):
     "The networks that the builder attacks and asks, trained on its photographs"
-    return {k: trained(args.work/f'builder-{k}.pt', k, width, pool, 30, 100)
+    return {k: trained(args, args.work/f'builder-{k}.pt', k, width, pool, 30, 100)
             for k in ('preactresnet18', 'wideresnet')}
 
 
@@ -99,7 +119,7 @@ def teachers(args, pool, nets):
     "The network that labels: wider, trained on ten tampered versions of each photograph"
     lessons = kept(args.work/'lessons', lambda: build_training_set(
         pool, **teaching_mixture(nets), n=10*photographs, seed=1))
-    return [trained(args.work/'teacher.pt', 'preactresnet18', .1875, lessons, 8, 200)]
+    return [trained(args, args.work/'teacher.pt', 'preactresnet18', .1875, lessons, 8, 200)]
 
 
 def plan_of(name, nets, taught):
@@ -120,7 +140,7 @@ def sets_of(args, names):
 
 def judged(args, sets, which, seeds, passes=epochs):
     "Rows of `score_training_sets` in the regime"
-    networks, config = proxy_networks(2, width, passes, batch_size=batch)
+    networks, config = networks_of(args, width, passes)
     networks = {k: v for k, v in networks.items() if k in args.networks}
     return score_training_sets(sets, hidden_images(args, which), networks, config, seeds,
                                args.work/'runs')
@@ -132,7 +152,7 @@ def deliver(args, table, **facts):
     table.to_csv(path, index=False)
     save_json(manifest(photographs=photographs, rows=rows, width=width, epochs=epochs, batch=batch,
                        n_hidden=n_hidden, hidden_effort=hidden_effort, effort=effort,
-                       hidden=hidden_sets, **facts),
+                       bf16=args.bf16, hidden=hidden_sets, **facts),
               path.with_suffix('.json'))
 
 
@@ -179,6 +199,7 @@ def main():
     parser.add_argument('--seeds', type=lambda s: tuple(map(int, s.split(','))), default=(0, 1, 2))
     parser.add_argument('--networks', type=lambda s: s.split(','),
                         default=['preactresnet18', 'wideresnet'])
+    parser.add_argument('--bf16', action='store_true', help='train in bfloat16 (where the processor has AMX)')
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--work', type=Path, default=Path('kinds_work'))
     parser.add_argument('--out', default='results')
