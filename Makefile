@@ -40,7 +40,7 @@ nbtest: $(VENV)/.dev     ## test the notebooks only: they run, and show what is 
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python tools/nbtest.py --n_workers $(N) --flags "$(FLAGS)"
 
 unit: $(VENV)/.dev       ## run the unit tests only
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(N) --dist loadfile
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(N) --dist loadfile --durations 20
 
 kernels: $(VENV)/.dev    ## run every notebook as a user does: all cells, in a fresh Jupyter kernel of its own
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} ROBUSTNB_NOTEBOOKS=all $(BIN)/python -m pytest -n $(N) tests/test_notebooks.py
