@@ -87,9 +87,16 @@ def test_wheel_works_without_the_repository(wheel, tmp_path):
 
 
 QUICKSTART = re.search(r'```\s?python\n(.*?)```', (root/'README.md').read_text(encoding='utf-8'), re.S)[1]
-NET = "import robustnb as rn; rn.save_model(rn.build_model('ResNet_18', 10, .125), 'weights.pt')\n"
-PHOTOS = """from pathlib import Path
-from PIL import Image
+NET = """from pathlib import Path
+sys.path.insert(0, '.')
+Path('tiny.py').write_text('''from torch import nn
+def net():
+    made = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(196, 5))
+    made.default_cfg = dict(input_size=(3, 16, 16), mean=(.5,)*3, std=(.5,)*3)
+    return made
+''')
+"""
+PHOTOS = """from PIL import Image
 Path('photos').mkdir()
 for i in range(3): Image.linear_gradient('L').rotate(90*i).save(f'photos/{i}.png')
 """
@@ -97,9 +104,9 @@ for i in range(3): Image.linear_gradient('L').rotate(90*i).save(f'photos/{i}.png
 
 @pytest.mark.parametrize('photos', [PHOTOS, ''], ids=['photos', 'no photos'])
 def test_wheel_runs_the_quickstart_of_the_front_page(wheel, tmp_path, photos):
-    "Word for word, but for the weights, which would be fetched"
+    "Word for word, but for the network, whose weights would be fetched"
     assert QUICKSTART.count("'torchvision:resnet18'") == 1
-    job = NET + photos + QUICKSTART.replace("'torchvision:resnet18'", "'weights.pt'")
+    job = NET + photos + QUICKSTART.replace("'torchvision:resnet18'", "'tiny:net'")
     done = in_the_wheel(wheel, tmp_path, job)
     if photos:
         assert done.returncode == 0, done.stderr
