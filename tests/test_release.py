@@ -171,6 +171,18 @@ def test_launch_links(file):
     assert [''.join(o['source']) for o in without] == [''.join(o['source']) for o in cells]
 
 
+SPELLED = ('index', 'explain/glossary', 'explain/quantisation', 'tutorials/transfer', 'results/quantization_loss')
+
+
+@pytest.mark.parametrize('name', SPELLED)
+def test_both_spellings_are_found(name):
+    cells = json.loads((root/f'nbs/{name}.ipynb').read_text(encoding='utf-8'))['cells']
+    said = ' '.join(''.join(o['source']) for o in cells if o['cell_type'] == 'markdown').lower()
+    said = re.sub(r'\]\([^)]*\)|`[^`]*`', '', said)          # neither links nor code
+    assert 'quantis' in said
+    assert 'quantiz' in said
+
+
 def test_binder_installs_the_package():
     lines = (root/'binder/requirements.txt').read_text().splitlines()
     assert '.' in lines
