@@ -2,6 +2,7 @@
 import csv, email, json, re, shutil, subprocess, sys, zipfile
 from configparser import ConfigParser
 from pathlib import Path
+from types import SimpleNamespace
 import pytest, yaml
 from launch import INSTALL, launch_links, launchable
 from llms import FILE, llms
@@ -169,6 +170,16 @@ def test_launch_links(file):
     assert [*launch_faults(cells[:1]*3, path)]
     without = launchable(dict(cells=[cells[0], *cells[3:]]), path)['cells']
     assert [''.join(o['source']) for o in without] == [''.join(o['source']) for o in cells]
+
+
+def test_the_package_is_installed_in_colab_only(monkeypatch):
+    called = []
+    notebook = SimpleNamespace(run_line_magic=lambda *words: called.append(words))
+    exec(INSTALL, dict(get_ipython=lambda: notebook))
+    assert not called
+    monkeypatch.setitem(sys.modules, 'google.colab', notebook)
+    exec(INSTALL, dict(get_ipython=lambda: notebook))
+    assert called == [('pip', f"install -q git+{settings['git_url']}")]
 
 
 SPELLED = ('index', 'explain/glossary', 'explain/quantisation', 'tutorials/transfer', 'results/quantization_loss')
