@@ -182,7 +182,8 @@ def test_the_package_is_installed_in_colab_only(monkeypatch):
     assert called == [('pip', f"install -q git+{settings['git_url']}")]
 
 
-SPELLED = ('index', 'explain/glossary', 'explain/quantisation', 'tutorials/transfer', 'results/quantization_loss')
+SPELLED = '''index explain/glossary explain/quantisation tutorials/transfer
+    results/quantization_loss'''.split()
 
 
 @pytest.mark.parametrize('name', SPELLED)
