@@ -137,3 +137,13 @@ def test_every_page_of_the_site(browser, pages, width):
     assert len(found) == len(list((root/'nbs').rglob('[!.]*.ipynb')))
     assert min(o['text'] for o in found.values()) > 500
     assert not {k: faults(v) for k, v in found.items() if faults(v)}
+
+
+BOTTOMS = "[...document.querySelectorAll('main pre, main table')].map(e => e.getBoundingClientRect().bottom)"
+
+
+def test_front_page_above_the_fold(browser, pages):
+    "Install, quickstart and figures fit a window of 1280x800; what follows does not"
+    browser.open((site/'index.html').as_uri(), 1280, 800)
+    bottoms = browser.ask('Runtime.evaluate', expression=BOTTOMS, returnByValue=True)['result']['value']
+    assert max(bottoms[:3]) <= 800 < bottoms[3]

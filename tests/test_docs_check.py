@@ -6,7 +6,8 @@ from browser import find
 from docs_check import cfg, fault
 from docs_faults import (ENTRIES, exported, html_faults, index_faults, menu_faults, menu_files,
                          order_faults, output_faults, shown, site_faults)
-from docs_pages import Parts, menu, notebook_md, page_style, pandoc, whole_page
+from docs_pages import (Parts, bar_links, footer, header, menu, neighbours, notebook_md, page_style, pandoc,
+                        whole_page)
 from docs_parts import comment_md, type_md
 from docs_reader import (FORBIDDEN, code_faults, nan_faults, next_faults, picture_faults, reader_faults,
                          word_faults)
@@ -263,6 +264,23 @@ def test_nested_menu_is_shown():
     html = ''.join(menu(MENU, lambda o: f'<li>{o}</li>'))
     inside = '<li>Attacks<ul><li>api/a.ipynb</li><li>api/b.ipynb</li></ul></li>'
     assert html == f'<li>index.ipynb</li><li>API<ul>{inside}</ul></li>'
+
+
+def test_neighbours_in_the_menu():
+    def turn(file): return re.findall('<li>(.*?)</li>', neighbours(FILES, file, lambda o: f'<li>{o}</li>'))
+    assert turn('index.ipynb') == ['', 'api/a.ipynb']
+    assert turn('api/a.ipynb') == ['index.ipynb', 'api/b.ipynb']
+    assert turn('api/b.ipynb') == ['api/a.ipynb', '']
+    assert turn('lost.ipynb') == []
+
+
+def test_bars_lead_where_the_settings_say():
+    website = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))['website']
+    html = whole_page('T', 'S', '', '', '', header(website, '../'), footer(website))
+    links = Parts(html).links
+    assert {'../index.html', '../images/favicon.svg', *bar_links(website)} == {*links}
+    assert not [o for o in bar_links(website) if fault(o, 'index.html', {}, {})]
+    assert fault(bar_links(website)[0] + 'x', 'index.html', {}, {}) == 'no such source line'
 
 
 def test_menu_lacks_a_notebook():

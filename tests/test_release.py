@@ -2,6 +2,7 @@
 import csv, email, json, re, shutil, subprocess, sys, zipfile
 from configparser import ConfigParser
 from pathlib import Path
+from types import SimpleNamespace
 import pytest, yaml
 from launch import INSTALL, launch_links, launchable
 from llms import FILE, llms
@@ -87,9 +88,16 @@ def test_wheel_works_without_the_repository(wheel, tmp_path):
 
 
 QUICKSTART = re.search(r'```\s?python\n(.*?)```', (root/'README.md').read_text(encoding='utf-8'), re.S)[1]
-NET = "import robustnb as rn; rn.save_model(rn.build_model('ResNet_18', 10, .125), 'weights.pt')\n"
-PHOTOS = """from pathlib import Path
-from PIL import Image
+NET = """from pathlib import Path
+sys.path.insert(0, '.')
+Path('tiny.py').write_text('''from torch import nn
+def net():
+    made = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(196, 5))
+    made.default_cfg = dict(input_size=(3, 16, 16), mean=(.5,)*3, std=(.5,)*3)
+    return made
+''')
+"""
+PHOTOS = """from PIL import Image
 Path('photos').mkdir()
 for i in range(3): Image.linear_gradient('L').rotate(90*i).save(f'photos/{i}.png')
 """
@@ -97,9 +105,9 @@ for i in range(3): Image.linear_gradient('L').rotate(90*i).save(f'photos/{i}.png
 
 @pytest.mark.parametrize('photos', [PHOTOS, ''], ids=['photos', 'no photos'])
 def test_wheel_runs_the_quickstart_of_the_front_page(wheel, tmp_path, photos):
-    "Word for word, but for the weights, which would be fetched"
+    "Word for word, but for the network, whose weights would be fetched"
     assert QUICKSTART.count("'torchvision:resnet18'") == 1
-    job = NET + photos + QUICKSTART.replace("'torchvision:resnet18'", "'weights.pt'")
+    job = NET + photos + QUICKSTART.replace("'torchvision:resnet18'", "'tiny:net'")
     done = in_the_wheel(wheel, tmp_path, job)
     if photos:
         assert done.returncode == 0, done.stderr
@@ -162,6 +170,29 @@ def test_launch_links(file):
     assert [*launch_faults(cells[:1]*3, path)]
     without = launchable(dict(cells=[cells[0], *cells[3:]]), path)['cells']
     assert [''.join(o['source']) for o in without] == [''.join(o['source']) for o in cells]
+
+
+def test_the_package_is_installed_in_colab_only(monkeypatch):
+    called = []
+    notebook = SimpleNamespace(run_line_magic=lambda *words: called.append(words))
+    exec(INSTALL, dict(get_ipython=lambda: notebook))
+    assert not called
+    monkeypatch.setitem(sys.modules, 'google.colab', notebook)
+    exec(INSTALL, dict(get_ipython=lambda: notebook))
+    assert called == [('pip', f"install -q git+{settings['git_url']}")]
+
+
+SPELLED = '''index explain/glossary explain/quantisation tutorials/transfer
+    results/quantization_loss'''.split()
+
+
+@pytest.mark.parametrize('name', SPELLED)
+def test_both_spellings_are_found(name):
+    cells = json.loads((root/f'nbs/{name}.ipynb').read_text(encoding='utf-8'))['cells']
+    said = ' '.join(''.join(o['source']) for o in cells if o['cell_type'] == 'markdown').lower()
+    said = re.sub(r'\]\([^)]*\)|`[^`]*`', '', said)          # neither links nor code
+    assert 'quantis' in said
+    assert 'quantiz' in said
 
 
 def test_binder_installs_the_package():
