@@ -6,8 +6,10 @@
 It prints each violation of a page, and ends with status 1 if one is serious or critical.
 """
 import os, sys
+from itertools import product
 from pathlib import Path
 from browser import Browser, find
+from widths import WIDTHS
 
 GRAVE = 'serious', 'critical'
 RUN = '''axe.run(document, {resultTypes: ['violations']}).then(found => found.violations.map(o => ({
@@ -43,10 +45,10 @@ def main(pages):
     if not axe or not find(): sys.exit('Chromium is needed, and ROBUSTNB_AXE must name axe.min.js')
     bad = 0
     with Browser() as browser:
-        for page in pages:
-            found = violations(browser, page, axe)
+        for page,width in product(pages, WIDTHS):
+            found = violations(browser, page, axe, width)
             bad += len(grave(found))
-            print(page, 'ok' if not found else '')
+            print(page, f'{width} px', 'ok' if not found else '')
             for o in found: print('   ', line(o))
     print(f'axe: {len(pages)} pages, {bad} serious or critical violations')
     return bad

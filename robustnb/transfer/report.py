@@ -155,19 +155,20 @@ def _page(report):
     parts = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f'<title>{title}</title><style>{_style}</style></head><body>',
+        f'<title>{title}</title><style>{_style}</style></head><body><main>',
         f'<h1>{title}</h1><p><b>{html.escape(_advice(report))}</b></p>',
         '<p>Losses are shares of the accuracy that the full-precision model has '
         f"({html.escape(facts['threat'])} for robust accuracy). Intervals are meant to hold "
         '90 % of predicted accuracies, 95 % of the others. An asterisk marks a prediction outside the '
         'range of losses that its predictor was fitted on.</p>',
-        f'<div class="wide">{table}</div>{_outside(report.table)}{_suffering(report.table)}',
+        f'<div class="wide" tabindex="0" role="region" aria-label="Formats">{table}</div>',
+        f'{_outside(report.table)}{_suffering(report.table)}',
         _figure(plot_losses(report.table), 'Share of accuracy lost in each format.'),
         f'<h2>Which layers add the noise</h2>\n{_noisy_layers(report)}',
         '<h2>The images that were used</h2>',
         _figure(show_images(report.probes, cols=8), facts['probes']),
         f'<h2>What to keep in mind</h2><ul>{notes}</ul>',
-        f'<h2>What was run</h2><pre>{html.escape(run)}</pre></body></html>')
+        f'<h2>What was run</h2><pre tabindex="0">{html.escape(run)}</pre></main></body></html>')
     return '\n'.join(parts)
 
 # %% ../../nbs/api/transfer/50_report.ipynb #5c3e0a11
