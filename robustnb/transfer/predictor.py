@@ -157,9 +157,12 @@ def _by_law(table):
     return table.assign(predicted_loss=table.expected_loss, predicted_loss_lo=lo, predicted_loss_hi=hi)
 
 def _robust_by_law(table):
-    "The table with the expected robust loss in place of the fitted one, where photographs were attacked"
+    """The table with the expected robust loss in place of the fitted one where photographs were attacked,
+    and with none where too few of them stood"""
     if 'expected_robust_loss' not in table: return table
     known = table.expected_robust_loss.notna()
+    few = table.survivors.notna() & ~known
+    table.loc[few, [f'predicted_robust_loss{end}' for end in ('', '_lo', '_hi')]] = np.nan
     loss = table.expected_robust_loss[known]
     lo, hi = _intervals(loss, table.survivors[known], np.zeros(len(loss)))
     found = {'': loss, '_lo': np.minimum(lo, loss), '_hi': hi, '_outside': False}
