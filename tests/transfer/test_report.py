@@ -68,7 +68,7 @@ def test_the_advice_is_the_first_that_is_said():
 
 
 def test_no_robust_loss_is_said_and_drawn():
-    none = dict.fromkeys(('predicted_robust_loss', 'predicted_robust_loss_lo', 'predicted_robust_loss_hi'), np.nan)
+    none = {f'predicted_robust_loss{end}': np.nan for end in ('', '_lo', '_hi')}
     found = report(table(**none), max_loss_robust=True)
     assert found.recommend(robust=True) is None
     assert str(found).splitlines()[1].startswith('No robust loss could be predicted')
