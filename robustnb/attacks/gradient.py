@@ -89,6 +89,10 @@ def check_attack(
 class _NotDifferentiable(ValueError):
     "A model whose answers depend on no image through autograd"
 
+def _logits_for(model, x, y):
+    "The logits that losses see: where a model may refuse, others than it answers with"
+    return model.logits_for(x, y) if hasattr(model, 'logits_for') else model(x)
+
 def loss_and_grad(
     model:nn.Module,   # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K)
     x:Tensor,          # Images (N,C,H,W)
@@ -99,7 +103,7 @@ def loss_and_grad(
     if hasattr(model, 'loss_and_grad'): return model.loss_and_grad(x, y, loss)
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        logits = model(x)
+        logits = _logits_for(model, x, y)
         value = loss(logits, y)
         grad = None
         if value.requires_grad:
@@ -117,10 +121,6 @@ def loss_and_grad(
     return value.detach(), grad, logits.detach()
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #11f0a966
-def _logits_for(model, x, y):
-    "The logits that losses see: where a model may refuse, others than it answers with"
-    return model.logits_for(x, y) if hasattr(model, 'logits_for') else model(x)
-
 def fgsm(
     model:nn.Module,   # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,          # Clean images (N,C,H,W), float, pixels in [0,1]

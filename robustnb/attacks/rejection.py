@@ -9,7 +9,6 @@ __all__ = ['Rejecting', 'refused']
 import torch
 from torch import fx, nn, Tensor
 from ..contract import open_model, unwrap
-from .gradient import loss_and_grad
 
 # %% ../../nbs/api/attacks/35_rejection.ipynb #9b1c40e7
 def _parted(logits):
@@ -49,20 +48,10 @@ class Rejecting(nn.Module):
 
     def logits_for(self,
         x:Tensor,   # Images (N,C,H,W)
-        y:Tensor,   # True labels (N,)
+        y:Tensor,   # True labels (N,), or true and wanted labels (N,2)
     ):
         "Logits (N,K) in which a refusal speaks for the true class."
         return _spoken_for(open_model(self.net, x)(x), y)
-
-    def loss_and_grad(self,
-        x:Tensor,   # Images (N,C,H,W)
-        y:Tensor,   # True labels (N,), or true and wanted labels (N,2)
-        loss,       # (logits, y) -> loss per image
-    ):
-        "Loss per image, its gradient, and logits (N,K) in which a refusal speaks for the true class."
-        spoken = lambda logits, y: loss(_spoken_for(logits, y), y)
-        value, grad, logits = loss_and_grad(open_model(self.net, x), x, y, spoken)
-        return value, grad, _spoken_for(logits, y)
 
 # %% ../../nbs/api/attacks/35_rejection.ipynb #5c1e77ab
 def refused(

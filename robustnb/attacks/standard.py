@@ -81,8 +81,8 @@ def search_copy(
     low:bool=True,      # Compute in bfloat16 where the processor is fast at it
 )->nn.Module:           # A faster copy, its weights frozen; the model itself where the copy would mislead
     "The model to follow in a search."
-    if smallest_batch(model) > 1 or hasattr(model, 'left_float') or hasattr(model, 'loss_and_grad'):
-        return model
+    own = 'left_float', 'logits_for', 'loss_and_grad'
+    if smallest_batch(model) > 1 or any(hasattr(model, o) for o in own): return model
     some = y.argsort(stable=True)[torch.linspace(0, len(y)-1, min(32, len(y))).long()]
     x = x[some]
     y = y[some]

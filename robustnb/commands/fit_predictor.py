@@ -31,9 +31,10 @@ _PREDICTED = (('loss', '', 'transfer_lomo'), ('robust_loss', 'robust_', 'robust_
 
 def _written(predictor, left_out, name, kind, path):
     "Write the rows predicted with each network left out; how good the predictions are"
-    t = left_out.rename(columns=dict(predicted=f'predicted_{name}'))
+    columns = dict(predicted=f'predicted_{name}', lo=f'predicted_{name}_lo', hi=f'predicted_{name}_hi')
+    t = left_out.rename(columns=columns)
     first = ['model', 'dataset', 'format', *(['eps'] if kind else []),
-             f'predicted_{name}', f'measured_{name}', *predictor.features]
+             *columns.values(), f'measured_{name}', *predictor.features]
     _write(t.assign(dataset=t.get('dataset', ''))[first].round(6), path)
     truth = t[f'measured_{name}']
     said = t[f'predicted_{name}']

@@ -75,10 +75,11 @@ def _left_out(f, cap, loss, models, keep):
     return out, b[0] + f[out] @ b[1:]
 
 def _bootstrap_errors(f, cap, loss, models, resamples, seed):
-    "Errors in log-odds on the models that each sample of the models (drawn with replacement) leaves out"
+    "Errors in log-odds on the models that each sample of the models (with replacement) leaves out; whose"
     names = tuple(dict.fromkeys(models))
     rng = np.random.default_rng(seed)
     errors = []
+    whose = []
     for _ in range(resamples):
         keep = rng.choice(names, len(names))
         while len(set(keep)) == len(names):
@@ -86,7 +87,12 @@ def _bootstrap_errors(f, cap, loss, models, resamples, seed):
         out, z = _left_out(f, cap, loss, models, keep)
         said = _odds(cap[out]/(1+np.exp(-z)), cap[out])
         errors.append(abs(said - _odds(loss[out], cap[out])))
-    return np.concatenate(errors)
+        whose.append(models[out])
+    return np.concatenate(errors), np.concatenate(whose)
+
+def _spread(errors):
+    "What 95% of errors stay below; without any nothing is known"
+    return float(np.quantile(errors, .95)) if len(errors) else np.inf
 
 # %% ../../nbs/api/transfer/30_predictor.ipynb #052ad1c3
 def fit_predictor(
@@ -95,7 +101,7 @@ def fit_predictor(
     target:str,          # Column of measured loss, as a share of the accuracy
     resamples:int=50,    # Bootstrap samples of models, >= 1
     seed:int=0,          # Which models they hold
-    # The predictor; each row's loss as predicted with its model left out
+    # The predictor; the rows with predicted, lo, hi, from the other models and their errors
 )->tuple[LossPredictor, pd.DataFrame]:
     """Fit a predictor; its interval holds 95% of the errors on models that a bootstrap sample (Efron
     1979, doi:10.1214/aos/1176344552) does not hold."""
@@ -107,17 +113,17 @@ def fit_predictor(
     f = _features(rows, features)
     cap = 1 - 1/rows.n_classes.to_numpy(float)
     loss = rows[target].to_numpy(float)
-    z = np.zeros(len(rows))
+    errors, whose = _bootstrap_errors(f, cap, loss, models, resamples, seed)
+    z, half = np.zeros((2, len(rows)))
     for name in names:
-        out, z_out = _left_out(f, cap, loss, models, [k for k in names if k != name])
-        z[out] = z_out
-    left_out = rows.assign(predicted=cap/(1+np.exp(-z)))
-    errors = _bootstrap_errors(f, cap, loss, models, resamples, seed)
+        out, z[out] = _left_out(f, cap, loss, models, [k for k in names if k != name])
+        half[out] = _spread(errors[whose != name])
+    share = lambda z: cap/(1+np.exp(-z))
+    left_out = rows.assign(predicted=share(z), lo=share(z-half), hi=share(z+half))
     b = _fit(f, cap, loss)
     inside = b[0] + f @ b[1:]
-    spread = float(np.quantile(errors, .95))
     seen = (float(inside.min()), float(inside.max()))
-    return LossPredictor(tuple(features), tuple(b.tolist()), spread, seen, names), left_out
+    return LossPredictor(tuple(features), tuple(b.tolist()), _spread(errors), seen, names), left_out
 
 # %% ../../nbs/api/transfer/30_predictor.ipynb #444e3375
 _shipped = (Path(__file__).parent/'predictors.json' if '__file__' in globals()
@@ -157,9 +163,12 @@ def _by_law(table):
     return table.assign(predicted_loss=table.expected_loss, predicted_loss_lo=lo, predicted_loss_hi=hi)
 
 def _robust_by_law(table):
-    "The table with the expected robust loss in place of the fitted one, where photographs were attacked"
+    """The table with the expected robust loss in place of the fitted one where photographs were attacked,
+    and with none where too few of them stood"""
     if 'expected_robust_loss' not in table: return table
     known = table.expected_robust_loss.notna()
+    few = table.survivors.notna() & ~known
+    table.loc[few, [f'predicted_robust_loss{end}' for end in ('', '_lo', '_hi')]] = np.nan
     loss = table.expected_robust_loss[known]
     lo, hi = _intervals(loss, table.survivors[known], np.zeros(len(loss)))
     found = {'': loss, '_lo': np.minimum(lo, loss), '_hi': hi, '_outside': False}

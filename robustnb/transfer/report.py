@@ -29,6 +29,7 @@ def _bars(ax, table, kind):
         hi = 100*table[column + '_hi'].to_numpy()
         width = np.abs(np.stack([value-lo, hi-value]))
         ax.errorbar(value, at+shift, xerr=width, ms=5, lw=1, capsize=2, label=name, **style)
+    if not ax.containers: ax.text(.5, .5, 'none predicted', transform=ax.transAxes, ha='center', color='.4')
     ax.axvline(0, color='.8', lw=1, zorder=0)
     ax.set(yticks=at, yticklabels=table.format)
     ax.spines[['top', 'right']].set_visible(False)
@@ -124,6 +125,8 @@ def _advice(report):
     most = report.facts.get('max_loss', .02)
     robust = report.facts.get('max_loss_robust', False)
     best = report.recommend(most, robust)
+    if robust and report.table.predicted_robust_loss.isna().all():
+        return 'No robust loss could be predicted, so no format is advised: see what to keep in mind.'
     what = 'the losses of accuracy and robust accuracy' if robust else 'the loss of accuracy'
     if best is None:
         return (f'No format keeps {what} below {100*most:g} % with its whole predicted interval: give more '

@@ -334,17 +334,19 @@ def _images_notes(study):
                'networks to photographs that were new to them (.48 to .85). If the network was trained on '
                'these, small losses are predicted a third too small: give others. If it is right on nearly '
                'all new ones too, nothing is wrong.')
-    few = ('The original itself is right on fewer than 20 attacked {}, so no robust loss can be '
-           'stated from them: choose a smaller eps or give more images.')
+    few = ('The original itself is right on fewer than 20 attacked {}, so no robust loss is {}: '
+           'choose a smaller eps or give more images.')
     if worst_case(study._on_probes[1][0]).correct.sum() < 20:
-        yield few.format('probes')
+        yield (few.format('probes', 'predicted') if study.probes.real else
+               'The original itself is right on fewer than 20 attacked crops, so robust_flips is empty; the '
+               'robust losses are those of the fitted predictor, which looks at no attacked image.')
     if study.test is None: return
     if study.test.matched == 'by position':
         yield ('The model has no names for its classes: those of the test images were taken in '
                'their order. If the model counts them in another one, losses mean nothing.')
     rows = study._on_test[1][0]
     if worst_case(rows).correct.sum() < 20:
-        yield few.format('test images')
+        yield few.format('test images', 'measured')
     if not _told(study, rows):
         yield ('Under this attack the original is right less than twice as often as by '
                'chance, so no robust loss is measured: a copy that always gives the same '

@@ -3,10 +3,12 @@ import pytest
 import torch
 from torch import nn
 
-from robustnb.attacks.gradient import cross_entropy, full_pgd, is_correct, margin, margin_to, pgd
+from robustnb.attacks.gradient import (
+    cross_entropy, full_pgd, is_correct, loss_and_grad, margin, margin_to, pgd)
 from robustnb.attacks.rejection import refused, Rejecting
 from robustnb.attacks.standard import run_cascade
 from robustnb.attacks.threat_models import Linf
+from robustnb.contract import MeanAnswer
 from robustnb.core import make_generator
 from robustnb.evaluation.publishing import save_adversarial
 from robustnb.evaluation.robust_accuracy import evaluate
@@ -60,7 +62,7 @@ def test_only_a_rejecting_network_refuses():
 @pytest.mark.parametrize('loss', [margin, cross_entropy])
 def test_the_loss_is_that_of_logits_in_which_a_refusal_is_right(case, loss):
     net, model, x, y = case
-    value, grad, logits = model.loss_and_grad(x, y, loss)
+    value, grad, logits = loss_and_grad(model, x, y, loss)
     for k in range(0, len(x), 9):
         at = x[k:k+1].double().requires_grad_()
         L = small_net().double()(at)[0]
@@ -73,8 +75,45 @@ def test_the_loss_is_that_of_logits_in_which_a_refusal_is_right(case, loss):
 
 def test_a_targeted_loss_has_a_gradient_too(case):
     net, model, x, y = case
-    value, grad, _ = model.loss_and_grad(x, torch.stack([y, (y+1) % 4], 1), margin_to)
+    value, grad, _ = loss_and_grad(model, x, torch.stack([y, (y+1) % 4], 1), margin_to)
     assert (grad.flatten(1).norm(dim=1) > 0).all() and (value < 0).all()
+
+
+class Drawing(nn.Module):
+    "Logits that differ a little each time"
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+    def forward(self, x):
+        logits = self.net(x)
+        return logits + .01*torch.randn_like(logits)
+
+
+def test_the_gradient_of_the_mean_is_the_mean_of_the_gradients(case):
+    net, model, x, y = case
+    both = torch.stack([y, (y+1) % 4], 1)     # margin_to is linear in the logits
+    drawing = Rejecting(Drawing(net).eval())
+    mean = MeanAnswer(drawing)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        value, grad, logits = loss_and_grad(mean, x, both, margin_to)
+        torch.manual_seed(0)
+        found = [loss_and_grad(drawing, x, both, margin_to) for _ in range(8)]
+    for got, parts in zip((value, grad, logits), zip(*found)):
+        torch.testing.assert_close(got, torch.stack(parts).mean(0), rtol=1e-4, atol=1e-5)
+    assert refused(model, model(x)).any()
+    assert (grad.flatten(1).norm(dim=1) > 0).all()
+    plain = MeanAnswer(Drawing(net).eval())
+    assert loss_and_grad(plain, x, y, margin)[2].shape == (len(x), 5)
+
+
+def test_a_random_refusal_is_crossed_too():
+    model = Rejecting(Drawing(Line().eval()).eval())
+    x = torch.linspace(.47, .5, 8).view(8, 1, 1, 1)
+    y = torch.zeros(8, dtype=int)
+    seen = run_cascade(model, x, y, Linf(.3))
+    assert not seen.survives.any() and not seen.masked
+    assert (full_pgd(MeanAnswer(model), x, y, Linf(.3), loss=margin) > .65).all()
 
 
 def test_the_cascade_finds_what_a_grid_finds(case):
@@ -172,7 +211,7 @@ def test_without_a_gradient_there_are_queries(case):
         def forward(self, x): return net(x.detach())
     model = Rejecting(Steps().eval())
     with pytest.raises(ValueError, match='`model` must be differentiable'):
-        model.loss_and_grad(x, y, margin)
+        loss_and_grad(model, x, y, margin)
     assert run_cascade(model, x[:4], y[:4], Linf(eps)).masked
 
 

@@ -31,8 +31,11 @@ def test_tables_links_and_scores(runs, capsys):
     loss = pd.read_csv(runs/'out'/'transfer_lomo.csv')
     robust = pd.read_csv(runs/'out'/'robust_lomo.csv')
     # one row a format, not one a budget
-    assert list(loss.columns[:5]) == ['model', 'dataset', 'format', 'predicted_loss',
-                                      'measured_loss']
+    assert list(loss.columns[:7]) == ['model', 'dataset', 'format', 'predicted_loss', 'predicted_loss_lo',
+                                      'predicted_loss_hi', 'measured_loss']
+    for table, name in ((loss, 'predicted_loss'), (robust, 'predicted_robust_loss')):
+        assert (table[f'{name}_lo'] <= table[name]).all() and (table[name] <= table[f'{name}_hi']).all()
+        assert (table[f'{name}_lo'] < table[f'{name}_hi']).all()
     assert len(loss) == 36
     assert {'eps', 'predicted_robust_loss', 'measured_robust_loss'} <= set(robust)
     assert len(robust) == 72

@@ -35,6 +35,29 @@ def test_a_model_left_out_has_no_say_in_its_prediction():
     assert not np.allclose(left.predicted[~c], again.predicted[~c], atol=.01)
 
 
+def test_the_interval_of_a_model_left_out_is_that_of_the_errors_of_others():
+    """A model far from the others does not widen its own interval, and lies outside of it; it does widen
+    that of the others"""
+    rows = made_up(shift=.05)
+    odd = rows.assign(loss=np.where(rows.model == 'c', .9*expit(7 + 3*np.log10(rows.change)), rows.loss))
+    _, left = fit_predictor(rows, ('change',), 'loss')
+    predictor, again = fit_predictor(odd, ('change',), 'loss')
+    odds = lambda p: np.log(p/(.9-p))
+    half = lambda t: odds(t.hi) - odds(t.predicted)
+    assert np.allclose(half(again), odds(again.predicted) - odds(again.lo))
+    held = (again.lo <= odd.loss) & (odd.loss <= again.hi)
+    c = rows.model == 'c'
+    assert half(again)[c].max() < .8*predictor.spread
+    assert half(again)[~c].min() >= .99*predictor.spread > 2*half(left).max()
+    assert held[c].mean() < .5 and held[~c].mean() > .9
+
+
+def test_without_an_error_of_another_nothing_is_known():
+    _, left = fit_predictor(made_up('ab'), ('change',), 'loss', resamples=1)
+    width = (left.hi - left.lo).groupby(left.model).max()
+    assert width.min() < .5 and width.max() == pytest.approx(.9)
+
+
 def test_the_interval_widens_with_the_difference_between_models_and_holds_for_new_ones():
     alike = fit_predictor(made_up('abcdefghijkl', 10, .05), ('change',), 'loss')[0]
     unlike = fit_predictor(made_up('abcdefghijkl', 10, .8), ('change',), 'loss')[0]

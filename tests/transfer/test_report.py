@@ -11,7 +11,7 @@ from robustnb.core import make_generator
 from robustnb.attacks.threat_models import Linf
 from robustnb.quant import targets
 from robustnb.transfer import study as module
-from robustnb.transfer.report import Report
+from robustnb.transfer.report import plot_losses, Report
 from robustnb.transfer.study import assess, default_formats, Probes, Study
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -65,6 +65,16 @@ def test_the_advice_is_the_first_that_is_said():
     assert said.startswith('INT6 is the smallest')
     assert 'robust accuracy below 4 %' in str(report(table(), max_loss=.04, max_loss_robust=True))
     assert 'No format keeps' in str(report(table(), max_loss=.001))
+
+
+def test_no_robust_loss_is_said_and_drawn():
+    none = {f'predicted_robust_loss{end}': np.nan for end in ('', '_lo', '_hi')}
+    found = report(table(**none), max_loss_robust=True)
+    assert found.recommend(robust=True) is None
+    assert str(found).splitlines()[1].startswith('No robust loss could be predicted')
+    assert 'INT6 is the smallest' in str(report(table(**none)))
+    words = [[o.get_text() for o in ax.texts] for ax in plot_losses(found.table).axes]
+    assert words == [[], ['none predicted']]
 
 
 def test_six_formats_fit_a_screen():

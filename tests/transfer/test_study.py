@@ -180,12 +180,30 @@ def test_too_few_survivors_say_nothing(net, probes, labelled):
     study = Study(net, probes, (Linf(.5),), labelled, quick)
     assert study.original[0]['robust_accuracy'] < .25
     row = study.rows('INT4')[0]
-    nothing = [row[k] for k in ('robust_flips', 'measured_robust_loss', 'measured_robust_loss_lo')]
-    assert np.isnan(nothing).all()
+    nothing = ['robust_flips', *(f'{kind}_robust_loss{end}' for kind in ('measured', 'predicted')
+                                 for end in ('', '_lo', '_hi'))]
+    assert np.isnan([row[k] for k in nothing]).all()
     assert np.isfinite(row['measured_loss'])
-    notes = ' '.join(study.report([row], study.layers('INT4')).facts['notes'])
-    assert 'fewer than 20 attacked probes' in notes
+    report = study.report([row], study.layers('INT4'))
+    assert report.table.predicted_robust_loss.isna().all()
+    assert 'robust lost' not in str(report)
+    notes = ' '.join(report.facts['notes'])
+    assert 'fewer than 20 attacked probes, so no robust loss is predicted' in notes
+    assert 'fewer than 20 attacked test images, so no robust loss is measured' in notes
     assert 'less than twice as often as by chance' in notes
+
+
+def test_crops_keep_the_fitted_robust_loss_and_say_so(net, probes):
+    g = make_generator(0, 'crops')
+    natural, x = torch.rand(2, 60, 3, 8, 8, generator=g)
+    crops = Probes(x, '60 crops', real=False, natural=natural, moved=x)
+    study = Study(net, crops, (Linf(.5),), attack=quick)
+    report = study.report(study.rows('INT4'), study.layers('INT4'))
+    assert report.table.robust_flips.isna().all()
+    assert report.table.predicted_robust_loss.notna().all()
+    notes = ' '.join(report.facts['notes'])
+    assert 'robust_flips is empty; the robust losses are those of the fitted predictor' in notes
+    assert 'no robust loss' not in notes
 
 
 def test_a_copy_is_that_of_quantize(net, probes):
