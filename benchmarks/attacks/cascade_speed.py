@@ -8,8 +8,8 @@
 whose copies are others. Tools run in turn within each repetition, on one thread, after a run on ten images
 that is not counted. `seconds` are of the processor. PGD of foolbox takes 40 steps from a random start, of an
 eighth of the budget (L2: 2.5 budgets in all); `pgd` is this package's as it comes, from a random start. A row
-per network, threat, repetition and tool, in results/attacks_speed.csv; cases that are there with as many
-photographs are not measured again.
+per network, threat, repetition and tool, in results/attacks_speed.csv; tools whose rows are there with as many
+photographs are not measured again: delete rows to have them measured anew.
 """
 import argparse, subprocess, sys, tempfile, time
 from functools import partial
@@ -23,8 +23,7 @@ from robustnb.attacks.gradient import is_correct, pgd
 from robustnb.attacks.standard import cascade
 from robustnb.attacks.threat_models import Linf
 from robustnb.core import make_generator
-from robustnb.files import manifest, save_json
-from union import network, photographs, threat_of
+from union import network, photographs, record, threat_of
 
 asked = ('c10_resnet20_a,linf_1 c10_resnet8_m,linf_1 c100_resnet8_k,linf_1 c10_resnet8_m,l2_.1 '
          'c10_resnet8_m:INT8,linf_1 c10_resnet8_m:INT4,linf_1')
@@ -65,13 +64,15 @@ def tools_of(name, threat, args):
     return {k: run for k, run in tools.items() if k in args.tools.split(',')}
 
 
-def compare(name, threat, args):
-    "Rows of a network and a threat"
+def compare(name, threat, args, there):
+    "Rows of a network and a threat, for the tools that are not `there`"
+    tools = {k: run for k, run in tools_of(name, threat, args).items() if k not in there}
+    if not tools: return []
     model = network(name, args.data)
     x, y = photographs(args.data, name, 'test-a', args.n)
     rows = []
     for repetition in range(args.repeats):
-        for tool, run in tools_of(name, threat, args).items():
+        for tool, run in tools.items():
             x_adv, seconds = run(model, x, y, threat)
             clean = is_correct(model, x, y)[0]
             stands = is_correct(model, x_adv[clean], y[clean])[0]
@@ -101,11 +102,10 @@ def main():
     rows = pd.read_csv(path).to_dict('records') if path.exists() else []
     for name, threat in (o.split(',') for o in args.rows.split()):
         case = dict(network=name.partition('=')[0], threat=threat, n=args.n)
-        if any(case.items() <= row.items() for row in rows): continue
-        rows += [case | row for row in compare(name, threat_of(threat), args)]
+        there = {row['tool'] for row in rows if case.items() <= row.items()}
+        rows += [case | row for row in compare(name, threat_of(threat), args, there)]
         pd.DataFrame(rows).round(3).to_csv(path, index=False)
-        save_json(manifest(n=args.n, repeats=args.repeats, clock='process_time'),
-                  path.with_suffix('.json'))
+        record(path, n=args.n, repeats=args.repeats, clock='process_time')
 
 
 if __name__ == '__main__':

@@ -28,8 +28,7 @@ from robustnb.attacks.score_based import square
 from robustnb.attacks.standard import run_cascade
 from robustnb.core import make_generator
 from robustnb.evaluation.checks import red_flags
-from robustnb.files import manifest, save_json
-from union import folded, network, others, photographs, threat_of
+from union import folded, network, others, photographs, record, threat_of
 
 
 class Divided(nn.Module):
@@ -67,7 +66,7 @@ def attacked(model, x, y, threat, original, queries):
     start = partial(make_generator, 0)
     def descended(net):
         x_adv = x.clone()
-        x_adv[rows] = full_pgd(net, x[rows], y[rows], threat, start())
+        x_adv[rows] = full_pgd(net, x[rows], y[rows], threat, start(), steps=20)
         return x_adv
     images = dict(white_box=descended(model), temperature=descended(Divided(model, scale).eval()))
     images['transfer'] = images['white_box'] if original is None else original
@@ -154,8 +153,7 @@ def main():
             rows = [row for row in rows if row not in there]
             rows += [dict(network=name, threat=threat) | row for row in group(name, threat_of(threat), args)]
             pd.DataFrame(rows).round(3).to_csv(path, index=False)
-            save_json(manifest(n=args.n, n_flags=args.n_flags, queries=args.queries, clock='process_time'),
-                      path.with_suffix('.json'))
+            record(path, n=args.n, n_flags=args.n_flags, queries=args.queries, clock='process_time')
 
 
 if __name__ == '__main__':

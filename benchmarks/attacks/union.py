@@ -14,7 +14,7 @@ per network and threat, in results/attacks_union.csv; rows that are there are no
 images through the network, forward and backward, for each image given. Settings were chosen on c10_resnet20_a
 and its INT4 copy at Linf 1/255; all other rows judge them.
 """
-import argparse, sys, time
+import argparse, json, sys, time
 from pathlib import Path
 
 import pandas as pd
@@ -94,6 +94,16 @@ def others(model, x, y, threat, logits):
     return tried
 
 
+def record(path, **facts):
+    "The manifest of this run beside its rows, with the commands of earlier runs that rows may come from"
+    path = path.with_suffix('.json')
+    before = json.loads(path.read_text()) if path.exists() else {}
+    facts = manifest(**facts)
+    earlier = [*before.get('earlier', []), before.get('command')]
+    facts['earlier'] = [o for o in dict.fromkeys(earlier) if o not in (None, facts['command'])]
+    save_json(facts, path)
+
+
 def compare(name, threat, args):
     "A row"
     model = network(name, args.data)
@@ -140,7 +150,7 @@ def main():
                     | compare(name, threat_of(threat), args))
         print(rows[-1], flush=True)
         pd.DataFrame(rows).round(3).to_csv(path, index=False)
-        save_json(manifest(n=args.n, clock='process_time'), path.with_suffix('.json'))
+        record(path, n=args.n, clock='process_time')
 
 
 if __name__ == '__main__':

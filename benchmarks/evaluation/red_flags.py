@@ -5,7 +5,7 @@
     python benchmarks/evaluation/red_flags.py resnet8 --data FOLDER
 
 A zoo of defended, broken and honest models, each made around one base network. For each the number in
-doubt is the accuracy under `pgd` as it comes (20 steps, random start); the truth is the accuracy under
+doubt is the accuracy under `pgd` (20 steps of one length, random start); the truth is the accuracy under
 the union of what fools the base network (Auto-PGD on the margin from two starts, `cascade`) and of the same
 attacks on the model itself and Square. Above the union by more than two points, a number is overstated; once
 it is ten points too high, no more is tried. Models that answer at random are judged by the mean of 16 fresh
@@ -328,10 +328,13 @@ def truth_of_draws(model, base, x, y, threat, clean, runs):
     return clean & stands(model, worst, y, True), []
 
 
+twenty_steps = partial(pgd, steps=20)    # of one length
+
+
 def judged(model, x, y, threat):
     "Verdict -> checks; a refusal counts as a doubt"
     try:
-        table = red_flags(model, x, y, threat)
+        table = red_flags(model, x, y, threat, attack=twenty_steps)
     except ValueError as e:
         return dict(doubt=[f'refused: {e}'], note=[], see=[], figures='')
     of = lambda kind: table.check[table.verdict.str.startswith(kind)].tolist()
@@ -345,7 +348,7 @@ def measured(label, model, base, x, y, threat, draws, queries):
     torch.manual_seed(0)
     clean = stands(model, x, y, draws)
     began = time.process_time()
-    runs = [pgd(model, x, y, threat, generator=make_generator(0, 'red flags'))
+    runs = [twenty_steps(model, x, y, threat, generator=make_generator(0, 'red flags'))
             for _ in range(5 if draws else 1)]
     stood = [clean & stands(model, o, y, draws) for o in runs]
     naive = torch.stack(stood).float().mean(0)

@@ -17,8 +17,9 @@ from ..models.plain import copy_model
 from ..models.graph import fold_batchnorm
 from ..quant.ptq import FakeQuantize
 from .threat_models import L1, L2, Linf
-from .gradient import (
-    _NotDifferentiable, check_attack, is_correct, loss_and_grad, margin, margin_to, multi_attack)
+from robustnb.attacks.gradient import (
+    _NotDifferentiable, check_attack, cross_entropy, full_pgd, is_correct, loss_and_grad, margin, margin_to,
+    multi_attack)
 from .adaptive_pgd import apgd, apgd_targeted, climb, gradients, walk
 from .minimum_norm import fab
 from .score_based import random_search, square
@@ -139,9 +140,9 @@ def _need(s, rows):
     "What is missing to the border, as a share of what was gained"
     return -s.height[rows]/(s.height-s.clean)[rows].clamp_min(1e-9)
 
-def _walked(s, rows, model, start, steps, wanted=None, search=None):
+def _walked(s, rows, model, start, steps, wanted=None, search=None, loss=margin):
     "Walk, or `search`, towards the classes `wanted` if there are any; how many of `rows` fall?"
-    loss = margin if wanted is None else margin_to
+    loss = loss if wanted is None else margin_to
     labels = s.y[rows] if wanted is None else torch.stack([s.y[rows], wanted], 1)
     pace = 12 if isinstance(s.threat, L1) else 1    # sparse steps need more
     found, height, fallen = (search or walk)(s.look(model, loss), s.x[rows], labels, s.threat, start,
@@ -191,7 +192,11 @@ def _finish(s, model, targets, generator):
     sides = dict(best=lambda rows: s.out[rows],
                  opposite=lambda rows: s.threat.project(s.x[rows], 2*s.x[rows]-s.out[rows]),
                  random=lambda rows: s.threat.sample(s.x[rows], generator))
-    kinds = ['class', 'best', 'class', 'opposite', 'random', 'class'] if most > 0 else ['best']
+    def uphill(rows): return _walked(s, rows, model, s.x[rows], 20, loss=cross_entropy)
+    kinds = ['class', 'best', 'class', 'opposite', 'random', 'class']
+    if most < 1:
+        _wave(s, 'cross-entropy', .25, uphill)
+        kinds = ['best']
     tried = 0
     for _ in range(2):
         paid = {}
@@ -244,9 +249,16 @@ def _sentinel(s, generator):
     _ask(s, 'sentinel', _queries(s.threat, 32), rows, (32, 0), generator)
     return s.stages[-1]['fallen'] >= 2 or bool(rising <= .9)
 
-def _long_way(s, generator, by_gradient):
-    "Queries, then gradients, on what is left; at most 2,620 passes for an image"
+def _transferred(surrogate):
+    "PGD on another model"
+    def follow(model, x, y, threat, generator): return full_pgd(surrogate, x, y, threat, generator)
+    return follow
+
+def _long_way(s, generator, by_gradient, surrogate):
+    "Queries, then gradients, on what is left; at most 2,620 passes for an image, 43 more with a surrogate"
     attacks = [('queries', _queries(s.threat, 2000), (2000, 0))]
+    if surrogate is not None:
+        attacks.insert(0, ('transfer', _transferred(surrogate), (22, 20)))
     if by_gradient:
         attacks.append(('Auto-PGD', apgd, (101, 100)))
         if s.logits.shape[1] >= 4:
@@ -282,9 +294,11 @@ def run_cascade(
     generator:torch.Generator|None=None, # For random starts and queries; None stands for seed 0
     targets:int=9,         # Wrong classes to try one by one, the nearest first; 0: fast cascade
     batch_size:int=125,    # Images the model sees at a time
+    surrogate:nn.Module|None=None, # Model to transfer images from where gradients mislead or there are none
 )->CascadeResult:          # Images, who survives, and what was seen
     "Cheap walks first, survivors only, a faster copy for the search and the model for every verdict."
     model = check_attack(model, x, y, threat)
+    surrogate = None if surrogate is None else check_attack(surrogate, x, y)
     random = answers_at_random(model, x)
     if random:
         model = MeanAnswer(model)
@@ -308,7 +322,7 @@ def run_cascade(
                       lambda rows: _walked(s, rows, exact, s.x[rows], 100, search=climb))
         masked = bool(len(s.left)) and (not by_gradient or _sentinel(s, generator))
         if masked:
-            _long_way(s, generator, by_gradient)
+            _long_way(s, generator, by_gradient, surrogate)
     survives = torch.zeros(len(x), dtype=torch.bool, device=x.device).index_fill(0, s.left, True)
     return CascadeResult(s.out, survives, pd.DataFrame(s.stages), random, masked)
 
@@ -321,6 +335,7 @@ def cascade(
     generator:torch.Generator|None=None, # For random starts and queries; None stands for seed 0
     targets:int=9,         # Wrong classes to try one by one, the nearest first; 0: fast cascade
     batch_size:int=125,    # Images the model sees at a time
+    surrogate:nn.Module|None=None, # Model to transfer images from where gradients mislead or there are none
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "The images of `run_cascade`: an attack like any other."
-    return run_cascade(model, x, y, threat, generator, targets, batch_size).x_adv
+    return run_cascade(model, x, y, threat, generator, targets, batch_size, surrogate).x_adv

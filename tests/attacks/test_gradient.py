@@ -85,6 +85,41 @@ def test_an_image_leaves_at_its_first_wrong_iterate_and_the_others_take_all_step
     assert torch.equal(model(out).argmax(1) != y, falls)
 
 
+class Bright(nn.Module):
+    "Class 0, and the less so the brighter the image"
+    def forward(self, x):
+        light = x.flatten(1).sum(1, keepdim=True)
+        return torch.cat([100-light, light], 1)
+
+
+@pytest.mark.parametrize('attack', (pgd, full_pgd))
+@pytest.mark.parametrize('how, shares', ((dict(), [40/82, 79/82, 1]), (dict(steps=20), [1/8, 2/8, 3/8]),
+                                         (dict(step_size=.01), [.1, .2, .3])))
+def test_steps_shrink_unless_their_number_or_length_is_given(attack, how, shares):
+    x = torch.full((2, 3, 4, 4), .5, dtype=torch.float64)
+    y = torch.zeros(2, dtype=torch.int64)
+    _, asked = iterates(Bright().eval(), lambda m: attack(m, x, y, Linf(.1), **how))
+    assert len(asked) == how.get('steps', 40)+1
+    for now, share in zip(asked[1:], shares):
+        assert (now - x - .1*share).abs().max() < 1e-12
+
+
+class Gap(nn.Module):
+    "Class 0 unless two pixels differ by less than a sixtieth of .1"
+    def forward(self, x):
+        apart = x.flatten(1).diff(dim=1).abs()
+        return torch.cat([apart, torch.full_like(apart, .1/60)], 1)
+
+
+def test_shrinking_steps_end_in_a_gap_that_equal_ones_jump_over():
+    x = torch.full((400, 1, 1, 2), .5, dtype=torch.float64)
+    x[..., 0] += .19*torch.linspace(-1, 1, 400, dtype=torch.float64).view(-1, 1, 1)
+    y = torch.zeros(400, dtype=torch.int64)
+    fallen = lambda **how: Gap()(pgd(Gap().eval(), x, y, Linf(.1), **how)).argmax(1).sum().item()
+    assert fallen() > 240 > 1.5*fallen(steps=40, step_size=.1/8)
+    assert fallen() > 1.5*fallen(steps=40)
+
+
 def test_all_that_fall_at_once_end_the_attack():
     model = make_net()
     x, y = make_batch(model=model)

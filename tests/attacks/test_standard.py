@@ -8,7 +8,7 @@ from torch import nn
 
 from robustnb.attacks.adaptive_pgd import apgd, apgd_targeted
 from robustnb.attacks import standard
-from robustnb.attacks.gradient import margin, multi_attack, pgd
+from robustnb.attacks.gradient import full_pgd, margin, multi_attack, pgd
 from robustnb.attacks.standard import autoattack, cascade, run_cascade, search_copy
 from robustnb.core import make_generator
 from robustnb.contract import predict
@@ -236,6 +236,46 @@ def test_a_model_without_a_gradient_is_asked_by_queries(trained, short):
     assert list(seen.stages.stage) == ['clean', 'queries']
     assert seen.survives.sum() < survives(net, x, y).sum() - 3
     assert torch.equal(seen.survives, survives(net, seen.x_adv, y))
+
+
+def test_a_surrogate_helps_where_there_is_no_gradient_and_is_not_asked_elsewhere(trained, short):
+    net, x, y = trained
+    closed = Wrapped(net, after=torch.Tensor.detach).eval()
+    seen = run_cascade(closed, x, y, Linf(16/255), surrogate=net)
+    row = seen.stages.set_index('stage').loc['transfer']
+    alone = survives(net, full_pgd(net, x, y, Linf(16/255), make_generator(0)), y)
+    assert row.fallen == survives(net, x, y).sum() - alone.sum() > 3
+    assert torch.equal(seen.survives, survives(net, seen.x_adv, y))
+    torch.manual_seed(0)
+    stranger = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 10)).eval()
+    useless = run_cascade(closed, x, y, Linf(16/255), surrogate=stranger)
+    assert useless.stages.set_index('stage').loc['transfer'].fallen < row.fallen
+    with pytest.raises(ValueError, match='Call `model.eval'):
+        run_cascade(closed, x, y, Linf(16/255), surrogate=copy.deepcopy(net).train())
+    asked = []
+    watched = Wrapped(net, before=lambda x: (asked.append(len(x)), x)[1]).eval()
+    honest = run_cascade(net, x, y, Linf(2/255), surrogate=watched)
+    assert not honest.masked and sum(asked) <= 1
+    assert torch.equal(cascade(closed, x, y, Linf(16/255), surrogate=net), seen.x_adv)
+
+
+class DeadEnd(nn.Module):
+    "The leading wrong class never gets there; the other does, the opposite way"
+    def forward(self, x):
+        u = (x-.5).flatten(1).mean(1)/.1
+        return torch.stack([0*u, .4*u-1, -1.5*u-1.1], 1)
+
+
+def test_the_fast_cascade_finds_what_the_margin_runs_past():
+    x = torch.full((20, 1, 2, 2), .5)
+    y = torch.zeros(20, dtype=torch.int64)
+    net = DeadEnd().eval()
+    assert not survives(net, pgd(net, x, y, Linf(.1)), y).any()
+    assert survives(net, apgd(net, x, y, Linf(.1), loss=margin), y).all(), 'the case is worth looking at'
+    seen = run_cascade(net, x, y, Linf(.1), targets=0)
+    row = seen.stages.set_index('stage').loc['cross-entropy']
+    assert row.fallen == 20 and row.backward <= 20*20
+    assert not seen.masked and not seen.survives.any()
 
 
 @pytest.mark.parametrize('name', ('INT8', 'INT4', 'POT4', 'FLOAT4'))
