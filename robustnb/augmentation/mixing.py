@@ -8,7 +8,7 @@ __all__ = ['fractals', 'mild_operations', 'pixmix', 'augmix', 'trivial_augment',
 # %% ../../nbs/api/augmentation/40_mixing.ipynb #2fc767e0
 import colorsys, math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 import numpy as np
 import torch
 from torch import Tensor
@@ -113,6 +113,18 @@ def fractals(
             out[some] = (pictures*255).round()
     return out
 
+@lru_cache(maxsize=1)
+def _thousand(size): return fractals(1000, size)
+
+def _fitting(pictures, c, h, w):
+    "The pictures; None makes them. Raise unless they have as many channels and are as large"
+    if pictures is None:
+        pictures = _thousand(max(32, h, w))
+    if pictures.shape[3] != c or min(pictures.shape[1]-h, pictures.shape[2]-w) < 0:
+        raise ValueError(f"`pictures` must have {c} channels and at least {h} x {w} pixels, as the "
+                         f"images; got shape {pictures.shape}.")
+    return pictures
+
 # %% ../../nbs/api/augmentation/40_mixing.ipynb #da1daa89
 def mild_operations()->list:     # Transforms (x, y, generator) -> (x, y)
     "Fewer levels, other light, other contrast, a shift: what PixMix changes copies with."
@@ -144,8 +156,9 @@ def _combined(a, b, beta, generator):
 
 # %% ../../nbs/api/augmentation/40_mixing.ipynb #97f3c935
 def pixmix(
-    # What to mix with: uint8 (M,H,W,C), at least as large as the images, e.g. `fractals(1000)`
-    pictures:np.ndarray,
+    # What to mix with: uint8 (M,H,W,C), at least as large as the images; None makes `fractals(1000)` when
+    # the first images come, which all calls share
+    pictures:np.ndarray|None=None,
     rounds:int=4,          # Most combinations of an image, >= 0; each has a number of its own
     beta:float=3,          # Of the weights, above 0; larger leaves more of the image
     operations=None,       # Transforms that change copies; None takes `mild_operations`
@@ -155,12 +168,11 @@ def pixmix(
     if not 0 < beta < math.inf: raise ValueError(f"`beta` must be above 0; got {beta}.")
     operations = mild_operations() if operations is None else list(operations)
     change = one_of(*operations)
+    count = 1000 if pictures is None else len(pictures)
     @torch.no_grad()
     def mixed(x, y, generator):
         n, c, h, w = x.shape
-        if pictures.shape[3] != c or min(pictures.shape[1]-h, pictures.shape[2]-w) < 0:
-            raise ValueError(f"`pictures` must have {c} channels and at least {h} x {w} pixels, as the "
-                             f"images; got shape {pictures.shape}.")
+        others = _fitting(pictures, c, h, w)
         def perhaps(plain):
             copies = apply_noted(change, x, y, generator)[0]
             return torch.where(torch.rand(n, 1, 1, 1, generator=generator) < .5, copies, plain)
@@ -168,10 +180,10 @@ def pixmix(
         wanted = torch.randint(rounds+1, (n, 1, 1, 1), generator=generator)
         note(rounds=wanted)
         for i in range(rounds):
-            other = perhaps(_cut(pictures, n, h, w, generator).to(x))
+            other = perhaps(_cut(others, n, h, w, generator).to(x))
             out = torch.where(i < wanted, _combined(out, other, beta, generator), out)
         return out, y
-    mixed.said = 'pixmix', f'{len(pictures)} pictures', rounds, beta, *operations
+    mixed.said = 'pixmix', f'{count} pictures', rounds, beta, *operations
     return mixed
 
 # %% ../../nbs/api/augmentation/40_mixing.ipynb #760b4432

@@ -9,7 +9,7 @@ __all__ = ['baseline_names', 'baseline_mixture']
 from functools import partial
 import numpy as np
 from ..augmentation.transforms import gaussian_noise, sometimes
-from ..augmentation.mixing import augmix, auto_augment, fractals, pixmix, trivial_augment
+from ..augmentation.mixing import augmix, auto_augment, pixmix, trivial_augment
 from ..augmentation.soft_labels import cutmix, label_smoothing
 from .training_sets import unchanged
 
@@ -18,14 +18,15 @@ baseline_names = ('clean', 'smoothed', 'augmix', 'trivial', 'auto', 'pixmix', 'n
 
 def baseline_mixture(
     name:str,              # One of `baseline_names`
-    # What `pixmix` mixes with: uint8 (M,H,W,3), at least as large as the images; None makes 1,000 fractals
+    # What `pixmix` mixes with: uint8 (M,H,W,3), at least as large as the images; None is 1,000 fractals, made
+    # when they are needed
     pictures:np.ndarray|None=None,
 )->dict:                   # `sources` and `proportions` for `build_training_set`
     "A training set without a search, as a plan."
     if name not in baseline_names:
         raise ValueError(f"`name` must be one of {', '.join(baseline_names)}; got {name!r}.")
     if name == 'pixmix':
-        transform = pixmix(fractals(1000) if pictures is None else pictures)
+        transform = pixmix(pictures)
     else:
         transform = dict(
             clean=unchanged, smoothed=partial(label_smoothing, alpha=.1), augmix=augmix(),

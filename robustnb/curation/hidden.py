@@ -95,11 +95,12 @@ def hidden_set(
     seed:int=20220209,   # Frozen: everyone who uses the same networks gets the same images
     effort:float=1,      # Share of the attack steps
     proportions:dict=hidden_mixture, # Family -> proportion, sum 1
+    folder=None,         # Where finished families are kept and found again; None keeps nothing
     # The images; `rows` has `family` and `slice`: 'public_a', 'public_b' (a quarter each) or 'final'
 )->TrainingSet:
     "Tampered test images, frozen by their seed."
     made = build_training_set(pool, families(models, effort), proportions, n=n, seed=seed,
-                              batch_size=100)
+                              batch_size=100, folder=folder)
     place = np.random.default_rng(subseed(seed, 'slice')).permutation(n)*4//n
     made.rows = made.rows.rename(columns=dict(source='family')).assign(
         slice=np.array(['public_a', 'public_b', 'final', 'final'])[place])

@@ -27,7 +27,7 @@ from ..attacks.transferable import di_fgsm, ensemble, ti_fgsm
 from ..attacks.perceptual import advdrop, recolor, wasserstein
 from ..attacks.standard import cascade
 from .selection import (
-    balanced, by_entropy, hardest_version, most_misclassified, second_highest, succeeded)
+    among, balanced, by_entropy, hardest_version, most_misclassified, second_highest, succeeded)
 from .training_sets import (
     attacked, build_training_set, concatenate_sets, TrainingSet, unchanged)
 
@@ -83,8 +83,7 @@ def _plan(sources, proportions):
     "A plan that keeps successful adversarial images only"
     attacks = [name for name in sources if name == 'adversarial']
     return dict(sources=sources, proportions=proportions,
-                select={name: succeeded for name in attacks},
-                candidates={name: 4 for name in attacks})
+                select={name: among(4, succeeded) for name in attacks})
 
 # %% ../../nbs/api/curation/50_published.ipynb #8fbbc79d
 def _ladder(nets):
@@ -191,20 +190,19 @@ def _choosing_teams(nets, teacher, k):
         kanra=dict(
             sources=dict(clean=unchanged, corrupted=corrupted, adversarial=against_teacher),
             proportions=dict(clean=.36, corrupted=.24, adversarial=.4),
-            select=dict(clean=balanced(partial(by_entropy, models=judge)),
-                        corrupted=partial(hardest_version, models=judge, then=decided),
-                        adversarial=decided),
-            candidates=dict(clean=3, corrupted=30, adversarial=2)),
+            select=dict(clean=among(3, balanced(partial(by_entropy, models=judge))),
+                        corrupted=among(30, partial(hardest_version, models=judge, then=decided)),
+                        adversarial=among(2, decided))),
         second=dict(
             sources=dict(clean=unchanged), proportions=dict(clean=1),
-            select=partial(second_highest, models=all_nets, wrong_first=True), candidates=2),
+            select=among(2, partial(second_highest, models=all_nets, wrong_first=True))),
         tenth=dict(
             sources=dict(corrupted=[chain(o, partial(label_smoothing, alpha=.09))
                                     for o in corrupted]),
-            proportions=dict(corrupted=1), select=balanced(most_wrong), candidates=3),
+            proportions=dict(corrupted=1), select=among(3, balanced(most_wrong))),
         lz_ch=dict(
             sources=dict(clean=unchanged, mined=through), proportions=dict(clean=.2, mined=.8),
-            select=dict(mined=most_wrong), candidates=dict(mined=2)))
+            select=dict(mined=among(2, most_wrong))))
 
 # %% ../../nbs/api/curation/50_published.ipynb #a2d1fb08
 published_names = ('clean', 'noise', 'augmented', 'fgsm_l2', 'lyx3911', 'lyx3911_last',
@@ -218,7 +216,7 @@ def published_mixture(
     teacher=None,
     generated:ImageSet|None=None, # Images from a generator, for `lyx3911_generated`
     effort:float=1,       # Share of the published attack steps, above 0
-    # `sources`, `proportions` and where needed `select` and `candidates`, for `build_training_set`
+    # `sources`, `proportions` and where needed `select`, for `build_training_set`
 )->dict:
     "A published training set as a plan."
     if name not in published_names:

@@ -10,7 +10,7 @@ from functools import partial
 from ..augmentation.transforms import (
     chain, gamma, gaussian_noise, photometric, posterize, salt_and_pepper, uniform_noise)
 from ..augmentation.corruptions import corruption, corruption_names
-from ..augmentation.mixing import fractals, pixmix
+from ..augmentation.mixing import pixmix
 from ..augmentation.soft_labels import cutmix, mixup, teacher_labels
 from ..attacks.gradient import pgd
 from ..attacks.threat_models import L2, Linf
@@ -36,7 +36,7 @@ def builder_sources(
     corrupted = [corruption(o, s) for s in (1, 2, 3) for o in corruption_names
                  if o not in held_out_corruptions]
     return dict(
-        clean=unchanged, cutmix=cutmix, mixup=mixup, pixmix=pixmix(fractals(1000)), noise=noises,
+        clean=unchanged, cutmix=cutmix, mixup=mixup, pixmix=pixmix(), noise=noises,
         corrupted=corrupted, light=lights,
         linf=on(partial(mi_fgsm, steps=k(10)), *(Linf(e/255) for e in (8, 12, 16))),
         l2=on(partial(pgd, steps=k(10)), L2(1.5)))

@@ -12,26 +12,25 @@ import numpy as np
 import pandas as pd
 from ..core import subseed
 from ..data import ImageSet
-from .selection import balanced, everything, is_wrong, most_misclassified
+from .selection import among, balanced, everything, is_wrong, most_misclassified
 from .training_sets import (
     _least_used, apportion, build_training_set, concatenate_sets, TrainingSet)
 from .hidden import rank_training_sets
 
 # %% ../../nbs/api/curation/60_search.ipynb #9b7b3091
-def _of_source(option, name):
-    "What an option says about one source"
-    if not isinstance(option, dict): return option
-    return {name: option[name]} if name in option else {}
-
 def build_bank(
     pool:ImageSet,      # Clean images
     sources:dict,       # As for `build_training_set`
     n:int,              # Images of each source
-    **options,          # `select`, `candidates`, `seed`, `batch_size` and `folder` of `build_training_set`
+    select=everything,  # Policy, or one for each source by name, `everything` for the rest
+    seed:int=0,         # Everything random
+    batch_size:int=1000, # Images a transform sees at a time; part of the result
+    folder=None,        # Where finished sources are kept and found again; None keeps nothing
 )->dict:                # Name -> `TrainingSet` of `n` images
     "Each source on its own."
-    return {name: build_training_set(pool, {name: source}, {name: 1.}, n,
-                                     **{k: _of_source(v, name) for k, v in options.items()})
+    policy = lambda name: select.get(name, everything) if isinstance(select, dict) else select
+    return {name: build_training_set(pool, {name: source}, {name: 1.}, n, policy(name), seed, batch_size,
+                                     folder)
             for name, source in sources.items()}
 
 # %% ../../nbs/api/curation/60_search.ipynb #70dedeab
@@ -86,8 +85,8 @@ def mine_errors(
 
         name = f'round {i+1}'
         parts.append(build_training_set(pool, {name: list(versions)}, {name: 1.}, q,
-                                        select=hardest if models else balanced(everything),
-                                        candidates=candidates, seed=seed+i))
+                                        among(candidates, hardest if models else balanced(everything)),
+                                        seed+i))
         log.append(dict(round=i+1, images=sum(map(len, parts))) | notes)
     return concatenate_sets(parts), pd.DataFrame(log)
 
@@ -104,8 +103,15 @@ def random_mixtures(
     return {f'random {i+1}': {name: float(v/d.sum()) for name, v in zip(names, d) if v}
             for i, d in enumerate(draws)}
 
+def _refuse_sizes(sets):
+    sizes = {k: len(v) for k, v in sets.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError("`plans` must give sets of one size, as networks take more steps on larger ones; "
+                         f"got {', '.join(f'{k} {n}' for k, n in sizes.items())}.")
+
 def successive_halving(
-    plans:dict,          # Name -> proportions
+    # Name -> proportions; or an `ImageSet` that is ready, such as a baseline, and races as it is
+    plans:dict,
     build:Callable,      # proportions -> training set, such as `lambda p: mix(bank, p, 10_000)`
     # Functions of a dict of training sets that return rows of `score_training_sets`, cheapest first
     levels:list,
@@ -119,7 +125,9 @@ def successive_halving(
     left = list(plans)
     parts = []
     for i, level in enumerate(levels):
-        table = rank_training_sets(level({k: build(plans[k]) for k in left}), slices)
+        sets = {k: p if isinstance(p := plans[k], ImageSet) else build(p) for k in left}
+        _refuse_sizes(sets)
+        table = rank_training_sets(level(sets), slices)
         parts.append(table.reset_index(names='plan').assign(level=i+1))
         left = table.index[:max(1, round(keep*len(table)))].tolist()
     return pd.concat(parts, ignore_index=True)

@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['predict_all', 'entropy', 'everything', 'succeeded', 'is_wrong', 'misclassified', 'most_misclassified',
-           'second_highest', 'by_entropy', 'gradient_norm', 'low_gradient_norm', 'balanced', 'hardest_version']
+           'second_highest', 'by_entropy', 'gradient_norm', 'low_gradient_norm', 'worst_kinds', 'among', 'balanced',
+           'hardest_version']
 
 # %% ../../nbs/api/curation/10_selection.ipynb #3b17420a
 from collections.abc import Callable
+from functools import partial
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from ..core import to_float
-from ..contract import predict
+from ..core import batches, to_float
+from ..contract import open_model, predict
+from ..augmentation.transforms import describe
+from ..attacks.gradient import loss_and_grad
 
 # %% ../../nbs/api/curation/10_selection.ipynb #9bc49ea1
 def _several(models):
@@ -144,15 +148,16 @@ def gradient_norm(
     batch_size:int=250,   # Images at a time
 )->torch.Tensor:          # Mean over the networks (M,), >= 0
     "Length of the gradient of the cross-entropy with regard to the pixels (in [0,1])."
-    models = _several(models)
+    models = [open_model(m, to_float(images[:1])) for m in _several(models)]
+    loss = lambda logits, y: -(y*logits.log_softmax(1)).sum(1)
     lengths = torch.zeros(len(images))
-    for i in range(0, len(images), batch_size):
-        part = slice(i, i+batch_size)
-        y = torch.as_tensor(labels[part])
+    for s in batches(len(images), batch_size):
+        x = to_float(images[s])
+        y = torch.as_tensor(labels[s])
         for model in models:
-            x = to_float(images[part]).requires_grad_()
-            loss = -(y*model(x).log_softmax(1)).sum()
-            lengths[part] += torch.autograd.grad(loss, x)[0].flatten(1).norm(dim=1)/len(models)
+            device = next(model.parameters(), x).device
+            slope = loss_and_grad(model, x.to(device), y.to(device), loss)[1]
+            lengths[s] += slope.flatten(1).norm(dim=1).cpu()/len(models)
     return lengths
 
 def low_gradient_norm(
@@ -166,11 +171,55 @@ def low_gradient_norm(
     "The easiest images first (EasyCore, Ramesh et al. 2025, arXiv:2510.11018)."
     return _ranked(-gradient_norm(models, images, labels), n, generator)
 
+# %% ../../nbs/api/curation/10_selection.ipynb #a3019d02
+def worst_kinds(
+    images:np.ndarray,    # Candidates, uint8 (M,H,W,C)
+    labels:np.ndarray,    # Their soft labels (M,K)
+    rows:pd.DataFrame,    # One row for each, with the column `transform`
+    n:int,                # How many are wanted
+    generator:torch.Generator, # Which images of a kind
+    models=(),            # Classifiers to query
+)->np.ndarray:            # Positions, at most `n`; kinds without an error come last
+    "As many images of each kind as it has of the errors."
+    wrong = is_wrong(models, images, labels).double().mean(0).numpy()
+    lot = torch.randperm(len(images), generator=generator).numpy()
+    kind = rows['transform'].to_numpy()[lot]
+    error = pd.Series(wrong[lot]).groupby(kind).transform('mean')
+    seat = error.groupby(kind).cumcount() + .5
+    return lot[np.argsort(seat/error.clip(lower=1e-9), kind='stable')[:n]]
+
+# %% ../../nbs/api/curation/10_selection.ipynb #a3019c01
+def _fact(policy, name, otherwise):
+    "What a policy says of itself, also inside `functools.partial`"
+    while isinstance(policy, partial):
+        policy = policy.func
+    return getattr(policy, name, otherwise)
+
+def _refuse_among(policy, argument):
+    if _fact(policy, 'candidates', None) is not None:
+        raise ValueError(f"`{argument}` must be a policy without `among`, whose number a builder would not "
+                         f"see in there; got {describe(policy)}. Put `among` around the whole.")
+
+def among(
+    candidates:float,  # That may be made for each image wanted, >= 1
+    policy:Callable=everything, # Which of them is taken: (images, labels, rows, n, generator) -> positions
+)->Callable:           # The same contract
+    "A policy that has several candidates to choose from."
+    if not 1 <= candidates < np.inf:
+        raise ValueError(f"`candidates` must be at least 1, for each image wanted; got {candidates!r}.")
+    _refuse_among(policy, 'policy')
+    def choose(images, labels, rows, n, generator): return policy(images, labels, rows, n, generator)
+    choose.candidates = candidates
+    choose.one_by_one = _fact(policy, 'one_by_one', False)
+    choose.said = 'among', candidates, policy
+    return choose
+
 # %% ../../nbs/api/curation/10_selection.ipynb #2d31bbde
 def balanced(
     policy:Callable,   # (images, labels, rows, n, generator) -> positions
 )->Callable:           # The same contract
     "The same number from every class, up to one."
+    _refuse_among(policy, 'policy')
     def each_class(images, labels, rows, n, generator):
         y = labels.argmax(1)
         K = labels.shape[1]
@@ -196,6 +245,7 @@ def hardest_version(
     then:Callable=everything, # Policy that chooses among the hardest versions
 )->np.ndarray:            # Positions, at most `n`
     "For each source image its most undecided version."
+    _refuse_among(then, 'then')
     undecided = entropy(predict_all(models, images).mean(0)).numpy()
     at = pd.Series(undecided).groupby(rows['image'].to_numpy()).idxmax().to_numpy()
     return at[then(images[at], labels[at], rows.iloc[at], n, generator)]

@@ -30,7 +30,7 @@ from ..augmentation.transforms import describe
 from ..augmentation.corruptions import corruption_names
 from ..attacks.gradient import to_the_end
 from ..attacks.standard import search_copy
-from .selection import everything
+from .selection import _fact, everything
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #f4c109a4
 _copies = WeakKeyDictionary()    # network -> what it was, and the copies made of it
@@ -179,7 +179,6 @@ class _Order:
     name:str
     versions:list
     n:int
-    candidates:float
     policy:Callable
     seed:int
     batch_size:int
@@ -238,17 +237,13 @@ def _named_made(order, *args):
         raise ValueError(f"source {order.name!r} failed: {e}") from e
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #b5fbd487
-def _judges_one_by_one(policy):
-    while isinstance(policy, partial):
-        policy = policy.func
-    return getattr(policy, 'one_by_one', False)
-
 def _filled(order, pool, used):
     "Images, labels and rows that one source delivers, given how often each photograph was used before"
-    most = ceil(order.n*order.candidates)
-    alone = _judges_one_by_one(order.policy)
+    candidates = _fact(order.policy, 'candidates', 1)
+    most = ceil(order.n*candidates)
+    alone = _fact(order.policy, 'one_by_one', False)
     rng = np.random.default_rng(subseed(order.seed, 'order', order.name))
-    each = 1 if alone else int(order.candidates)
+    each = 1 if alone else int(candidates)
     image, version = _assigned(most, pool, len(order.versions), each, used, rng)
     generator = make_generator(order.seed, 'select', order.name)
     parts = []
@@ -265,8 +260,8 @@ def _filled(order, pool, used):
         full += len(kept)
     if full < order.n:
         raise ValueError(f"source {order.name!r} must give {order.n} images; {describe(order.policy)} "
-                         f"lets {full} of {most} candidates through. Raise `candidates` (now "
-                         f"{order.candidates}), or lower its proportion.")
+                         f"lets {full} of {most} candidates through. Lower its proportion, "
+                         f"or let it choose `among` more than {candidates} for each image wanted.")
     images, labels, rows = zip(*parts)
     return np.concatenate(images), np.concatenate(labels), pd.concat(rows, ignore_index=True)
 
@@ -304,7 +299,7 @@ def apportion(
     return dict(zip(proportions, whole.tolist()))
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #c675fdb7
-def _check_plan(sources, proportions, n, options):
+def _check_plan(sources, proportions, n, select):
     "Raise unless the proportions can be built"
     def refuse_unknown(argument, names):
         unknown = [k for k in names if k not in sources]
@@ -320,40 +315,33 @@ def _check_plan(sources, proportions, n, options):
     if not 1 <= n <= 50_000:
         raise ValueError("`n` must be between 1 and 50,000 images, the competition's limit; "
                          f"got {n}.")
-    for argument, option in options.items():
-        if isinstance(option, dict):
-            refuse_unknown(argument, option)
+    if isinstance(select, dict):
+        refuse_unknown('select', select)
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #c430d81a
-def _running(batch_size=1000, folder=None): return batch_size, folder
-
 def build_training_set(
     pool:ImageSet,       # Clean images with labels
     sources:dict,        # Name -> transform, list of versions, or (pool, one of these)
     proportions:dict,    # Name -> proportion of the images, in [0,1]; sum 1
     n:int=50_000,        # Images wanted, at most 50,000
-    select=everything,   # Policy from `selection`, or one for each source by name; `everything` for the rest
-    # Candidates that may be made for each image wanted, >= 1, or a number for each source by name; 1
-    # for the rest
-    candidates=1,
+    # Policy from `selection`, or one for each source by name, `everything` for the rest. One candidate is
+    # made for each image wanted, with `among(k, policy)` up to `k`
+    select=everything,
     seed:int=0,          # Everything random
-    # `batch_size`: images a transform sees at a time, 1000; part of the result: it draws for a batch.
-    # `folder`: where finished sources are kept and found again; None, the default, keeps nothing
-    **running,
+    batch_size:int=1000, # Images a transform sees at a time, >= 1; part of the result: it draws for a batch
+    folder=None,         # Where finished sources are kept and found again; None keeps nothing
 )->TrainingSet:          # `n` images in mixed order
     "Images from several sources in given proportions."
-    _check_plan(sources, proportions, n, dict(select=select, candidates=candidates))
-    batch_size, folder = _running(**running)
+    _check_plan(sources, proportions, n, select)
+    if not batch_size >= 1: raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
     used = {}
     parts = []
     for name, q in apportion(proportions, n).items():
         if not q: continue
-        c = candidates.get(name, 1) if isinstance(candidates, dict) else candidates
         policy = select.get(name, everything) if isinstance(select, dict) else select
-        if not c >= 1: raise ValueError(f"`candidates` must be at least 1; got {c} for {name!r}.")
         own, versions = _versions(sources[name], pool)
         counts = used.setdefault(id(own), np.zeros(len(own), int))
-        order = _Order(name, versions, q, c, policy, seed, batch_size)
+        order = _Order(name, versions, q, policy, seed, batch_size)
         parts.append(_kept(folder, order, own, counts))
         np.add.at(counts, parts[-1][2]['image'].to_numpy(), 1)
     images, labels, rows = zip(*parts)

@@ -201,6 +201,7 @@ def held_out_set(
     n:int=6_000,          # Images wanted, at most 50,000; families differ by one at most
     seed:int=20261129,    # Frozen: everyone who uses the same networks gets the same images
     effort:float=1,       # Share of the attack steps
+    folder=None,          # Where finished families are kept and found again; None keeps nothing
     # The images; `rows` has `family`, `kind` ('clean', 'seen' or 'unseen') and `slice`, which each family
     # fills alike: 'public_a', 'public_b' (a quarter each) or 'final'
 )->TrainingSet:
@@ -211,7 +212,7 @@ def held_out_set(
     known = seen_families(models, effort)
     sources = dict(clean=[unchanged], **known, **unseen_families(others, effort))
     made = build_training_set(pool, sources, dict.fromkeys(sources, 1/len(sources)), n=n, seed=seed,
-                              batch_size=100)
+                              batch_size=100, folder=folder)
     family = made.rows['source']
     place = pd.Series(np.random.default_rng(subseed(seed, 'slice')).permutation(n))
     turn = place.groupby(family).rank().astype(int) + family.map({k: i for i, k in enumerate(sources)})

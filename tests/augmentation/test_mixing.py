@@ -139,6 +139,28 @@ def test_pictures_that_do_not_fit(wrong):
         M.pixmix(wrong)(x, y, seeded())
 
 
+def test_pictures_are_made_at_the_first_image_once_and_are_the_same_as_given(monkeypatch):
+    asked = []
+    def few(n, size):
+        asked.append((n, size))
+        return np.random.default_rng(size).integers(0, 256, (7, size, size, 3), dtype=np.uint8)
+    monkeypatch.setattr(M, 'fractals', few)
+    M._thousand.cache_clear()
+    lazy, again = M.pixmix(), M.pixmix(rounds=4)
+    assert not asked
+    assert describe(lazy) == describe(M.pixmix(np.zeros((1000, 8, 8, 3), np.uint8)))
+    out = lazy(x, y, seeded())[0]
+    assert (again(x, y, seeded())[0] == out).all()
+    assert asked == [(1000, 32)]
+    assert (M.pixmix(few(1000, 32))(x, y, seeded())[0] == out).all()
+    large = torch.rand(2, 3, 40, 36, generator=seeded())
+    assert lazy(large, y[:2], seeded())[0].shape == large.shape
+    assert asked[-1] == (1000, 40)
+    with pytest.raises(ValueError, match='`pictures` must have 1 channels'):
+        lazy(x[:, :1], y, seeded())
+    M._thousand.cache_clear()
+
+
 def test_every_augmentation_has_its_name():
     names = [describe(o) for o in (M.augmix(1, 2), M.trivial_augment(), M.auto_augment())]
     assert names == ['augmix(1, 2)', 'trivial_augment()', 'auto_augment()']

@@ -3,7 +3,9 @@ import numpy as np
 import pytest
 
 from helpers_curation import nets, pool, probabilities
+from robustnb.augmentation import mixing
 from robustnb.augmentation.corruptions import corruption
+from robustnb.curation.baselines import baseline_mixture
 from robustnb.curation.recipe import (
     builder_sources, robust_mixture, robust_proportions, teaching_mixture)
 from robustnb.curation.training_sets import build_training_set
@@ -20,6 +22,17 @@ def test_nothing_unseen_is_a_source():
     for plan in (teaching_mixture(networks), robust_mixture(networks)):
         assert set(plan['sources']) == set(plan['proportions']) <= set(sources)
         assert sum(plan['proportions'].values()) == pytest.approx(1)
+
+
+def test_plans_make_no_fractals(monkeypatch):
+    def refuse(*_): raise AssertionError('nobody asked for an image')
+    monkeypatch.setattr(mixing, 'fractals', refuse)
+    mixing._thousand.cache_clear()
+    builder_sources(networks)
+    robust_mixture(networks)
+    plan = teaching_mixture(networks)
+    build_training_set(pool, dict(clean=plan['sources']['clean']), dict(clean=1.), n=9)
+    baseline_mixture('pixmix')
 
 
 def test_labels_are_the_weighted_mean_of_opinion_and_label():

@@ -8,8 +8,8 @@ import pytest
 from helpers_curation import is_wrong, marking, nets, pool, seeded
 from robustnb.curation.search import (
     build_bank, mine_errors, mix, random_mixtures, successive_halving)
-from robustnb.curation.selection import by_entropy
-from robustnb.curation.training_sets import unchanged
+from robustnb.curation.selection import among, by_entropy
+from robustnb.curation.training_sets import build_training_set, unchanged
 
 marks = dict(a=marking(1), b=marking(2))
 
@@ -36,8 +36,7 @@ def test_a_mixture_uses_the_pool_evenly_and_follows_its_seed():
 
 def test_options_of_a_bank_go_to_their_source():
     undecided = partial(by_entropy, models=nets)
-    bank = build_bank(pool, dict(a=unchanged, b=unchanged), 5, select=dict(a=undecided),
-                      candidates=dict(a=18))
+    bank = build_bank(pool, dict(a=unchanged, b=unchanged), 5, select=dict(a=among(18, undecided)))
     rows = pd.DataFrame(dict(image=np.arange(90), success=None))
     best = undecided(pool.images, pool.labels, rows, 5, seeded())
     assert set(bank['a'].rows['image']) == set(best)
@@ -70,8 +69,8 @@ def test_mining_queries_the_networks_of_the_round_before():
 
 
 def ninths(proportions):
-    "A stand-in for a training set: the ninths of source a"
-    return round(9*proportions['a'])
+    "A stand-in for a training set of nine images: the ninths of source a"
+    return [round(9*proportions['a'])]*9
 
 
 plans = {f'p{i}': dict(a=i/9, b=1-i/9) for i in range(10)}
@@ -80,7 +79,7 @@ plans = {f'p{i}': dict(a=i/9, b=1-i/9) for i in range(10)}
 def count_ninths(sets):
     "The public slice likes source a, the final one source b"
     return pd.DataFrame([dict(set=k, model='n', seed=0, family='clean', slice=c, n=9,
-                              correct=v if c == 'public_a' else 9-v)
+                              correct=v[0] if c == 'public_a' else 9-v[0])
                          for k, v in sets.items() for c in ('public_a', 'final')])
 
 
@@ -98,6 +97,25 @@ def test_halving_by_hand():
 def test_halving_by_another_slice():
     table = successive_halving(plans, ninths, [count_ninths]*2, keep=.3, slices=('final',))
     assert table.plan.iloc[-3:].tolist() == ['p0', 'p1', 'p2']
+
+
+def test_a_baseline_races_as_it_is():
+    built = []
+    def build(plan):
+        built.append(plan)
+        return mix(bank_of_marks, plan, 18)
+    bank_of_marks = build_bank(pool, marks, 20)
+    clean = build_training_set(pool, dict(clean=unchanged), dict(clean=1.), 18)
+    def level(sets):
+        "How many images have no mark"
+        return pd.DataFrame([dict(set=k, model='n', seed=0, family='clean', slice='final', n=18,
+                                  correct=(v.images[:, 0, 0, 0] > 2).sum()) for k, v in sets.items()])
+    mixtures = dict(a=dict(a=1.), b=dict(a=.5, b=.5))
+    table = successive_halving(mixtures | dict(clean=clean), build, [level]*2, slices='final')
+    assert table[table.level == 2].plan.tolist() == ['clean']
+    assert built == [*mixtures.values()]
+    with pytest.raises(ValueError, match='`plans` must give sets of one size.*a 18, b 18, clean 10'):
+        successive_halving(mixtures | dict(clean=clean[:10]), build, [level], slices='final')
 
 
 @pytest.mark.parametrize('bad', (0, 1, float('nan')))

@@ -3,6 +3,7 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 
 from helpers_curation import is_wrong, nets, pool, probabilities, seeded
@@ -86,6 +87,61 @@ def test_balanced_gives_each_class_as_many_up_to_one():
     assert len(missing) == 0
 
 
+def test_worst_kinds_by_hand():
+    "Seats by Webster's method, found by trying divisors"
+    kind = np.array(['a', 'b', 'c'])[np.arange(90)*7 % 3]
+    right = np.arange(90) < 20
+    labels = np.eye(3)[np.where(right & (kind == 'a') | (kind == 'c') & (np.arange(90) % 2 == 0),
+                                probabilities(pool.images).argmax(1), (pool.y+1) % 3)]
+    mistakes = probabilities(pool.images).argmax(1) != labels.argmax(1)
+    error = pd.Series(mistakes).groupby(kind).mean()
+    rows = pd.DataFrame(dict(transform=kind))
+    for n in (7, 20, 33):
+        at = S.worst_kinds(pool.images, labels, rows, n, seeded(), models=nets[0])
+        seats = pd.Series(kind[at]).value_counts().reindex(error.index)
+        rounded = [np.floor(error/d + .5) for d in np.linspace(.005, 1, 20_000)]
+        expected = next(o for o in rounded if o.sum() <= n)
+        assert expected.sum() == n
+        assert seats.tolist() == expected.tolist()
+        assert len({*at}) == n
+    others = S.worst_kinds(pool.images, labels, rows, 33, make_generator(1), models=nets[0])
+    assert {*others} != {*at}, 'images within a kind are drawn'
+
+
+def test_kinds_without_an_error_come_last_and_none_gives_more_than_it_has():
+    labels = np.eye(3)[probabilities(pool.images).argmax(1)]
+    labels[:10] = np.roll(labels[:10], 1, 1)
+    rows = pd.DataFrame(dict(transform=np.where(np.arange(90) < 10, 'fog', 'clean')))
+    at = S.worst_kinds(pool.images, labels, rows, 15, seeded(), models=nets[0])
+    assert {*at[:10]} == {*range(10)}
+    assert len({*at}) == 15
+
+
+def test_among_is_the_policy_with_a_number():
+    undecided = partial(S.by_entropy, models=nets)
+    wrong_ones = partial(S.misclassified, models=nets)
+    for policy, alone in ((S.succeeded, True), (undecided, False), (wrong_ones, True)):
+        lucky = S.among(4, policy)
+        rows = pd.DataFrame(dict(image=np.arange(90), success=[True, None, False]*30))
+        assert chosen(lucky, 12, rows=rows).tolist() == chosen(policy, 12, rows=rows).tolist()
+        assert lucky.candidates == 4
+        assert lucky.one_by_one is alone
+
+
+@pytest.mark.parametrize('candidates', (0, .9, float('nan'), float('inf')))
+def test_among_refuses_numbers(candidates):
+    with pytest.raises(ValueError, match='`candidates` must be at least 1'):
+        S.among(candidates)
+
+
+@pytest.mark.parametrize('make, name', (
+    (S.balanced, 'policy'), (lambda o: S.among(2, o), 'policy'), (lambda o: S.among(2, partial(o)), 'policy'),
+    (lambda o: chosen(S.hardest_version, models=nets, then=o), 'then')))
+def test_a_number_that_nobody_would_see_is_refused(make, name):
+    with pytest.raises(ValueError, match=f'`{name}` must be a policy without `among`'):
+        make(S.among(3))
+
+
 def test_balanced_takes_the_best_of_each_class_first():
     best = [np.flatnonzero(pool.y == k)[np.argsort(-entropy[pool.y == k])[:2]] for k in range(3)]
     top = chosen(S.balanced(partial(S.by_entropy, models=nets)), 6)
@@ -117,6 +173,25 @@ def test_gradient_norm_by_finite_differences():
             slopes.append((loss(x+step) - loss(x-step))/2e-5)
         expected = expected + torch.stack(slopes).norm(dim=0)/len(nets)
     assert torch.allclose(S.gradient_norm(nets, images, labels, 4).double(), expected, atol=1e-4)
+
+
+def test_gradients_are_those_of_the_attacks():
+    "A model that computes its own is asked for them; one without any, and one that answers NaN, are refused"
+    class Own(torch.nn.Module):
+        def forward(self, x): return nets[0](x)
+        def loss_and_grad(self, x, y, loss):
+            assert loss(nets[0](x), y).shape == (len(x),)
+            return None, torch.full_like(x, .5), None
+    images, labels = pool.images[:6], pool.labels[:6]
+    assert torch.allclose(S.gradient_norm(Own().eval(), images, labels), torch.full((6,), .5*192**.5))
+    class Steps(torch.nn.Module):
+        def forward(self, x): return nets[0]((9*x.detach()).round())
+    with pytest.raises(ValueError, match='`model` must be differentiable'):
+        S.gradient_norm(Steps().eval(), images, labels)
+    class Tuple(torch.nn.Module):
+        def forward(self, x): return dict(logits=nets[0](x))
+    plain = S.gradient_norm(nets[0], images, labels)
+    assert torch.allclose(S.gradient_norm(Tuple().eval(), images, labels), plain)
 
 
 def test_the_easiest_images_come_first():

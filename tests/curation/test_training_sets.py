@@ -1,4 +1,5 @@
 "Training sets are built, cut, saved and read: by hand on images small enough to check"
+import inspect
 from functools import partial
 
 import numpy as np
@@ -13,10 +14,13 @@ from robustnb.augmentation.soft_labels import mixup
 from robustnb.augmentation.transforms import chain, describe, gaussian_noise, one_of, sometimes
 from robustnb.curation import training_sets
 from robustnb.curation.contest import contest_network
-from robustnb.curation.selection import balanced, everything, misclassified, succeeded
+from robustnb.curation.selection import among, balanced, everything, misclassified, succeeded
 from robustnb.curation.training_sets import (
     attacked, build_training_set, concatenate_sets, corruption_table, load_training_set, set_card,
     summary, unchanged)
+from robustnb.curation.hidden import hidden_set
+from robustnb.curation.search import build_bank
+from robustnb.curation.unseen import held_out_set
 from robustnb.data import ImageSet
 
 
@@ -61,7 +65,7 @@ def test_versions_take_turns_or_are_all_made(candidates, images, versions):
         seen.append(rows)
         return np.arange(n)
     build_training_set(pool, dict(a=[marking(k) for k in (1, 2, 3)]), dict(a=1), 12,
-                       select=look, candidates=candidates)
+                       select=among(candidates, look))
     rows = seen[0]
     each = rows.groupby('image')['transform'].nunique()
     assert len(rows) == 12*candidates
@@ -107,7 +111,7 @@ def test_labels_attacked_are_the_likeliest():
     (dict(sources=dict(clean=(pool, []))), 'at least one transform'),
     (dict(n=50_001), '50,000'), (dict(n=0), 'between 1'),
     (dict(select=dict(nobody=everything)), '`select` must name sources'),
-    (dict(candidates=dict(clean=0)), '`candidates` must be at least 1'),
+    (dict(batch_size=0), '`batch_size` must be at least 1'),
     (dict(sources=dict(clean=lambda x, y, g: (x+1, y))),
      "source 'clean' failed: `x` must hold pixels"),
     (dict(select=partial(misclassified, models=nets, by=all),
@@ -194,7 +198,7 @@ def lucky(part, n=40, policy=succeeded, candidates=4):
     noise = np.random.default_rng(0).integers(-20, 20, images.shape)
     own = ImageSet((images+noise).astype(np.uint8), pool.labels, 3)
     made = build_training_set(own, dict(a=attacked(attack, nets[0], Linf(1.))), dict(a=1.), n,
-                              select=policy, candidates=candidates)
+                              select=among(candidates, policy))
     return attack.asked, made
 
 
@@ -209,7 +213,7 @@ def test_candidates_are_made_until_the_quota_is_full():
     assert len(made) == 40
     with pytest.raises(ValueError, match='lets 0 of 160 candidates'):
         lucky(-1.)
-    with pytest.raises(ValueError, match="must give 40 images; succeeded lets .* of 44"):
+    with pytest.raises(ValueError, match="among.1.1, succeeded. lets .* of 44 .* more than 1.1 for each"):
         lucky(.7, candidates=1.1)
 
 
@@ -261,7 +265,7 @@ def test_one_copy_for_each_network_until_its_weights_change(monkeypatch):
     seen = []
     def watched(*args, **options):
         seen.append(args[0])
-        return made(*args, **options)
+        return made(*args, **options | dict(low=False))      # exact on every processor
     made = training_sets.search_copy
     monkeypatch.setattr(training_sets, 'search_copy', watched)
     net = contest_network('preactresnet18', .05)
@@ -403,16 +407,16 @@ def test_a_killed_run_goes_on_with_the_next_source(tmp_path):
 
 
 @pytest.mark.parametrize('change', (
-    dict(seed=4), dict(n=42), dict(batch_size=20), dict(select=misclassified), dict(candidates=2),
+    dict(seed=4), dict(n=42), dict(batch_size=20), dict(select=misclassified), dict(select=among(2)),
     dict(pool=pool[1:]), dict(sources=dict(a=attacked(fgsm, nets[1], Linf(.2)))),
     dict(sources=dict(a=attacked(fgsm, nets[0], Linf(.3)))),
     dict(sources=dict(a=attacked(pgd, nets[0], Linf(.2))))))
 def test_a_kept_source_answers_its_own_question_only(change, tmp_path):
     plan = dict(pool=pool, sources=dict(a=attacked(fgsm, nets[0], Linf(.2))), proportions=dict(a=1.),
                 n=40)
-    if 'select' in change:
-        change = dict(select=partial(misclassified, models=nets[1]), candidates=4)
-        plan |= dict(select=partial(misclassified, models=nets[0]), candidates=4)
+    if change.get('select') is misclassified:
+        change = dict(select=among(4, partial(misclassified, models=nets[1])))
+        plan |= dict(select=among(4, partial(misclassified, models=nets[0])))
     for _ in range(2):
         build_training_set(**plan, folder=tmp_path)
     assert len([*tmp_path.iterdir()]) == 1
@@ -430,6 +434,24 @@ def test_a_damaged_file_of_a_source_is_refused(tmp_path):
         build()
 
 
-def test_options_that_do_not_exist():
+def test_options_are_arguments_that_can_be_seen():
+    for make in (build_training_set, build_bank, hidden_set, held_out_set):
+        parameters = inspect.signature(make).parameters
+        assert 'folder' in parameters
+        assert all(o.kind is o.POSITIONAL_OR_KEYWORD for o in parameters.values()), 'nothing is hidden in **'
     with pytest.raises(TypeError, match='unexpected keyword'):
         build_training_set(pool, dict(a=unchanged), dict(a=1.), 20, batchsize=3)
+
+
+def test_a_bank_and_hidden_images_are_kept_in_a_folder(tmp_path):
+    sources = dict(a=unchanged, b=gaussian_noise)
+    bank = [build_bank(pool, sources, 20, folder=tmp_path/'bank', batch_size=k) for k in (10, 10, 20)]
+    assert len([*(tmp_path/'bank').iterdir()]) == 4, 'the size of a batch is part of the question'
+    assert (bank[0]['b'].images == bank[1]['b'].images).all()
+    assert (bank[0]['b'].images != bank[2]['b'].images).any()
+    noisy = dict(clean=.5, noise=.5)
+    large = ImageSet(np.repeat(np.repeat(pool.images, 2, 1), 2, 2), pool.labels, 3)
+    hidden = [hidden_set(large, dict(a=nets[0]), 20, effort=.05, proportions=noisy, folder=f)
+              for f in (None, tmp_path/'hidden', tmp_path/'hidden')]
+    assert len([*(tmp_path/'hidden').iterdir()]) == 2
+    assert all((o.images == hidden[0].images).all() and o.rows.equals(hidden[0].rows) for o in hidden)
