@@ -149,7 +149,7 @@ def accessible(browser, page):
 @pytest.fixture
 def with_axe():
     import axe
-    if not axe.script(): pytest.skip('axe-core is not here: ROBUSTNB_AXE does not name axe.min.js (tools/axe.py)')
+    if not axe.script(): pytest.skip('ROBUSTNB_AXE does not name axe.min.js of axe-core (tools/axe.py)')
 
 
 def test_report_for_everybody(with_axe, browser, html, tmp_path):
@@ -161,11 +161,13 @@ KINDS = 'index', 'api/attacks/gradient', 'results/quantization_loss', 'howto/mod
 
 
 @pytest.mark.parametrize('name', KINDS)
-def test_site_for_everybody(with_axe, browser, pages, name): assert not accessible(browser, site/f'{name}.html')
+def test_site_for_everybody(with_axe, browser, pages, name):
+    assert not accessible(browser, site/f'{name}.html')
 
 
 def test_a_hindrance_is_noticed(with_axe, browser, tmp_path):
-    (tmp_path/'page.html').write_text('<!doctype html><html><title>A</title><img src="a.png">', encoding='utf-8')
+    page = '<!doctype html><html><title>A</title><img src="a.png">'
+    (tmp_path/'page.html').write_text(page, encoding='utf-8')
     found = ' '.join(accessible(browser, tmp_path/'page.html'))
     assert 'image-alt' in found
     assert 'html-has-lang' in found
