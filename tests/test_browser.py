@@ -147,3 +147,37 @@ def test_front_page_above_the_fold(browser, pages):
     browser.open((site/'index.html').as_uri(), 1280, 800)
     bottoms = browser.ask('Runtime.evaluate', expression=BOTTOMS, returnByValue=True)['result']['value']
     assert max(bottoms[:3]) <= 800 < bottoms[3]
+
+
+def accessible(browser, page):
+    "What axe-core finds serious or critical on a page, at a desk and on a telephone"
+    import axe
+    found = [o for width in WIDTHS.values() for o in axe.violations(browser, page, axe.script(), width)]
+    return [axe.line(o) for o in axe.grave(found)]
+
+
+@pytest.fixture
+def with_axe():
+    import axe
+    if not axe.script(): pytest.skip('ROBUSTNB_AXE does not name axe.min.js of axe-core (tools/axe.py)')
+
+
+def test_report_for_everybody(with_axe, browser, html, tmp_path):
+    (tmp_path/'report.html').write_text(html, encoding='utf-8')
+    assert not accessible(browser, tmp_path/'report.html')
+
+
+KINDS = 'index', 'api/attacks/gradient', 'results/quantization_loss', 'howto/model', 'tutorials/transfer'
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_site_for_everybody(with_axe, browser, pages, name):
+    assert not accessible(browser, site/f'{name}.html')
+
+
+def test_a_hindrance_is_noticed(with_axe, browser, tmp_path):
+    page = '<!doctype html><html><title>A</title><img src="a.png">'
+    (tmp_path/'page.html').write_text(page, encoding='utf-8')
+    found = ' '.join(accessible(browser, tmp_path/'page.html'))
+    assert 'image-alt' in found
+    assert 'html-has-lang' in found

@@ -1,5 +1,5 @@
 "What `make docs-check` says of a site with one fault, and that it is silent on a site without"
-import json, os, re, stat, subprocess, sys
+import ast, builtins, json, os, re, stat, subprocess, sys
 from pathlib import Path
 import pytest, torch, yaml
 from browser import find
@@ -423,3 +423,31 @@ def test_style_is_that_of_the_site():
     assert (root/'nbs'/html['css']).is_file()
     assert html['html-math-method'] == 'mathml'
     assert html['html-table-processing'] == 'none'
+
+
+def examples():
+    "The cells of the page of public names that readers paste; they run with the notebooks"
+    book = json.loads((root/'nbs/reference/names.ipynb').read_text(encoding='utf-8'))
+    sources = [''.join(o['source']) for o in book['cells'] if o['cell_type'] == 'code']
+    return [o for o in sources if not o.startswith('#|')]
+
+
+def unbound(source):
+    "Names that a cell reads without having made them"
+    nodes = list(ast.walk(ast.parse(source)))
+    made = {o.id for o in nodes if isinstance(o, ast.Name) and not isinstance(o.ctx, ast.Load)}
+    made |= {o.arg for o in nodes if isinstance(o, ast.arg)}
+    made |= {(o.asname or o.name).split('.')[0] for o in nodes if isinstance(o, ast.alias)}
+    made |= {o.name for o in nodes if isinstance(o, ast.FunctionDef)} | set(dir(builtins))
+    return {o.id for o in nodes if isinstance(o, ast.Name)} - made
+
+
+def test_every_public_name_has_an_example():
+    public = json.loads((root/'tests/public_names.json').read_text())
+    shown = set(re.findall(r'\brn\.(\w+)', ' '.join(examples())))
+    assert shown == set(public)
+
+
+def test_an_example_can_be_pasted_alone():
+    assert unbound('x + rn.pgd') == {'x', 'rn'}
+    for o in examples(): assert not unbound(o), o

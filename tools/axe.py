@@ -27,7 +27,7 @@ def violations(browser, page, axe, width=1280):
     browser.open(Path(page).resolve().as_uri(), width)
     browser.ask('Runtime.evaluate', expression=Path(axe).read_text(encoding='utf-8'))
     said = browser.ask('Runtime.evaluate', expression=RUN, awaitPromise=True, returnByValue=True)
-    if 'exceptionDetails' in said: raise RuntimeError(f'axe-core failed on {page}: {said["exceptionDetails"]}')
+    if why := said.get('exceptionDetails'): raise RuntimeError(f'axe-core failed on {page}: {why}')
     return said['result']['value']
 
 
