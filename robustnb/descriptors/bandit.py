@@ -261,7 +261,7 @@ def bandit_descriptor(
     students:list=(),        # Networks that answer like the box, best first; not changed. None are needed
     plan:Bandit=Bandit(),    # How many queries, towards the targets or away
 )->Tensor:                   # Images like `x`, pixels k/255, allowed by `threat`, never worse than the start
-    "Students, squares and remembered answers, each question to the arm that gains most."
+    "Students, squares and remembered answers, each question to the arm that gains most; or squares alone."
     x, targets, out, d, distance = begin_attack(oracle, x, targets, threat, start)
     on = _answered(distance)
     if not len(on): return out
@@ -269,7 +269,8 @@ def bandit_descriptor(
     own = [own[i] for i in on.tolist()]
     goal = _Goal(targets[on], plan.dodge)
     arms = [_Follow(o, x[on], goal.loss, own) for o in students]
-    arms += [_Squares(x[on], plan.queries, own), _Memory(x[on], goal.away)]
+    arms.append(_Squares(x[on], plan.queries, own))
+    if students: arms.append(_Memory(x[on], goal.away))
     state = out[on], d[on], goal.sign*distance[on]
     best = _rounds(oracle, x[on], state, goal, threat, arms, plan)
     return out.index_copy(0, on, best)

@@ -11,6 +11,7 @@ from robustnb.core import image_generators, make_generator, round_to_8bit
 from robustnb.descriptors import bandit
 from robustnb.descriptors.bandit import Bandit, bandit_descriptor, gain_share, smoothed_gradient
 from robustnb.descriptors.blackbox import BlackBox, descriptor_distance
+from robustnb.descriptors.query_attacks import square_descriptor
 
 
 class Linear(nn.Module):
@@ -55,6 +56,14 @@ def test_a_student_that_is_the_box_beats_all():
     both = far(attack(students=[Linear(seed=5), box])[0]).mean()
     assert right < blind and right < wrong and both < blind
     assert (far(x).mean()-right) > 1.5*(far(x).mean()-blind)
+
+
+def test_without_students_it_is_square_question_for_question():
+    for seed in (0, 3):
+        asked, other = BlackBox(box, 60), BlackBox(box, 60)
+        got = bandit_descriptor(asked, x, targets, rule, make_generator(seed), plan=Bandit(20))
+        square = square_descriptor(other, x, targets, rule, make_generator(seed), queries=20)
+        assert torch.equal(got, square) and asked.used == other.used
 
 
 def test_dodging_is_the_other_way():
