@@ -8,8 +8,8 @@
 whose copies are others. Tools run in turn within each repetition, on one thread, after a run on ten images
 that is not counted. `seconds` are of the processor. PGD of foolbox takes 40 steps from a random start, of an
 eighth of the budget (L2: 2.5 budgets in all); `pgd` is this package's as it comes, from a random start. A row
-per network, threat, repetition and tool, in results/attacks_speed.csv; tools whose rows are there with as many
-photographs are not measured again: delete rows to have them measured anew.
+per network, threat, repetition and tool, in results/attacks_speed.csv; tools whose rows are there with as
+many photographs are not measured again: delete rows to have them measured anew.
 """
 import argparse, subprocess, sys, tempfile, time
 from functools import partial
