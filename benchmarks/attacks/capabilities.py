@@ -30,7 +30,7 @@ helpers = 'check_attack', 'run_cascade'      # they take the same arguments and 
 
 
 def attacks():
-    "Module and function of each attack but those of foolbox, which need minutes each"
+    "Module and function of each attack but those of foolbox, which take minutes"
     for m in pkgutil.iter_modules(robustnb.attacks.__path__):
         if m.name == 'adapters': continue
         module = importlib.import_module(f'robustnb.attacks.{m.name}')
