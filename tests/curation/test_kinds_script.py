@@ -31,8 +31,9 @@ def test_a_changed_plan_is_built_anew(script, change, tmp_path, monkeypatch):
     def build(pool, **plan):
         built.append(plan['n'])
         return build_training_set(pool, dict(clean=unchanged), dict(clean=1.), 9)
-    for name, value in dict(drawn=lambda *_: pool, builders=lambda *_: dict(a=nets[0]), teachers=lambda *_: nets,
-                            build_training_set=build, candidates={'mixed': (dict(clean=1.), 0.)}).items():
+    for name, value in dict(drawn=lambda *_: pool, builders=lambda *_: dict(a=nets[0]),
+                            teachers=lambda *_: nets, build_training_set=build,
+                            candidates={'mixed': (dict(clean=1.), 0.)}).items():
         monkeypatch.setattr(script, name, value)
     args = SimpleNamespace(data=None, work=tmp_path, bf16=False)
     for _ in range(2):
