@@ -8,9 +8,10 @@ networks made by other people. The builder has 4,000 training photographs and bu
 PreAct-ResNet-18 and WideResNet-28-4, an eighth as wide, are trained on each set for 30 epochs. It may attack
 and ask the networks that it trained on its own photographs. Hidden images are test photographs: for the
 search those of `search`, attacked through networks that `final` does not use. Everything that is made is
-kept in --work and found again. Rows go to results/curation_kinds_<part>.csv with a manifest beside them.
+kept in --work, under a name for the numbers behind it, and found again. Rows go to
+results/curation_kinds_<part>.csv with a manifest beside them.
 """
-import argparse, sys
+import argparse, hashlib, sys
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +56,16 @@ winner = 'pixmix taught'
 agreement = ['clean', 'augmix', 'noise', 'mixed', 'clean taught', 'mixed taught']
 
 
+def keyed(name, *facts):
+    "A file name that says what stands behind it: what was made with other numbers is not found again"
+    return f"{name.replace(' ', '-')}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
+
+
+def behind():
+    "What sets and networks are made with"
+    return photographs, rows, width, epochs, batch, effort
+
+
 def drawn(data, part, n, skip=0):
     "Photographs of a part, as many of each class, in an order drawn once"
     from read_images import read
@@ -72,7 +83,8 @@ def hidden_images(args, which):
     together = ensemble([load(k).eval() for k in facts['seen']])
     others = {k: load(k).eval() for k in facts['unseen']}
     test = drawn(args.data, 'test-a', 2000, facts['skip'])
-    return kept(args.work/f'hidden-{which}', lambda: held_out_set(
+    key = keyed(f'hidden-{which}', facts, n_hidden, hidden_effort)
+    return kept(args.work/key, lambda: held_out_set(
         test, {'+'.join(facts['seen']): together}, others, n_hidden, effort=hidden_effort))
 
 
@@ -99,6 +111,7 @@ def trained(args, path, name, wide, data, passes, seed):
     "A network trained on a set, kept in a file"
     networks, config = networks_of(args, wide, passes)
     net = networks[name](seed)
+    path = path.with_stem(keyed(path.stem, name, wide, len(data), passes, seed, behind()))
     if path.exists():
         net.load_state_dict(load_state(path))
         return net.eval()
@@ -117,7 +130,8 @@ def builders(args, pool):
 
 def teachers(args, pool, nets):
     "The network that labels: wider, trained on ten tampered versions of each photograph"
-    lessons = kept(args.work/'lessons', lambda: build_training_set(
+    key = keyed('lessons', teaching_mixture(nets)['proportions'], behind())
+    lessons = kept(args.work/key, lambda: build_training_set(
         pool, **teaching_mixture(nets), n=10*photographs, seed=1))
     return [trained(args, args.work/'teacher.pt', 'preactresnet18', .1875, lessons, 8, 200)]
 
@@ -135,7 +149,8 @@ def sets_of(args, names):
     nets = builders(args, pool)
     taught = teachers(args, pool, nets) if any(n in candidates for n in names) else ()
     make = lambda name: build_training_set(pool, **plan_of(name, nets, taught), n=rows)
-    return {k: kept(args.work/'sets'/k.replace(' ', '-'), partial(make, k)) for k in names}
+    return {k: kept(args.work/'sets'/keyed(k, candidates.get(k), behind()), partial(make, k))
+            for k in names}
 
 
 def judged(args, sets, which, seeds, passes=epochs):

@@ -49,7 +49,7 @@ def measure(folder, n, stop):
     from functools import partial
     from robustnb.attacks.gradient import fgsm, pgd
     from robustnb.attacks.threat_models import L2, Linf
-    from robustnb.curation.selection import succeeded
+    from robustnb.curation import selection
     from robustnb.curation.training_sets import attacked, build_training_set
     from robustnb.data import load_npy
     torch.set_num_threads(1)
@@ -59,10 +59,14 @@ def measure(folder, n, stop):
              (fgsm, Linf(12/255)), (fgsm, L2(2.5))]
     source = [attacked(attack, net, threat, name, **options) for attack, threat in kinds
               for name, net in networks(folder).items()]
+    if hasattr(selection, 'among'):
+        choice = dict(select=selection.among(4, selection.succeeded))
+    else:
+        choice = dict(select=selection.succeeded, candidates=4)     # of the checkout before
     began = time.process_time()
     wall = time.perf_counter()
     made = build_training_set(pool, dict(adversarial=source), dict(adversarial=1.), n,
-                              select=succeeded, candidates=4)
+                              **choice)
     seconds = time.process_time()-began
     print(json.dumps(dict(images=n, photographs=int(made.rows['image'].nunique()),
                           cpu_seconds=round(seconds, 2), seconds=round(time.perf_counter()-wall, 2),

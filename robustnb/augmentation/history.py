@@ -53,10 +53,13 @@ def apply_noted(
     notes = ['']*len(x)
     _listener.heard = range(len(x)) if pool is None else pool, notes
     try:
-        x, y = transform(x, y, generator)
+        made = transform(x, y, generator)
     finally:
         _listener.heard = before
-    return x, y, notes
+    if not (isinstance(made, (tuple, list)) and len(made) == 2):
+        raise TypeError("`transform` must return a pair, images and labels; got "
+                        f"{type(made).__name__}. End it with `return x, y`.")
+    return *made, notes
 
 # %% ../../nbs/api/augmentation/05_history.ipynb #21a8ab2a
 @contextmanager

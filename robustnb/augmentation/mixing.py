@@ -167,6 +167,10 @@ def pixmix(
     if not rounds >= 0: raise ValueError(f"`rounds` must not be negative; got {rounds}.")
     if not 0 < beta < math.inf: raise ValueError(f"`beta` must be above 0; got {beta}.")
     operations = mild_operations() if operations is None else list(operations)
+    if not operations: raise ValueError("`operations` must hold at least one transform; got none.")
+    if pictures is not None and not (pictures.dtype == np.uint8 and pictures.ndim == 4 and len(pictures)):
+        raise ValueError("`pictures` must be at least one, uint8 (M,H,W,C); got "
+                         f"{pictures.dtype} of shape {pictures.shape}.")
     change = one_of(*operations)
     count = 1000 if pictures is None else len(pictures)
     @torch.no_grad()
@@ -192,6 +196,9 @@ def augmix(
     width:int=3,       # Chains of operations that are averaged, >= 1
 )->Callable:           # Transform (x, y, generator) -> (x, y)
     "AugMix (Hendrycks et al. 2020, arXiv:1912.02781), all operations, without its loss."
+    if not (1 <= severity <= 10 and width >= 1):
+        raise ValueError("`severity` must be from 1 to 10 and `width` at least 1; got "
+                         f"{severity} and {width}.")
     change = from_torchvision(v2.AugMix(severity=severity, mixture_width=width))
     change.said = 'augmix', severity, width
     return change

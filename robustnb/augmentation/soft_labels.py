@@ -76,10 +76,11 @@ def teacher_labels(
     if not models: raise ValueError("`models` must hold at least one classifier; got none.")
     if not temperature > 0: raise ValueError(f"`temperature` must be above 0; got {temperature}.")
     if not 0 <= weight <= 1: raise ValueError(f"`weight` must be in [0, 1]; got {weight}.")
-    logits = torch.stack([predict(m, x) for m in models])
-    if logits.shape[2] != y.shape[1]:
-        raise ValueError(f"`models` must have one logit per class, {y.shape[1]}; got "
-                         f"{logits.shape[2]}.")
+    logits = [predict(m, x) for m in models]
+    sizes = [o.shape[1] for o in logits]
+    if set(sizes) != {y.shape[1]}:
+        raise ValueError(f"`models` must have one logit per class, {y.shape[1]}; got {sizes}.")
+    logits = torch.stack(logits)
     opinion = (logits/temperature).softmax(2).mean(0).to(y)
     mixed = weight*opinion + (1-weight)*y
     if not agree: return x, mixed

@@ -13,6 +13,7 @@ import copy, importlib, math, sys, tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from numbers import Real
 import cv2
 import numpy as np
 import torch
@@ -22,12 +23,21 @@ from ..core import to_float, to_uint8
 from .history import _heard_as, note
 
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #352807b3
-def _draw(span, n, generator, name):
-    "`n` strengths, shape (n,1,1,1)"
-    low, high = span if isinstance(span, (tuple, list)) else (span, span)
-    if not (math.isfinite(low) and low <= high < math.inf):
+def _pair(span, name, least=-math.inf, most=math.inf):
+    "(low, high) of a number or a pair, if it stays inside the limits"
+    pair = tuple(span) if isinstance(span, (tuple, list)) else (span, span)
+    real = len(pair) == 2 and all(isinstance(o, Real) and math.isfinite(o) for o in pair)
+    if not (real and pair[0] <= pair[1]):
         raise ValueError(f"`{name}` must be a finite number or a pair (low, high) with low <= "
                          f"high; got {span!r}.")
+    if not (least <= pair[0] and pair[1] <= most):
+        rule = 'not be negative' if most == math.inf else f'be in [{least}, {most}]'
+        raise ValueError(f"`{name}` must {rule}; got {span!r}.")
+    return pair
+
+def _draw(span, n, generator, name):
+    "`n` strengths, shape (n,1,1,1)"
+    low, high = _pair(span, name)
     return low + (high-low)*torch.rand(n, 1, 1, 1, generator=generator)
 
 def _between(span, n, generator, name):
@@ -36,17 +46,20 @@ def _between(span, n, generator, name):
     note(**{name: drawn})
     return drawn
 
-def _not_negative(span, name):
-    "The same span, if it does not go below zero"
-    if not (min(span) if isinstance(span, (tuple, list)) else span) >= 0:
-        raise ValueError(f"`{name}` must not be negative; got {span!r}.")
-    return span
+def _not_negative(span, name): return _pair(span, name, 0)
+
+def _share(span, name): return _pair(span, name, 0, 1)
+
+def _chosen(share, n, generator, name):
+    "Which of `n` images are among the share that is named"
+    _share(share, name)
+    return torch.rand(n, generator=generator) < share
 
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #ba1ac9fa
 def _shared(kind, n, c, h, w, per_channel, generator):
     """Draws (n,c,h,w) of `kind(*shape, generator)`, one for each channel in the fraction `per_channel`
     of the images; in the others all channels have the same"""
-    own = torch.rand(n, generator=generator) < per_channel
+    own = _chosen(per_channel, n, generator, 'per_channel')
     if own.all(): return kind(n, c, h, w, generator)
     out = kind(n, 1, h, w, generator).expand(n, c, h, w)
     if own.any():
@@ -103,7 +116,7 @@ def salt_and_pepper(
 )->tuple:                        # Images and labels
     "Replace pixels by black or white."
     lot = _shared(_lots, *x.shape, per_channel, generator)
-    amount = _between(_not_negative(amount, 'amount'), len(x), generator, 'amount')
+    amount = _between(_share(amount, 'amount'), len(x), generator, 'amount')
     return x.masked_fill(lot < _odds(amount), 0).masked_fill_(lot < _odds(amount/2), 1), y
 
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #5c8d6e57
@@ -116,7 +129,7 @@ def dropout(
 )->tuple:                        # Images and labels
     "Turn pixels black."
     lot = _shared(_lots, *x.shape, per_channel, generator)
-    p = _between(_not_negative(p, 'p'), len(x), generator, 'p')
+    p = _between(_share(p, 'p'), len(x), generator, 'p')
     return x.masked_fill(lot < _odds(p), 0), y
 
 def coarse_dropout(
@@ -133,7 +146,7 @@ def coarse_dropout(
     cells = rows.round().clamp(3, h).long().flatten()
     most = int(cells.max())
     lot = _shared(_lots, n, c, most, most, per_channel, generator)
-    coarse = lot < _odds(_between(_not_negative(p, 'p'), n, generator, 'p'))
+    coarse = lot < _odds(_between(_share(p, 'p'), n, generator, 'p'))
     kept = torch.empty_like(x)
     for k in cells.unique().tolist():
         at = cells == k
@@ -179,8 +192,8 @@ def average_blur(
     size=(2, 7),                 # Side of the square, whole pixels >= 1: a number or (low, high)
 )->tuple:                        # Images and labels
     "Replace each pixel by the mean of a square around it."
-    low, high = size if isinstance(size, (tuple, list)) else (size, size)
-    if not 1 <= low <= high:
+    low, high = _pair(size, 'size')
+    if not (low >= 1 and low % 1 == high % 1 == 0):
         raise ValueError(f"`size` must be whole pixels, at least 1; got {size!r}.")
     k = torch.randint(low, high+1, (len(x), 1), generator=generator)
     note(size=k)
@@ -196,8 +209,8 @@ def median_blur(
     size=(3, 11),                # Side of the square, odd pixels >= 1: a number or (low, high)
 )->tuple:                        # Images and labels
     "Replace each pixel by the median of a square around it."
-    low, high = size if isinstance(size, (tuple, list)) else (size, size)
-    if not (1 <= low <= high and low % 2):
+    low, high = _pair(size, 'size')
+    if not (low >= 1 and low % 2 == high % 2 == 1):
         raise ValueError(f"`size` must be odd pixels, at least 1; got {size!r}.")
     k = low + 2*torch.randint((high-low)//2+1, (len(x),), generator=generator)
     note(size=k)
@@ -220,7 +233,7 @@ def multiply(
     "Make images lighter or darker."
     n, c, *_ = x.shape
     each = _draw(_not_negative(factor, 'factor'), n*c, generator, 'factor').view(n, c, 1, 1)
-    own = torch.rand(n, 1, 1, 1, generator=generator) < per_channel
+    own = _chosen(per_channel, n, generator, 'per_channel').view(n, 1, 1, 1)
     each = torch.where(own, each, each[:, :1])
     note(factor=each)
     return (x*each).clamp_(0, 1), y
@@ -279,8 +292,9 @@ def posterize(
     levels=(3, 16),              # Levels left in each channel, >= 2: a number or (low, high)
 )->tuple:                        # Images and labels
     "Leave few levels in each channel."
+    given = levels
     levels = _draw(levels, len(x), generator, 'levels').round()
-    if not (levels >= 2).all(): raise ValueError("`levels` must be at least 2.")
+    if not (levels >= 2).all(): raise ValueError(f"`levels` must be at least 2; got {given!r}.")
     note(levels=levels)
     return (x*(levels-1)).round()/(levels-1), y
 
@@ -320,6 +334,13 @@ def describe(
         return f"{name}({', '.join(o if isinstance(o, str) else told(o) for o in args)})"
     return getattr(transform, '__name__', None) or type(transform).__name__
 
+def _check_transforms(transforms, name):
+    "Raise unless all of them can be called"
+    for t in transforms:
+        if not callable(t):
+            raise TypeError(f"`{name}` must be callable (x, y, generator) -> (x, y), as transforms are; got "
+                            f"{type(t).__name__}.")
+
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #fa7cc07f
 def _name(transform):
     "What a member is called in a history; nothing if it tells that itself"
@@ -338,6 +359,7 @@ def chain(
     *transforms:Callable,   # Transforms (x, y, generator) -> (x, y), the first first
 )->Callable:                # One transform
     "All of them, in order."
+    _check_transforms(transforms, 'transforms')
     def chained(x, y, generator):
         for t in transforms:
             x, y = t(x, y, generator)
@@ -350,7 +372,8 @@ def sometimes(
     transform:Callable,     # Transform (x, y, generator) -> (x, y)
 )->Callable:                # One transform
     "Each image gets it with probability `p`."
-    if not 0 <= p <= 1: raise ValueError(f"`p` must be in [0, 1]; got {p}.")
+    if not (isinstance(p, Real) and 0 <= p <= 1): raise ValueError(f"`p` must be in [0, 1]; got {p!r}.")
+    _check_transforms([transform], 'transform')
     def perhaps(x, y, generator):
         x = x.clone()
         y = y.clone()
@@ -367,6 +390,7 @@ def some_of(
     *transforms:Callable,   # Transforms to choose from
 )->Callable:                # One transform
     "Each image gets between `least` and `most` of them, in a random order of its own."
+    _check_transforms(transforms, 'transforms')
     if not 0 <= least <= most <= len(transforms):
         raise ValueError("`least` and `most` must satisfy 0 <= least <= most <= "
                          f"{len(transforms)}, the number of transforms; got {least} and "
@@ -439,11 +463,22 @@ def from_torchvision(
     transform:Callable,   # Takes one uint8 tensor (C,H,W); returns one, or floats in [0,1]
 )->Callable:              # Transform (x, y, generator) -> (x, y)
     "A torchvision transform such as `v2.AugMix()` or `v2.RandAugment()`."
+    if not callable(transform):
+        raise TypeError("`transform` must be callable, such as `v2.AugMix()`; got "
+                        f"{type(transform).__name__}.")
+    def applied(image):
+        try:
+            return _as_pixels(transform(image))
+        except (TypeError, RuntimeError) as e:
+            raise ValueError(
+                f"`transform` must take a uint8 image {tuple(image.shape)}; {describe(transform)} does not "
+                f"({e}). Put `v2.ToDtype(torch.float32, scale=True)` before it; leave `v2.Normalize` out: "
+                "the model normalises.") from e
     def transformed(x, y, generator):
         images = torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            return torch.stack([_as_pixels(transform(o)) for o in images]).to(x), y
+            return torch.stack([applied(o) for o in images]).to(x), y
     transformed.said = 'from_torchvision', transform
     return transformed
 

@@ -603,6 +603,8 @@ def contest_train(
 )->tuple[nn.Module, pd.DataFrame]: # Trained network in eval mode on the CPU; history, one row per epoch
     "Train one network exactly as the contest does."
     if epochs is not None:
+        if not (_is_count(epochs) and epochs <= 200):
+            raise ValueError(f"`epochs` must be a whole number from 1 to 200; got {epochs!r}.")
         config = config | dict(epochs=epochs)
     images = np.ascontiguousarray(images)
     labels = np.asarray(labels)

@@ -136,6 +136,9 @@ def count_correct(
     # One row for each family and slice: `family`, `slice`, `n`, `correct`; `kind` and `severity` where known
 )->pd.DataFrame:
     "How many hidden images of each family a network gets right."
+    if not (hasattr(hidden, 'rows') and {'family', 'slice'} <= set(hidden.rows)):
+        raise TypeError("`hidden` must be a set whose rows have a `family` and a `slice`; got "
+                        f"{hidden!r}. Make it with `hidden_set`, `held_out_set` or `load_hidden`.")
     answers = [predict(model, to_float(hidden.images[s])).argmax(1) for s in batches(len(hidden), 5000)]
     right = torch.cat(answers).numpy() == hidden.y
     by_family = hidden.rows.assign(right=right).groupby(_parts(hidden.rows), as_index=False)
@@ -162,6 +165,10 @@ def score_training_sets(
     if not (sets and networks and len(seeds)):
         raise ValueError("`sets`, `networks` and `seeds` must each hold at least one; got "
                          f"{len(sets)}, {len(networks)} and {len(seeds)}.")
+    lost = [k for k in networks if k not in config]
+    if lost:
+        raise ValueError(f"`config` must have settings for every network; {lost[0]!r} has none. Take both "
+                         "from `proxy_networks`.")
     sets = {k: data if data.classes == hidden.classes else match_classes(data, hidden.classes)
             for k, data in sets.items()}
     jobs = list(itertools.product(sets, seeds, networks))
@@ -299,36 +306,52 @@ def _from_folders(path, split, size):
     return concatenate_sets(_family(load_data(path, o, size), o) for o in splits)
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #a6fe58ec
-def _array(path):
-    "An array that is read piece by piece"
+def _array(path, length=None):
+    "An array of which only the parts that are asked for are read; with an image for each of `length` labels"
     try:
-        return np.load(path, mmap_mode='r', allow_pickle=False)
-    except (ValueError, OSError) as e:
-        raise ValueError(f"{path} must be a plain numpy array; it is damaged or holds Python "
-                         f"objects ({e}).") from e
+        array = np.load(path, mmap_mode='r', allow_pickle=False)
+    except (ValueError, OSError, EOFError) as e:
+        raise ValueError(f"`path` must hold plain numpy arrays; {path} is cut off, damaged or holds Python "
+                         f"objects ({e}). Copy it again.") from e
+    if length is not None and not (array.dtype == np.uint8 and array.ndim == 4 and len(array) == length):
+        raise ValueError(f"`path` must hold an image in {path.name} for each of the {length} labels, uint8 "
+                         f"(N,H,W,C); got {array.dtype} of shape {array.shape}.")
+    return array
 
-def _from_severities(path, each, classes):
-    "Corruptions in the form of CIFAR-10-C: one file each, five severities one after the other"
+def _labels_of_severities(path):
+    "The class numbers of one severity, from labels.npy"
     labels = _array(path/'labels.npy')
-    files = sorted(o for o in path.glob('*.npy') if o.name != 'labels.npy')
-    if not files:
-        raise ValueError(f"`path` must hold corruptions such as fog.npy; {path} has labels.npy alone.")
-    n = len(labels)//5
-    if labels.ndim != 1 or not n or len(labels) != 5*n or (labels.reshape(5, n) != labels[:n]).any():
+    n = len(labels)//5 if labels.ndim == 1 else 0
+    if not n or len(labels) != 5*n or (labels.reshape(5, n) != labels[:n]).any():
         raise ValueError("`path` must hold a labels.npy with the same class numbers five times, once for "
                          f"each severity; that of {path} has shape {labels.shape}.")
+    return np.array(labels[:n]).astype(int)
+
+# %% ../../nbs/api/curation/40_hidden.ipynb #a3019e02
+def _from_severities(path, each, severities, classes):
+    "Corruptions in the form of CIFAR-10-C: one file each, five severities one after the other"
+    labels = _labels_of_severities(path)
+    n = len(labels)
     m = n if each is None else min(each, n)
+    files = {o.stem: _array(o, 5*n) for o in sorted(path.glob('*.npy')) if o.name != 'labels.npy'}
+    if not files:
+        raise ValueError(f"`path` must hold corruptions such as fog.npy; {path} has labels.npy alone.")
+    if classes is not None and (classes if isinstance(classes, int) else len(classes)) <= labels.max():
+        raise ValueError("`classes` must name every class of labels.npy, whose numbers go up to "
+                         f"{labels.max()}; got {classes!r}.")
+    parts = list(itertools.product(files, severities))
+    first = next(iter(files.values()))
+    images = np.empty((len(parts)*m, *first.shape[1:]), np.uint8)
+    for i, (name, s) in enumerate(parts):
+        if files[name].shape != first.shape:
+            raise ValueError(f"`path` must hold images of one size; {name}.npy has shape "
+                             f"{files[name].shape}, another file {first.shape}.")
+        images[i*m:(i+1)*m] = files[name][(s-1)*n:(s-1)*n+m]
+    family, severity = (np.repeat(o, m) for o in zip(*parts))
+    rows = pd.DataFrame(dict(family=family, slice='final', image=np.tile(np.arange(m), len(parts)),
+                             severity=severity))
     names = int(labels.max())+1 if classes is None else classes
-    parts = []
-    for file in files:
-        images = _array(file)
-        if len(images) != 5*n:
-            raise ValueError(f"`path` must hold an image in {file.name} for each of the {5*n} labels; "
-                             f"got shape {images.shape}.")
-        for s in range(5):
-            part = ImageSet(np.array(images[s*n:s*n+m]), np.array(labels[:m]).astype(int), names)
-            parts.append(_family(part, file.stem, severity=s+1))
-    return concatenate_sets(parts)
+    return TrainingSet(images, np.tile(labels[:m], len(parts)), names, rows)
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #a88d959c
 def load_hidden(
@@ -336,6 +359,7 @@ def load_hidden(
     split:str|None=None,     # Name of the one split to read; None takes every split as a family
     size:int|None=None,      # Height and width to resize pictures to; None leaves them as they are
     each:int|None=None,      # Photographs of each severity of CIFAR-10-C, the first ones; None takes all
+    severities=(1, 2, 3, 4, 5), # Severities of CIFAR-10-C to read
     # Names of the classes, or their number, where files have class numbers alone (CIFAR-10-C, label.npy
     # without classes.json); None counts them
     classes=None,
@@ -343,9 +367,16 @@ def load_hidden(
     "Hidden images from files."
     path = Path(path)
     if each is not None and not each >= 1: raise ValueError(f"`each` must be at least 1; got {each}.")
+    if not (len(severities) and set(severities) <= {1, 2, 3, 4, 5}):
+        raise ValueError(f"`severities` must be some of 1 to 5; got {severities}.")
+    if not path.exists():
+        raise FileNotFoundError(f"`path` must be a folder or a zip file; there is nothing there: {path}.")
     if (path/'provenance.csv').is_file(): return _with_history(path)
     if (path/'data.npy').is_file():
         return _family(load_npy(path, None if (path/'classes.json').is_file() else classes), 'own')
-    if (path/'labels.npy').is_file(): return _from_severities(path, each, classes)
+    if (path/'labels.npy').is_file(): return _from_severities(path, each, severities, classes)
+    if path.is_dir() and any(path.glob('*.npy')):
+        raise FileNotFoundError("`path` must hold labels.npy beside its other arrays, as CIFAR-10-C does, "
+                                f"or data.npy and label.npy; {path} has neither. Copy it there.")
     if path.is_dir(): return _from_folders(path, split, size)
     return _family(load_data(path, split, size), split or 'own')

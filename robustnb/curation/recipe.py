@@ -62,6 +62,7 @@ def robust_mixture(
     effort:float=1,         # Share of the attack steps, above 0
 )->dict:                    # `sources` and `proportions` for `build_training_set`
     "A mixture with the labels of networks that saw more, as a plan."
+    if not 0 <= weight <= 1: raise ValueError(f"`weight` must be in [0, 1]; got {weight}.")
     known = builder_sources(nets, effort)
     lost = [k for k in proportions if k not in known]
     if lost:

@@ -28,6 +28,9 @@ def build_bank(
     folder=None,        # Where finished sources are kept and found again; None keeps nothing
 )->dict:                # Name -> `TrainingSet` of `n` images
     "Each source on its own."
+    unknown = [k for k in select if k not in sources] if isinstance(select, dict) else []
+    if unknown:
+        raise ValueError(f"`select` must name sources; {unknown[0]!r} is none of {', '.join(sources)}.")
     policy = lambda name: select.get(name, everything) if isinstance(select, dict) else select
     return {name: build_training_set(pool, {name: source}, {name: 1.}, n, policy(name), seed, batch_size,
                                      folder)
@@ -56,6 +59,12 @@ def mix(
         used = used.add(parts[-1].rows['image'].value_counts(), fill_value=0)
     return concatenate_sets(parts)
 
+def _refuse_sizes(sets):
+    sizes = {k: len(v) for k, v in sets.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError("`plans` must give sets of one size, as networks take more steps on larger ones; "
+                         f"got {', '.join(f'{k} {n}' for k, n in sizes.items())}.")
+
 # %% ../../nbs/api/curation/60_search.ipynb #83588ec6
 def mine_errors(
     pool:ImageSet,       # Clean images
@@ -70,6 +79,7 @@ def mine_errors(
 )->tuple:
     "What the networks get wrong, in rounds."
     if not rounds >= 1: raise ValueError(f"`rounds` must be at least 1; got {rounds}.")
+    if not len(versions): raise ValueError("`versions` must hold at least one transform; got none.")
     parts = []
     log = []
     for i, q in apportion({i: 1/rounds for i in range(rounds)}, n).items():
@@ -98,16 +108,13 @@ def random_mixtures(
     concentration:float=.5, # Of the Dirichlet distribution; below 1 a mixture is made of few sources
 )->dict:                # Name of the mixture -> proportions
     "Random proportions of the sources."
+    if not (len(names) and concentration > 0):
+        raise ValueError("`names` must hold at least one source and `concentration` be above 0; got "
+                         f"{len(names)} and {concentration}.")
     rng = np.random.default_rng(subseed(seed, 'shares'))
     draws = rng.dirichlet([concentration]*len(names), k).round(2)
     return {f'random {i+1}': {name: float(v/d.sum()) for name, v in zip(names, d) if v}
             for i, d in enumerate(draws)}
-
-def _refuse_sizes(sets):
-    sizes = {k: len(v) for k, v in sets.items()}
-    if len(set(sizes.values())) > 1:
-        raise ValueError("`plans` must give sets of one size, as networks take more steps on larger ones; "
-                         f"got {', '.join(f'{k} {n}' for k, n in sizes.items())}.")
 
 def successive_halving(
     # Name -> proportions; or an `ImageSet` that is ready, such as a baseline, and races as it is

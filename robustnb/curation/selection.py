@@ -26,6 +26,12 @@ def _several(models):
     if not models: raise ValueError("`models` must hold at least one classifier; got none.")
     return models
 
+def _column(rows, name):
+    "A column of the table of candidates"
+    if name not in rows:
+        raise ValueError(f"`rows` must have the column `{name}`; got {', '.join(rows)}.")
+    return rows[name].to_numpy()
+
 def predict_all(
     models,               # A classifier in eval mode, or several
     images:np.ndarray,    # uint8 images (M,H,W,C)
@@ -65,7 +71,7 @@ def succeeded(
     generator:torch.Generator, # Which of those that qualify
 )->np.ndarray:            # Positions, at most `n`; fewer where fewer qualify
     "Only images that fooled the network they were made on."
-    found = torch.from_numpy(np.flatnonzero(rows['success'].to_numpy() == True))
+    found = torch.from_numpy(np.flatnonzero(_column(rows, 'success') == True))
     return found[torch.randperm(len(found), generator=generator)[:n]].numpy()
 
 everything.one_by_one = succeeded.one_by_one = True
@@ -183,7 +189,7 @@ def worst_kinds(
     "As many images of each kind as it has of the errors."
     wrong = is_wrong(models, images, labels).double().mean(0).numpy()
     lot = torch.randperm(len(images), generator=generator).numpy()
-    kind = rows['transform'].to_numpy()[lot]
+    kind = _column(rows, 'transform')[lot]
     error = pd.Series(wrong[lot]).groupby(kind).transform('mean')
     seat = error.groupby(kind).cumcount() + .5
     return lot[np.argsort(seat/error.clip(lower=1e-9), kind='stable')[:n]]
@@ -247,5 +253,5 @@ def hardest_version(
     "For each source image its most undecided version."
     _refuse_among(then, 'then')
     undecided = entropy(predict_all(models, images).mean(0)).numpy()
-    at = pd.Series(undecided).groupby(rows['image'].to_numpy()).idxmax().to_numpy()
+    at = pd.Series(undecided).groupby(_column(rows, 'image')).idxmax().to_numpy()
     return at[then(images[at], labels[at], rows.iloc[at], n, generator)]

@@ -186,11 +186,12 @@ class _Order:
 def _check_made(x, y, images, K):
     "Raise unless a transform has returned images like those it was given, and a row of labels for each"
     if not isinstance(x, Tensor) or x.shape != images.shape:
-        raise ValueError(f"`x` must come back as images of shape {tuple(images.shape)}; its transform "
-                         f"returned {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}.")
+        raise ValueError(f"`images` must come back with the shape {tuple(images.shape)}; its transform "
+                         f"returned {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}. Cut or "
+                         "resize the pool before.")
     want = len(images), K
     if not isinstance(y, Tensor) or y.shape != want:
-        raise ValueError(f"`y` must come back as rows of probabilities, {want}; its transform returned "
+        raise ValueError(f"`labels` must come back as rows of probabilities, {want}; its transform returned "
                          f"{tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__}. For class "
                          "numbers return `torch.nn.functional.one_hot(y, K)`.")
     ok = (y >= 0).all(1) & ((y.double().sum(1)-1).abs() <= 1e-3)
@@ -234,7 +235,10 @@ def _named_made(order, *args):
     try:
         return _made(order, *args)
     except (ValueError, TypeError) as e:
-        raise ValueError(f"source {order.name!r} failed: {e}") from e
+        said = str(e)
+        if isinstance(e, TypeError):
+            said = said.rstrip('.') + '. A transform gets (x, y, generator) and returns (x, y).'
+        raise ValueError(f"source {order.name!r} failed: {said}") from e
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #b5fbd487
 def _filled(order, pool, used):
@@ -290,6 +294,8 @@ def apportion(
     n:int,               # Images wanted
 )->dict:                 # Name -> number of images; sum `n`
     "Whole numbers in given proportions, by largest remainder (Hamilton's method)."
+    if not min(proportions.values(), default=0) >= 0:
+        raise ValueError(f"`proportions` must not be negative; got {proportions}.")
     if not abs(sum(proportions.values())-1) <= 1e-6:
         raise ValueError(f"`proportions` must sum to 1; got {sum(proportions.values()):.6g}. "
                          "Divide each by the sum.")
@@ -305,18 +311,26 @@ def _check_plan(sources, proportions, n, select):
         unknown = [k for k in names if k not in sources]
         if unknown:
             raise ValueError(f"`{argument}` must name sources; {unknown[0]!r} is none of "
-                             f"{', '.join(sources)}.")
+                             f"{', '.join(sources) or 'them, there are none'}.")
     refuse_unknown('proportions', proportions)
     for name, p in proportions.items():
-        if not _versions(sources[name], None)[1]:
+        versions = _versions(sources[name], None)[1]
+        if not versions:
             raise ValueError(f"source {name!r} must hold at least one transform; it is empty.")
+        if not all(map(callable, versions)):
+            raise TypeError("`sources` must hold transforms (x, y, generator) -> (x, y), lists of them, or "
+                            f"pairs (pool, one of these); {name!r} is {sources[name]!r:.80}.")
         if not (isinstance(p, (int, float)) and 0 <= p <= 1):
             raise ValueError(f"`proportions` must be numbers in [0, 1]; {name!r} has {p!r}.")
-    if not 1 <= n <= 50_000:
-        raise ValueError("`n` must be between 1 and 50,000 images, the competition's limit; "
-                         f"got {n}.")
+    if not (isinstance(n, (int, np.integer)) and 1 <= n <= 50_000):
+        raise ValueError("`n` must be a whole number between 1 and 50,000 images, the competition's "
+                         f"limit; got {n!r}.")
     if isinstance(select, dict):
         refuse_unknown('select', select)
+    for policy in select.values() if isinstance(select, dict) else [select]:
+        if not callable(policy):
+            raise TypeError("`select` must be a policy such as `succeeded`, or a dict of source -> policy; "
+                            f"got {policy!r:.80}.")
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #c430d81a
 def build_training_set(
@@ -376,6 +390,12 @@ def corruption_table(
         index='corruption', columns='severity')
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #6128fc8b
+def _check_history(data):
+    "Raise unless the set knows where its images come from"
+    if not (hasattr(data, 'rows') and 'source' in data.rows):
+        raise TypeError(f"`data` must be a `TrainingSet` whose rows have a `source`; got {data!r}. Build one "
+                        "with `build_training_set`.")
+
 def contact_sheet(
     data:TrainingSet,   # A set with its history
     each:int=12,        # Images for each source
@@ -383,6 +403,7 @@ def contact_sheet(
     ax=None,            # Axes to draw on; None makes a figure
 ):                      # The axes
     "A row of images from each source, with their likeliest class."
+    _check_history(data)
     rng = np.random.default_rng(subseed(seed, 'sheet'))
     names = sorted(data.rows.source.unique())
     picked = [rng.permutation(np.flatnonzero(data.rows.source == k)) for k in names]
@@ -397,6 +418,7 @@ def summary(
     data:TrainingSet,   # A set with its history
 )->pd.DataFrame:        # One row for each source
     "What is inside: images, different source images, labels, success of attacks."
+    _check_history(data)
     top = data.labels.max(1)
     rows = data.rows.assign(top=top, hard=top > .999)
     different = lambda at: len({o.tobytes() for o in data.images[at.index]})

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import nn, Tensor
 from torchvision.transforms import v2
 from ..core import subseed, to_float, to_uint8
 from ..data import ImageSet
@@ -47,7 +47,9 @@ _same = dict(
     RandomHorizontalFlip='flip', RandomVerticalFlip='flip', RandomSolarize='solarize',
     RandomEqualize='equalize', RandomGrayscale='grey', RandomInvert='invert',
     RandomAutocontrast='auto_contrast', RandomAdjustSharpness='sharpness',
-    RandomChannelPermutation='channel_permutation',
+    RandomChannelPermutation='channel_permutation', Grayscale='grey', Resize='zoom', CenterCrop='zoom',
+    Pad='translation', ToImage='', ToTensor='', ToPILImage='', PILToTensor='', ToDtype='',
+    ConvertImageDtype='',
     ColorJitter='brightness contrast saturation hue',
     RandAugment=_light_and_place, trivial_augment=_light_and_place, augmix=_light_and_place,
     auto_augment=f'{_light_and_place} invert', TrivialAugmentWide=_light_and_place,
@@ -59,22 +61,23 @@ _by_option = dict(
     photometric=dict(brightness=('brightness', 1), contrast=('contrast', 1),
                      saturation=('saturation', 1), hue=('hue', 0)))
 
-_opaque = {'Compose', 'RandomApply', 'RandomChoice', 'RandomOrder', 'function', 'Sequential', 'SomeOf',
-           'OneOf', 'Sometimes', 'Lambda', '<lambda>'}
+_own_name = {'gaussian_noise', 'uniform_noise', 'dropout', 'gaussian_blur', 'average_blur', 'median_blur',
+             'gamma', 'posterize', 'mixup', 'cutmix', 'pixmix', 'block_shuffle', 'webp', *corruption_names}
 _around = {'chain', 'sometimes', 'some_of', 'summed'}
+_holders = {'Compose', 'RandomApply', 'RandomChoice', 'RandomOrder'}
 _own_measure = {'advdrop', 'wasserstein', 'recolor'}
 
 def _named(name, options=()):
     "Kinds of an operation by its name; what options leave as it is does not count"
-    if name in _opaque:
-        raise ValueError(f"`transform` must say what it does; {name} does not. Give its members one by "
-                         "one, through `chain` or `one_of`.")
+    if name not in {*_same, *_own_name, *_by_option}:
+        raise ValueError(f"`transform` must say what it does; {name} is not known here. Give it a set of "
+                         "names, such as `transform.kinds = {'fog'}`; members of a pipeline that hides "
+                         "them go one by one through `chain` or `one_of`.")
     if name in _by_option:
         return {kind for option, (kind, still) in _by_option[name].items()
                 if dict(options).get(option) not in (still, (still, still))}
     return set(_same.get(name, name).split())
 
-# %% ../../nbs/api/curation/42_unseen.ipynb #b9b9c6af
 def _innermost(attack):
     "The name of an attack, without options and what is around it"
     while isinstance(attack, partial) or hasattr(attack, 'said'):
@@ -88,20 +91,31 @@ def _attack_kind(attack, surrogate, threat):
     norm = threat.partition('(')[0]
     return f'{name} {norm} on {surrogate}' if norm in ('Linf', 'L2') else f'{name} {norm}'
 
+# %% ../../nbs/api/curation/42_unseen.ipynb #b9b9c6af
+def _members(transform):
+    "What a list or a pipeline of torchvision holds; None of anything else"
+    if isinstance(transform, (list, tuple, nn.Sequential, nn.ModuleList)): return list(transform)
+    return list(transform.transforms) if type(transform).__name__ in _holders else None
+
 def kinds(
-    transform,   # Transform (x, y, generator) -> (x, y)
+    # Transform (x, y, generator) -> (x, y), a torchvision transform, or a list of them. One that is not known
+    # here says what it does by an attribute `kinds`, a set of names
+    transform,
 )->set:          # Names of what it does to images, such as 'fog', 'rotation' or 'pgd Linf on ResNet_18'
     "What a transform does, through all that it is made of."
     options = {}
     while isinstance(transform, partial):
         options = transform.keywords | options
         transform = transform.func
-    if hasattr(transform, 'severity'): return _named(transform.name)
+    if hasattr(transform, 'kinds'): return set(transform.kinds)
+    members = _members(transform)
+    if members is not None: return set().union(*map(kinds, members))
+    if hasattr(transform, 'severity') and hasattr(transform, 'name'): return _named(transform.name)
     said = getattr(transform, 'said', None)
     if said is None: return _named(getattr(transform, '__name__', type(transform).__name__), options)
     if said[0] == 'attacked': return {_attack_kind(*said[1:4])}
     if said[0] in ('from_torchvision', 'from_imgaug'):
-        return _named(said[1] if isinstance(said[1], str) else type(said[1]).__name__)
+        return _named(said[1]) if isinstance(said[1], str) else kinds(said[1])
     inside = [kinds(o) for o in said[1:] if callable(o)]
     own = set() if said[0] in _around else _named(said[0])
     return own.union(*inside)
@@ -139,6 +153,9 @@ def webp(
     quality:int=5,               # 0 (smallest file) to 100
 )->tuple:                        # Images and labels
     "WebP and back."
+    if not (0 <= quality <= 100 and x.shape[1] in (1, 3)):
+        raise ValueError("`quality` must be in [0, 100] and `x` have 1 or 3 channels; got "
+                         f"{quality} and shape {tuple(x.shape)}.")
     def squeeze(image):
         file = io.BytesIO()
         Image.fromarray(image.squeeze()).convert('RGB').save(file, 'WEBP', quality=quality)

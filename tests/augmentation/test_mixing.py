@@ -133,6 +133,15 @@ def test_pixmix_refuses(bad):
         M.pixmix(pictures, **bad)
 
 
+@pytest.mark.parametrize('make, name', (
+    (lambda: M.pixmix(operations=[]), 'operations'), (lambda: M.pixmix(pictures[:0]), 'pictures'),
+    (lambda: M.pixmix(pictures/255), 'pictures'), (lambda: M.augmix(0), 'severity'),
+    (lambda: M.augmix(3, 0), 'width')))
+def test_options_are_refused_when_they_are_given(make, name):
+    with pytest.raises(ValueError, match=f'`{name}`'):
+        make()
+
+
 @pytest.mark.parametrize('wrong', (pictures[:, :7], pictures[..., :1]))
 def test_pictures_that_do_not_fit(wrong):
     with pytest.raises(ValueError, match='`pictures`'):

@@ -226,10 +226,20 @@ def test_imgaug_augmenters_are_left_alone_and_see_rounded_images():
     (lambda: T.gaussian_noise(x, y, seeded(), sigma=(.2, .1)),
      '`sigma` must be a finite number or a pair'),
     (lambda: T.add(x, y, seeded(), value=float('nan')), '`value` must be a finite'),
-    (lambda: T.dropout(x, y, seeded(), p=(-.1, .2)), '`p` must not be negative'),
+    (lambda: T.dropout(x, y, seeded(), p=(-.1, .2)), r'`p` must be in .0, 1.'),
     (lambda: T.median_blur(x, y, seeded(), size=4), '`size` must be odd'),
     (lambda: T.average_blur(x, y, seeded(), size=0), '`size` must be whole pixels'),
-    (lambda: T.posterize(x, y, seeded(), levels=1), '`levels`'),
+    (lambda: T.posterize(x, y, seeded(), levels=1), '`levels` must be at least 2; got 1'),
+    (lambda: T.median_blur(x, y, seeded(), size=(3, 8)), '`size` must be odd'),
+    (lambda: T.average_blur(x, y, seeded(), size=(2.5, 3)), '`size` must be whole pixels'),
+    (lambda: T.gaussian_noise(x, y, seeded(), sigma=(0, .1, .2)), '`sigma` must be a finite number or'),
+    (lambda: T.gaussian_noise(x, y, seeded(), sigma='big'), "`sigma` .* got 'big'"),
+    (lambda: T.gaussian_noise(x, y, seeded(), per_channel=3), r'`per_channel` must be in .0, 1.; got 3'),
+    (lambda: T.multiply(x, y, seeded(), per_channel=float('nan')), '`per_channel`'),
+    (lambda: T.salt_and_pepper(x, y, seeded(), amount=2), '`amount` must be in'),
+    (lambda: T.coarse_dropout(x, y, seeded(), p=5), '`p` must be in'),
+    (lambda: T.sometimes('a', T.add), '`p` must be in'),
+    (lambda: T.from_torchvision(v2.Normalize([.5], [.5]))(x, y, seeded()), 'Normalize does not'),
     (lambda: T.photometric(x[:, :1], y, seeded()), '3 channels'),
     (lambda: T.affine(x, y, seeded(), scale=0), '`scale`'),
     (lambda: T.sometimes(1.2, T.add), r'`p` must be in'), (lambda: T.one_of(), 'at least one'),
@@ -285,3 +295,11 @@ print(imgaug_augmenters() is imgaug_augmenters())
     done = subprocess.run([sys.executable, '-c', job], capture_output=True, text=True, env=env)
     assert done.stdout.split('\n') == ['cannot cache', 'True', 'True', ''], done.stderr
     assert not [o.name for o in tmp_path.iterdir() if o.name.startswith('robustnb')]
+
+
+@pytest.mark.parametrize('make, name', (
+    (lambda: T.chain(T.add, 3), 'transforms'), (lambda: T.sometimes(.5, None), 'transform'),
+    (lambda: T.one_of(T.add, 'gamma'), 'transforms'), (lambda: T.from_torchvision(3), 'transform')))
+def test_what_is_no_transform_is_refused_when_it_is_given(make, name):
+    with pytest.raises(TypeError, match=f'`{name}` must be callable'):
+        make()

@@ -871,7 +871,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(data, 
 
 
 def test_training_refuses_wrong_settings(data):
-    for wrong, match in ((dict(epochs=301), 'epochs: config: 301'), (dict(epochs=0), '1 to 200'),
+    for wrong, match in ((dict(epochs=301), '`epochs` .* 1 to 200; got 301'), (dict(epochs=0), '1 to 200'),
                          (dict(config=SGD | dict(optimizer_name='Sgd')), 'optimizer: '),
                          (dict(network='vgg'), '`name` must be one of')):
         k = dict(network=tiny(), config=SGD) | wrong

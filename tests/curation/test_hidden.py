@@ -1,4 +1,6 @@
 "Hidden test sets and scores: counted by hand, and found again only where nothing changed"
+import tracemalloc
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -245,13 +247,44 @@ def test_corruptions_in_files_of_severities(tmp_path):
     assert table.n.sum() == 100
 
 
+def test_only_what_is_asked_for_is_read(tmp_path):
+    corrupted_folder(tmp_path, each=2000)
+    size = sum(o.stat().st_size for o in tmp_path.iterdir())
+    whole = H.load_hidden(tmp_path, severities=(2, 5))
+    tracemalloc.start()
+    few = H.load_hidden(tmp_path, each=20, severities=(2, 5))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size > 3.8e6
+    assert peak < size/20
+    assert few.rows.groupby(['family', 'severity']).size().to_dict() == {
+        (f, s): 20 for f in ('fog', 'snow') for s in (2, 5)}
+    same = whole[(whole.rows.image < 20).to_numpy()]
+    assert (few.images == same.images).all()
+    assert (few.labels == same.labels).all()
+    assert few.rows.equals(same.rows)
+    few.images[:] = 0
+    assert H.load_hidden(tmp_path, each=20).images.any(), 'files stay as they are'
+
+
 def test_corruptions_in_files_that_do_not_fit(tmp_path):
     corrupted_folder(tmp_path)
     np.save(tmp_path/'rain.npy', np.zeros((40, 8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match='`path` must hold an image in rain.npy for each of the 50 labels'):
         H.load_hidden(tmp_path)
+    np.save(tmp_path/'rain.npy', np.zeros((50, 9, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match='images of one size; rain.npy'):
+        H.load_hidden(tmp_path)
+    np.save(tmp_path/'rain.npy', np.zeros((50, 8, 8, 3)))
+    with pytest.raises(ValueError, match='rain.npy .* uint8 .* got float64'):
+        H.load_hidden(tmp_path)
+    whole = (tmp_path/'fog.npy').read_bytes()
+    for end in (len(whole)-1, len(whole)//2, 40, 0):
+        (tmp_path/'rain.npy').write_bytes(whole[:end])
+        with pytest.raises(ValueError, match='rain.npy is cut off.*Copy it again'):
+            H.load_hidden(tmp_path)
     (tmp_path/'rain.npy').write_bytes(b'no array')
-    with pytest.raises(ValueError, match='rain.npy must be a plain numpy array'):
+    with pytest.raises(ValueError, match='`path` must hold an image in rain.npy for each of the 50'):
         H.load_hidden(tmp_path)
     (tmp_path/'rain.npy').unlink()
     np.save(tmp_path/'labels.npy', np.arange(50) % 3)
@@ -260,8 +293,15 @@ def test_corruptions_in_files_that_do_not_fit(tmp_path):
     np.save(tmp_path/'labels.npy', np.tile(np.arange(10) % 3, 5))
     with pytest.raises(ValueError, match='`each` must be at least 1'):
         H.load_hidden(tmp_path, each=0)
-    with pytest.raises(ValueError, match=r'`labels` must lie in \[0, 2\)'):
+    with pytest.raises(ValueError, match='`classes` must name every class of labels.npy, .* up to 2; got 2'):
         H.load_hidden(tmp_path, classes=2)
+    for severities in ((), (0, 1), (6,)):
+        with pytest.raises(ValueError, match='`severities` must be some of 1 to 5'):
+            H.load_hidden(tmp_path, severities=severities)
+    (tmp_path/'labels.npy').rename(tmp_path/'label')
+    with pytest.raises(FileNotFoundError, match='`path` must hold labels.npy'):
+        H.load_hidden(tmp_path)
+    (tmp_path/'label').rename(tmp_path/'labels.npy')
     for name in ('fog', 'snow'):
         (tmp_path/f'{name}.npy').unlink()
     with pytest.raises(ValueError, match='has labels.npy alone'):
@@ -291,7 +331,7 @@ def test_class_folders_are_one_family_and_folders_of_them_several(tmp_path):
     with pytest.raises(ValueError, match='`split` must be named'):
         H.load_hidden(tmp_path/'split')
     assert len(H.load_hidden(tmp_path/'split', split='test')) == 2
-    with pytest.raises(ValueError, match='nothing there'):
+    with pytest.raises(FileNotFoundError, match='`path` .* nothing there'):
         H.load_hidden(tmp_path/'none')
 
 

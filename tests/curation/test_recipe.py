@@ -52,6 +52,8 @@ def test_without_a_teacher_labels_stay():
 def test_what_cannot_be_mixed_is_refused():
     with pytest.raises(ValueError, match='`proportions`.*gold'):
         robust_mixture(networks, proportions=dict(gold=1.))
+    with pytest.raises(ValueError, match='`weight`'):
+        robust_mixture(networks, nets, weight=2)
     with pytest.raises(ValueError, match='`nets`'):
         teaching_mixture({})
     assert sum(robust_proportions.values()) == pytest.approx(1)

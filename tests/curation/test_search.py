@@ -124,6 +124,15 @@ def test_halving_keeps_some_and_drops_some(bad):
         successive_halving(plans, None, [count_ninths], keep=bad)
 
 
+@pytest.mark.parametrize('call, name', (
+    (lambda: build_bank(pool, marks, 9, select=dict(z=by_entropy)), 'select'),
+    (lambda: mine_errors(pool, [], 9, None), 'versions'), (lambda: random_mixtures([], 3), 'names'),
+    (lambda: random_mixtures('ab', 3, concentration=0), 'concentration')))
+def test_searches_that_mean_nothing(call, name):
+    with pytest.raises(ValueError, match=f'`{name}`'):
+        call()
+
+
 def test_random_mixtures():
     made = random_mixtures('abc', 50, seed=1)
     assert len(made) == 50

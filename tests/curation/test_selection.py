@@ -117,6 +117,14 @@ def test_kinds_without_an_error_come_last_and_none_gives_more_than_it_has():
     assert len({*at}) == 15
 
 
+@pytest.mark.parametrize('policy, column', (
+    (S.succeeded, 'success'), (partial(S.hardest_version, models=nets), 'image'),
+    (partial(S.worst_kinds, models=nets), 'transform')))
+def test_a_column_that_is_not_there_is_named(policy, column):
+    with pytest.raises(ValueError, match=f'`rows` must have the column `{column}`; got other'):
+        chosen(policy, rows=pd.DataFrame(dict(other=np.zeros(90))))
+
+
 def test_among_is_the_policy_with_a_number():
     undecided = partial(S.by_entropy, models=nets)
     wrong_ones = partial(S.misclassified, models=nets)

@@ -16,7 +16,8 @@ from robustnb.curation import training_sets
 from robustnb.curation.contest import contest_network
 from robustnb.curation.selection import among, balanced, everything, misclassified, succeeded
 from robustnb.curation.training_sets import (
-    attacked, build_training_set, concatenate_sets, corruption_table, load_training_set, set_card,
+    apportion, attacked, build_training_set, concatenate_sets, contact_sheet,
+    corruption_table, load_training_set, set_card,
     summary, unchanged)
 from robustnb.curation.hidden import hidden_set
 from robustnb.curation.search import build_bank
@@ -114,6 +115,13 @@ def test_labels_attacked_are_the_likeliest():
     (dict(batch_size=0), '`batch_size` must be at least 1'),
     (dict(sources=dict(clean=lambda x, y, g: (x+1, y))),
      "source 'clean' failed: `x` must hold pixels"),
+    (dict(n=2.5), '`n` must be a whole number'),
+    (dict(proportions=dict(clean=1.), sources={}), 'there are none'),
+    (dict(sources=dict(clean=lambda x, y, g: x)), "source 'clean' failed: `transform` must return a pair"),
+    (dict(sources=dict(clean=lambda x, y: (x, y))),
+     "source 'clean' failed: .* were given. A transform gets .x, y, generator."),
+    (dict(sources=dict(clean=lambda x, y, g: (x, y.argmax(1)))),
+     "source 'clean' failed: `labels` must come back as rows of probabilities, .30, 3."),
     (dict(select=partial(misclassified, models=nets, by=all),
           sources=dict(clean=lambda x, y, g: (x*0, torch.eye(3)[y.argmax(1)*0]))),
      "source 'clean' must give 30 images; misclassified.* lets 0 of 30"),
@@ -346,7 +354,7 @@ def test_labels_of_a_transform_are_checked_at_its_first_batch(change, words):
 
 def test_images_of_a_transform_are_checked():
     for bad in (lambda x: x[:1], lambda x: x[:, :1], lambda x: x[..., :4], lambda x: x.numpy()):
-        with pytest.raises(ValueError, match="source 'a' failed: `x` must come back"):
+        with pytest.raises(ValueError, match="source 'a' failed: `images` must come back"):
             build_training_set(pool, dict(a=lambda x, y, g: (bad(x), y)), dict(a=1.), 10)
 
 
@@ -432,6 +440,24 @@ def test_a_damaged_file_of_a_source_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=path.name):
         build()
+
+
+@pytest.mark.parametrize('change, words', (
+    (dict(sources=dict(a=3)), "`sources` must hold transforms .* 'a' is 3"),
+    (dict(sources=dict(a=[unchanged, None])), '`sources` must hold transforms'),
+    (dict(select=3), '`select` must be a policy .* got 3'),
+    (dict(select=dict(a='all')), "`select` .* got 'all'")))
+def test_what_cannot_be_called_is_refused_before_anything_is_made(change, words):
+    with pytest.raises(TypeError, match=words):
+        build_training_set(**dict(pool=pool, sources=dict(a=unchanged), proportions=dict(a=1.), n=9) | change)
+
+
+def test_pages_need_a_history():
+    for show in (summary, contact_sheet, partial(set_card, path='none.html')):
+        with pytest.raises(TypeError, match='`data` must be a `TrainingSet`'):
+            show(pool)
+    with pytest.raises(ValueError, match='`proportions` must not be negative'):
+        apportion(dict(a=-1., b=2.), 9)
 
 
 def test_options_are_arguments_that_can_be_seen():

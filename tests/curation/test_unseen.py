@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 from helpers_curation import Brightness, nets, pool, seeded
@@ -65,14 +66,51 @@ def test_policies_hold_what_torchvision_puts_in(policy, make):
     assert U.kinds(auto_augment()) == inside | {'invert'}
 
 
-@pytest.mark.parametrize('transform', (
-    lambda x, y, generator: (x, y),
-    T.from_torchvision(v2.RandomApply([v2.RandomGrayscale()])),
-    T.from_torchvision(v2.RandomChoice([v2.RandomGrayscale()])),
-    T.from_torchvision(lambda o: o)))
-def test_what_cannot_be_looked_into_is_refused(transform):
-    with pytest.raises(ValueError, match='`transform` must say what it does'):
+turn, grey = v2.RandomRotation(5), v2.RandomGrayscale()
+
+
+@pytest.mark.parametrize('transform, found', (
+    (v2.RandomApply([turn]), 'rotation'),
+    (v1.RandomApply([v1.RandomRotation(5), v1.Grayscale(3)]), 'rotation grey'),
+    (v2.RandomChoice([turn, grey]), 'rotation grey'), (v2.RandomOrder([grey]), 'grey'),
+    (v2.Compose([v2.ToImage(), v2.RandomApply([v2.Compose([turn])]), grey]), 'rotation grey'),
+    (v1.Compose([v1.ToPILImage(), v1.RandomSolarize(9), v1.PILToTensor()]), 'solarize'),
+    ([turn, (grey,)], 'rotation grey'), (torch.nn.Sequential(turn, grey), 'rotation grey'),
+    (v2.Compose([v2.ToImage()]), ''), (v2.Compose([v2.RandomApply([v2.AutoAugment()])]), None)))
+def test_pipelines_of_torchvision_are_looked_into(transform, found):
+    expected = U.kinds(auto_augment()) if found is None else set(found.split())
+    assert U.kinds(transform) == expected
+    if callable(transform):
+        assert U.kinds(T.from_torchvision(transform)) == expected
+        assert U.kinds(T.chain(T.gamma, T.from_torchvision(transform))) == expected | {'gamma'}
+
+
+def unheard(x, y, generator): return x, y
+
+
+class Unheard(v2.Compose): "May do more than its members"
+
+
+@pytest.mark.parametrize('transform, name', (
+    (lambda x, y, generator: (x, y), '<lambda>'), (unheard, 'unheard'), (partial(unheard, 3), 'unheard'),
+    (3, 'int'),
+    (T.chain(T.gamma, unheard), 'unheard'), (T.from_torchvision(lambda o: o), '<lambda>'),
+    (T.from_torchvision(v2.Lambda(lambda o: o)), 'Lambda'), (Unheard([turn]), 'Unheard'),
+    (T.from_torchvision(v2.Compose([turn, v2.RandomZoomOut()])), 'RandomZoomOut'),
+    ([turn, unheard], 'unheard'),
+    (v2.RandomApply([v2.Compose([v2.SanitizeBoundingBoxes()])]), 'SanitizeBoundingBoxes')))
+def test_what_is_not_known_is_refused_by_name(transform, name):
+    with pytest.raises(ValueError, match=f'`transform` must say what it does; {name} is not known'):
         U.kinds(transform)
+    with pytest.raises(ValueError, match=name):
+        U.overlap(dict(mine=transform), U.unseen_families(B))
+
+
+def test_a_transform_of_ones_own_says_what_it_does():
+    def mine(x, y, generator): return x, y
+    mine.kinds = {'frost', 'flip'}
+    assert U.kinds(partial(T.chain(T.gamma, mine))) == {'gamma', 'frost', 'flip'}
+    assert U.overlap(dict(mine=mine), U.unseen_families(B)) == {'frost'}
 
 
 def test_the_two_lists_share_nothing():
