@@ -1,5 +1,5 @@
 """What disturbs a reader of a page although nothing on it is broken, one line for each fault."""
-import re
+import os, re
 from pathlib import PurePath
 from docs_pages import text
 
@@ -62,5 +62,6 @@ def next_faults(name, nb):
     if PurePath(name).parts[0] not in LEADS_ON: return
     last = [text(o['source']) for o in nb['cells'] if o['cell_type'] == 'markdown'][-1]
     links = re.findall(r'\]\(([^)\s#]+\.ipynb)', last)
-    if not [o for o in links if PurePath(o).name != PurePath(name).name]:
+    here = PurePath(name).parent
+    if all(os.path.normpath(here/o) == os.path.normpath(name) for o in links):
         yield 'no next step: the last text has no link to another page'
