@@ -111,7 +111,8 @@ def trained(args, path, name, wide, data, passes, seed):
     "A network trained on a set, kept in a file"
     networks, config = networks_of(args, wide, passes)
     net = networks[name](seed)
-    path = path.with_stem(keyed(path.stem, name, wide, len(data), passes, seed, behind()))
+    path = path.with_stem(keyed(path.stem, name, wide, len(data), passes, seed, args.bf16,
+                                behind()))
     if path.exists():
         net.load_state_dict(load_state(path))
         return net.eval()
@@ -130,7 +131,7 @@ def builders(args, pool):
 
 def teachers(args, pool, nets):
     "The network that labels: wider, trained on ten tampered versions of each photograph"
-    key = keyed('lessons', teaching_mixture(nets)['proportions'], behind())
+    key = keyed('lessons', teaching_mixture(nets)['proportions'], args.bf16, behind())
     lessons = kept(args.work/key, lambda: build_training_set(
         pool, **teaching_mixture(nets), n=10*photographs, seed=1))
     return [trained(args, args.work/'teacher.pt', 'preactresnet18', .1875, lessons, 8, 200)]
@@ -149,7 +150,7 @@ def sets_of(args, names):
     nets = builders(args, pool)
     taught = teachers(args, pool, nets) if any(n in candidates for n in names) else ()
     make = lambda name: build_training_set(pool, **plan_of(name, nets, taught), n=rows)
-    return {k: kept(args.work/'sets'/keyed(k, candidates.get(k), behind()), partial(make, k))
+    return {k: kept(args.work/'sets'/keyed(k, candidates.get(k), args.bf16, behind()), partial(make, k))
             for k in names}
 
 
