@@ -50,7 +50,8 @@ def test_a_cell_of_checks_alone_is_folded_whole():
 
 def test_cells_without_checks_exported_cells_text_and_magics_stay():
     text = cell('assert it', 'markdown')
-    for one in (cell('x = 1\nx'), cell('#| export\nassert torch'), text, cell('%time\nassert 1')):
+    for one in (cell('x = 1\nx'), cell('#| export\nassert torch'), text,
+                cell('#| echo: false\nassert 1\n2'), cell('%time\nassert 1')):
         before = one.source
         assert sources(one) == [before]
 

@@ -8,6 +8,7 @@ from nbdev.config import get_config
 from nbdev.processors import Processor
 
 WIDTH = 88            # characters in a line of code
+UNTOUCHED = {'export', 'exports', 'hide', 'code-fold:', 'echo:', 'include:'}     # not shown, or folded
 FOLDED = '#| code-fold: true\n#| code-summary: Test\n'
 
 
@@ -70,8 +71,7 @@ def only_checks(node):
 
 def folded(cell):
     "The cells that stand for one: what a reader runs with its output, then what only asserts, folded"
-    if cell.cell_type != 'code' or cell.directives_.keys() & {'export', 'exports', 'hide', 'code-fold:'}:
-        return [cell]
+    if cell.cell_type != 'code' or cell.directives_.keys() & UNTOUCHED: return [cell]
     try: body = ast.parse(cell.source).body
     except SyntaxError: return [cell]             # a magic
     checks = [o for o in body if only_checks(o)]
