@@ -60,7 +60,8 @@ def test_one_job(weights):
     assert row['measured_loss'] == pytest.approx(1 - row['accuracy']/of(model)['clean'], abs=1e-9)
     assert row['n_test'] == 80
     assert 0 < row['js']
-    assert 0 <= row['predicted_loss_lo'] <= row['predicted_loss'] <= row['predicted_loss_hi'] <= 1
+    assert 0 <= row['predicted_loss'] <= row['predicted_loss_hi'] <= 1
+    assert -.02 < row['predicted_loss_lo'] <= row['predicted_loss'], 'a copy may win a little by luck'
     assert repr(row) == repr(measure_one(weights, 'INT4', 'fgsm', seed=3, n=80,
                                          eps=4/255)), 'the same question has the same answer'
     with pytest.raises(ValueError, match='`attack` must be one of'):
