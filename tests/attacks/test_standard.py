@@ -11,7 +11,7 @@ from robustnb.attacks import standard
 from robustnb.attacks.gradient import full_pgd, margin, multi_attack, pgd
 from robustnb.attacks.standard import autoattack, cascade, run_cascade, search_copy
 from robustnb.core import make_generator
-from robustnb.contract import predict
+from robustnb.contract import count_passes, predict
 from robustnb.data import digits, subset
 from robustnb.models.blocks import he_init
 from robustnb.attacks.threat_models import L1, L2, Linf
@@ -246,6 +246,10 @@ def test_a_surrogate_helps_where_there_is_no_gradient_and_is_not_asked_elsewhere
     alone = survives(net, full_pgd(net, x, y, Linf(16/255), make_generator(0)), y)
     assert row.fallen == survives(net, x, y).sum() - alone.sum() > 3
     assert torch.equal(seen.survives, survives(net, seen.x_adv, y))
+    with count_passes() as one:
+        full_pgd(net, x[:1], y[:1], Linf(16/255), make_generator(0))
+    assert row.backward == row.asked*one.backward
+    assert row.forward == row.asked*(one.forward + 1), 'and one for the verdict'
     torch.manual_seed(0)
     stranger = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 10)).eval()
     useless = run_cascade(closed, x, y, Linf(16/255), surrogate=stranger)
