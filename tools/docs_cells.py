@@ -6,8 +6,8 @@ import ast, textwrap
 from execnb.nbio import mk_cell
 from nbdev.config import get_config
 from nbdev.processors import Processor
+from docs_parts import SIGNATURE, exported_statements
 
-WIDTH = 88            # characters in a line of code
 UNTOUCHED = {'export', 'exports', 'hide', 'code-fold:', 'echo:', 'include:'}     # not shown, or folded
 FOLDED = '#| code-fold: true\n#| code-summary: Test\n'
 
@@ -16,9 +16,9 @@ class ReaderFirst(Processor):
     "Begin with the import of what the page describes, and fold what is there for machines"
     def __init__(self, nb):
         super().__init__(nb)
-        self.module = next((c.directives_['default_exp'][0] for c in code_cells(nb)
-                            if 'default_exp' in c.directives_), None)
-        self.names = [o for c in code_cells(nb) for o in public_names(c)]
+        self.module = next((c.directives_['default_exp'][0] for c in nb.cells
+                            if c.cell_type == 'code' and 'default_exp' in c.directives_), None)
+        self.names = [o for c in nb.cells for o in public_names(c)]
 
     def begin(self):
         cells = [o for c in self.nb.cells for o in folded(c)]
@@ -29,10 +29,6 @@ class ReaderFirst(Processor):
         self.nb.cells[:] = cells
 
 
-def code_cells(nb):
-    return [c for c in nb.cells if c.cell_type == 'code']
-
-
 def with_directives(cell):
     "A new cell, as nbdev's processors expect it"
     cell.directives_ = {}
@@ -41,9 +37,8 @@ def with_directives(cell):
 
 def public_names(cell):
     "What an exported cell adds to the module, without private names"
-    if not cell.directives_.keys() & {'export', 'exports'}: return []
     found = []
-    for o in ast.parse(cell.source).body:
+    for o in exported_statements(cell):
         if hasattr(o, 'name'): found.append(o.name)
         elif isinstance(o, ast.Assign): found += [t.id for t in o.targets if isinstance(t, ast.Name)]
     return [o for o in found if not o.startswith('_')]
@@ -52,8 +47,8 @@ def public_names(cell):
 def import_md(module, names):
     "The import of `names` as Markdown, on as many lines as it needs"
     line = f'from {module} import {", ".join(names)}'
-    if len(line) > WIDTH:
-        listed = textwrap.fill(', '.join(names), WIDTH, initial_indent='    ', subsequent_indent='    ')
+    if len(line) > SIGNATURE:
+        listed = textwrap.fill(', '.join(names), SIGNATURE, initial_indent='    ', subsequent_indent='    ')
         line = f'from {module} import (\n{listed})'
     return f'```python\n{line}\n```'
 

@@ -70,9 +70,10 @@ def faults(cache, made, infos, quarto):
     yield from menu_faults(quarto['website']['sidebar']['contents'], made)
     if (root/'README.md').read_text(encoding='utf-8') != readme():
         yield "README.md is out of step: run 'make readme'"
-    if not FILE.is_file() or FILE.read_text(encoding='utf-8') != llms():
+    listed = llms()
+    if not FILE.is_file() or FILE.read_text(encoding='utf-8') != listed:
         yield "nbs/llms.txt is out of step: run 'make readme'"
-    for link in [*re.findall(r'\]\((.*?)\)', llms()), *bar_links(quarto['website'])]:
+    for link in [*re.findall(r'\]\((.*?)\)', listed), *bar_links(quarto['website'])]:
         if why := fault(link, 'index.html', pages, infos): yield f'llms.txt or _quarto.yml: {why}: {link}'
 
 

@@ -114,10 +114,15 @@ class InOrder(Processor):
             cells[first:last] = sorted(cells[first:last], key=lambda o: self.names.index(shown(o)))
 
 
+def exported_statements(cell):
+    "What an exported cell adds to its module, none for any other cell"
+    if cell.cell_type != 'code' or not cell.directives_.keys() & {'export', 'exports'}: return []
+    return ast.parse(cell.source).body
+
+
 def defined(cell):
     "The functions and classes that an exported cell defines"
-    if cell.cell_type != 'code' or not cell.directives_.keys() & {'export', 'exports'}: return []
-    return [o.name for o in ast.parse(cell.source).body if hasattr(o, 'name')]
+    return [o.name for o in exported_statements(cell) if hasattr(o, 'name')]
 
 
 def shown(cell):
