@@ -199,8 +199,9 @@ def test_page_without_a_next_step():
         found = list(next_faults(f'{o}/a.ipynb', nb))
         assert found == ['no next step: the last text has no link to another page']
     assert not list(next_faults('api/a.ipynb', nb))
-    nb['cells'][-1] = last
-    assert not list(next_faults('howto/a.ipynb', nb))
+    for o in ('Next: [b](b.ipynb).', '[here](a.ipynb), [next](b.ipynb)', '[the namesake](../results/a.ipynb)'):
+        nb['cells'][-1] = last | dict(source=[o])
+        assert not list(next_faults('howto/a.ipynb', nb)), o
 
 
 def test_faults_of_a_reader_are_all_asked_for():
