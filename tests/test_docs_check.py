@@ -199,7 +199,8 @@ def test_page_without_a_next_step():
         found = list(next_faults(f'{o}/a.ipynb', nb))
         assert found == ['no next step: the last text has no link to another page']
     assert not list(next_faults('api/a.ipynb', nb))
-    for o in ('Next: [b](b.ipynb).', '[here](a.ipynb), [next](b.ipynb)', '[the namesake](../results/a.ipynb)'):
+    beside = '[here](a.ipynb), [next](b.ipynb)'
+    for o in ('Next: [b](b.ipynb).', beside, '[the namesake](../results/a.ipynb)'):
         nb['cells'][-1] = last | dict(source=[o])
         assert not list(next_faults('howto/a.ipynb', nb)), o
 
