@@ -13,6 +13,7 @@ results/curation_kinds_<part>.csv with a manifest beside them.
 """
 import argparse, hashlib, sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ candidates = {
     'damaged pixmix taught': (dict(pixmix=.6, corrupted=.25, noise=.05, linf=.1), .8),
     'mild taught': (dict(clean=.6, corrupted=.25, noise=.1, linf=.05), .8),
     'strong taught': (dict(clean=.1, corrupted=.4, cutmix=.2, noise=.15, linf=.1, l2=.05), .8)}
-winner = 'pixmix taught'
+finalists = 'pixmix taught', 'mild taught'      # first and second of the race
 agreement = ['clean', 'augmix', 'noise', 'mixed', 'clean taught', 'mixed taught']
 
 
@@ -196,14 +197,15 @@ def part_race(args):
 
 
 def part_final(args):
-    "Baselines, published sets and the winner on images and through networks that no choice has seen"
-    sets = sets_of(args, args.sets or [*baseline_names, *teams, winner])
+    "Baselines, published sets and the finalists on images and through networks that no choice has seen"
+    sets = sets_of(args, args.sets or [*baseline_names, *teams, *finalists])
     found = judged(args, sets, 'final', args.seeds)
-    deliver(args, found, winner=winner, proportions=candidates[winner])
+    deliver(args, found, proportions={k: candidates[k][0] for k in finalists})
     print(rank_training_sets(found, every).round(3).to_string())
-    for other in sets:
-        if other != winner and found.seed.nunique()*found.model.nunique() > 1:
-            print(f'\n{winner} - {other}\n{compare_sets(found, winner, other, every).round(3)}')
+    if found.seed.nunique()*found.model.nunique() == 1: return
+    for one, other in product(finalists, sets):
+        if one in sets and one != other:
+            print(f'\n{one} - {other}\n{compare_sets(found, one, other, every).round(3)}')
 
 
 def main():

@@ -52,7 +52,7 @@ def teaching_mixture(
     return dict(sources={k: sources[k] for k in proportions}, proportions=proportions)
 
 # %% ../../nbs/api/curation/70_recipe.ipynb #afa9a356
-robust_proportions = dict(pixmix=1.)
+robust_proportions = dict(clean=.6, corrupted=.25, noise=.1, linf=.05)
 
 def robust_mixture(
     nets:dict,              # Name -> network to attack, in eval mode
