@@ -41,7 +41,7 @@ def job(**more):
 @pytest.fixture(scope='module')
 def trained(one_thread):
     return train_attacker(students, pictures(120, seed=3), tinted(120, 4), rule,
-                          AttackerRecipe(epochs=8, batch_size=8), LinkNetAttacker(width=8))
+                          AttackerRecipe(epochs=16, batch_size=8), LinkNetAttacker(width=8))
 
 
 def attacks(people):
