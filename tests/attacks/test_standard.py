@@ -54,7 +54,7 @@ threats = (Linf(4/255), Linf(16/255), L2(.8), L1(8.), SSIM(.9))
 
 @pytest.mark.parametrize('threat', threats, ids=repr)
 def test_the_cascade_reaches_the_answer_of_the_long_way(trained, threat):
-    net, x, y = trained[0], trained[1][:20], trained[2][:20]
+    net, x, y = trained[0], trained[1][:16], trained[2][:16]
     long_way = multi_attack(partial(apgd, steps=50),
                             partial(apgd_targeted, steps=30))(net, x, y, threat)
     found = cascade(net, x, y, threat)
