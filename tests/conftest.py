@@ -23,6 +23,6 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_collection_modifyitems(items):
-    "The files that take longest start first, the longest of all before them, so that no processor waits for it at the end"
+    "The files that take longest start first, so that no processor waits for them at the end"
     long = ['test_own_data.py', 'test_kills.py', 'test_faults.py', 'test_checks.py', 'test_nbtest.py']
     items.sort(key=lambda o: long.index(o.path.name) if o.path.name in long else len(long))
