@@ -23,6 +23,6 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_collection_modifyitems(items):
-    "What takes minutes in one test starts first, so that no processor waits for it at the end"
-    long = ('test_kills.py', 'test_faults.py', 'test_own_data.py')
-    items.sort(key=lambda o: o.path.name not in long)
+    "The files that take longest start first, so that no processor waits for them at the end"
+    long = ['test_own_data.py', 'test_kills.py', 'test_faults.py', 'test_checks.py', 'test_nbtest.py']
+    items.sort(key=lambda o: long.index(o.path.name) if o.path.name in long else len(long))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import widths
 from browser import Browser, faults, find
 from robustnb.transfer.predictor import predict_losses
 from robustnb.transfer.report import Report
@@ -131,22 +132,30 @@ def pages():
     return sorted(site.rglob('*.html'))
 
 
-@pytest.mark.parametrize('width', WIDTHS.values(), ids=WIDTHS)
-def test_every_page_of_the_site(browser, pages, width):
-    found = {f.relative_to(site).as_posix(): browser.open(f.as_uri(), width) for f in pages}
-    assert len(found) == len(list((root/'nbs').rglob('[!.]*.ipynb')))
-    assert min(o['text'] for o in found.values()) > 500
-    assert not {k: faults(v) for k, v in found.items() if faults(v)}
+BLOCKS = '<pre style="height:{}px">A block</pre>'*3 + '<p>' + 'word '*200 + '</p>'
 
 
-BOTTOMS = "[...document.querySelectorAll('main pre, main table')].map(e => e.getBoundingClientRect().bottom)"
+@pytest.mark.parametrize('blocks, ends', [(BLOCKS.format(100, 100, 100), None),
+                                          (BLOCKS.format(100, 100, 900), '3 first blocks end at'),
+                                          ('<pre>One</pre>', '1 first blocks end at')])
+def test_front_page_below_the_fold(tmp_path, blocks, ends):
+    (tmp_path/'index.html').write_text(PAGE.format(blocks), encoding='utf-8')
+    found = widths.below_the_fold(tmp_path/'index.html')
+    assert ends in found[0] if ends else found == []
 
 
-def test_front_page_above_the_fold(browser, pages):
-    "Install, quickstart and figures fit a window of 1280x800; what follows does not"
-    browser.open((site/'index.html').as_uri(), 1280, 800)
-    bottoms = browser.ask('Runtime.evaluate', expression=BOTTOMS, returnByValue=True)['result']['value']
-    assert max(bottoms[:3]) <= 800 < bottoms[3]
+def test_the_site_is_looked_at_as_a_page_is(tmp_path):
+    "`make docs-check` opens a page once, and sees at both widths what a page opened at that width has"
+    for k, v in FAULTY.items():
+        (tmp_path/f'{k}.html').write_text(PAGE.format(v + '<p>word</p>'*200), encoding='utf-8')
+    (tmp_path/'few.html').write_text(PAGE.format('<p>Text</p>'), encoding='utf-8')
+    (tmp_path/'good.html').write_text(PAGE.format('<p>word</p>'*200), encoding='utf-8')
+    lines = widths.cut(sorted(tmp_path.iterdir()))
+    said = {k: ' '.join(o for o in lines if f'{k}.html: at 360 px' in o) for k in FAULTY}
+    assert all(f'{k}: ' in v for k, v in said.items()), said
+    assert sum('errors: ' in o for o in lines if 'errors.html' in o) == 3
+    assert sum('only ' in o and 'few.html' in o for o in lines) == 3
+    assert not [o for o in lines if 'good.html' in o]
 
 
 def accessible(browser, page):

@@ -262,24 +262,24 @@ def test_6_ranges_are_frozen_and_order_does_not_matter():
 
 
 def test_6_kept_images_do_not_make_the_order_matter():
-    model, x = make_net(), images(30)
+    model, x = make_net(), images(12)
     y = answers(model, x)
     one = quantize(model, 'INT4', x)
     two = quantize(model, 'INT3', x)
     runs = dict(a=(one, y, 0), b=(two, y, 0), c=(two, y.roll(1), 0), d=(one, y, 1))
     costs = ['forward', 'backward', 'seconds']
     found = {}
-    for order in ('abcd', 'dcba', 'bdac'):
+    for order in ('abcd', 'dcba'):
         both = multi_attack(transfer_attack(model, pgd), pgd)
-        apart = quantized_attacks(model, queries=20)
+        apart = quantized_attacks(model, queries=10)
         for k in order:
             q, labels, seed = runs[k]
             rows = evaluate(q, x, labels, dict(both=both, **apart), Linf(4/255), seed=seed,
-                            batch_size=20).drop(columns=costs)
+                            batch_size=8).drop(columns=costs)
             assert rows.equals(found.setdefault(k, rows)), f'{k} in the order {order}'
     fresh = evaluate(two, x, y, dict(both=multi_attack(transfer_attack(model, pgd), pgd),
-                                     **quantized_attacks(model, queries=20)),
-                     Linf(4/255), batch_size=20)
+                                     **quantized_attacks(model, queries=10)),
+                     Linf(4/255), batch_size=8)
     assert fresh.drop(columns=costs).equals(found['b'])
 
 

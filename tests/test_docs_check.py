@@ -371,7 +371,7 @@ def test_what_is_cut_is_found(tmp_path):
     pages = [page(o, tmp_path, f'{k}.html') for k,o in bad.items()]
     found = widths.cut([page(good, tmp_path), *pages])
     assert not [o for o in found if 'page.html' in o]
-    assert all(sum(f'{k}.html' in o for o in found) == 2 for k in bad), found
+    assert all(sum(f'{k}.html' in o and 'cut: ' in o for o in found) == 2 for k in bad), found
 
 
 QUARTO = '''#!/bin/sh

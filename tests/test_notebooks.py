@@ -14,7 +14,7 @@ from nbclient.exceptions import CellExecutionError
 root = Path(__file__).parent.parent
 notebooks = {f.relative_to(root/'nbs').with_suffix('').as_posix(): f
              for f in sorted((root/'nbs').rglob('*.ipynb')) if '/.' not in f.as_posix()}
-quick = ('api/00_core', 'api/models/70_complexity', 'explain/intervals', 'explain/quantisation')
+quick = ('api/00_core', 'explain/intervals')
 asked = os.environ.get('ROBUSTNB_NOTEBOOKS', ','.join(quick))
 chosen = [o for o in notebooks if asked == 'all' or o.startswith(tuple(asked.split(',')))]
 

@@ -116,16 +116,28 @@ class Browser:
         loader = self.ask('Page.navigate', url=url)['loaderId']
         self.wait(lambda events: any(_is_load(o, loader) for o in events))
 
-    def open(self, url, width=1280, height=900):
-        "Open a page at a width in CSS pixels: what `FAULTS` finds, and `errors` that were heard"
+    def resize(self, width, height=900):
+        "Make the window so many CSS pixels wide: a desk, or a telephone"
         self.ask('Emulation.setDeviceMetricsOverride', width=width, height=height,
                  deviceScaleFactor=1, mobile=width < 600)
+
+    def value(self, expression):
+        "What a JavaScript expression gives on the open page"
+        said = self.ask('Runtime.evaluate', expression=expression, returnByValue=True)
+        return said['result']['value']
+
+    def look(self):
+        "What `FAULTS` finds on the open page, and `errors` that were heard"
+        return self.value(FAULTS) | dict(errors=list(filter(None, map(_complaint, self.events))))
+
+    def open(self, url, width=1280, height=900):
+        "Open a page at a width in CSS pixels, and `look` at it"
+        self.resize(width, height)
         self._go('about:blank')     # what the page before still says is heard here
         self._go(url)
         self.ask('Runtime.evaluate', expression=TIMERS, awaitPromise=True)
         self.wait(lambda events: not _pending(events))      # a loaded page may still fetch
-        found = self.ask('Runtime.evaluate', expression=FAULTS, returnByValue=True)['result']
-        return found['value'] | dict(errors=list(filter(None, map(_complaint, self.events))))
+        return self.look()
 
     def shoot(self, path, whole=False):
         "A picture of the window, or of the whole page"

@@ -2,7 +2,7 @@
 
 The notebooks are processed as `make docs` does, rendered with pandoc into `_check/`, and then every
 link, anchor and image of the HTML is resolved; links to other sites are counted, not visited.
-Other faults are found by `docs_faults.py` and `docs_reader.py`, what is cut off by `widths.py`.
+Other faults are found by `docs_faults.py` and `docs_reader.py`, what a browser shows by `widths.py`.
 """
 import json, os, re, runpy, shutil, sys
 from concurrent.futures import ThreadPoolExecutor
@@ -113,8 +113,9 @@ def main():
     infos = {page: Parts(html) for page,_,_,html in made.values()}
     problems = list(faults(cache, made, infos, quarto))
     write(made, quarto)
-    if browser.find(): problems += widths.cut([out/page for page in infos])
-    else: print('docs: no Chromium on this machine, what is cut off was not measured')
+    if browser.find():
+        problems += widths.cut([out/page for page in infos]) + widths.below_the_fold(out/'index.html')
+    else: print('docs: no Chromium on this machine, pages were not looked at')
     for o in problems: print('FAILED', o)
     links = [o for i in infos.values() for o in i.links]
     away = sum(o.startswith('http') and not o.startswith((site, source)) for o in links)

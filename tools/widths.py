@@ -1,12 +1,18 @@
-"""Which tables and blocks of text a reader cannot see whole, measured in headless Chromium.
+"""What a reader cannot see whole, and what a browser complains about, in headless Chromium.
 
-`python tools/widths.py PAGE.html ...` prints a line for each page and width on which text is cut.
+`python tools/widths.py PAGE.html ...` prints a line for each page and width with faults: tables and
+blocks of text that are cut, and what `browser.py` finds.
 """
 import sys
 from pathlib import Path
-from browser import Browser, find
+from browser import Browser, faults, find
 
 WIDTHS = 1280, 390                    # a desk and a telephone, in CSS pixels
+NARROW = 360                          # a small telephone: a number may break there, nothing may stick out
+LETTERS = 500                         # a page that shows fewer is broken
+FIRST, FOLD = 3, 800                  # blocks of the front page, within so many pixels from its top
+BOTTOMS = '''[...document.querySelectorAll('main pre, main table')].map(
+    e => e.getBoundingClientRect().bottom)'''
 # How many tables and blocks there are, and how those begin that are wider than their room
 MEASURE = '''(() => {
   const main = document.querySelector('main').getBoundingClientRect();
@@ -31,27 +37,44 @@ MEASURE = '''(() => {
 
 
 def measure(pages, widths=WIDTHS):
-    "For each width and page: `text`, its width; how many `tables`, `blocks`; what is `cut`"
+    "For each width and page: `text`, its width; how many `tables`, `blocks`; what is `cut`; `seen`"
     found = {}
     with Browser() as browser:
         for page in pages:
             browser.open(Path(page).resolve().as_uri(), widths[0])
             for width in widths: found[width, page] = measured(browser, width)
+            browser.resize(NARROW)
+            found[NARROW, page] = dict(cut=[], seen=browser.look())
     return found
 
 
 def measured(browser, width):
     "The measurements of the page that is open, at one width"
-    screen = dict(width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
-    browser.ask('Emulation.setDeviceMetricsOverride', **screen)
-    answer = browser.ask('Runtime.evaluate', expression=MEASURE, returnByValue=True)
-    return answer['result']['value']
+    browser.resize(width)
+    return browser.value(MEASURE) | dict(seen=browser.look())
+
+
+def said(found):
+    "What is wrong with a page at one width, as a list of lines"
+    letters = found['seen']['text']
+    few = [f'only {letters} letters'] if letters <= LETTERS else []
+    return ['cut: ' + o for o in found['cut']] + few + [f'{k}: {v}' for k,v in faults(found['seen']).items()]
 
 
 def cut(pages, widths=WIDTHS):
-    "One line for each page and width on which something is cut"
-    return [f'{page}: cut at {width} px: ' + '; '.join(found['cut'])
-            for (width, page),found in measure(pages, widths).items() if found['cut']]
+    "One line for each page and width on which something is cut, or faulty"
+    return [f'{page}: at {width} px: ' + '; '.join(said(found))
+            for (width, page),found in measure(pages, widths).items() if said(found)]
+
+
+def below_the_fold(page):
+    "One line if install, quickstart and figures do not fit the first window of the front page"
+    with Browser() as browser:
+        browser.open(Path(page).resolve().as_uri(), WIDTHS[0], FOLD)
+        bottoms = browser.value(BOTTOMS)
+    last = max(bottoms[:FIRST], default=0)
+    fits = len(bottoms) >= FIRST and last <= FOLD
+    return [] if fits else [f'{page}: {len(bottoms[:FIRST])} first blocks end at {last:.0f} px of {FOLD}']
 
 
 if __name__ == '__main__':

@@ -295,9 +295,9 @@ def test_decisions_alone_and_few_pixels():
     for attack, threat in ((lambda *a: hop_skip_jump(*a, steps=4), Linf(16/255)),
                            (lambda *a: hop_skip_jump(*a, steps=4), L2(.8)),
                            (pointwise, L0(12)), (pointwise, L1(6.))):
-        out = attack(Decisions().eval(), x[:4], y[:4], threat)
-        assert threat.allows(x[:4], out).all()
-        assert (model(out).argmax(1) != y[:4]).sum() >= 2
+        out = attack(Decisions().eval(), x[:2], y[:2], threat)
+        assert threat.allows(x[:2], out).all()
+        assert (model(out).argmax(1) != y[:2]).any()
 
 
 @pytest.mark.parametrize('use', wrong_uses)

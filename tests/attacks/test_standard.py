@@ -54,7 +54,7 @@ threats = (Linf(4/255), Linf(16/255), L2(.8), L1(8.), SSIM(.9))
 
 @pytest.mark.parametrize('threat', threats, ids=repr)
 def test_the_cascade_reaches_the_answer_of_the_long_way(trained, threat):
-    net, x, y = trained
+    net, x, y = trained[0], trained[1][:16], trained[2][:16]
     long_way = multi_attack(partial(apgd, steps=50),
                             partial(apgd_targeted, steps=30))(net, x, y, threat)
     found = cascade(net, x, y, threat)
@@ -67,16 +67,17 @@ def test_the_cascade_reaches_the_answer_of_the_long_way(trained, threat):
     assert b.sum() < clean.sum()
 
 
-def test_sparse_steps_get_enough_iterations():
-    "A network on which a third of the iterations misses an image that the long way finds under L1"
+def test_sparse_steps_find_all_that_the_long_way_finds():
+    "Under L1, image by image; those that stand cost most and are left out"
     net = quick_network(7)
     test = subset(digits('test', size=16), 40, seed=7)
-    x = test.x
     y = torch.as_tensor(test.y)
     long_way = multi_attack(partial(apgd, steps=50),
-                            partial(apgd_targeted, steps=20, targets=4))(net, x, y, L1(4.))
-    left = survives(net, long_way, y).sum()
-    assert survives(net, cascade(net, x, y, L1(4.)), y).sum() <= left < survives(net, x, y).sum()
+                            partial(apgd_targeted, steps=20, targets=4))(net, test.x, y, L1(4.))
+    fell = survives(net, test.x, y) & ~survives(net, long_way, y)
+    assert fell.sum() > 10, 'the case is worth looking at'
+    found = cascade(net, test.x[fell], y[fell], L1(4.))
+    assert not survives(net, found, y[fell]).any()
 
 
 def test_the_cascade_asks_for_a_fraction_of_the_gradients(trained, monkeypatch):

@@ -381,9 +381,10 @@ def test_everything_is_afterwards_as_it_was(net):
 
 def test_tables_repeat_with_their_seed(net):
     noisy = Around(net, before=lambda x: x + .1*torch.randn(x.shape)).eval()
-    a = red_flags(noisy, x, y, threat, seed=0)
-    b = red_flags(noisy, x, y, threat, seed=0)
-    c = red_flags(noisy, x, y, threat, seed=1)
+    few = x[:40], y[:40]
+    a = red_flags(noisy, *few, threat, seed=0)
+    b = red_flags(noisy, *few, threat, seed=0)
+    c = red_flags(noisy, *few, threat, seed=1)
     assert a.equals(b)
     assert not a.equals(c)
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from robustnb.core import make_generator
+from robustnb.attacks.gradient import fgsm
 from robustnb.attacks.threat_models import Linf
 from robustnb.quant import targets
 from robustnb.transfer import study as module
@@ -130,7 +131,7 @@ def test_rows_with_an_engine_carry_its_figures(found, tmp_path):
 
 
 def test_off_or_not_installed_there_are_no_columns(net, x, monkeypatch):
-    study = Study(net, Probes.of(x), (Linf(1/255),))
+    study = Study(net, Probes.of(x), (Linf(1/255),), attack=fgsm)
     off = study.assess('INT8', engine=False)
     assert 'file_kb' not in off.table
     monkeypatch.setattr(module, 'engine_installed', lambda: False)
@@ -148,7 +149,7 @@ def test_a_model_that_cannot_be_written_is_a_note_with_the_reason(net, x):
             super().__init__()
             self.net = net
         def forward(self, x): return self.net(torch.flip(x, (3,)))
-    report = Study(Odd().eval(), Probes.of(x), (Linf(1/255),)).assess('INT8')
+    report = Study(Odd().eval(), Probes.of(x), (Linf(1/255),), attack=fgsm).assess('INT8')
     notes = [o for o in report.facts['notes'] if o.startswith('No file of INT8 for ONNX Runtime:')]
     assert len(notes) == 1
     assert 'flip' in notes[0]

@@ -1,6 +1,7 @@
 "The Study: each part once, the same answers one by one and together; losses counted by hand."
 import json, re
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from robustnb.attacks import standard
 from robustnb.transfer import study as module
 from robustnb.attacks.gradient import fgsm, multi_attack, pgd
 from robustnb.core import make_generator
@@ -269,7 +271,13 @@ def test_the_page_shows_layers_of_the_worst_format_it_knows(net, probes, tmp_pat
     assert 'Each tensor rounded alone, INT8' in (tmp_path/'report.html').read_text()
 
 
-def test_assess_is_a_study_in_a_loop(net, probes, labelled):
+def test_assess_is_a_study_in_a_loop(net, probes, labelled, monkeypatch):
+    "The cascade is the attack of both; here it is two steps of PGD, which a change of default would leave"
+    asked = []
+    def short(model, x, y, threat, generator=None, *rest):
+        asked.append(len(x))
+        return SimpleNamespace(x_adv=quick(model, x, y, threat, generator))
+    monkeypatch.setattr(standard, 'run_cascade', short)
     report = assess(net, 'INT8,INT3', budgets[1], labelled, probes.x, n=40, seed=5)
     study = Study(net, Probes.of(probes.x[:40], model=net, seed=5), budgets[1:2], labelled, seed=5)
     rows = study.rows('INT8') + study.rows('INT3')
@@ -279,6 +287,8 @@ def test_assess_is_a_study_in_a_loop(net, probes, labelled):
     pd.testing.assert_frame_equal(table, expected.table, check_exact=True)
     pd.testing.assert_frame_equal(report.layers, expected.layers, check_exact=True)
     assert report.probes.equal(expected.probes)
+    half = len(asked)//2
+    assert half > 0 and asked[:half] == asked[half:]
 
 
 @pytest.mark.parametrize('threats', [budgets[::-1], (Linf(1/255), L2(1.)), (budgets[0],)*2])
