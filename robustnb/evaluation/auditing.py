@@ -119,7 +119,9 @@ def audit(
     _check_results(x, x_adv, threat)
     if not n >= 1: raise ValueError(f"`n` must be at least 1 image to attack again; got {n}.")
     _check_counts(0, 0, 0, confidence)
-    stands = lambda images, y: margin(is_correct(model, images, y)[1], y) <= 0
+    def stands(images, y):
+        right = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+        return right.index_fill(0, is_correct(model, images, y)[0], True)
     left = (stands(x, y) & stands(x_adv, y)).nonzero().flatten()
     order = torch.randperm(len(left), generator=make_generator(0, 'audit', fingerprint(x, y)))
     drawn = left[order[:n].to(left.device)].sort().values
