@@ -90,7 +90,7 @@ def check_attack(
     check_labels(y, len(x), logits.shape[1])
     return model
 
-# %% ../../nbs/api/attacks/30_gradient.ipynb #a3cb91ab
+# %% ../../nbs/api/attacks/30_gradient.ipynb #b07be755
 class _NotDifferentiable(ValueError):
     "A model whose answers depend on no image through autograd"
 
@@ -107,6 +107,7 @@ def _outside_inference():
                          "`torch.inference_mode()`. Make or load it outside, or attack "
                          "`copy.deepcopy(model)`, made outside.") from e
 
+# %% ../../nbs/api/attacks/30_gradient.ipynb #a3cb91ab
 def _logits_for(model, x, y):
     "The logits that losses see: where a model may refuse, others than it answers with"
     return model.logits_for(x, y) if hasattr(model, 'logits_for') else model(x)

@@ -17,9 +17,9 @@ from ..models.plain import copy_model
 from ..models.graph import fold_batchnorm
 from ..quant.ptq import FakeQuantize
 from .threat_models import L1, L2, Linf
-from robustnb.attacks.gradient import (
-    _NotDifferentiable, _stands, check_attack, cross_entropy, full_pgd, is_correct, loss_and_grad, margin, margin_to,
-    multi_attack)
+from .gradient import (
+    _NotDifferentiable, _stands, check_attack, cross_entropy, full_pgd, is_correct, loss_and_grad,
+    margin, margin_to, multi_attack)
 from .adaptive_pgd import apgd, apgd_targeted, climb, gradients, walk
 from .minimum_norm import fab
 from .score_based import random_search, square

@@ -476,7 +476,8 @@ def _as_pixels(o):
         o, 'dtype', type(o).__name__)
     if isinstance(o, np.ndarray): got = f"an array of {got}"
     raise ValueError(f"`transform` must return a uint8 tensor, or floats in [0, 1]; got {got}. Leave "
-                     "`v2.Normalize` out: the model normalises; end with `v2.ToImage()` after PIL or an array.")
+                     "`v2.Normalize` out: the model normalises; end with `v2.ToImage()` after PIL or "
+                     "an array.")
 
 def from_torchvision(
     transform:Callable,   # Takes one uint8 tensor (C,H,W); returns one, or floats in [0,1]

@@ -68,12 +68,9 @@ def _open(path):
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #782c8b9d
 class _Cache:
     "What was queried, what came of it, and the answers"
-    def __init__(self, path):
-        self.path, self.db = path, _open(path)
-        self.lock = threading.RLock()    # any thread may ask; what one writes is written whole
+    def __init__(self, path): self.path, self.db, self.lock = path, _open(path), threading.RLock()
     def get(self, sql, *args):
-        with self.lock:
-            return self.db.execute(sql, args).fetchall()
+        with self.lock: return self.db.execute(sql, args).fetchall()
     def used(self): return self.get('select coalesce(max(id), 0) from asked')[0][0]
 
     def length(self):

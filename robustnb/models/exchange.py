@@ -91,6 +91,13 @@ def _check_inputs(program, path):
                          "({0: torch.export.Dim('batch')},))`, with at least two images in `x`.")
     return h if isinstance(h, int) and h == w else None
 
+# %% ../../nbs/api/models/37_exchange.ipynb #9ba2b794
+def _cast_as(node, x):
+    "To whole numbers and back, as a node of a program says; among floats all is float32"
+    wanted, was = (n.meta['val'].dtype for n in (node, node.args[0]))
+    if wanted.is_floating_point and was.is_floating_point: return x
+    return x.to(torch.float32 if wanted.is_floating_point else wanted)
+
 # %% ../../nbs/api/models/37_exchange.ipynb #a3f469da
 class _Plain(fx.Transformer):
     "Operations of aten to layers and functions of torch"
@@ -121,15 +128,9 @@ class _Plain(fx.Transformer):
             self.made.register_buffer(name, value.clone())
         return self.tracer.create_proxy('get_attr', name, (), {})
 
-    def cast(self, x):
-        "To whole numbers and back; among floats all is float32"
-        wanted, was = (n.meta['val'].dtype.is_floating_point for n in (self.node, self.node.args[0]))
-        if wanted and was: return x
-        return x.to(torch.float32 if wanted else self.node.meta['val'].dtype)
-
     def call_function(self, target, args, kwargs):
         name = getattr(target, '_opname', getattr(target, '__name__', str(target))).rstrip('_')
-        if name in ('to', '_to_copy'): return self.cast(args[0])
+        if name in ('to', '_to_copy'): return _cast_as(self.node, args[0])
         said = list(args) + [None]*10
         weights = len(args) > 1 and isinstance(args[1], Tensor)
         if name in _layers and (weights or name.endswith('_norm')): return _layers[name](self, *said[:10])
@@ -257,8 +258,7 @@ class _Value:
 class _Reader:
     "A graph of torch that grows by one operation of ONNX after the other"
     def __init__(self, path, side, opset):
-        self.path, self.made, self.graph = path, nn.Module(), fx.Graph()
-        self.opset = opset
+        self.path, self.opset, self.made, self.graph = path, opset, nn.Module(), fx.Graph()
         self.tracer = fx.proxy.GraphAppendingTracer(self.graph)
         self.side, self.batch, self.n = side, None, 0
 
@@ -408,6 +408,17 @@ def _instance_norm(at, said, x, weight, bias):
     eps = said.get('epsilon', 1e-5)
     return at.call(lambda t, w, b: F.instance_norm(t, weight=w, bias=b, eps=eps), x, weight, bias)
 
+def _softmax(f):
+    def made(at, said, x):
+        if at.opset >= 13: return at.call(lambda t: f(t, said.get('axis', -1)), x)
+        shape = x.constant.shape
+        axis = said.get('axis', 1) % len(shape)
+        if axis == 0: raise NotImplementedError
+        if axis == len(shape)-1: return at.call(lambda t: f(t, axis), x)
+        # before version 13 the axis was the first of those that are one
+        return at.call(lambda t: f(t.flatten(axis), axis).unflatten(axis, shape[axis:]), x)
+    return made
+
 def _group_norm(at, said, x, weight, bias):
     layer = nn.GroupNorm(said['num_groups'], x.constant.shape[1], eps=said.get('epsilon', 1e-5)).eval()
     layer.weight.data.copy_(weight.constant)
@@ -517,6 +528,7 @@ def _clip(at, said, x, low=None, high=None):
     if (low, high) == (0, 6): return at.layer(nn.ReLU6(), x)
     return at.call(lambda t: torch.clamp(t, low, high), x)
 
+# %% ../../nbs/api/models/37_exchange.ipynb #2d6f4ce1
 def _resize(at, said, x, roi=None, scales=None, sizes=None):
     mode = said.get('mode', 'nearest')
     how = said.get('coordinate_transformation_mode', 'half_pixel')
@@ -536,7 +548,6 @@ def _resize(at, said, x, roi=None, scales=None, sizes=None):
     mode = 'nearest' if mode == 'nearest' else 'bilinear'
     return at.call(lambda t: F.interpolate(t, to, mode=mode, **more), x)
 
-# %% ../../nbs/api/models/37_exchange.ipynb #2d6f4ce1
 def _prelu(at, said, x, slope):
     layer = nn.PReLU(slope.constant.numel()).eval()
     layer.weight.data.copy_(slope.constant.reshape(-1))
@@ -553,17 +564,6 @@ def _cast(at, said, x):
 def _as_layer(make): return lambda at, said, x: at.layer(make(said), x)
 
 def _as_call(f): return lambda at, said, *values: at.call(f, *values)
-
-def _softmax(f):
-    def made(at, said, x):
-        if at.opset >= 13: return at.call(lambda t: f(t, said.get('axis', -1)), x)
-        shape = x.constant.shape
-        axis = said.get('axis', 1) % len(shape)
-        if axis == 0: raise NotImplementedError
-        if axis == len(shape)-1: return at.call(lambda t: f(t, axis), x)
-        # before version 13 the axis was the first of those that are one
-        return at.call(lambda t: f(t.flatten(axis), axis).unflatten(axis, shape[axis:]), x)
-    return made
 
 _single = dict(
     Relu=lambda a: nn.ReLU(), Sigmoid=lambda a: nn.Sigmoid(), Tanh=lambda a: nn.Tanh(),

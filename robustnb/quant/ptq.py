@@ -145,13 +145,13 @@ _float_parts = 'FloatFunctional', 'FXFloatFunctional', 'QuantStub', 'DeQuantStub
 def _check_not_rounded(model):
     "Raise if torch or torchao has put integers or roundings into a network"
     def rounds(o):
-        home = type(o).__module__
-        return home.startswith(('torch.ao.', 'torchao.')) and type(o).__name__ not in _float_parts
+        kind = type(o)
+        return kind.__module__.startswith(('torch.ao.', 'torchao.')) and kind.__name__ not in _float_parts
     parts = [(n, o) for n, m in model.named_modules() for o in (m, *m._parameters.values()) if rounds(o)]
     if not parts: return
     name, part = parts[0]
-    raise ValueError("`model` must be in full precision; "
-                     f"{name or 'the model'} is a {type(part).__module__}.{type(part).__name__}, which rounds "
+    kind = f'{type(part).__module__}.{type(part).__name__}'
+    raise ValueError(f"`model` must be in full precision; {name or 'the model'} is a {kind}, which rounds "
                      "already. Give the network as it was before `prepare`, `convert` or `quantize_`.")
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #b1f0c001

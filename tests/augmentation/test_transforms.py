@@ -311,7 +311,8 @@ def test_what_others_draw_follows_the_generator(draw, wrap):
     if wrap == 'torchvision':
         t = T.from_torchvision(lambda o: o.flip(2) if draw() < .5 else o)
     else:
-        t = T.from_imgaug(iaa.Lambda(func_images=lambda o, *more: [i[:, ::-1] if draw() < .5 else i for i in o]))
+        perhaps = lambda images, *more: [i[:, ::-1] if draw() < .5 else i for i in images]
+        t = T.from_imgaug(iaa.Lambda(func_images=perhaps))
     states = random.getstate(), torch.random.get_rng_state(), np.random.get_state()[1].copy()
     made = t(x, y, seeded())[0]
     assert torch.equal(made, t(x, y, seeded())[0])

@@ -179,8 +179,8 @@ def test_a_resize_that_torch_does_otherwise_is_refused(tmp_path, how, sizes):
 
 def test_a_resize_of_some_axes_is_read(tmp_path):
     x = images(3, 8)
-    path = onnx_file(tmp_path/'net.onnx', 18, ('Resize', ['c', '', '', 'k'], 'r', dict(mode='linear', axes=[-2, 3])),
-                     ('Relu', ['r'], 'm', {}), k=torch.tensor([4, 16]))
+    resize = 'Resize', ['c', '', '', 'k'], 'r', dict(mode='linear', axes=[-2, 3])
+    path = onnx_file(tmp_path/'net.onnx', 18, resize, ('Relu', ['r'], 'm', {}), k=torch.tensor([4, 16]))
     assert (read_onnx(path)[0](x)-engine(path, x)).abs().max() < 1e-5
 
 
