@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['check_images', 'check_labels', 'check_model', 'to_float', 'to_uint8', 'round_to_8bit', 'subseed', 'make_generator',
-           'image_generators', 'draw', 'pick_device', 'batches', 'images_at_a_time', 'progress', 'some_of', 'fast_bf16',
-           'memory_layout']
+           'image_generators', 'draw', 'global_seeds', 'pick_device', 'batches', 'images_at_a_time', 'progress',
+           'some_of', 'fast_bf16', 'memory_layout']
 
 # %% ../nbs/api/00_core.ipynb #ae87c141
-import hashlib, platform, sys
+import hashlib, platform, random, sys
+from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import nn, Tensor
@@ -143,6 +144,23 @@ def draw(
 )->Tensor:           # Draws (N,*shape)
     "One draw per image, stacked."
     return torch.stack([kind(*shape, generator=g) for g in generators]).to(like)
+
+# %% ../nbs/api/00_core.ipynb #709c479a
+@contextmanager
+def global_seeds(
+    seed:int,      # Seed, >= 0
+):
+    "Inside, the shared generators of Python, numpy and torch (CPU) draw what the seed says."
+    before = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
 
 # %% ../nbs/api/00_core.ipynb #823b18c9
 def pick_device(

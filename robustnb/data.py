@@ -69,7 +69,7 @@ def _soft_labels(labels, n, classes):
         return np.eye(K, dtype=np.float32)[labels]
     if labels.shape != (n, K):
         raise ValueError(f"`labels` must be (N,) or (N,K) with K = {K} classes; got shape "
-                         f"{labels.shape}.")
+                         f"{labels.shape}. Class numbers in a column become (N,) by `labels.ravel()`.")
     ok = (labels >= 0).all(1) & (abs(labels.astype(np.float64).sum(1)-1) <= 1e-3)
     if not ok.all():
         i = np.flatnonzero(~ok)[0]

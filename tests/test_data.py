@@ -546,3 +546,8 @@ def test_a_link_to_a_folder_around_it_is_not_followed(tmp_path):
     assert len(load_folder(tmp_path)) == len(data)
     os.symlink(tmp_path/'test'/data.classes[0], tmp_path/'test'/'z')
     assert len(load_folder(tmp_path)) == len(data) + int((data.y == 0).sum())
+
+
+def test_a_column_of_class_numbers_says_the_way_out():
+    with pytest.raises(ValueError, match=r'got shape \(4, 1\).*labels.ravel'):
+        ImageSet(np.zeros((4, 8, 8, 3), np.uint8), np.array([[0], [1], [0], [1]]), 2)

@@ -114,7 +114,7 @@ def from_foolbox(
                             f"{attack.distance}; got {threat}. Choose the attack of foolbox for "
                             "this norm, or one that looks for the nearest wrong image.")
         def candidates(i, seed):
-            found = _attacked(attack, model, x[i], y[i], threat.eps, seed)
+            found = _attacked(attack, model, x[i].contiguous(), y[i], threat.eps, seed)
             return _stretched(attack, threat, x[i], found)
         return _best_of(candidates, model, x, y, generator, alone)
     return adapted
@@ -134,7 +134,7 @@ def from_torchattacks(
         model = check_attack(model, x, y, threat)
         def candidates(i, seed):
             with _lent(model, x, seed):
-                found = make(model, threat.eps)(x[i].detach(), y[i]).detach().to(x)
+                found = make(model, threat.eps)(x[i].detach().contiguous(), y[i]).detach().to(x)
             inside = threat.allows(x[i], found).view(-1, 1, 1, 1)
             yield torch.where(inside, found, threat.project(x[i], found.clamp(0, 1)))
         return _best_of(candidates, model, x, y, generator, alone)

@@ -8,6 +8,7 @@ __all__ = ['cross_entropy', 'margin', 'dlr', 'margin_to', 'dlr_to', 'check_attac
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #3286fb2b
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,10 @@ def margin(
     "The largest wrong logit minus the true one (Carlini and Wagner 2017, arXiv:1608.04644)."
     true = F.one_hot(y, logits.shape[1]).bool()
     return logits.masked_fill(true, -torch.inf).amax(1) - logits[true]
+
+def _stands(logits, y):
+    "Is the true class the answer? Among equal logits the first is, as for `argmax`; NaN is no answer"
+    return (margin(logits, y) <= 0) & (logits.argmax(1) == y)
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #55389836
 def _top(logits, k):
@@ -85,10 +90,24 @@ def check_attack(
     check_labels(y, len(x), logits.shape[1])
     return model
 
-# %% ../../nbs/api/attacks/30_gradient.ipynb #a3cb91ab
+# %% ../../nbs/api/attacks/30_gradient.ipynb #b07be755
 class _NotDifferentiable(ValueError):
     "A model whose answers depend on no image through autograd"
 
+def _own(t): return t.clone() if t.is_inference() else t
+
+@contextmanager
+def _outside_inference():
+    "Inside, weights that were made in inference mode are named"
+    try:
+        yield
+    except RuntimeError as e:
+        if 'nference tensors' not in str(e): raise
+        raise ValueError("`model` must have weights that a gradient can pass; it was made inside "
+                         "`torch.inference_mode()`. Make or load it outside, or attack "
+                         "`copy.deepcopy(model)`, made outside.") from e
+
+# %% ../../nbs/api/attacks/30_gradient.ipynb #a3cb91ab
 def _logits_for(model, x, y):
     "The logits that losses see: where a model may refuse, others than it answers with"
     return model.logits_for(x, y) if hasattr(model, 'logits_for') else model(x)
@@ -101,8 +120,9 @@ def loss_and_grad(
 )->tuple:              # Loss (N,), its gradient (N,C,H,W), logits (N,K)
     "Loss per image, its gradient with respect to the image, and the logits that came with it."
     if hasattr(model, 'loss_and_grad'): return model.loss_and_grad(x, y, loss)
-    x = x.detach().requires_grad_()
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), _outside_inference():
+        x = _own(x.detach()).requires_grad_()
+        y = _own(y)
         logits = _logits_for(model, x, y)
         value = loss(logits, y)
         grad = None
@@ -145,7 +165,7 @@ class _Best:
 
     def see(self, ids, now, y, value, logits):
         "Which of the images go on (n,)? Logits that are no numbers are no defence"
-        wrong = ~(margin(logits, y) <= 0) & self.leave
+        wrong = ~_stands(logits, y) & self.leave
         value = value.to(now.dtype).nan_to_num(torch.inf, torch.inf, -torch.inf)
         better = wrong | (value > self.height[ids])
         self.images[ids[better]] = now[better]
@@ -232,9 +252,9 @@ def is_correct(
     y:Tensor,              # True labels (N,)
     batch_size:int=125,    # Images the model sees at a time
 )->tuple:                  # Indices of the images classified correctly (M,); logits (N,K) as losses see them
-    "Which images are classified correctly: no wrong logit is above the true one."
+    "Which images are classified correctly: the true logit is the first of the largest."
     logits = torch.cat([_logits_for(model, x[s], y[s]) for s in batches(len(x), batch_size)])
-    return (margin(logits, y) <= 0).nonzero().flatten(), logits
+    return _stands(logits, y).nonzero().flatten(), logits
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #719156d8
 def multi_attack(

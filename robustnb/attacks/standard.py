@@ -17,9 +17,9 @@ from ..models.plain import copy_model
 from ..models.graph import fold_batchnorm
 from ..quant.ptq import FakeQuantize
 from .threat_models import L1, L2, Linf
-from robustnb.attacks.gradient import (
-    _NotDifferentiable, check_attack, cross_entropy, full_pgd, is_correct, loss_and_grad, margin, margin_to,
-    multi_attack)
+from .gradient import (
+    _NotDifferentiable, _stands, check_attack, cross_entropy, full_pgd, is_correct, loss_and_grad,
+    margin, margin_to, multi_attack)
 from .adaptive_pgd import apgd, apgd_targeted, climb, gradients, walk
 from .minimum_norm import fab
 from .score_based import random_search, square
@@ -75,6 +75,7 @@ def _leads_astray(copy, x, y, exact):
     return not faithful.float().mean() > .9
 
 # %% ../../nbs/api/attacks/90_standard.ipynb #94f0061b
+@torch.inference_mode(False)
 def search_copy(
     model:nn.Module,    # Classifier in eval mode
     x:Tensor,           # Some of its images (N,C,H,W)
@@ -111,7 +112,7 @@ class _Search:
         self.backward = 0
     def judge(self, x, y):
         self.forward += len(x)
-        return ~(margin(is_correct(self.model, x, y, self.batch_size)[1], y) <= 0)
+        return ~_stands(is_correct(self.model, x, y, self.batch_size)[1], y)
 
     def look(self, model, loss):
         "`gradients`, counted"
@@ -233,8 +234,8 @@ def _queries(threat, n):
 def _ask(s, stage, attack, rows, passes, generator):
     "Another attack on `rows`; `passes` is the most it makes for an image, forward and backward"
     found = attack(s.model, s.x[rows], s.y[rows], s.threat, generator)
-    height = margin(is_correct(s.model, found, s.y[rows], s.batch_size)[1], s.y[rows])
-    s.keep(rows, found, height, ~(height <= 0))
+    logits = is_correct(s.model, found, s.y[rows], s.batch_size)[1]
+    s.keep(rows, found, margin(logits, s.y[rows]), ~_stands(logits, s.y[rows]))
     s.forward += (passes[0]+1)*len(rows)
     s.backward += passes[1]*len(rows)
     s.note(stage, len(rows))

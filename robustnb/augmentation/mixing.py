@@ -122,7 +122,8 @@ def _fitting(pictures, c, h, w):
         pictures = _thousand(max(32, h, w))
     if pictures.shape[3] != c or min(pictures.shape[1]-h, pictures.shape[2]-w) < 0:
         raise ValueError(f"`pictures` must have {c} channels and at least {h} x {w} pixels, as the "
-                         f"images; got shape {pictures.shape}.")
+                         f"images; got shape {pictures.shape}. Give some, as `fractals(1000)[..., :1]` for "
+                         "grey images.")
     return pictures
 
 # %% ../../nbs/api/augmentation/40_mixing.ipynb #da1daa89

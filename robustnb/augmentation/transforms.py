@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import to_float, to_uint8
+from ..core import global_seeds, to_float, to_uint8
 from .history import _heard_as, note
 
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #352807b3
@@ -417,6 +417,21 @@ def one_of(
     return some_of(1, 1, *transforms)
 
 # %% ../../nbs/api/augmentation/10_transforms.ipynb #4105eaf8
+def _stacked(images, name):
+    "Images as one tensor; raise unless they have one shape"
+    shapes = [*dict.fromkeys(tuple(o.shape) for o in images)]
+    if len(shapes) == 1: return torch.stack(images)
+    raise ValueError(f"`{name}` must return images of one shape; got {shapes[0]} and {shapes[1]}. Leave out "
+                     "what crops or turns to another size (`keep_size=False`, `expand=True`), or resize "
+                     "after it.")
+
+def _from_array(image):
+    "What imgaug returned, (H,W,C), as floats (C,H,W) in [0,1]"
+    if image.dtype != np.uint8 or image.ndim != 3:
+        raise ValueError("`augmenter` must return uint8 images (H,W,C); got "
+                         f"{image.dtype} of shape {image.shape}. End it with what returns 8-bit pixels.")
+    return to_float(image[None])[0]
+
 _numba_folders = []
 
 def imgaug_augmenters(
@@ -443,8 +458,11 @@ def from_imgaug(
                         "`from_torchvision`.")
     def augmented(x, y, generator):
         seeded = copy.deepcopy(augmenter)
-        seeded.seed_(int(torch.randint(2**31-1, (), generator=generator)))
-        return to_float(np.stack(seeded.augment_images(list(to_uint8(x))))).to(x), y
+        seed = int(torch.randint(2**31-1, (), generator=generator))
+        seeded.seed_(seed)
+        with global_seeds(seed):
+            made = seeded.augment_images(list(to_uint8(x)))
+        return _stacked([_from_array(o) for o in made], 'augmenter').to(x), y
     augmented.said = 'from_imgaug', type(augmenter).__name__
     return augmented
 
@@ -456,8 +474,10 @@ def _as_pixels(o):
     if floats and o.min() >= -1e-4 and o.max() <= 1+1e-4: return o.clamp(0, 1)
     got = f"{o.dtype} with values in [{o.min():.4g}, {o.max():.4g}]" if floats else getattr(
         o, 'dtype', type(o).__name__)
+    if isinstance(o, np.ndarray): got = f"an array of {got}"
     raise ValueError(f"`transform` must return a uint8 tensor, or floats in [0, 1]; got {got}. Leave "
-                     "`v2.Normalize` out: the model normalises; end with `v2.ToImage()` after PIL.")
+                     "`v2.Normalize` out: the model normalises; end with `v2.ToImage()` after PIL or "
+                     "an array.")
 
 def from_torchvision(
     transform:Callable,   # Takes one uint8 tensor (C,H,W); returns one, or floats in [0,1]
@@ -476,9 +496,8 @@ def from_torchvision(
                 "the model normalises.") from e
     def transformed(x, y, generator):
         images = torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            return torch.stack([applied(o) for o in images]).to(x), y
+        with global_seeds(int(torch.randint(2**62, (), generator=generator))):
+            return _stacked([applied(o) for o in images], 'transform').to(x), y
     transformed.said = 'from_torchvision', transform
     return transformed
 

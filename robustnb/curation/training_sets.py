@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from ..core import batches, make_generator, progress, subseed, to_float, to_uint8
+from ..core import batches, global_seeds, make_generator, progress, subseed, to_float, to_uint8
 from ..contract import answers_at_random, open_model, predict
 from ..files import atomic_path, explain_errors, fingerprint, load_state, save_state
 from ..questions import cache_key
@@ -218,7 +218,8 @@ def _made(order, pool, image, version, first):
             y = torch.from_numpy(pool.labels[image[w]])
             seen = x
             generator = make_generator(order.seed, order.name, v, first+k)
-            x, y, drawn[w] = apply_noted(transform, x, y, generator, image[w])
+            with global_seeds(generator.initial_seed()):
+                x, y, drawn[w] = apply_noted(transform, x, y, generator, image[w])
             _check_made(x, y, seen, len(pool.classes))
             images[w] = to_uint8(x)
             labels[w] = y.numpy()

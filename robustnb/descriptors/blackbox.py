@@ -45,7 +45,8 @@ def _open(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     db = None
     try:
-        db = sqlite3.connect(':memory:' if path is None else path, isolation_level=None)
+        db = sqlite3.connect(':memory:' if path is None else path, isolation_level=None,
+                             check_same_thread=False)
         known = db.execute('pragma application_id').fetchone()[0]
         if not known and not db.execute('select count(*) from sqlite_master').fetchone()[0]:
             db.executescript(_tables)
@@ -67,8 +68,9 @@ def _open(path):
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #782c8b9d
 class _Cache:
     "What was queried, what came of it, and the answers"
-    def __init__(self, path): self.path, self.db = path, _open(path)
-    def get(self, sql, *args): return self.db.execute(sql, args).fetchall()
+    def __init__(self, path): self.path, self.db, self.lock = path, _open(path), threading.RLock()
+    def get(self, sql, *args):
+        with self.lock: return self.db.execute(sql, args).fetchall()
     def used(self): return self.get('select coalesce(max(id), 0) from asked')[0][0]
 
     def length(self):
@@ -84,7 +86,7 @@ class _Cache:
     def writing(self):
         "A transaction: all that is written in it, or nothing"
         try:
-            with self.db as db:
+            with self.lock, self.db as db:
                 yield db.execute('begin immediate')
         except sqlite3.OperationalError as e:
             raise OSError(f'could not write {self.path}: {e}. Every answer that was written '

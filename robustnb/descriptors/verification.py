@@ -26,11 +26,15 @@ def _checked(descriptors, identities, names=('descriptors', 'identities')):
     "Finite descriptors (N,D) in float64, and whose they are (N,)"
     if isinstance(descriptors, Tensor):
         descriptors = descriptors.detach().double().cpu()
-    d = np.asarray(descriptors, np.float64)
+    d = np.ascontiguousarray(descriptors, np.float64)
     who = np.asarray(identities)
     if d.ndim != 2 or not d.size or who.shape != d.shape[:1]:
         raise ValueError(f"`{names[0]}` must be (N,D), with `{names[1]}` (N,); got shapes {d.shape} and "
                          f"{who.shape}.")
+    unnamed = np.flatnonzero(pd.isna(who))
+    if len(unnamed):
+        raise ValueError(f"`{names[1]}` must say whose each image is; that of row {unnamed[0]} is missing "
+                         f"({len(unnamed)} such). Leave these images out, in every argument.")
     lost = np.flatnonzero(~np.isfinite(d).all(1))
     if len(lost):
         raise ValueError(f"`{names[0]}` must be finite; row {lost[0]} is not ({len(lost)} such). Leave "

@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from ..core import check_images, make_generator
 from ..contract import check_repeatable
 from ..files import fingerprint
-from ..attacks.gradient import check_attack, is_correct, margin
+from ..attacks.gradient import check_attack, is_correct
 from ..attacks.standard import autoattack
 
 # %% ../../nbs/api/evaluation/40_auditing.ipynb #bcc944e4
@@ -119,7 +119,7 @@ def audit(
     _check_results(x, x_adv, threat)
     if not n >= 1: raise ValueError(f"`n` must be at least 1 image to attack again; got {n}.")
     _check_counts(0, 0, 0, confidence)
-    stands = lambda images, y: margin(is_correct(model, images, y)[1], y) <= 0
+    stands = lambda o, y: torch.isin(torch.arange(len(y), device=y.device), is_correct(model, o, y)[0])
     left = (stands(x, y) & stands(x_adv, y)).nonzero().flatten()
     order = torch.randperm(len(left), generator=make_generator(0, 'audit', fingerprint(x, y)))
     drawn = left[order[:n].to(left.device)].sort().values

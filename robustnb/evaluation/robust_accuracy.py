@@ -103,8 +103,14 @@ def _drawing(at_random, seed, device):
 def _crafted(attack, model, x, y, threat, generator):
     "What the attack returns, and what it cost for an image"
     began = time.perf_counter()
+    state = generator.get_state()
     with count_passes() as passes:
-        x_adv = attack(model, x, y, threat, generator=generator)
+        try:
+            x_adv = attack(model, x, y, threat, generator=generator)
+        except RuntimeError as e:     # other people's attacks take `view` of images in the usual layout
+            if 'view size is not compatible' not in str(e): raise
+            generator.set_state(state)
+            x_adv = attack(model, x.contiguous(), y, threat, generator=generator)
     seconds = time.perf_counter()-began
     return x_adv, dict(forward=passes.forward/len(x), backward=passes.backward/len(x),
                        seconds=seconds/len(x))
@@ -277,10 +283,21 @@ def evaluate(
     return rows.iloc[np.lexsort((rows.image, rows.attack.map(list(jobs).index)))].reset_index(drop=True)
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #ec322ad8
+def _check_once(rows):
+    "Raise if an image is there twice, as where rows of several calls were put together"
+    twice = rows.duplicated([k for k in ('image', 'attack', 'threat', 'eps') if k in rows])
+    if not twice.any(): return
+    first = rows[twice].iloc[0]
+    raise ValueError("`rows` must hold each image once under each attack and threat model; image "
+                     f"{first.image} is there again under {first.attack!r} ({int(twice.sum())} such rows). "
+                     "Each call of `evaluate` counts its images from 0: add to those of a later part, "
+                     "`part.assign(image=part.image + n)`.")
+
 def worst_case(
     rows:pd.DataFrame,    # From `evaluate`
 )->pd.DataFrame:          # One row per image: image, correct (True if every attack failed)
     "The per-image worst over all attacks."
+    _check_once(rows)
     return rows.groupby('image', as_index=False).correct.all()
 
 def summarize(

@@ -7,6 +7,7 @@ __all__ = ['read_exported', 'read_onnx']
 
 # %% ../../nbs/api/models/37_exchange.ipynb #fa8f4f72
 import operator, re, zipfile
+from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 from torch import fx, nn, Tensor
@@ -90,6 +91,13 @@ def _check_inputs(program, path):
                          "({0: torch.export.Dim('batch')},))`, with at least two images in `x`.")
     return h if isinstance(h, int) and h == w else None
 
+# %% ../../nbs/api/models/37_exchange.ipynb #9ba2b794
+def _cast_as(node, x):
+    "To whole numbers and back, as a node of a program says; among floats all is float32"
+    wanted, was = (n.meta['val'].dtype for n in (node, node.args[0]))
+    if wanted.is_floating_point and was.is_floating_point: return x
+    return x.to(torch.float32 if wanted.is_floating_point else wanted)
+
 # %% ../../nbs/api/models/37_exchange.ipynb #a3f469da
 class _Plain(fx.Transformer):
     "Operations of aten to layers and functions of torch"
@@ -122,6 +130,7 @@ class _Plain(fx.Transformer):
 
     def call_function(self, target, args, kwargs):
         name = getattr(target, '_opname', getattr(target, '__name__', str(target))).rstrip('_')
+        if name in ('to', '_to_copy'): return _cast_as(self.node, args[0])
         said = list(args) + [None]*10
         weights = len(args) > 1 and isinstance(args[1], Tensor)
         if name in _layers and (weights or name.endswith('_norm')): return _layers[name](self, *said[:10])
@@ -139,9 +148,9 @@ def _first(x, *args, **kwargs):
     "What changes nothing in evaluation mode"
     return x
 
-_other = dict(slice=_sliced, sym_size=lambda x, *dim: x.size(*dim), to=_first, _to_copy=_first)
-_other |= dict.fromkeys(('dropout', 'feature_dropout', 'alias', 'detach', 'lift_fresh_copy', 'detach_copy'),
-                        _first)
+_other = dict(slice=_sliced, sym_size=lambda x, *dim: x.size(*dim))
+_other |= dict.fromkeys(('dropout', 'feature_dropout', 'alias', 'detach', 'lift_fresh_copy', 'detach_copy',
+                         '_assert_tensor_metadata'), _first)
 
 def _function(name, target, path):
     "The function of torch for an operation of aten"
@@ -189,6 +198,26 @@ _layers = dict(conv1d=_conv, conv2d=_conv, conv3d=_conv, conv_transpose2d=_trans
                linear=lambda at, x, weight, bias, *_: at.layer(_layer(nn.Linear, weight, bias), x),
                layer_norm=_token_norm(nn.LayerNorm), group_norm=_token_norm(nn.GroupNorm))
 
+# %% ../../nbs/api/models/37_exchange.ipynb #58e9a16b
+def _check_answers(said, wanted, path):
+    "Raise unless what was read answers as the file does"
+    off = (said.float()-wanted.float()).abs().nan_to_num().amax().item()
+    most = wanted.float().abs().nan_to_num().amax().item()
+    if off <= .02*most: return
+    raise ValueError("`path` must hold operations that are read as they are meant; what was read from "
+                     f"{path} answers otherwise, by up to {off:.2g} where answers reach {most:.2g}. "
+                     "Load the Python module instead.")
+
+@torch.no_grad()
+def _check_program(net, program, path):
+    "The same for a program, where its one input has a known size and its answer is one tensor"
+    given = program.graph_signature.user_inputs
+    like = next(n.meta['val'] for n in program.graph.nodes if n.op == 'placeholder' and n.name in given)
+    if like.dtype != torch.float32 or not all(isinstance(o, int) for o in like.shape[1:]): return
+    x = torch.rand(2, *like.shape[1:], generator=torch.Generator().manual_seed(0))
+    wanted = program.module()(x)
+    if isinstance(wanted, Tensor): _check_answers(net(x), wanted, path)
+
 # %% ../../nbs/api/models/37_exchange.ipynb #8ec1e4c4
 def read_exported(
     path,          # File of `torch.export.save`
@@ -207,7 +236,9 @@ def read_exported(
     answer = answer[0] if isinstance(answer, (tuple, list)) and len(answer) == 1 else answer
     graph = plain.new_graph
     graph.output(fx.node.map_aggregate(answer, lambda o: o.node if isinstance(o, fx.Proxy) else o))
-    return fx.GraphModule(plain.made, graph, 'ExportedNetwork').eval(), side
+    net = fx.GraphModule(plain.made, graph, 'ExportedNetwork').eval()
+    _check_program(net, program, path)
+    return net, side
 
 # %% ../../nbs/api/models/37_exchange.ipynb #77929ec9
 class _Value:
@@ -226,8 +257,8 @@ class _Value:
 # %% ../../nbs/api/models/37_exchange.ipynb #7f92b6ca
 class _Reader:
     "A graph of torch that grows by one operation of ONNX after the other"
-    def __init__(self, path, side):
-        self.path, self.made, self.graph = path, nn.Module(), fx.Graph()
+    def __init__(self, path, side, opset):
+        self.path, self.opset, self.made, self.graph = path, opset, nn.Module(), fx.Graph()
         self.tracer = fx.proxy.GraphAppendingTracer(self.graph)
         self.side, self.batch, self.n = side, None, 0
 
@@ -377,6 +408,17 @@ def _instance_norm(at, said, x, weight, bias):
     eps = said.get('epsilon', 1e-5)
     return at.call(lambda t, w, b: F.instance_norm(t, weight=w, bias=b, eps=eps), x, weight, bias)
 
+def _softmax(f):
+    def made(at, said, x):
+        if at.opset >= 13: return at.call(lambda t: f(t, said.get('axis', -1)), x)
+        shape = x.constant.shape
+        axis = said.get('axis', 1) % len(shape)
+        if axis == 0: raise NotImplementedError
+        if axis == len(shape)-1: return at.call(lambda t: f(t, axis), x)
+        # before version 13 the axis was the first of those that are one
+        return at.call(lambda t: f(t.flatten(axis), axis).unflatten(axis, shape[axis:]), x)
+    return made
+
 def _group_norm(at, said, x, weight, bias):
     layer = nn.GroupNorm(said['num_groups'], x.constant.shape[1], eps=said.get('epsilon', 1e-5)).eval()
     layer.weight.data.copy_(weight.constant)
@@ -486,6 +528,7 @@ def _clip(at, said, x, low=None, high=None):
     if (low, high) == (0, 6): return at.layer(nn.ReLU6(), x)
     return at.call(lambda t: torch.clamp(t, low, high), x)
 
+# %% ../../nbs/api/models/37_exchange.ipynb #2d6f4ce1
 def _resize(at, said, x, roi=None, scales=None, sizes=None):
     mode = said.get('mode', 'nearest')
     how = said.get('coordinate_transformation_mode', 'half_pixel')
@@ -493,13 +536,18 @@ def _resize(at, said, x, roi=None, scales=None, sizes=None):
     plain = nearest == ('nearest', 'floor', 'asymmetric')
     if not plain and (mode != 'linear' or how not in ('half_pixel', 'pytorch_half_pixel', 'align_corners')):
         raise NotImplementedError
-    to = _ints(sizes)[2:] if sizes is not None else [
-        int(n*s) for n, s in zip(x.constant.shape[2:], scales.constant[2:].tolist())]
+    odd = said.get('antialias') or said.get('exclude_outside')
+    if odd or said.get('keep_aspect_ratio_policy', 'stretch') != 'stretch': raise NotImplementedError
+    shape = x.constant.shape
+    axes = [a % len(shape) for a in said.get('axes', range(len(shape)))]
+    to = _ints(sizes) if sizes is not None else [shape[a]*s for a, s in zip(axes, scales.constant.tolist())]
+    if any(abs(o - round(o)) > 1e-4 for o in to): raise NotImplementedError    # torch scales by the sizes
+    to = {a: round(o) for a, o in zip(axes, to)}
+    to = [to.get(a, shape[a]) for a in range(2, len(shape))]
     more = {} if mode == 'nearest' else dict(align_corners=how == 'align_corners')
     mode = 'nearest' if mode == 'nearest' else 'bilinear'
     return at.call(lambda t: F.interpolate(t, to, mode=mode, **more), x)
 
-# %% ../../nbs/api/models/37_exchange.ipynb #2d6f4ce1
 def _prelu(at, said, x, slope):
     layer = nn.PReLU(slope.constant.numel()).eval()
     layer.weight.data.copy_(slope.constant.reshape(-1))
@@ -516,8 +564,6 @@ def _cast(at, said, x):
 def _as_layer(make): return lambda at, said, x: at.layer(make(said), x)
 
 def _as_call(f): return lambda at, said, *values: at.call(f, *values)
-
-def _softmax(f): return lambda at, said, x: at.call(lambda t: f(t, said.get('axis', -1)), x)
 
 _single = dict(
     Relu=lambda a: nn.ReLU(), Sigmoid=lambda a: nn.Sigmoid(), Tanh=lambda a: nn.Tanh(),
@@ -591,7 +637,7 @@ def _translate(at, node, values, numpy_helper, helper):
     try:
         if node.domain not in ('', 'ai.onnx'): raise NotImplementedError
         return _operations[node.op_type](at, _said(node, numpy_helper, helper), *inputs)
-    except (KeyError, NotImplementedError, ZeroDivisionError, TypeError) as e:
+    except (KeyError, NotImplementedError, ZeroDivisionError, TypeError, ValueError, AttributeError) as e:
         raise ValueError(f"`path` must hold operations that have a layer or function of torch; {at.path} has "
                          f"{node.op_type} ({node.name}) in a form that has none. Load the Python module "
                          "instead.") from e
@@ -617,6 +663,17 @@ def _onnx_model(path):
                          "again.") from e
     return onnx.inliner.inline_local_functions(model) if model.functions else model
 
+# %% ../../nbs/api/models/37_exchange.ipynb #fdba48f6
+def _check_onnx(path, name, x, said):
+    "Raise unless ONNX Runtime, where it is installed, answers as the network that was read"
+    if find_spec('onnxruntime') is None: return
+    from onnxruntime import InferenceSession
+    session = InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    kind = session.get_inputs()[0].type
+    given = x.half() if 'float16' in kind else x.double() if 'double' in kind else x
+    wanted = session.run([session.get_outputs()[0].name], {name: given.numpy()})[0]
+    _check_answers(said, torch.from_numpy(wanted), path)
+
 # %% ../../nbs/api/models/37_exchange.ipynb #233f5422
 def read_onnx(
     path,          # File of ONNX, its tensors inside or beside it
@@ -627,7 +684,8 @@ def read_onnx(
     model = _onnx_model(path)
     from onnx import helper, numpy_helper
     name, channels, sides = _onnx_input(model, path)
-    at = _Reader(path, [o or size or 224 for o in sides])
+    opset = max((o.version for o in model.opset_import if o.domain in ('', 'ai.onnx')), default=1)
+    at = _Reader(path, [o or size or 224 for o in sides], opset)
     values = {o.name: _Value((_wide(numpy_helper.to_array(o)),)*2) for o in model.graph.initializer}
     values[name] = at.images(channels)
     with torch.no_grad():
@@ -640,4 +698,5 @@ def read_onnx(
     at.graph.output(at.proxied(answer).node)
     at.graph.lint()
     net = fx.GraphModule(at.made, at.graph, 'OnnxNetwork').eval()
+    _check_onnx(path, name, values[name].constant, answer.constant)
     return net, sides[0] if sides[0] == sides[1] else None

@@ -7,7 +7,7 @@ __all__ = ['weighted_kinds', 'keep_facts', 'image_nodes', 'trace', 'calls', 'wei
            'image_preparation', 'stored_tensors', 'check_finite', 'fold_batchnorm']
 
 # %% ../../nbs/api/models/50_graph.ipynb #b9adf11b
-import inspect, operator
+import inspect, operator, types
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ from torch import fx, nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
-from ..contract import memory_format, open_model, smallest_batch, unwrap
+from ..contract import (
+    answers_at_random, memory_format, open_model, smallest_batch, uncounted, unwrap)
 from .wrapping import Normalize
 from .plain import PaddedConv2d, plain_layers, scales_with_weight, _ChannelNorm
 
@@ -33,15 +34,28 @@ def keep_facts(
         setattr(graph, k, v)
     return graph
 
+# %% ../../nbs/api/models/50_graph.ipynb #7d52b162
+def _asked(self, x): return self(x)
+
+def _as_asked(kind):
+    """A class whose objects are traced as they are asked: with hooks, and with one argument of the name that
+    `forward` gives it, so that all others have their defaults"""
+    name = next((k for k in [*inspect.signature(kind.forward).parameters][1:2]), 'x')
+    code = _asked.__code__.replace(co_varnames=('self', name))
+    return type(kind.__name__, (kind,), dict(_asked=types.FunctionType(code, globals())))
+
 # %% ../../nbs/api/models/50_graph.ipynb #ec246058
 class _Tracer(fx.Tracer):
     """Keeps `Normalize` and other people's kinds of layers whole, and remembers where it was when
     something failed"""
+    traced_func_name = '_asked'
+
     def __init__(self):
         super().__init__()
         self.entered = []
 
     def is_leaf_module(self, m, name):
+        if m is self.root: return False
         whole = isinstance(m, (Normalize, _ConvNd, nn.Linear, _BatchNorm))
         transform = type(m).__module__.startswith('torchvision.transforms')
         return whole or transform or super().is_leaf_module(m, name)
@@ -55,15 +69,19 @@ class _Tracer(fx.Tracer):
 def _follow(model):
     "The graph of a plain model"
     tracer = _Tracer()
+    kind = type(model)
     try:
-        return fx.GraphModule(model, tracer.trace(model), type(model).__name__)
+        model.__class__ = _as_asked(kind)
+        return fx.GraphModule(model, tracer.trace(model), kind.__name__)
     except Exception as e:
-        at = tracer.entered[-1] if tracer.entered else f"the model ({type(model).__name__})"
+        at = tracer.entered[-1] if tracer.entered else f"the model ({kind.__name__})"
         said = str(e).partition(chr(10))[0].rstrip('.')
         raise TypeError(f"`model` must be traceable by torch.fx; {at} is not: {type(e).__name__}: "
                         f"{said}. Its `forward` must not branch or loop on the values or the shape of "
                         "a tensor; put that part in a function marked with `torch.fx.wrap`, or in a "
                         "module of its own.") from e
+    finally:
+        model.__class__ = kind
 
 # %% ../../nbs/api/models/50_graph.ipynb #650a89ef
 _views = ('view', 'reshape', 'transpose', 'permute', 'chunk', 'split', 'unbind', 'expand',
@@ -317,7 +335,7 @@ def _own_tensors(name, m):
     if weight:
         roles = dict(weight='weight', bias='bias')
     for k, t in (*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)):
-        if not t.is_floating_point(): continue
+        if not (t.is_floating_point() or t.is_complex()): continue
         role = 'image' if isinstance(m, Normalize) else roles.get(k, 'other')
         across = turned and role == 'weight'
         yield f'{name}.{k}', role, int(across), m.groups if across else 1
@@ -388,8 +406,8 @@ def stored_tensors(
             constant = node.target in prepared or node.target.startswith('_tensor_constant')
             role = 'image' if constant else role
             usual = role, 0, 1
-            lines = [(node.target, *functions.get(node.target,
-                                                  usual))] if held.is_floating_point() else []
+            known = held.is_floating_point() or held.is_complex()
+            lines = [(node.target, *functions.get(node.target, usual))] if known else []
         for name, *facts in lines:
             if id(_held(graph, name)) in seen and (found.get(name) is None
                                                    or facts[0] != 'weight'): continue
@@ -504,6 +522,21 @@ def _folded(name, layer, bn):
     new.bias = nn.Parameter(bias.detach(), layer.weight.requires_grad)
     return new
 
+# %% ../../nbs/api/models/50_graph.ipynb #a3286dc6
+@torch.no_grad()
+def _check_followed(model, graph, x):
+    "Raise if a graph answers otherwise than the model that it was made from"
+    if answers_at_random(model, x): return
+    like = next((t for t in (*graph.parameters(), *graph.buffers()) if t.is_floating_point()), x)
+    two = (x[:2] if len(x) > 1 else torch.cat([x, x])).to(like.device)
+    with uncounted():
+        said = model(two)
+        off = (graph(two)-said).abs().nan_to_num().amax()
+    if off <= .1*said.nan_to_num().abs().amax(): return
+    raise TypeError("`model` must be traceable by torch.fx; its graph answers otherwise, by up to "
+                    f"{off.item():.2g} in a logit. Does its `forward` ask `isinstance(x, Tensor)`, or read "
+                    "what an earlier call left behind? Write it without.")
+
 # %% ../../nbs/api/models/50_graph.ipynb #34aada98
 def fold_batchnorm(
     model:nn.Module,  # Classifier; left as it is
@@ -530,5 +563,7 @@ def fold_batchnorm(
         folded.graph.erase_node(node)
     folded.delete_all_unused_submodules()
     folded.recompile()
+    if x is not None:
+        _check_followed(opened, folded, x)
     if x is None or smallest_batch(opened) > 1: return folded
     return keep_facts(folded, opened=x.dtype, layout=memory_format(opened))

@@ -139,6 +139,21 @@ class _Watch(fx.Interpreter):
         self.seen.setdefault(node.name, []).append(sample)
         return out
 
+# %% ../../nbs/api/quant/20_ptq.ipynb #8632388f
+_float_parts = 'FloatFunctional', 'FXFloatFunctional', 'QuantStub', 'DeQuantStub', 'Identity'
+
+def _check_not_rounded(model):
+    "Raise if torch or torchao has put integers or roundings into a network"
+    def rounds(o):
+        kind = type(o)
+        return kind.__module__.startswith(('torch.ao.', 'torchao.')) and kind.__name__ not in _float_parts
+    parts = [(n, o) for n, m in model.named_modules() for o in (m, *m._parameters.values()) if rounds(o)]
+    if not parts: return
+    name, part = parts[0]
+    kind = f'{type(part).__module__}.{type(part).__name__}'
+    raise ValueError(f"`model` must be in full precision; {name or 'the model'} is a {kind}, which rounds "
+                     "already. Give the network as it was before `prepare`, `convert` or `quantize_`.")
+
 # %% ../../nbs/api/quant/20_ptq.ipynb #b1f0c001
 @dataclass(frozen=True)
 class Calibration:
@@ -158,6 +173,7 @@ def calibrate(
     if hasattr(model, 'left_float'):
         raise ValueError("`model` must be in full precision; this one is a copy that `quantize` made. "
                          "Give the original.")
+    _check_not_rounded(model)
     q = _open_attention(fold_batchnorm(opened, images))
     keep_facts(q, stored=stored_tensors(q))
     watch = _Watch(q, quantization_points(q))
@@ -296,6 +312,8 @@ def _tensor(graph, name):
     owner, _, last = name.rpartition('.')
     return getattr(graph.get_submodule(owner), last)
 
+def _numbers(t): return t.numel()*(2 if t.is_complex() else 1)
+
 def _check_bits(bits):
     whole = isinstance(bits, int) and not isinstance(bits, bool)
     if not (whole and 1 <= bits <= 32):
@@ -313,7 +331,7 @@ def model_bytes(
         _check_bits(bits)
     ready = hasattr(model, 'lent') or next(model.children(), None) is None
     graph = model if ready else trace(model)
-    counted = [(line.role, name.removesuffix('.weight'), _tensor(graph, name).numel())
+    counted = [(line.role, name.removesuffix('.weight'), _numbers(_tensor(graph, name)))
                for name, line in stored_tensors(graph).items()]
     layers = {layer for role, layer, _ in counted if role == 'weight'}
     if by_layer and (odd := sorted(layers ^ weight_bits.keys())):

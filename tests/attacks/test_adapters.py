@@ -376,3 +376,28 @@ def test_an_attack_of_torchattacks_is_the_one_called_directly(kind, options, thr
     assert (out[higher]-theirs[higher]).abs().max() < 1e-5
     with pytest.raises(TypeError, match='holds a model already'):
         from_torchattacks(make(net, threat.eps))
+
+
+class Views:
+    "An object like those of torchattacks that flattens with `view`, which fails on channels-last gradients"
+    def __init__(self, model, eps):
+        self.model = model
+        self.eps = eps
+    def __call__(self, images, labels):
+        start = images.clone().requires_grad_()
+        loss = torch.nn.functional.cross_entropy(self.model(start), labels, reduction='sum')
+        grad, = torch.autograd.grad(loss, start)
+        return start.detach() + self.eps*grad/grad.view(len(images), -1).norm(dim=1).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize('alone', (True, False))
+def test_the_layout_of_the_images_does_not_matter_to_other_libraries(alone):
+    net = make_net()
+    x, y = make_batch(model=net)
+    last = x.contiguous(memory_format=torch.channels_last)
+    attack = from_torchattacks(Views, alone)
+    with pytest.raises(RuntimeError, match='view size'):
+        Views(net, .5)(last, y)
+    out = attack(net, last, y, L2(.5))
+    assert (out-attack(net, x, y, L2(.5))).abs().max() < 1e-12
+    assert not torch.equal(out, x)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from robustnb.attacks.gradient import (
-    cross_entropy, fgsm, full_pgd, margin, multi_attack, pgd, restarts, to_the_end)
+    cross_entropy, fgsm, full_pgd, is_correct, margin, multi_attack, pgd, restarts, to_the_end)
 from robustnb.core import make_generator
 from robustnb.evaluation.robust_accuracy import transfer_attack
 from robustnb.attacks.threat_models import L2, Linf
@@ -297,3 +297,27 @@ def test_wrong_use_is_refused(attack, use):
 def test_negative_steps_are_refused():
     with pytest.raises(ValueError, match='`steps` must not be negative; got -1'):
         pgd(make_net(), *make_batch(), Linf(.1), steps=-1)
+
+
+def test_inference_mode_changes_nothing_and_its_weights_are_named():
+    net = make_net()
+    x, y = make_batch(model=net)
+    before = pgd(net, x, y, Linf(8/255))
+    assert not torch.equal(before, x)
+    with torch.inference_mode():
+        assert torch.equal(pgd(net, x.clone(), y.clone(), Linf(8/255)), before)
+        made_inside = copy.deepcopy(net)
+    with pytest.raises(ValueError, match='`model` must have weights .*copy.deepcopy'):
+        pgd(made_inside, x, y, Linf(8/255))
+    assert torch.equal(pgd(copy.deepcopy(made_inside), x, y, Linf(8/255)), before)
+
+
+class Same(nn.Module):
+    "All logits are equal, as those of a network that was rounded to death"
+    def forward(self, x): return 0*x.flatten(1)[:, :5]
+
+
+def test_a_tie_is_right_where_the_largest_logit_is_the_first():
+    x, _ = make_batch()
+    y = torch.arange(len(x)) % 5
+    assert is_correct(Same().eval(), x, y)[0].tolist() == (y == 0).nonzero().flatten().tolist()

@@ -409,3 +409,24 @@ def test_the_passes_of_a_result_are_those_that_hooks_count(trained, monkeypatch,
     asked = result.stages.set_index('stage').asked.get('sentinel', 0)
     assert told.forward + 2 - 33*asked <= seen['forward'] <= told.forward + 2
     assert asked == 0 or not result.masked
+
+
+class Same(nn.Module):
+    "All logits are equal, as those of a network that was rounded to death"
+    def forward(self, x): return 0*x.flatten(1)[:, :10]
+
+
+def test_a_network_whose_logits_are_all_equal_is_not_robust():
+    x = torch.rand(20, 3, 4, 4, generator=make_generator(0))
+    found = run_cascade(Same().eval(), x, torch.arange(20) % 10, Linf(8/255))
+    assert found.robust_accuracy == pytest.approx(.1), 'the first class is its answer'
+
+
+def test_the_cascade_follows_gradients_in_inference_mode(trained):
+    net, x, y = trained
+    with torch.inference_mode():
+        inside = run_cascade(net, x[:10].clone(), y[:10].clone(), Linf(4/255))
+    outside = run_cascade(net, x[:10], y[:10], Linf(4/255))
+    assert torch.equal(inside.survives, outside.survives)
+    assert not inside.masked
+    assert inside.stages.backward.sum() > 0

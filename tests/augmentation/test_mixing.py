@@ -181,3 +181,10 @@ def test_every_augmentation_has_its_name():
         assert (out != few).any()
     stronger = [(M.augmix(s)(few, y[:20], seeded())[0] - few).abs().mean() for s in (1, 10)]
     assert stronger[0] < stronger[1]
+
+
+def test_pictures_of_other_channels_say_the_way_out():
+    grey = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r'must have 1 channels.*fractals\(1000\)\[..., :1\]'):
+        M.pixmix(np.zeros((3, 16, 16, 3), np.uint8), operations=[lambda x, y, g: (x, y)])(
+            grey, torch.eye(2), torch.Generator().manual_seed(0))

@@ -1,5 +1,5 @@
 "Transforms against slow versions, one image at a time; promises of all; bad input."
-import os, subprocess, sys
+import os, random, subprocess, sys
 from functools import partial
 
 import imgaug as ia
@@ -303,3 +303,32 @@ print(imgaug_augmenters() is imgaug_augmenters())
 def test_what_is_no_transform_is_refused_when_it_is_given(make, name):
     with pytest.raises(TypeError, match=f'`{name}` must be callable'):
         make()
+
+
+@pytest.mark.parametrize('draw', (random.random, lambda: np.random.rand(), lambda: torch.rand(()).item()))
+@pytest.mark.parametrize('wrap', ('torchvision', 'imgaug'))
+def test_what_others_draw_follows_the_generator(draw, wrap):
+    if wrap == 'torchvision':
+        t = T.from_torchvision(lambda o: o.flip(2) if draw() < .5 else o)
+    else:
+        perhaps = lambda images, *more: [i[:, ::-1] if draw() < .5 else i for i in images]
+        t = T.from_imgaug(iaa.Lambda(func_images=perhaps))
+    states = random.getstate(), torch.random.get_rng_state(), np.random.get_state()[1].copy()
+    made = t(x, y, seeded())[0]
+    assert torch.equal(made, t(x, y, seeded())[0])
+    assert not torch.equal(made, t(x, y, seeded('other'))[0])
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.random.get_rng_state(), states[1])
+    assert (np.random.get_state()[1] == states[2]).all()
+
+
+def test_images_of_several_shapes_or_kinds_are_named():
+    for t, name in ((T.from_imgaug(iaa.Crop(px=(0, 4), keep_size=False)), 'augmenter'),
+                    (T.from_torchvision(v2.RandomRotation(40, expand=True)), 'transform')):
+        with pytest.raises(ValueError, match=f'`{name}` must return images of one shape.*resize after it'):
+            t(x, y, seeded())
+    floats = T.from_imgaug(iaa.Lambda(func_images=lambda o, *more: [i/255 for i in o]))
+    with pytest.raises(ValueError, match='`augmenter` must return uint8 images .*float64'):
+        floats(x, y, seeded())
+    with pytest.raises(ValueError, match='got an array of uint8.*ToImage'):
+        T.from_torchvision(lambda o: o.numpy())(x, y, seeded())

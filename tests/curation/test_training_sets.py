@@ -1,5 +1,6 @@
 "Training sets are built, cut, saved and read: by hand on images small enough to check"
 import inspect
+import random
 from functools import partial
 
 import numpy as np
@@ -481,3 +482,15 @@ def test_a_bank_and_hidden_images_are_kept_in_a_folder(tmp_path):
               for f in (None, tmp_path/'hidden', tmp_path/'hidden')]
     assert len([*(tmp_path/'hidden').iterdir()]) == 2
     assert all((o.images == hidden[0].images).all() and o.rows.equals(hidden[0].rows) for o in hidden)
+
+
+def test_a_transform_that_draws_elsewhere_gives_the_same_set_again():
+    def light(x, y, generator):
+        shade = random.random()*np.random.rand()*torch.rand(())
+        return x*float(shade), y
+    build = partial(build_training_set, pool, dict(a=light), dict(a=1.), 30, batch_size=10)
+    make = lambda seed: build(seed=seed).images
+    assert (make(0) == make(0)).all()
+    assert (make(0) != make(1)).any()
+    means = make(0).reshape(30, -1).mean(1).round(3)
+    assert len({*means}) > 3, 'each batch draws its own'

@@ -696,3 +696,24 @@ def test_a_server_that_is_not_there(server, monkeypatch):
     with pytest.raises(ValueError, match='6 images of .* bytes.*batch_size'):
         http_blackbox(server)(images())
     assert http_blackbox(server + '/')(images(2)).shape == (2, 7)
+
+
+def test_any_thread_may_ask_and_the_budget_is_one(tmp_path):
+    for cache in (None, tmp_path/'asked.db'):
+        box = BlackBox(answer, 20, cache)
+        x = images(30)
+        said = {}
+        def ask(part):
+            for i in part:
+                try:
+                    said[i] = box(x[i:i+1])[0]
+                except RuntimeError:
+                    said[i] = None
+        threads = [threading.Thread(target=ask, args=(range(k, 30, 5),)) for k in range(5)]
+        for t in threads: t.start()
+        for t in threads: t.join()
+        assert box.used == len(box.log) == 20
+        known = [i for i, d in said.items() if d is not None and d.isfinite().all()]
+        assert len(known) == 20
+        for i in known:
+            assert torch.equal(said[i], answer(round_to_8bit(x[i:i+1]))[0])

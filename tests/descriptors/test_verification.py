@@ -269,3 +269,15 @@ def test_lpips_is_asked_where_it_is_installed(monkeypatch):
     assert len(asked) == 1
     monkeypatch.setattr(V.importlib.util, 'find_spec', lambda name: None)
     assert 'perceptual' not in image_quality(x, 1-x)
+
+
+def test_reversed_descriptors_and_missing_names():
+    there, back = pair_distances(points, who), pair_distances(points[::-1], who[::-1])
+    assert all(np.allclose(np.sort(a), np.sort(b)) for a, b in zip(there, back))
+    names = who.astype(object)
+    for lost in (None, np.nan):
+        names[3] = lost
+        with pytest.raises(ValueError, match='`identities` must say whose each image is; that of row 3'):
+            pair_distances(points, names)
+    with pytest.raises(ValueError, match='`persons` must say'):
+        match_shares(points, names, points, who, 1.)

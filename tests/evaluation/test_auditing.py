@@ -222,3 +222,14 @@ def test_wrong_uses():
                          attack=strong) | given)
     found = audit(Brightness().eval(), x, y, pgd(Brightness().eval(), x, y, threat), threat, attack=strong)
     assert found.survivors == 2
+
+
+class Same(nn.Module):
+    "All logits are equal"
+    def forward(self, x): return 0*x.flatten(1)[:, :5]
+
+
+def test_a_tie_is_no_survivor_unless_it_is_the_answer():
+    x = torch.rand(20, 3, 4, 4, generator=make_generator(0))
+    found = audit(Same().eval(), x, torch.arange(20) % 5, x, Linf(8/255), attack=pgd)
+    assert found.robust_accuracy == .2

@@ -737,3 +737,30 @@ def test_an_attack_that_helps_is_an_alarm():
         return pgd(model, x, said.argmax(1)[:len(x)], threat, steps=20)
     with pytest.warns(UserWarning, match="attack 'helpful' leaves .* 0 are right without"):
         evaluate(model, x, wrong, dict(helpful=helpful), Linf(.3))
+
+
+def test_an_attack_that_views_its_images_is_asked_in_the_usual_layout():
+    drawn = []
+    def mine(model, x, y, threat, *, generator=None):
+        drawn.append(torch.rand(1, generator=generator))
+        return threat.project(x, x + x.view(len(x), -1).sign().view(x.shape))
+    rows = evaluate(model, x, y, dict(mine=mine), threat)
+    assert (rows.distance[rows.attack == 'mine'] > 0).all()
+    assert drawn[0] == drawn[1], 'the second call draws what the first one drew'
+    def broken(model, x, y, threat, *, generator=None): raise RuntimeError('something else')
+    with pytest.raises(RuntimeError, match='something else'):
+        evaluate(model, x, y, dict(broken=broken), threat)
+
+
+def test_rows_of_several_calls_are_refused_until_their_images_differ():
+    first = evaluate(model, x[:30], y[:30], dict(fgsm=fgsm), threat)
+    second = evaluate(model, x[30:], y[30:], dict(fgsm=fgsm), threat)
+    both = pd.concat([first, second])
+    for read in (summarize, worst_case, lambda o: compare(o, o)):
+        with pytest.raises(ValueError, match='image 0 is there again under .clean. .20 such rows'):
+            read(both)
+    whole = evaluate(model, x, y, dict(fgsm=fgsm), threat)
+    joined = pd.concat([first, second.assign(image=second.image+30)])
+    pd.testing.assert_frame_equal(summarize(joined), summarize(whole))
+    curve = robustness_curve(model, x, y, fgsm, [Linf(4/255), Linf(8/255)])
+    assert len(worst_case(curve)) == 40, 'budgets may stand side by side'

@@ -123,3 +123,94 @@ def test_what_cannot_be_read_is_named(tmp_path):
     torch.jit.trace(nn.Conv2d(3, 2, 1).eval(), torch.rand(1, 3, 4, 4)).save(str(tmp_path/'t.pt'))
     with pytest.raises(ValueError, match='is TorchScript'):
         load_model('ResNet_18', tmp_path/'t.pt')
+
+
+def onnx_file(path, opset, *middle, **held):
+    "A convolution, the nodes (from 'c' to 'm'), and a head over the mean of each channel"
+    onnx = pytest.importorskip('onnx', reason='onnx is not installed')
+    draw = torch.Generator().manual_seed(0)
+    held |= dict(w=torch.randn(6, 3, 3, 3, generator=draw), head=torch.randn(6, 5, generator=draw))
+    node = onnx.helper.make_node
+    nodes = [node('Conv', ['x', 'w'], ['c'], pads=[1]*4),
+             *(node(kind, inputs, [out], **how) for kind, inputs, out, how in middle),
+             node('GlobalAveragePool', ['m'], ['p']), node('Flatten', ['p'], ['f']),
+             node('MatMul', ['f', 'head'], ['y'])]
+    told = lambda name, *shape: onnx.helper.make_tensor_value_info(name, 1, shape)
+    arrays = [onnx.numpy_helper.from_array(v.numpy(), k) for k, v in held.items()]
+    graph = onnx.helper.make_graph(nodes, 'g', [told('x', 'n', 3, 8, 8)], [told('y', 'n', 5)], arrays)
+    onnx.save(onnx.helper.make_model(graph, ir_version=8,
+                                     opset_imports=[onnx.helper.make_opsetid('', opset)]), path)
+    return path
+
+
+def engine(path, x):
+    ort = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
+    session = ort.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    return torch.from_numpy(session.run(None, {'x': x.numpy()})[0])
+
+
+@pytest.mark.parametrize('opset, how', ((11, dict(axis=1)), (11, {}), (12, dict(axis=2)), (11, dict(axis=3)),
+                                        (13, dict(axis=1)), (13, {})))
+def test_the_axis_of_a_softmax_means_what_it_did_in_the_version_of_the_file(tmp_path, opset, how):
+    x = images(3, 8)
+    path = onnx_file(tmp_path/'net.onnx', opset, ('Softmax', ['c'], 's', how), ('Mul', ['s', 'c'], 'm', {}))
+    net = read_onnx(path)[0]
+    assert (net(x)-engine(path, x)).abs().max() < 1e-5
+    z = torch.nn.functional.conv2d(x, net.get_submodule('Conv2d_1').weight, padding=1)
+    axis = how.get('axis', 1 if opset < 13 else -1)
+    flat = z.flatten(axis) if opset < 13 else z
+    by_hand = flat.softmax(axis).view_as(z)*z
+    head = next(m for m in net.modules() if isinstance(m, nn.Linear)).weight
+    assert (net(x)-by_hand.mean((2, 3)) @ head.T).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize('how, sizes', ((dict(antialias=1), (4, 4)), (dict(scale=1.3), None),
+                                        (dict(axes=[2, 3], keep_aspect_ratio_policy='not_larger'), (4, 2))))
+def test_a_resize_that_torch_does_otherwise_is_refused(tmp_path, how, sizes):
+    how = dict(how)
+    scale = torch.tensor([1, 1] + [how.pop('scale', .5)]*2)
+    by_size = [torch.tensor(sizes if 'axes' in how else (1, 6, *sizes))] if sizes else []
+    inputs, held = (['c', '', '', 'k'], dict(k=by_size[0])) if sizes else (['c', '', 'k'], dict(k=scale))
+    path = onnx_file(tmp_path/'net.onnx', 18, ('Resize', inputs, 'r', dict(how, mode='linear')),
+                     ('Relu', ['r'], 'm', {}), **held)
+    with pytest.raises(ValueError, match='has Resize'):
+        read_onnx(path)
+
+
+def test_a_resize_of_some_axes_is_read(tmp_path):
+    x = images(3, 8)
+    resize = 'Resize', ['c', '', '', 'k'], 'r', dict(mode='linear', axes=[-2, 3])
+    path = onnx_file(tmp_path/'net.onnx', 18, resize, ('Relu', ['r'], 'm', {}), k=torch.tensor([4, 16]))
+    assert (read_onnx(path)[0](x)-engine(path, x)).abs().max() < 1e-5
+
+
+def test_what_is_misread_is_an_error_and_no_network(tmp_path, monkeypatch):
+    from robustnb.models import exchange
+    path = onnx_file(tmp_path/'net.onnx', 13, ('Relu', ['c'], 'm', {}))
+    engine(path, images(2, 8))
+    read_onnx(path)
+    monkeypatch.setitem(exchange._operations, 'Relu', lambda at, said, x: at.layer(nn.Hardtanh(), x))
+    with pytest.raises(ValueError, match='answers otherwise, by up to'):
+        read_onnx(path)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
+    torch.export.save(torch.export.export(net, (images(2, 8),), dynamic_shapes=any_batch), tmp_path/'net.pt2')
+    read_exported(tmp_path/'net.pt2')
+    monkeypatch.setitem(exchange._F, 'relu', torch.nn.functional.hardtanh)
+    with pytest.raises(ValueError, match='answers otherwise, by up to'):
+        read_exported(tmp_path/'net.pt2')
+
+
+class Casts(nn.Module):
+    "Sixteen grey levels, by way of whole numbers"
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(192, 5)
+    def forward(self, x): return self.head((x.float()*16).to(torch.uint8).float().flatten(1)/16)
+
+
+def test_a_cast_to_whole_numbers_is_read_as_one(tmp_path):
+    net = Casts().eval()
+    x = images(3, 8)
+    torch.export.save(torch.export.export(net, (x,), dynamic_shapes=any_batch), tmp_path/'net.pt2')
+    assert (read_exported(tmp_path/'net.pt2')[0](x)-net(x)).abs().max() < 1e-6
+    assert (net(x)-net.head(x.flatten(1))).abs().max() > 1e-3, 'the case is worth looking at'

@@ -7,7 +7,7 @@ import torchvision
 from torch import fx, nn
 
 from helpers_models import images, imagenet, randomize, same
-from robustnb.models.graph import fold_batchnorm, trace
+from robustnb.models.graph import fold_batchnorm, stored_tensors, trace
 from robustnb.models.wrapping import batchnorms, last_linear, wrap_model
 from robustnb.models.zoo import build_model, model_names
 
@@ -225,3 +225,74 @@ def test_the_function_for_batch_norm_folds_unless_it_uses_the_batch():
     assert same(folded(x), net(x))
     on = trace(_Functional(True).eval())
     assert any(n.target is nn.functional.batch_norm for n in on.graph.nodes)
+
+
+class Options(nn.Module):
+    "A forward with more arguments than the images, as many networks have"
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+                                 nn.LazyLinear(5))
+
+    def forward(self, imgs, mask=None, return_features=False, scale=2., **others):
+        if mask is not None: imgs = imgs*mask
+        out = scale*self.net(imgs)
+        if return_features: return out, imgs
+        return out
+
+
+@torch.no_grad()
+def test_other_arguments_have_their_defaults():
+    net = Options().eval()
+    x = images(3, 8)
+    before = net(x)
+    randomize(net)
+    graph = trace(net)
+    assert not torch.equal(net(x), before)
+    assert same(graph(x), net(x), 1e-6)
+    assert same(fold_batchnorm(net, x)(x), net(x))
+    assert [n.name for n in graph.graph.nodes if n.op == 'placeholder'] == ['imgs']
+    assert type(net) is Options
+
+
+@pytest.mark.parametrize('where', ('before', 'behind'))
+@torch.no_grad()
+def test_hooks_of_the_model_itself_are_traced(where):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
+    x = images(3, 8)
+    plain = net(x)
+    if where == 'before':
+        net.register_forward_pre_hook(lambda m, args: ((args[0]-.5)/.2,))
+    else:
+        net.register_forward_hook(lambda m, args, out: 3*out + 1)
+    assert not same(plain, net(x), .1)
+    assert same(trace(net)(x), net(x), 1e-6)
+    assert same(fold_batchnorm(net, x)(x), net(x))
+
+
+class Asks(nn.Module):
+    "What it does depends on what it is given: no tensor while it is traced"
+    def forward(self, x):
+        if isinstance(x, torch.Tensor): x = (x-.5)/.2
+        return x.mean(3).flatten(1)
+
+
+def test_a_graph_that_answers_otherwise_is_refused():
+    x = images(3, 8)
+    net = Asks().eval()
+    assert not same(trace(net)(x), net(x), .1), 'the case is worth looking at'
+    with pytest.raises(TypeError, match='its graph answers otherwise'):
+        fold_batchnorm(net, x)
+
+
+def test_complex_weights_are_stored_tensors():
+    class Fourier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 8, 5, dtype=torch.complex64))
+            self.head = nn.Linear(192, 4)
+        def forward(self, x):
+            return self.head(torch.fft.irfft2(torch.fft.rfft2(x)*self.w, s=(8, 8)).flatten(1))
+    stored = stored_tensors(trace(Fourier().eval()))
+    assert {k: v.role for k, v in stored.items()} == {
+        'w': 'other', 'head.weight': 'weight', 'head.bias': 'bias'}

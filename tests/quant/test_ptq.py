@@ -856,3 +856,33 @@ def test_a_padding_layer_rounds_nothing(mode, pad):
     apart[2].load_state_dict(whole[1].state_dict())
     x = torch.rand(8, 3, 6, 6)
     assert torch.equal(predict(quantize(whole, 'INT3', x), x), predict(quantize(apart, 'INT3', x), x))
+
+
+@pytest.mark.filterwarnings('ignore')    # torch is about to move it
+def test_a_network_that_rounds_already_is_refused():
+    tq = pytest.importorskip('torch.ao.quantization')
+    parts = lambda: (nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    x = images(4, 8)
+    quantizable = nn.Sequential(tq.QuantStub(), *parts(), tq.DeQuantStub()).eval()
+    assert not quantize(quantizable, 'INT8', x).left_float, 'stubs do nothing'
+    trained = nn.Sequential(tq.QuantStub(), *parts()).train()
+    trained.qconfig = tq.get_default_qat_qconfig('fbgemm')
+    trained = tq.prepare_qat(trained)
+    trained(x)
+    dynamic = tq.quantize_dynamic(nn.Sequential(*parts()), {nn.Linear}, torch.qint8)
+    for net, word in ((trained, 'FakeQuantize'), (dynamic, 'quantized.dynamic')):
+        with pytest.raises(ValueError, match=f'{word}.*rounds already. Give the network as it was'):
+            quantize(net.eval(), 'INT4', x)
+
+
+def test_complex_weights_count_and_are_named():
+    class Fourier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 8, 5, dtype=torch.complex64))
+            self.head = nn.Linear(192, 4)
+        def forward(self, x):
+            return self.head(torch.fft.irfft2(torch.fft.rfft2(x)*self.w, s=(8, 8)).flatten(1))
+    q = quantize(Fourier().eval(), 'INT8', images(4, 8))
+    assert q.left_float == ('w',)
+    assert model_bytes(q, 8) == 8*3*8*5 + 192*4 + 4*4
