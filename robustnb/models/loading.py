@@ -6,10 +6,9 @@
 __all__ = ['save_model', 'load_model']
 
 # %% ../../nbs/api/models/40_loading.ipynb #05c8ffde
-import json
+import inspect, json
 from pathlib import Path
 from safetensors import safe_open
-from .. import files
 from ..files import file_kind, load_state, explain_errors, save_state
 from .exchange import read_exported, read_onnx
 from .states import fitting_state, find_parts
@@ -121,13 +120,20 @@ _zoo_url = 'https://github.com/robustnb/robustnb/raw/main/zoo'
 
 def _zoo_file(name):
     "The file of a network of the project's own, in the folder beside the package"
-    folder = Path(files.__file__).parents[1]/'zoo'
+    folder = Path(inspect.getfile(load_state)).parents[1]/'zoo'
     path = folder/f'{name.partition(":")[2]}.safetensors'
     if path.is_file(): return path
     there = sorted(o.stem for o in folder.glob('*.safetensors'))
     if there: raise ValueError(f"`name` must be zoo: and one of {', '.join(there)}; got {name!r}.")
     raise FileNotFoundError(f"`path` must be given for {name}: the networks of the project are not installed "
                             f"with the package. Download {_zoo_url}/{path.name} and give that file.")
+
+def _told_apart(name, path):
+    "The name of a network, or None, and its file, or None"
+    if str(name).startswith('zoo:'): return None, path or _zoo_file(name)
+    if path is None and not is_source(name) and not (name in model_names and not Path(name).exists()):
+        return None, name
+    return name, path
 
 def _described(path):
     "What a file holds; weights that bring a description of one of the nine become a file of `save_model`"
@@ -222,10 +228,7 @@ def load_model(
     classes=None,       # Names of the classes, or a file of them; None is what network or file says
 )->Normalized:          # In evaluation mode, on the CPU
     "Any model, from a name, a file, or both."
-    if str(name).startswith('zoo:'):
-        name, path = None, path or _zoo_file(name)
-    if path is None and not is_source(name) and not (name in model_names and not Path(name).exists()):
-        name, path = None, name
+    name, path = _told_apart(name, path)
     if name is None and path is None: raise ValueError("`name` or `path` must be given; got neither.")
     told = dict(mean=mean, std=std, size=size, classes=classes)
     file = _split(path) if path is not None else None

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from helpers_models import images, randomize
-from robustnb import files
 from robustnb.files import load_state, save_state
+from robustnb.models import loading
 from robustnb.models.loading import load_model, save_model
 from robustnb.models.wrapping import wrap_model
 from robustnb.models.zoo import build_model
@@ -82,7 +82,7 @@ def test_save_refuses_what_it_could_not_read_back(tmp_path):
 @pytest.fixture
 def zoo(tmp_path, monkeypatch):
     "A zoo/ beside a package elsewhere, and the network in it"
-    monkeypatch.setattr(files, '__file__', str(tmp_path/'robustnb'/'files.py'))
+    monkeypatch.setattr(loading.inspect, 'getfile', lambda o: str(tmp_path/'robustnb'/'files.py'))
     (tmp_path/'zoo').mkdir()
     model = randomize(build_model('ResNet_18', 3, .125, (.1, .2, .3), (.4, .5, .6)))
     state = {k: v.half() if v.is_floating_point() else v for k, v in model.net.state_dict().items()}
