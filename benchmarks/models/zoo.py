@@ -45,7 +45,7 @@ networks = {
     'AlexNet_BN-cifar10-adversarial': Network('AlexNet_BN', .25, 'cifar10', 10, attack=4),
     'VGG_19-cifar10-smooth': Network('VGG_19', .125, 'cifar10', 14, smoothing=.1),
     'AlexNet-cifar100': Network('AlexNet', .25, 'cifar100', 20),
-    'AlexNet_BN-cifar10': Network('AlexNet_BN', .25, 'cifar10', 14),
+    'AlexNet_BN-cifar10': Network('AlexNet_BN', .25, 'cifar10', 10),
     'VGG_16-cifar10-short': Network('VGG_16', .125, 'cifar10', 5),
     'ResNet_50-cifar10': Network('ResNet_50', .125, 'cifar10', 10),
     'Inception_BN-cifar100': Network('Inception_BN', .25, 'cifar100', 14),
