@@ -58,6 +58,7 @@ chosen_on = ('c10_resnet8_k c10_resnet8_m c100_resnet8_k c10_cnna_v c10_resnet20
              'c10_resnet20_i').split()
 own = 'zoo:'
 many = 'c100_resnet8_k'
+of_truth = 'classes_n', 'classes_all', 'classes_crops_all', 'classes_all_reliable'
 judged_on = 'c10_resnet26_k c10_resnet56_a c100_resnet56_c c100_micronet_t efficientnet_lite0'.split()
 
 
@@ -241,7 +242,7 @@ def rows_of(name, args):
         row['measured_crops'] = lost(L, copy['crops'][0][2], y)
         row |= rivals(L, Q, copy['crops'][0][2], accuracy)
         row |= who_is_hurt(held, copy, more, f, (law.by_class, found[0].by_class, sharpness))
-        yield row
+        yield row | {k: np.nan for k in of_truth if k not in row}
 
 
 def draw(rows, path):
