@@ -147,7 +147,7 @@ def saved(name, trained, args):
         path.unlink()
         raise ValueError(f'{name}: zoo/ would hold more than {most/1e6:g} MB. Train it narrower.')
     merged([facts], args.out/'zoo.csv').to_csv(args.out/'zoo.csv', index=False)
-    save_json(manifest(batch=batch, networks=[*networks]), args.out/'zoo.json')
+    save_json(manifest(batch=batch), args.out/'zoo.json')
     print(facts, flush=True)
 
 
