@@ -6,6 +6,7 @@
 __all__ = ['save_model', 'load_model']
 
 # %% ../../nbs/api/models/40_loading.ipynb #05c8ffde
+from difflib import get_close_matches
 from pathlib import Path
 from ..files import file_kind, load_state, explain_errors, save_state
 from .exchange import read_exported, read_onnx
@@ -181,6 +182,14 @@ def _check_words(name, path, width, kind):
         raise ValueError(f"`width` belongs to the nine networks, {', '.join(model_names)}; got {width!r} for "
                          f"{name or path}.")
 
+def _existing(path):
+    "The path, unless it is a network with a slip of the pen"
+    near = get_close_matches(str(path).lower(), [o.lower() for o in model_names], 1)
+    if near and not Path(_split(path)[0]).exists():
+        meant = next(o for o in model_names if o.lower() == near[0])
+        raise ValueError(f"`name` must be a network or a file; got {str(path)!r}. Did you mean {meant}?")
+    return path
+
 def load_model(
     # `timm:NAME`, `torchvision:NAME`, `package.module:function`, one of `model_names`; or the path alone
     name:str=None,
@@ -195,7 +204,7 @@ def load_model(
 )->Normalized:          # In evaluation mode, on the CPU
     "Any model, from a name, a file, or both."
     if path is None and not is_source(name) and not (name in model_names and not Path(name).exists()):
-        name, path = None, name
+        name, path = None, _existing(name)
     if name is None and path is None: raise ValueError("`name` or `path` must be given; got neither.")
     told = dict(mean=mean, std=std, size=size, classes=classes)
     file = _split(path) if path is not None else None
