@@ -22,7 +22,8 @@ def check_images(
 )->Tensor:           # The same tensor
     "Raise unless `x` is a non-empty float batch `(N,C,H,W)` with pixels in [0,1]."
     if not isinstance(x, Tensor):
-        way = "`load_images` reads files" if isinstance(x, (str, Path)) else "Use `to_float` for uint8 arrays"
+        way = "Use `to_float` for uint8 arrays"
+        if isinstance(x, (str, Path)): way = "`load_images` reads files"
         raise TypeError(f"`{name}` must be a torch tensor (N,C,H,W); got {type(x).__name__}. {way}.")
     what = f"{x.dtype} of shape {tuple(x.shape)}"
     if x.ndim != 4 or x.numel() == 0:
@@ -34,8 +35,8 @@ def check_images(
     lo, hi = x.aminmax()
     if not (lo >= 0 and hi <= 1):
         bad = x.isnan().flatten(1).any(1).sum()
-        way = (f"NaN is in {bad} of {len(x)} images: leave them out, or look for a division by zero." if bad else
-               "Divide by 255, or undo the normalisation: the model normalises, the caller does not.")
+        way = "Divide by 255, or undo the normalisation: the model normalises, the caller does not."
+        if bad: way = f"NaN is in {bad} of {len(x)} images: leave them out, or look for a division by zero."
         raise ValueError(f"`{name}` must hold pixels in [0, 1]; got {what} with values in "
                          f"[{lo:.4g}, {hi:.4g}]. {way}")
     return x

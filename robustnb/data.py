@@ -310,8 +310,8 @@ def class_folders(
     _check_folders(names, around, depth, classes, source)
     if len(classes) < 2:
         raise ValueError(f"`source` must hold at least 2 classes; {source} has only "
-                         f"{classes[0]!r}. Splits found: {_count(short.values())}. Make a folder for each class; "
-                         "pictures without labels are read by `load_images`.")
+                         f"{classes[0]!r}. Splits found: {_count(short.values())}. Make a folder for each "
+                         "class; pictures without labels are read by `load_images`.")
     chosen = [o for o in images if split is None or short[o].split('/')[0] == split]
     if not chosen:
         raise ValueError(f"`split` must name a split with images; {split!r} has none in "

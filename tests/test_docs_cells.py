@@ -82,15 +82,19 @@ def test_a_long_import_is_wrapped_and_still_python():
 
 def fault(cells):
     "What is wrong with the example that a page of nbs/api begins with; None if nothing is"
-    at = next((i for i, c in enumerate(cells) if ''.join(c['source']).startswith('#| default_exp')), None)
-    if at is None or not (said := public_words(cells, at)): return
+    starts = [''.join(c['source'])[:14] for c in cells]
+    at = starts.index('#| default_exp')
+    said = public_words(cells, at)
+    if not said: return
     example = cells[at+1]
     source = ''.join(example['source'])
     if example['cell_type'] != 'code' or source.startswith(('#| export', '#| hide')):
         return 'the cell below `default_exp` must be an example'
     module = cells[at]['source'][0].split()[-1]
-    if f'from robustnb.{module} import' not in source: return f'its example must import from robustnb.{module}'
-    if not said & {*re.findall(r'\w+', source)}: return f'its example must use one of {", ".join(sorted(said))}'
+    if f'from robustnb.{module} import' not in source:
+        return f'its example must import from robustnb.{module}'
+    if not said & {*re.findall(r'\w+', source)}:
+        return f'its example must use one of {", ".join(sorted(said))}'
     if sum(bool(o.strip()) for o in source.splitlines()) > 16: return 'its example must have at most 16 lines'
     if not example['outputs']: return 'its example must show an output'
 

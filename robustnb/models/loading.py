@@ -182,14 +182,6 @@ def _check_words(name, path, width, kind):
         raise ValueError(f"`width` belongs to the nine networks, {', '.join(model_names)}; got {width!r} for "
                          f"{name or path}.")
 
-def _existing(path):
-    "The path, unless it is a network with a slip of the pen"
-    near = get_close_matches(str(path).lower(), [o.lower() for o in model_names], 1)
-    if near and not Path(_split(path)[0]).exists():
-        meant = next(o for o in model_names if o.lower() == near[0])
-        raise ValueError(f"`name` must be a network or a file; got {str(path)!r}. Did you mean {meant}?")
-    return path
-
 def load_model(
     # `timm:NAME`, `torchvision:NAME`, `package.module:function`, one of `model_names`; or the path alone
     name:str=None,
@@ -220,6 +212,14 @@ def load_model(
     return _with_facts(model, size, classes)
 
 # %% ../../nbs/api/models/40_loading.ipynb #5e83f837
+def _existing(path):
+    "The path, unless it is a network with a slip of the pen"
+    near = get_close_matches(str(path).lower(), [o.lower() for o in model_names], 1)
+    if near and not Path(_split(path)[0]).exists():
+        meant = next(o for o in model_names if o.lower() == near[0])
+        raise ValueError(f"`name` must be a network or a file; got {str(path)!r}. Did you mean {meant}?")
+    return path
+
 def _check_named(held, name, path):
     "Refuse a file that does not say its network, and one of another kind of this library"
     kind = held.get('format', '') if isinstance(held, dict) else ''

@@ -85,8 +85,8 @@ def format_list(
 )->list:              # Each a `QuantSpec`, a `MixedSpec`, or the name of a mixed assignment to be found
     "The rows that were asked for; a target stands for its formats."
     if not isinstance(formats, (str, Iterable)):
-        raise TypeError("`formats` must be names of number formats, such as 'INT8,INT4' or ['INT8', 'INT4']; got "
-                        f"{formats!r}.")
+        raise TypeError("`formats` must be names of number formats, such as 'INT8,INT4' or ['INT8', 'INT4']; "
+                        f"got {formats!r}.")
     words = formats.split(',') if isinstance(formats, str) else list(formats)
     found = []
     for word in words:
