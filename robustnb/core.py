@@ -10,6 +10,7 @@ __all__ = ['check_images', 'check_labels', 'check_model', 'to_float', 'to_uint8'
 # %% ../nbs/api/00_core.ipynb #ae87c141
 import hashlib, platform, random, sys
 from contextlib import contextmanager
+from pathlib import Path
 import numpy as np
 import torch
 from torch import nn, Tensor
@@ -22,20 +23,23 @@ def check_images(
 )->Tensor:           # The same tensor
     "Raise unless `x` is a non-empty float batch `(N,C,H,W)` with pixels in [0,1]."
     if not isinstance(x, Tensor):
-        raise TypeError(f"`{name}` must be a torch tensor (N,C,H,W); got {type(x).__name__}. "
-                        "Use `to_float` for uint8 arrays.")
+        way = "Use `to_float` for uint8 arrays"
+        if isinstance(x, (str, Path)): way = "`load_images` reads files"
+        raise TypeError(f"`{name}` must be a torch tensor (N,C,H,W); got {type(x).__name__}. {way}.")
     what = f"{x.dtype} of shape {tuple(x.shape)}"
     if x.ndim != 4 or x.numel() == 0:
-        raise ValueError(f"`{name}` must be a non-empty batch of images (N,C,H,W); got "
-                         f"{what}. Add the batch dimension with `x[None]`.")
+        way = "Add the batch dimension with `x[None]`" if x.numel() else "Give at least one image"
+        raise ValueError(f"`{name}` must be a non-empty batch of images (N,C,H,W); got {what}. {way}.")
     if not x.is_floating_point():
         raise TypeError(f"`{name}` must be floating point with pixels in [0, 1]; got {what}. "
                         "Use `to_float` for 8-bit images.")
     lo, hi = x.aminmax()
     if not (lo >= 0 and hi <= 1):
+        bad = x.isnan().flatten(1).any(1).sum()
+        way = "Divide by 255, or undo the normalisation: the model normalises, the caller does not."
+        if bad: way = f"NaN is in {bad} of {len(x)} images: leave them out, or look for a division by zero."
         raise ValueError(f"`{name}` must hold pixels in [0, 1]; got {what} with values in "
-                         f"[{lo:.4g}, {hi:.4g}]. Divide by 255, or undo the normalisation: "
-                         "the model normalises, the caller does not.")
+                         f"[{lo:.4g}, {hi:.4g}]. {way}")
     return x
 
 # %% ../nbs/api/00_core.ipynb #32aefa8c
@@ -47,8 +51,10 @@ def check_labels(
 )->Tensor:             # The same tensor
     "Raise unless `y` holds `n` class numbers in `[0, n_classes)`."
     if not isinstance(y, Tensor):
-        raise TypeError(f"`{name}` must be a torch tensor (N,); got {type(y).__name__}. "
-                        "Use `torch.as_tensor`.")
+        named = any(isinstance(o, str) for o in y) if isinstance(y, (list, tuple, np.ndarray)) else False
+        way = "`torch.tensor([classes.index(o) for o in names])`" if named else "`torch.as_tensor`"
+        raise TypeError(f"`{name}` must be a torch tensor (N,) of class numbers; got {type(y).__name__}"
+                        f"{' of names' if named else ''}. Use {way}.")
     if y.dtype != torch.int64 or y.ndim != 1:
         raise TypeError(f"`{name}` must be int64 class numbers (N,); got {y.dtype} of shape "
                         f"{tuple(y.shape)}. For other whole numbers take `y.long()`, for soft "
@@ -175,12 +181,13 @@ def pick_device(
     return device
 
 def batches(
-    n:int,        # Items
-    size:int,     # Items in a batch
-)->list:          # Slices that cover 0..n in order
-    "Slices of at most `size` items."
-    if size < 1: raise ValueError(f"`size` must be at least 1; got {size}.")
-    return [slice(i, min(i+size, n)) for i in range(0, n, size)]
+    n:int,          # Items
+    batch_size:int, # Items in a batch, >= 1
+)->list:            # Slices that cover 0..n in order
+    "Slices of at most `batch_size` items."
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1; got {batch_size}. Leave it out for the default.")
+    return [slice(i, min(i+batch_size, n)) for i in range(0, n, batch_size)]
 
 # %% ../nbs/api/00_core.ipynb #5e9a0c02
 def images_at_a_time(

@@ -61,7 +61,8 @@ def _soft_labels(labels, n, classes):
         raise ValueError(f"`labels` must have one row per image; got {len(labels)} for {n} images.")
     if labels.ndim == 1:
         if labels.dtype.kind not in 'iu':
-            raise TypeError(f"`labels` (N,) must be whole class numbers; got {labels.dtype}.")
+            way = "" if labels.dtype.kind in 'fc' else " Take `[classes.index(o) for o in labels]`."
+            raise TypeError(f"`labels` (N,) must be whole class numbers; got {labels.dtype}.{way}")
         bad = np.flatnonzero((labels < 0) | (labels >= K))
         if len(bad):
             raise ValueError(f"`labels` must lie in [0, {K}); got {labels[bad[0]]} at "
@@ -309,7 +310,8 @@ def class_folders(
     _check_folders(names, around, depth, classes, source)
     if len(classes) < 2:
         raise ValueError(f"`source` must hold at least 2 classes; {source} has only "
-                         f"{classes[0]!r}. Splits found: {_count(short.values())}.")
+                         f"{classes[0]!r}. Splits found: {_count(short.values())}. Make a folder for each "
+                         "class; pictures without labels are read by `load_images`.")
     chosen = [o for o in images if split is None or short[o].split('/')[0] == split]
     if not chosen:
         raise ValueError(f"`split` must name a split with images; {split!r} has none in "

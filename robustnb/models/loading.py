@@ -6,6 +6,7 @@
 __all__ = ['save_model', 'load_model']
 
 # %% ../../nbs/api/models/40_loading.ipynb #05c8ffde
+from difflib import get_close_matches
 import inspect, json
 from pathlib import Path
 from safetensors import safe_open
@@ -132,7 +133,7 @@ def _told_apart(name, path):
     "The name of a network, or None, and its file, or None"
     if str(name).startswith('zoo:'): return None, path or _zoo_file(name)
     if path is None and not is_source(name) and not (name in model_names and not Path(name).exists()):
-        return None, name
+        return None, _existing(name)
     return name, path
 
 def _described(path):
@@ -244,6 +245,14 @@ def load_model(
     return _with_facts(model, size, classes)
 
 # %% ../../nbs/api/models/40_loading.ipynb #5e83f837
+def _existing(path):
+    "The path, unless it is a network with a slip of the pen"
+    near = get_close_matches(str(path).lower(), [o.lower() for o in model_names], 1)
+    if near and not Path(_split(path)[0]).exists():
+        meant = next(o for o in model_names if o.lower() == near[0])
+        raise ValueError(f"`name` must be a network or a file; got {str(path)!r}. Did you mean {meant}?")
+    return path
+
 def _check_named(held, name, path):
     "Refuse a file that does not say its network, and one of another kind of this library"
     kind = held.get('format', '') if isinstance(held, dict) else ''

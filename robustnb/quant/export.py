@@ -87,7 +87,6 @@ def _whole_weights(weight):
         scale = torch.where((scale == 0) & fits, most/top, scale)
     return (scale, (rows/scale).round()) if (scale > 0).all() else None
 
-# %% ../../nbs/api/quant/80_export.ipynb #bd458ea0
 def _weights(w, node, weight, bias):
     "Names of the weights and the bias of a layer: whole numbers if its input has levels, else floats."
     base = node.name

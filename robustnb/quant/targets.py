@@ -8,6 +8,7 @@ __all__ = ['target_formats', 'target_table', 'kilobytes', 'format_list', 'networ
 
 # %% ../../nbs/api/quant/90_targets.ipynb #3b8be18f
 import math, re, statistics, tempfile, time
+from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,6 +84,9 @@ def format_list(
     model:nn.Module=None, # Classifier that budgets must be large enough for; None leaves that open
 )->list:              # Each a `QuantSpec`, a `MixedSpec`, or the name of a mixed assignment to be found
     "The rows that were asked for; a target stands for its formats."
+    if not isinstance(formats, (str, Iterable)):
+        raise TypeError("`formats` must be names of number formats, such as 'INT8,INT4' or ['INT8', 'INT4']; "
+                        f"got {formats!r}.")
     words = formats.split(',') if isinstance(formats, str) else list(formats)
     found = []
     for word in words:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from scipy.special import gammaincinv
 from torch import nn, Tensor
-from ..core import batches, check_images, make_generator, to_float
+from ..core import batches, check_images, make_generator, subseed, to_float
 from ..contract import open_model, predict
 from .generator import _frozen, bn_distance, bn_inputs
 from .certainty import standardized
@@ -62,6 +62,7 @@ def natural_crops(
     if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
     if not size >= 4: raise ValueError(f"`size` must be at least 4 pixels; got {size}.")
     if channels not in (1, 3): raise ValueError(f"`channels` must be 1 or 3; got {channels}.")
+    subseed(seed)                            # refuses what is no seed
     photographs = bundled_photographs() if photographs is None else photographs
     if not len(photographs): raise ValueError("`photographs` must hold at least one; got none.")
     rng = np.random.default_rng(seed)
