@@ -48,8 +48,6 @@ def _as_asked(kind):
 class _Tracer(fx.Tracer):
     """Keeps `Normalize` and other people's kinds of layers whole, and remembers where it was when
     something failed"""
-    traced_func_name = '_asked'
-
     def __init__(self):
         super().__init__()
         self.entered = []
@@ -69,6 +67,7 @@ class _Tracer(fx.Tracer):
 def _follow(model):
     "The graph of a plain model"
     tracer = _Tracer()
+    tracer.traced_func_name = '_asked'      # not of the class, which a pickled graph is read with
     kind = type(model)
     try:
         model.__class__ = _as_asked(kind)
