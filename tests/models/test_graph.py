@@ -6,7 +6,7 @@ import torch
 import torchvision
 from torch import fx, nn
 
-from helpers_models import images, imagenet, randomize, same
+from helpers_models import Fourier, images, imagenet, randomize, same
 from robustnb.models.graph import fold_batchnorm, stored_tensors, trace
 from robustnb.models.wrapping import batchnorms, last_linear, wrap_model
 from robustnb.models.zoo import build_model, model_names
@@ -286,13 +286,6 @@ def test_a_graph_that_answers_otherwise_is_refused():
 
 
 def test_complex_weights_are_stored_tensors():
-    class Fourier(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(3, 8, 5, dtype=torch.complex64))
-            self.head = nn.Linear(192, 4)
-        def forward(self, x):
-            return self.head(torch.fft.irfft2(torch.fft.rfft2(x)*self.w, s=(8, 8)).flatten(1))
     stored = stored_tensors(trace(Fourier().eval()))
     assert {k: v.role for k, v in stored.items()} == {
         'w': 'other', 'head.weight': 'weight', 'head.bias': 'bias'}

@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
+from helpers_models import Fourier
 from robustnb.quant import ptq
 from robustnb.core import make_generator
 from robustnb.contract import predict
@@ -876,13 +877,6 @@ def test_a_network_that_rounds_already_is_refused():
 
 
 def test_complex_weights_count_and_are_named():
-    class Fourier(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(3, 8, 5, dtype=torch.complex64))
-            self.head = nn.Linear(192, 4)
-        def forward(self, x):
-            return self.head(torch.fft.irfft2(torch.fft.rfft2(x)*self.w, s=(8, 8)).flatten(1))
     q = quantize(Fourier().eval(), 'INT8', images(4, 8))
     assert q.left_float == ('w',)
     assert model_bytes(q, 8) == 8*3*8*5 + 192*4 + 4*4
