@@ -88,7 +88,8 @@ def _specs(formats):
 def _continue(out, question):
     "Raise unless the folder is new, or answers the same question so far"
     file, hint = out/'question.json', 'Name another folder, or delete this one.'
-    if file.exists():
+    used = out.exists() and any(not o.name.startswith('.') for o in out.iterdir())
+    if file.exists():            # asked second: another run may be beginning in the folder
         try:
             known = dict(json.loads(file.read_text(encoding='utf-8')))
         except (ValueError, TypeError) as e:
@@ -97,7 +98,7 @@ def _continue(out, question):
         differ = [f"{k} is {known.get(k)!r} there and {v!r} here" for k, v in question.items()
                   if known.get(k) != v]
         if differ: raise ValueError(f"`out` answers another question: {'; '.join(differ)} ({file}). {hint}")
-    elif out.exists() and any(not o.name.startswith('.') for o in out.iterdir()):
+    elif used:
         raise ValueError("`out` must be a new or empty folder, or that of an earlier run; "
                          f"{out} holds other files. {hint}")
     else:

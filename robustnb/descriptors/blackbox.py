@@ -31,14 +31,32 @@ def descriptor_distance(
 
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #645e4a2d
 _application = 0x726e6271   # marks a file as ours
-_tables = f"""
-begin immediate;
-create table if not exists asked (
-    id integer primary key, key text not null, seconds real not null, outcome text not null);
-create table if not exists answers (key text primary key, answer blob not null);
-pragma application_id={_application};
-commit;"""
+_tables = ("""create table asked (
+    id integer primary key, key text not null, seconds real not null, outcome text not null)""",
+    'create table answers (key text primary key, answer blob not null)',
+    f'pragma application_id={_application}')
 
+def _prepare(db):
+    "Make the tables of a new file, once however many open it; raise where it is not ours"
+    db.execute('begin immediate')
+    known = db.execute('pragma application_id').fetchone()[0]
+    if not known and not db.execute('select count(*) from sqlite_master').fetchone()[0]:
+        for o in _tables:
+            db.execute(o)
+    elif known != _application:
+        raise sqlite3.DatabaseError('it belongs to another program')
+    db.execute('commit')
+
+def _share(db):
+    "Let one write while others read; SQLite itself does not wait here until others are ready"
+    for left in range(500, -1, -1):
+        try:
+            return db.execute('pragma journal_mode=wal')
+        except sqlite3.OperationalError:
+            if not left: raise
+            time.sleep(.01)
+
+# %% ../../nbs/api/descriptors/10_blackbox.ipynb #645e4a2f
 def _open(path):
     "The database in the file `path`, new or ours; None stands for memory"
     if path is not None:
@@ -47,15 +65,11 @@ def _open(path):
     try:
         db = sqlite3.connect(':memory:' if path is None else path, isolation_level=None,
                              check_same_thread=False)
-        known = db.execute('pragma application_id').fetchone()[0]
-        if not known and not db.execute('select count(*) from sqlite_master').fetchone()[0]:
-            db.executescript(_tables)
-        elif known != _application:
-            raise sqlite3.DatabaseError('it belongs to another program')
+        _prepare(db)
         problem = db.execute('pragma quick_check(1)').fetchone()[0]
         if problem != 'ok':
             raise sqlite3.DatabaseError(f'it is damaged: {problem}')
-        db.execute('pragma journal_mode=wal')
+        _share(db)
         db.execute('pragma synchronous=normal')
     except sqlite3.Error as e:
         if db:

@@ -183,8 +183,9 @@ def _same_question(folder, question, kind='*.csv'):
     file = folder/'question.json'
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`save` must name a folder; {folder} is a file.")
-    if not file.exists():
-        if any(folder.glob(kind)):
+    used = any(folder.glob(kind))
+    if not file.exists():        # asked second: another run may be beginning in the folder
+        if used:
             raise ValueError("`save` must be a new folder or that of an earlier run; "
                              f"{folder} holds results but no question.json. "
                              "Name another folder.")

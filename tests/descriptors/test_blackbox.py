@@ -717,3 +717,35 @@ def test_any_thread_may_ask_and_the_budget_is_one(tmp_path):
         assert len(known) == 20
         for i in known:
             assert torch.equal(said[i], answer(round_to_8bit(x[i:i+1]))[0])
+
+
+def test_a_new_file_may_be_opened_by_many_at_once(tmp_path):
+    gate = threading.Barrier(4)
+    said = []
+    def ask(i):
+        gate.wait()
+        try:
+            said.append(BlackBox(answer, 9, cache=tmp_path/f'{k}.db')(images(2)))
+        except Exception as e:
+            said.append(e)
+    for k in range(40):
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+        for t in threads: t.start()
+        for t in threads: t.join()
+    assert len(said) == 160
+    wrong = [o for o in said if not torch.is_tensor(o)]
+    assert not wrong, wrong[0]
+    assert all(torch.equal(o, said[0]) for o in said)
+
+
+def test_a_file_that_stays_in_use_is_named(tmp_path, monkeypatch):
+    db = module._open(tmp_path/'a.db')
+    db.execute('pragma journal_mode=delete')
+    db.execute('begin')
+    db.execute('select count(*) from asked').fetchone()
+    monkeypatch.setattr(time, 'sleep', lambda seconds: None)
+    with pytest.raises(ValueError, match='a.db cannot be used .*locked'):
+        BlackBox(answer, 9, cache=tmp_path/'a.db')
+    db.execute('commit')
+    db.close()
+    assert BlackBox(answer, 9, cache=tmp_path/'a.db')(images(2)).shape == (2, 7)
