@@ -193,10 +193,11 @@ def batches(
 def images_at_a_time(
     x:Tensor,      # Images (N,C,H,W)
     device='cpu',  # Where the model is
-)->int:            # Images in a batch, 1 to 250
+    most:int=250,  # For small images, >= 1
+)->int:            # Images in a batch, 1 to `most`
     "As many images as a model can be asked about at once in little memory."
     room = 2**18 if torch.device(device).type == 'cpu' else 2**22
-    return min(250, max(1, room//(x.shape[-2]*x.shape[-1])))
+    return min(most, max(1, room//(x.shape[-2]*x.shape[-1])))
 
 # %% ../nbs/api/00_core.ipynb #167b6f8f
 class _Screen:

@@ -2,16 +2,15 @@
 process on the same images.
 
     pip install foolbox torchattacks==3.5.1 adversarial-robustness-toolbox pyautoattack
-    python benchmarks/models/adversarial_training.py cifar10-images.zip --out adversarial.pt
-    python benchmarks/attacks/peers.py pgd cifar10-images.zip \\
-        --standard weights.pt --adversarial adversarial.pt
-    python benchmarks/attacks/peers.py autoattack ...
-    python benchmarks/attacks/peers.py growth ...
-    python benchmarks/attacks/peers.py memory ...
+    python benchmarks/attacks/peers.py pgd --data ../shared/data
+    python benchmarks/attacks/peers.py autoattack --data ../shared/data
+    python benchmarks/attacks/peers.py growth --data ../shared/data
+    python benchmarks/attacks/peers.py memory --data ../shared/data
 
-Rows go to results/attacks_<part>.csv, with a manifest beside them; `weights.pt` comes from
-`robustnb train` (ResNet_18, width .25). Medians of several repetitions, tools in turn within
-each, so that a busy minute of the machine hits all of them.
+`--data` is a folder with `read_images.py` and `cifar10/`: lossless photographs. The two networks are those of
+zoo/ (benchmarks/models/zoo.py), or files of yours. Rows go to results/attacks_<part>.csv, with a manifest
+beside them. Medians of several repetitions, tools in turn within each, so that a busy minute of the machine
+hits all of them.
 """
 import argparse, resource, subprocess, sys, time, warnings
 from functools import partial
@@ -25,14 +24,21 @@ from robustnb.attacks.adaptive_pgd import gradients
 from robustnb.attacks.gradient import cross_entropy, pgd
 from robustnb.attacks.standard import cascade, search_copy
 from robustnb.attacks.threat_models import L2, Linf
-from robustnb.core import make_generator
+from robustnb.core import make_generator, to_float
 from robustnb.contract import predict
-from robustnb.data import load_data, subset
 from robustnb.files import manifest, save_json
 from robustnb.models.loading import load_model
 from robustnb.models.zoo import build_model
 
 warnings.filterwarnings('ignore')
+
+
+def photographs(data, n):
+    "Test photographs, evenly from the classes"
+    from read_images import read
+    x, y, _ = read(data/'cifar10'/'cifar10-test-a.zip')
+    some = torch.arange(n)*len(y)//n
+    return to_float(x[some.numpy()]), torch.from_numpy(y)[some]
 
 
 def in_batches(attack, size=250):
@@ -119,10 +125,14 @@ def compare(nets, x, y, cases, repeats, args, ours='robustnb cascade'):
     return pd.DataFrame(rows)
 
 
+def own_pgd(model, x, y, threat): return pgd(model, x, y, threat, make_generator(0))
+
+
 def part_pgd(nets, x, y, args):
     def tools(step):
         return {'robustnb cascade': cascade,
                 'robustnb fast cascade': partial(cascade, targets=0),
+                'robustnb pgd': own_pgd,
                 'foolbox PGD-40': in_batches(partial(foolbox_pgd, step_size=step)),
                 'torchattacks PGD-40': in_batches(partial(torchattacks_pgd, step_size=step)),
                 'ART PGD-40': partial(art_pgd, step_size=step)}
@@ -138,12 +148,10 @@ def part_autoattack(nets, x, y, args):
 
 def part_growth(nets, x, y, args):
     rows = []
-    data = load_data(args.data, 'test')
     for rep in range(args.repeats):
-        for n in (100, 300, 1000, 3000, 5000):
-            part = subset(data, n, seed=1)
-            row, _ = timed('robustnb cascade', cascade, nets['adversarial'], part.x,
-                           torch.as_tensor(part.y), Linf(8/255))
+        for n in (100, 300, 1000, 3000, 4900):
+            row, _ = timed('robustnb cascade', cascade, nets['adversarial'],
+                           *photographs(args.data, n), Linf(8/255))
             rows.append(dict(what='images', size=n, **row))
             print(rows[-1], flush=True)
         for width in (.125, .25, .5, 1.):
@@ -195,10 +203,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('part', choices=('pgd', 'autoattack', 'growth', 'memory'))
-    parser.add_argument('data', help='folder or zip of test images')
-    parser.add_argument('--standard', required=True, help='weights of the normally trained network')
-    parser.add_argument('--adversarial', required=True,
-                        help='weights of the adversarially trained network')
+    parser.add_argument('--data', type=Path, required=True)
+    parser.add_argument('--standard', default='zoo:ResNet_18-cifar10')
+    parser.add_argument('--adversarial', default='zoo:ResNet_18-cifar10-adversarial')
     parser.add_argument('--only', choices=('standard', 'adversarial'),
                         help='one network; rows are added to those of the other')
     parser.add_argument('--threat', choices=('Linf', 'L2'), help='one threat model; as with --only')
@@ -209,11 +216,9 @@ def main():
     parser.add_argument('--out', default='results')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    part = subset(load_data(args.data, 'test'), args.n, seed=0)
-    x = part.x
-    y = torch.as_tensor(part.y)
-    nets = {k: load_model('ResNet_18', getattr(args, k), n_classes=10, width=.25)
-            for k in ('adversarial', 'standard') if args.only in (None, k)}
+    sys.path.insert(0, str(args.data))
+    x, y = photographs(args.data, args.n)
+    nets = {k: load_model(getattr(args, k)) for k in ('adversarial', 'standard') if args.only in (None, k)}
     began = time.time()
     rows = globals()[f'part_{args.part}'](nets, x, y, args)
     path = Path(args.out)/f'attacks_{args.part}.csv'

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 import torch
 from torch import nn, Tensor
-from ..core import batches
+from ..core import batches, images_at_a_time
 from .gradient import (
     _logits_for, check_attack, cross_entropy, dlr_to, loss_and_grad, margin, is_correct)
 
@@ -18,7 +18,7 @@ from .gradient import (
 def gradients(
     model:nn.Module,      # Model whose gradient is followed
     loss:Callable,        # (logits, y) -> loss per image
-    batch_size:int=125,   # Images the model sees at a time
+    batch_size:int|None=None, # Images the model sees at a time; None goes by their size
 )->Callable:              # (x, y, wanted=True) -> loss (N,), gradient (N,C,H,W) if wanted, logits (N,K)
     "Loss, gradient and logits of any number of images, a batch at a time."
     @torch.no_grad()
@@ -27,7 +27,8 @@ def gradients(
         return loss(logits, y), x[:, :0], logits
     def gradient_of(x, y, wanted=True):
         look = loss_and_grad if wanted else loss_alone
-        parts = [look(model, x[s], y[s], loss) for s in batches(len(x), batch_size)]
+        size = images_at_a_time(x, x.device, 125) if batch_size is None else batch_size
+        parts = [look(model, x[s], y[s], loss) for s in batches(len(x), size)]
         return [torch.cat(o) for o in zip(*parts)]
     return gradient_of
 

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['cross_entropy', 'margin', 'dlr', 'margin_to', 'dlr_to', 'check_attack', 'loss_and_grad', 'fgsm', 'pgd', 'full_pgd',
-           'to_the_end', 'is_correct', 'multi_attack', 'restarts']
+           'to_the_end', 'in_batches', 'is_correct', 'multi_attack', 'restarts']
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #3286fb2b
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core import batches, check_images, check_labels, make_generator
+from ..core import batches, check_images, check_labels, images_at_a_time, make_generator
 from ..contract import answers_at_random, memory_format, open_model, predict, uncounted
 from .threat_models import check_threat
 
@@ -244,16 +245,29 @@ def to_the_end(
         return partial(to_the_end(attack.func), *attack.args, **attack.keywords)
     return full_pgd if attack is pgd else attack
 
+# %% ../../nbs/api/attacks/30_gradient.ipynb #5d2a9c11
+def in_batches(
+    attack:Callable,    # (model, x, y, threat, *, generator) -> x_adv
+)->bool:                # Whether it shows the model a part of many images at a time
+    "Does an attack bound the memory that it needs?"
+    if isinstance(attack, partial): return in_batches(attack.func)
+    if hasattr(attack, 'in_batches'): return attack.in_batches
+    try:
+        return 'batch_size' in signature(attack).parameters
+    except ValueError:       # what is written in C does not say
+        return False
+
 # %% ../../nbs/api/attacks/30_gradient.ipynb #72b019c1
 @torch.no_grad()
 def is_correct(
     model:nn.Module,       # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K)
     x:Tensor,              # Images (N,C,H,W)
     y:Tensor,              # True labels (N,)
-    batch_size:int=125,    # Images the model sees at a time
+    batch_size:int|None=None, # Images the model sees at a time; None goes by their size
 )->tuple:                  # Indices of the images classified correctly (M,); logits (N,K) as losses see them
     "Which images are classified correctly: the true logit is the first of the largest."
-    logits = torch.cat([_logits_for(model, x[s], y[s]) for s in batches(len(x), batch_size)])
+    size = images_at_a_time(x, x.device, 125) if batch_size is None else batch_size
+    logits = torch.cat([_logits_for(model, x[s], y[s]) for s in batches(len(x), size)])
     return _stands(logits, y).nonzero().flatten(), logits
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #719156d8
@@ -270,6 +284,7 @@ def multi_attack(
             out[left] = attack(model, x[left], y[left], threat, generator=generator).to(out)
             left = left[is_correct(model, out[left], y[left])[0]]
         return out
+    all_of_them.in_batches = all(in_batches(o) for o in attacks)
     return all_of_them
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #b5944fcf

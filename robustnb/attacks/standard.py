@@ -67,7 +67,7 @@ class _Copy(nn.Module):
 def _leads_astray(copy, x, y, exact):
     "Does the copy answer otherwise than the model, whose margins are `exact`?"
     try:
-        near = margin(copy(x), y)
+        near = margin(is_correct(copy, x, y)[1], y)
     except (RuntimeError, TypeError, ValueError):
         if copy.low: return True    # the model computes in its own dtype alone
         raise
@@ -294,7 +294,7 @@ def run_cascade(
     threat,                # Threat model, e.g. `Linf(8/255)`
     generator:torch.Generator|None=None, # For random starts and queries; None stands for seed 0
     targets:int=9,         # Wrong classes to try one by one, the nearest first; 0: fast cascade
-    batch_size:int=125,    # Images the model sees at a time
+    batch_size:int|None=None, # Images the model sees at a time; None goes by their size
     surrogate:nn.Module|None=None, # Model to transfer images from where gradients mislead or there are none
 )->CascadeResult:          # Images, who survives, and what was seen
     "Cheap walks first, survivors only, a faster copy for the search and the model for every verdict."
@@ -335,7 +335,7 @@ def cascade(
     threat,                # Threat model, e.g. `Linf(8/255)`
     generator:torch.Generator|None=None, # For random starts and queries; None stands for seed 0
     targets:int=9,         # Wrong classes to try one by one, the nearest first; 0: fast cascade
-    batch_size:int=125,    # Images the model sees at a time
+    batch_size:int|None=None, # Images the model sees at a time; None goes by their size
     surrogate:nn.Module|None=None, # Model to transfer images from where gradients mislead or there are none
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "The images of `run_cascade`: an attack like any other."

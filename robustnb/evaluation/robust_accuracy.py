@@ -23,7 +23,7 @@ from ..questions import cache_key
 from ..metrics import paired_difference, wilson
 from ..plots import plot_lines
 from ..jobs import digest
-from ..attacks.gradient import check_attack, margin, pgd, to_the_end
+from ..attacks.gradient import check_attack, in_batches, margin, pgd, to_the_end
 from ..attacks.rejection import refused
 from ..attacks.score_based import square
 
@@ -44,6 +44,9 @@ class _Transfer:
         except ValueError:
             return {}
         return self.kept.setdefault(key, {})
+
+    @property
+    def in_batches(self): return in_batches(self.attack)
 
     def __call__(self, model, x, y, threat, *, generator=None):
         state = lambda: None if generator is None else generator.get_state()
@@ -133,7 +136,8 @@ def _judge(model, x, x_adv, y, threat, name, images):
     "One row per image."
     if name != 'clean':
         _check_crafted(x, x_adv, threat, name)
-    logits = model(x_adv).float().cpu()
+    size = images_at_a_time(x, x.device)
+    logits = torch.cat([model(x_adv[s]).float().cpu() for s in batches(len(x), size)])
     y = y.cpu()
     known = logits.isfinite().all(1)
     bad = images[(~known).numpy()]
@@ -250,7 +254,7 @@ def evaluate(
     attacks:dict,           # Name -> attack `(model, x, y, threat, *, generator) -> x_adv`
     threat,                 # Threat model, e.g. `Linf(1/255)`
     seed:int=0,             # Random starts
-    batch_size:int|None=None, # Images at a time; None goes by their size
+    batch_size:int|None=None, # Images an attack is given; None goes by their size where it cannot divide them
     save=None,              # Folder for the rows of finished batches, where a killed run goes on; None: none
 )->pd.DataFrame:            # One row per image and attack, 'clean' first
     "Attack every image and keep every prediction."
@@ -261,7 +265,6 @@ def evaluate(
     if at_random:
         warnings.warn("`model` answers at random: each row holds one draw of its answer, and the worst case "
                       "over attacks is lower than what a user would see.")
-    size = images_at_a_time(x, device) if batch_size is None else batch_size
     parts = []
     jobs = dict(clean=lambda model, x, y, threat, generator: x) | attacks
     if save is not None:
@@ -270,7 +273,8 @@ def evaluate(
     for k, (name, attack) in enumerate(jobs.items()):
         left = np.setdiff1d(np.arange(len(x)),
                             np.concatenate([[], *(p.image[p.attack == name] for p in parts)]))
-        for s in progress(batches(len(left), size), name):
+        size = 250 if in_batches(attack) else images_at_a_time(x, device)
+        for s in progress(batches(len(left), size if batch_size is None else batch_size), name):
             xs = x[left[s]].to(device, memory_format=torch.channels_last)
             ys = y[left[s]].to(device)
             with _drawing(at_random, subseed(seed, name, int(left[s][0])), device):

@@ -260,6 +260,7 @@ def _lent(graph, model):
                 found.append(node.target)
     return tuple(dict.fromkeys([*found, *getattr(model, 'lent', ())]))
 
+@uncounted()             # layers are asked one by one
 def trace(
     model:nn.Module,   # Takes one batch of images
 )->fx.GraphModule:     # A copy of the model as a graph, in evaluation mode; `Normalize` is one node
@@ -537,6 +538,7 @@ def _check_followed(model, graph, x):
                     "what an earlier call left behind? Write it without.")
 
 # %% ../../nbs/api/models/50_graph.ipynb #34aada98
+@uncounted()
 def fold_batchnorm(
     model:nn.Module,  # Classifier; left as it is
     # Images (N,C,H,W) it takes, to find out how it is asked; None asks nothing, and tries usual sizes

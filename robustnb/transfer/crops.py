@@ -7,7 +7,7 @@ __all__ = ['typical_growth', 'lead_scale', 'bundled_photographs', 'natural_crops
            'move_crops']
 
 # %% ../../nbs/api/transfer/26_crops.ipynb #eee4d7a0
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from scipy.special import gammaincinv
 from torch import nn, Tensor
+from torch.utils.checkpoint import checkpoint
 from ..core import batches, check_images, make_generator, subseed, to_float
 from ..contract import open_model, predict
-from .generator import _frozen, bn_distance, bn_inputs
+from .generator import _distance, _frozen, bn_distance, bn_inputs
 from .certainty import standardized
 
 # %% ../../nbs/api/transfer/26_crops.ipynb #078713ef
@@ -103,6 +104,38 @@ def lead_dispersion(
     error = ((2 + 3*ratio/mean)/len(found))**.5
     return ratio.item(), (ratio*(1.64*error).exp()).item()
 
+# %% ../../nbs/api/transfer/26_crops.ipynb #2a007d3f
+def _watched(model, layers, x):
+    "Logits, and variance and mean of what enters each batch norm (2,C), which `layers` tells"
+    with bn_inputs(model) as seen:
+        logits = model(x)
+    layers[:] = [bn for bn, _ in seen]
+    return logits, *[torch.stack(torch.var_mean(o.float(), (0, 2, 3), correction=0)) for _, o in seen]
+
+def _joined(weights):
+    "Variance and mean of everything, from those of parts (P,2,C)"
+    def join(parts):
+        variances, means = parts.unbind(1)
+        mean = (weights*means).sum(0)
+        return (weights*(variances + (means-mean).square())).sum(0), mean
+    return join
+
+def _parts_of(x): return max(1, 2**19//x[0, 0].numel())    # images at a time
+
+def _seen_in_parts(model, z, size):
+    "Logits, and the distance to the batch norms of all images at once; the network sees `size` at a time"
+    parts = batches(len(z), size)
+    if len(parts) == 1:
+        with bn_inputs(model) as seen:
+            logits = model(z)
+        return logits, bn_distance(seen)
+    layers = []
+    found = [checkpoint(partial(_watched, model, layers), z[s], use_reentrant=False) for s in parts]
+    logits, *statistics = [list(o) for o in zip(*found)]
+    weights = z.new_tensor([s.stop-s.start for s in parts])[:, None]/len(z)
+    seen = list(zip(layers, map(torch.stack, statistics)))
+    return torch.cat(logits), _distance(seen, _joined(weights))
+
 # %% ../../nbs/api/transfer/26_crops.ipynb #2a007d41
 _steps = 8
 _rate = .02
@@ -120,9 +153,8 @@ def _moved(model, x, classes, wanted):
     optimizer = torch.optim.Adam([z], _rate, betas=(.9, .99))
     for step in range(_steps):
         optimizer.param_groups[0]['lr'] = _rate if step < .6*_steps else .3*_rate
-        with bn_inputs(model) as seen:
-            logits = model(z)
-        loss = bn_distance(seen) + _pull*(_lead_of(logits, classes) - wanted).square().mean()
+        logits, distance = _seen_in_parts(model, z, _parts_of(z))
+        loss = distance + _pull*(_lead_of(logits, classes) - wanted).square().mean()
         z.grad, = torch.autograd.grad(loss, z)
         optimizer.step()
         with torch.no_grad():

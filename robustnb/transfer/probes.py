@@ -13,22 +13,26 @@ from ..core import check_images, to_float, to_uint8
 from ..contract import open_model, predict
 from ..files import explain_errors, load_state, save_state
 from .generator import (
-    _side, bn_distance, bn_inputs, energy, generate, Generator, train_generator)
-from .crops import foreseen_leads, leads, move_crops, natural_crops
+    _side, energy, generate, Generator, train_generator)
+from .crops import (
+    _parts_of, _seen_in_parts, foreseen_leads, leads, move_crops, natural_crops)
 
 # %% ../../nbs/api/transfer/29_probes.ipynb #85473f32
-_enough = 200
+_enough = 200       # as many crops are cut of small images
+
+def _how_many(size):
+    "Crops of a side: fewer of large ones, which cost more and foretell as much"
+    return _enough if size <= 64 else 50
 
 def _unusual(model, x):
     "How unusual images look to the batch norms; 0 without any"
-    with bn_inputs(model) as seen, torch.no_grad():
-        open_model(model, x)(x)
-    return float(bn_distance(seen))
+    with torch.no_grad():
+        return float(_seen_in_parts(open_model(model, x), x, _parts_of(x))[1])
 
 def _crops(model, size, channels, seed):
     "Natural crops, the same moved, and what a reader should know of them"
     channels = channels or getattr(open_model(model), 'channels', 3)
-    natural = natural_crops(_enough, size, channels, seed)
+    natural = natural_crops(_how_many(size), size, channels, seed)
     moved = to_float(to_uint8(move_crops(model, natural)))
     foreseen = foreseen_leads(predict(model, natural)).mean()
     facts = dict(clip_rate=((moved == 0) | (moved == 1)).float().mean().item(),
@@ -86,7 +90,7 @@ class Probes(_Images):
         if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
         generator = generator or train_generator(model, seed=seed)[0]
         x = generate(generator, n, seed=seed)[0]
-        natural = natural_crops(_enough, x.shape[-1], x.shape[1], seed)
+        natural = natural_crops(_how_many(x.shape[-1]), x.shape[-1], x.shape[1], seed)
         return cls(x, f'{n} images generated from the model alone ({generator.knows})',
                    energy(generator, model, seed=seed), False, natural, x)
 

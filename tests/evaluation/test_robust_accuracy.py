@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from robustnb.attacks.gradient import fgsm, full_pgd, multi_attack, margin, pgd, restarts
+from robustnb.attacks.adaptive_pgd import apgd
 from robustnb.attacks.score_based import square
+from robustnb.attacks.standard import cascade
 from robustnb.contract import predict
 from robustnb.core import draw, image_generators, make_generator
 from robustnb.evaluation.robust_accuracy import (
@@ -764,3 +766,45 @@ def test_rows_of_several_calls_are_refused_until_their_images_differ():
     pd.testing.assert_frame_equal(summarize(joined), summarize(whole))
     curve = robustness_curve(model, x, y, fgsm, [Linf(4/255), Linf(8/255)])
     assert len(worst_case(curve)) == 40, 'budgets may stand side by side'
+
+
+def test_attacks_that_divide_their_images_are_given_many():
+    given, asked = {}, []
+    class Large(nn.Module):
+        def forward(self, x):
+            asked.append(len(x))
+            return x.mean((2, 3))
+    def whole(model, x, y, threat, *, generator=None):
+        given.setdefault('whole', []).append(len(x))
+        return x
+    def parts(model, x, y, threat, *, generator=None, batch_size=None):
+        given.setdefault('parts', []).append(len(x))
+        return x
+    large = torch.rand(12, 3, 256, 256)
+    labels = large.mean((2, 3)).argmax(1)
+    net = Large().eval()
+    attacks = dict(whole=whole, parts=parts)
+    evaluate(net, large, labels, attacks, threat)
+    assert given == dict(whole=[4, 4, 4], parts=[12]) and max(asked) <= 4
+    given.clear()
+    evaluate(net, large, labels, attacks, threat, batch_size=5)
+    assert given == dict(whole=[5, 5, 2], parts=[5, 5, 2])
+    given.clear()
+    evaluate(net, large, labels, dict(transfer=transfer_attack(net, parts), both=multi_attack(parts, whole)),
+             threat)
+    assert given == dict(parts=[12, 4, 4, 4], whole=[4, 4, 4])
+
+
+def test_the_engine_shows_a_model_few_large_images_at_a_time():
+    asked = []
+    class Large(nn.Module):
+        def forward(self, x):
+            asked.append(len(x))
+            return 5*x.mean((2, 3))
+    large = torch.rand(9, 3, 256, 256)
+    net = Large().eval()
+    labels = net(large).argmax(1)
+    for attack in (cascade, apgd):
+        asked.clear()
+        attack(net, large, labels, Linf(1/255))
+        assert max(asked) <= 4, attack

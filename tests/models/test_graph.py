@@ -7,6 +7,7 @@ import torchvision
 from torch import fx, nn
 
 from helpers_models import Fourier, images, imagenet, randomize, same
+from robustnb.contract import count_passes
 from robustnb.models.graph import fold_batchnorm, stored_tensors, trace
 from robustnb.models.wrapping import batchnorms, last_linear, wrap_model
 from robustnb.models.zoo import build_model, model_names
@@ -289,3 +290,19 @@ def test_complex_weights_are_stored_tensors():
     stored = stored_tensors(trace(Fourier().eval()))
     assert {k: v.role for k, v in stored.items()} == {
         'w': 'other', 'head.weight': 'weight', 'head.bias': 'bias'}
+
+
+class Padded(nn.Conv2d):
+    "A convolution of somebody else, whose layers are found out by asking it"
+    def forward(self, x): return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
+
+
+def test_looking_at_layers_is_not_asking_the_model():
+    net = nn.Sequential(Padded(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                        nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    x = torch.rand(2, 3, 8, 8)
+    with count_passes() as passes:
+        trace(net)
+        fold_batchnorm(net, x)
+        net(x)
+    assert (passes.forward, passes.backward) == (2, 0)

@@ -95,3 +95,47 @@ def test_dispersion_of_gamma_leads(shape):
     assert lead_dispersion(9*logits - 4) == pytest.approx((ratio, most))
     assert ratio < most < lead_dispersion(logits[:50])[1]/lead_dispersion(logits[:50])[0]*ratio
     assert lead_dispersion(torch.eye(4))[0] == pytest.approx(0, abs=1e-9), 'all alike'
+
+
+class Twice(nn.Module):
+    "A batch norm that is asked twice, and one that is defined first and comes last"
+    def __init__(self):
+        super().__init__()
+        g = make_generator(3)
+        self.last, self.bn, self.line = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Linear(4, 5)
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        for bn in (self.last, self.bn):
+            bn.running_mean.copy_(torch.randn(4, generator=g))
+            bn.running_var.copy_(torch.rand(4, generator=g) + .5)
+    def forward(self, x):
+        x = self.bn(self.bn(self.conv(x)))
+        return self.line(self.last(x.tanh()).mean((2, 3)))
+
+
+@pytest.mark.parametrize('size', (3, 10, 99))
+def test_parts_have_the_distance_and_the_gradient_of_the_whole(size):
+    torch.manual_seed(0)
+    net = Twice().eval()
+    x = natural_crops(10, 12)
+    def seen(size):
+        z = x.clone().requires_grad_()
+        logits, distance = C._seen_in_parts(net, z, size)
+        return logits, distance, torch.autograd.grad(distance + logits.square().mean(), z)[0]
+    for a, b in zip(seen(size), seen(10)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    none = nn.Sequential(nn.Flatten(), nn.Linear(432, 5))
+    assert C._seen_in_parts(none, x, size)[1] == 0
+
+
+def test_large_crops_are_shown_a_few_at_a_time():
+    sizes = []
+    class Seen(Twice):
+        def forward(self, x):
+            sizes.append(len(x))
+            return super().forward(x)
+    net = Seen().eval()
+    move_crops(net, natural_crops(12, 256))
+    assert max(sizes) == 8 and len(sizes) > 16
+    sizes.clear()
+    move_crops(net, natural_crops(12, 64))
+    assert max(sizes) == 12

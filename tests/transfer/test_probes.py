@@ -1,4 +1,5 @@
 import pytest, torch
+from torch import nn
 
 from robustnb.core import make_generator
 from robustnb.files import load_state, save_state
@@ -55,3 +56,9 @@ def test_photographs_are_not_kept_as_crops(tmp_path):
     with pytest.raises(ValueError, match='must be those of `Probes.crops`; got 3 unlabelled'):
         save_crops(Probes.of(images(3)), tmp_path/'x.pt')
     assert not (tmp_path/'x.pt').exists()
+
+
+def test_fewer_crops_are_cut_of_large_images():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=8), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1),
+                        nn.Flatten(), nn.Linear(4, 5)).eval()
+    assert [len(Probes.crops(net, o).natural) for o in (16, 65)] == [200, 50]
