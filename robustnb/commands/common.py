@@ -56,6 +56,12 @@ def _command(job):
             sys.exit(f"{type(e).__name__}: {str(e).replace(chr(10), ' ')}")
     return command
 
+def _print_verdicts(table):
+    "Rules one below the other, and what to do below those that are not kept"
+    for row in table.itertuples():
+        way_out = f'\n{"":31}{row.what_to_do}' if row.what_to_do else ''
+        print(f'{row.verdict:13}{row.rule:18}{row.found}{way_out}')
+
 def _write(table, path):
     "A table as CSV, completely or not at all"
     with atomic_path(path) as tmp:

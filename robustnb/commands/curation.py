@@ -16,8 +16,8 @@ from ..curation.hidden import (
     hidden_set, load_hidden, proxy_networks, rank_training_sets, score_training_sets)
 from ..curation.published import published_mixture
 from .common import (
-    _command, _continue, _given, _images, _listed, _mark_model, _mark_of, _opened_by_name, _write,
-    hidden_source, labelled_images, named_model, pool_split)
+    _command, _continue, _given, _images, _listed, _mark_model, _mark_of, _opened_by_name,
+    _print_verdicts, _write, hidden_source, labelled_images, named_model, pool_split)
 
 # %% ../../nbs/api/commands/60_curation.ipynb #8bcaa177
 @_command
@@ -64,7 +64,7 @@ def validate_set_command(
 
         robustnb validate-set submission"""
     table = validate_set(path)
-    print(table.to_string(index=False))
+    _print_verdicts(table)
     return dict(rows=table.to_dict('records'), failed=int((table.verdict == 'broken').sum()))
 
 # %% ../../nbs/api/commands/60_curation.ipynb #74a30214

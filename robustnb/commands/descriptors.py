@@ -33,7 +33,7 @@ from ..descriptors.report import attack_report
 from ..descriptors.pairs import make_pairs, read_pairs, write_pairs
 from ..descriptors.submission import check_submission, write_submission
 from ..descriptors.comparison import attack_table, attacked_images, compare_attacks
-from .common import _command, _images, _listed, _write
+from .common import _command, _images, _listed, _print_verdicts, _write
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #5c901249
 def _aligned(source):
@@ -337,5 +337,5 @@ def check_submission_command(
         robustnb check-submission submission.zip faces.zip pairs.csv --box teacher/descriptor.pt"""
     images = _named(data)
     table = check_submission(path, images, read_pairs(pairs, images), _box(box) if box else None)
-    print(table.drop(columns='value').to_string(index=False))
+    _print_verdicts(table)
     return dict(rows=table.to_dict('records'), failed=int((table.verdict == 'broken').sum()))

@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.special import gammaincinv
 from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint
-from ..core import batches, check_images, make_generator, subseed, to_float
+from ..core import batches, check_images, make_generator, progress, subseed, to_float
 from ..contract import open_model, predict
 from .generator import _distance, _frozen, bn_distance, bn_inputs
 from .certainty import standardized
@@ -151,7 +151,7 @@ def _moved(model, x, classes, wanted):
     "A batch of crops, moved"
     z = x.clone().requires_grad_()
     optimizer = torch.optim.Adam([z], _rate, betas=(.9, .99))
-    for step in range(_steps):
+    for step in progress(range(_steps), 'crops'):
         optimizer.param_groups[0]['lr'] = _rate if step < .6*_steps else .3*_rate
         logits, distance = _seen_in_parts(model, z, _parts_of(z))
         loss = distance + _pull*(_lead_of(logits, classes) - wanted).square().mean()

@@ -336,6 +336,8 @@ def _images_notes(study):
                'all new ones too, nothing is wrong.')
     few = ('The original itself is right on fewer than 20 attacked {}, so no robust loss is {}: '
            'choose a smaller eps or give more images.')
+    if min(study.probes.x.shape[2:]) > 100:
+        few += ' Networks for large pictures often stand no more than .1/255 unless they were trained to.'
     if worst_case(study._on_probes[1][0]).correct.sum() < 20:
         yield (few.format('probes', 'predicted') if study.probes.real else
                'The original itself is right on fewer than 20 attacked crops, so robust_flips is empty; the '
