@@ -128,7 +128,7 @@ class RidgeStudent(_Learning, nn.Module):
 # %% ../../nbs/api/descriptors/37_ridge_students.ipynb #3424a7cd
 @torch.no_grad()
 def fit_ridge(
-    # Images (N,3,H,W), pixels in [0,1] -> features (N,F): `GaborFeatures()`, or any network
+    # Images (N,3,H,W), pixels in [0,1] -> features (N,F): `GaborFeatures()`, or any network; not changed
     features:nn.Module,
     images:np.ndarray,       # uint8 images (N,H,W,3) that the box has described
     descriptors,             # Its answers (N,D)
@@ -139,7 +139,10 @@ def fit_ridge(
     images, d = _described(images, np.asarray(descriptors, np.float32), 'descriptors')
     if not 0 < ridge < math.inf:
         raise ValueError(f"`ridge` must be positive and finite; got {ridge!r}.")
-    features = features.eval()
+    if not isinstance(features, nn.Module):
+        raise TypeError("`features` must be a network, images (N,3,H,W) -> features (N,F); got "
+                        f"{getattr(features, '__name__', type(features).__name__)}.")
+    features = copy.deepcopy(features).eval()
     seen = torch.cat([features(to_float(images[s])) for s in batches(len(images), 100)])
     d = torch.from_numpy(d)
     if seen.ndim != 2 or len(seen) != len(d):

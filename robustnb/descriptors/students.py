@@ -26,7 +26,7 @@ from ..files import load_state, explain_errors, save_state
 from ..augmentation.transforms import affine, gamma
 from ..models.wrapping import Normalize
 from ..models.blocks import conv_layers, he_init, Residual
-from ..models.training import crop_and_flip
+from ..models.training import crop_and_flip, trainable
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #7bdfb49c
 class Descriptor(nn.Module):
@@ -249,6 +249,7 @@ def _mark(model, images, targets, recipe, seed, *more):
     return dict(network=tensor_digest(*model.state_dict().values()), data=data,
                 recipe=repr(recipe), seed=int(seed), options=repr(more))
 
+@torch.enable_grad()
 def _one_epoch(parts, x, y, objective, recipe, optimizer, epoch, seed):
     "One pass; the mean loss"
     device = x.device
@@ -284,7 +285,7 @@ def _fit(parts, images, targets, objective, recipe, mark, device, state):
     layout = memory_layout(parts[0])
     for p in parts:
         p.to(memory_format=layout).train()
-    optimizer = torch.optim.AdamW([w for p in parts for w in p.parameters()], recipe.lr,
+    optimizer = torch.optim.AdamW(trainable(*parts), recipe.lr,
                                   weight_decay=recipe.weight_decay)
     x = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
     y = torch.as_tensor(targets).to(device)
@@ -332,6 +333,8 @@ def _described(images, answers, name):
     if len(answers) != len(images) or len(images) < 2:
         raise ValueError(f"`{name}` must have one row for each of at least 2 images; got "
                          f"{len(answers)} rows for {len(images)} images.")
+    if answers.ndim != 2:
+        raise ValueError(f"`{name}` must be (N,D), a row for each image; got shape {answers.shape}.")
     if not np.isfinite(answers).all():
         raise ValueError(f"`{name}` must be finite; row "
                          f"{np.argwhere(~np.isfinite(answers))[0][0]} is not. Leave images "
