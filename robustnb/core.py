@@ -160,6 +160,9 @@ def image_generators(
     "A generator per image that knows neither its batch nor its place in it."
     if generator is None:
         generator = make_generator(0)
+    if not isinstance(generator, torch.Generator):
+        raise TypeError("`generator` must be a torch.Generator, as from `make_generator(0)`; got "
+                        f"{generator!r}.")
     key = torch.randint(2**62, (), generator=generator, device=generator.device).item()
     pixels = x.detach().to('cpu', torch.float32).contiguous().numpy()
     names = [hashlib.blake2b(o.tobytes(), digest_size=16).hexdigest() for o in pixels]

@@ -17,7 +17,7 @@ from ..attacks.score_based import square_side
 from ..attacks.transferable import mean_normalized
 from ..augmentation.transforms import affine
 from .blackbox import descriptor_distance, is_spent
-from .attack import begin_attack, fit_8bit
+from .attack import begin_attack, check_students, fit_8bit
 from .query_attacks import _answered, _query, _signed_square
 
 # %% ../../nbs/api/descriptors/53_bandit.ipynb #f9970109
@@ -262,6 +262,9 @@ def bandit_descriptor(
     plan:Bandit=Bandit(),    # How many queries, towards the targets or away
 )->Tensor:                   # Images like `x`, pixels k/255, allowed by `threat`, never worse than the start
     "Students, squares and remembered answers, each question to the arm that gains most; or squares alone."
+    if not isinstance(plan, Bandit):
+        raise TypeError(f"`plan` must be a Bandit, such as `Bandit(queries=100)`; got {plan!r}.")
+    students = check_students(students) if students else []
     x, targets, out, d, distance = begin_attack(oracle, x, targets, threat, start)
     on = _answered(distance)
     if not len(on): return out

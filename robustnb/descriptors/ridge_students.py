@@ -17,7 +17,7 @@ from ..core import batches, to_float
 from ..files import explain_errors, load_state, save_state
 from ..models.exchange import read_exported, read_onnx
 from .tfjs import load_frozen
-from .students import _described, load_descriptor
+from .students import _described, _table, load_descriptor
 
 # %% ../../nbs/api/descriptors/37_ridge_students.ipynb #35162bb4
 _WAVELENGTHS = 4.4, 7., 11.    # pixels of an image 75 pixels high and wide
@@ -136,7 +136,7 @@ def fit_ridge(
 )->RidgeStudent:             # In evaluation mode
     """A student of any features, solved in one go (Hoerl and Kennard 1970,
     doi:10.1080/00401706.1970.10488634)."""
-    images, d = _described(images, np.asarray(descriptors, np.float32), 'descriptors')
+    images, d = _described(images, _table(descriptors), 'descriptors')
     if not 0 < ridge < math.inf:
         raise ValueError(f"`ridge` must be positive and finite; got {ridge!r}.")
     if not isinstance(features, nn.Module):

@@ -324,6 +324,14 @@ def cosface(
     return F.cross_entropy(scale*(cosines - margin*F.one_hot(y, len(directions))), y)
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #629ce374
+def _table(descriptors):
+    "Answers of a box, float32 (N,D), from a tensor, an array or lists"
+    if isinstance(descriptors, Tensor):
+        descriptors = descriptors.detach().cpu()
+    rows = np.asarray(descriptors, np.float32)
+    if rows.ndim == 2: return rows
+    raise ValueError(f"`descriptors` must be (N,D), a row for each image; got shape {rows.shape}.")
+
 def _described(images, answers, name):
     "Raise unless there are uint8 images with one finite answer each"
     images = np.asarray(images)
@@ -333,8 +341,6 @@ def _described(images, answers, name):
     if len(answers) != len(images) or len(images) < 2:
         raise ValueError(f"`{name}` must have one row for each of at least 2 images; got "
                          f"{len(answers)} rows for {len(images)} images.")
-    if answers.ndim != 2:
-        raise ValueError(f"`{name}` must be (N,D), a row for each image; got shape {answers.shape}.")
     if not np.isfinite(answers).all():
         raise ValueError(f"`{name}` must be finite; row "
                          f"{np.argwhere(~np.isfinite(answers))[0][0]} is not. Leave images "
@@ -388,12 +394,15 @@ def distill_descriptor(
     resume:bool=False,       # Continue from `checkpoint` if it exists
 )->tuple[Descriptor, pd.DataFrame]: # Student in eval mode on the CPU; history
     "A student that answers like the black box (Hinton et al. 2015, arXiv:1503.02531)."
-    images, t = _described(images, np.asarray(descriptors, np.float32), 'descriptors')
+    images, t = _described(images, _table(descriptors), 'descriptors')
     if loss not in descriptor_losses:
         raise ValueError(f"`loss` must be one of {', '.join(descriptor_losses)}; got {loss!r}.")
     name = model if isinstance(model, str) else None
     net = copy.deepcopy(model) if name is None else descriptor_model(
         name, t.shape[1], size=images.shape[1], seed=seed)
+    if not hasattr(net, 'dim'):
+        raise TypeError("`model` must be the name of a network or a `Descriptor`; got "
+                        f"{type(net).__name__}, which does not say its length `dim`.")
     if net.dim != t.shape[1]:
         raise ValueError(
             f"`model` must answer with {t.shape[1]} numbers, like the black box; it has {net.dim}.")
@@ -415,7 +424,7 @@ def fidelity(
     # explained, 0 for a constant; distance, mse, within_0.01; nearest: share of equal nearest neighbours
 )->pd.Series:
     "How well a student answers for the black box."
-    images, t = _described(images, np.asarray(descriptors, np.float32), 'descriptors')
+    images, t = _described(images, _table(descriptors), 'descriptors')
     d = predict(student, to_float(images))
     t = torch.from_numpy(t)
     hit = torch.cdist(d, t).argmin(1) == torch.cdist(t, t).argmin(1)
