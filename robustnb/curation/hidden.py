@@ -152,7 +152,7 @@ def _key(data, hidden, config, model):
                      sorted(config.items()), contest_train, count_correct, arg='folder')[:16]
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #7e55b0c1
-def _check_scoring(sets, hidden, networks, seeds):
+def _check_scoring(sets, hidden, networks, config, seeds):
     "Raise unless there are named sets, hidden images with families and functions that make networks"
     if isinstance(seeds, int):
         raise TypeError(f"`seeds` must be a list of seeds; got {seeds}. Use `range({seeds})` or "
@@ -161,6 +161,13 @@ def _check_scoring(sets, hidden, networks, seeds):
     for key, (value, what) in named.items():
         if not isinstance(value, dict):
             raise TypeError(f"`{key}` must be a dict from names to {what}; got {type(value).__name__}.")
+    if not (sets and networks and len(seeds)):
+        raise ValueError("`sets`, `networks` and `seeds` must each hold at least one; got "
+                         f"{len(sets)}, {len(networks)} and {len(seeds)}.")
+    lost = [k for k in networks if k not in config]
+    if lost:
+        raise ValueError(f"`config` must have settings for every network; {lost[0]!r} has none. Take both "
+                         "from `proxy_networks`.")
     for name, data in sets.items():
         check_set(data, f'sets[{name!r}]')
     if not isinstance(hidden, TrainingSet):
@@ -182,14 +189,7 @@ def score_training_sets(
     device=None,           # Where to train; None takes CUDA if there is one
 )->pd.DataFrame:           # Rows of `count_correct` with `set`, `model` (name of the network), `seed`
     "Train the fixed networks on each set and count what they get right."
-    _check_scoring(sets, hidden, networks, seeds)
-    if not (sets and networks and len(seeds)):
-        raise ValueError("`sets`, `networks` and `seeds` must each hold at least one; got "
-                         f"{len(sets)}, {len(networks)} and {len(seeds)}.")
-    lost = [k for k in networks if k not in config]
-    if lost:
-        raise ValueError(f"`config` must have settings for every network; {lost[0]!r} has none. Take both "
-                         "from `proxy_networks`.")
+    _check_scoring(sets, hidden, networks, config, seeds)
     sets = {k: data if data.classes == hidden.classes else match_classes(data, hidden.classes)
             for k, data in sets.items()}
     jobs = list(itertools.product(sets, seeds, networks))
