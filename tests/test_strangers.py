@@ -200,11 +200,6 @@ def test_one_student_is_a_list_of_one():
                     for o in (student, [student]))
     assert torch.equal(one, several)
 
-def test_a_student_in_training_mode_is_refused():
-    box, x, wanted, threat = boxed()
-    with pytest.raises(ValueError, match='`model` must be in evaluation mode'):
-        rn.bandit_descriptor(box, x, wanted, threat, students=[copy.deepcopy(box).train()])
-
 def test_answers_with_a_gradient_are_answers():
     box, x, *_ = boxed()
     seen = to_uint8(pictures())
