@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 import numpy as np
+from .files import check_path
 
 # %% ../nbs/api/10_archives.ipynb #4a677849
 _MAX_FILE = 2**26      # bytes of one image
@@ -57,7 +58,7 @@ def open_members(
     path,        # Folder or zip file
 ):               # Name -> function that opens the file for reading bytes
     "The files of a folder or a zip file."
-    path = Path(path)
+    path = check_path(path)
     if path.is_dir():
         yield {o.name: partial(open, o, 'rb') for o in path.iterdir() if o.is_file()}
         return

@@ -12,7 +12,8 @@ from pathlib import Path
 from PIL import Image
 import numpy as np
 from torch import Tensor
-from .core import some_of, subseed, to_float
+from .core import check_count, some_of, subseed, to_float
+from .files import check_path
 from .archives import open_zip
 from .data import (
     _check_fit, _entries, _fit, _in_channels, _is_image, _is_litter, _load_npy, _passed_over,
@@ -22,7 +23,7 @@ from .data import (
 def _choose(total, n, seed):
     "Positions of at most `n` of `total`, in order"
     if n is None: return np.arange(total)
-    if not n >= 1: raise ValueError(f"`n` must be at least 1 image; got {n}.")
+    n = check_count(n, of=' image')
     order = np.random.default_rng(subseed(seed, 'images')).permutation(total)
     return np.sort(order[:n])
 
@@ -61,7 +62,7 @@ def load_images(
 )->Tensor:                 # Images (N,channels,H,W), float32, pixels in [0,1]
     "Images without labels, from wherever they are."
     _check_fit(size, channels, crop_pct)
-    path = Path(source)
+    path = check_path(source, 'source')
     choose = partial(_choose, n=n, seed=seed)
     decode = partial(decode_image, size=size, channels=channels, crop_pct=crop_pct)
     if source in ('digits', 'cifar10', 'cifar100') or (path/'data.npy').is_file():

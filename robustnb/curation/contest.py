@@ -23,7 +23,7 @@ from ..archives import MAX_IMAGES, open_members, read_array, verdict_row
 from ..models.wrapping import Normalized
 from ..models.blocks import conv_layers, joined, resnet
 from ..models.states import strip_prefixes
-from ..models.training import crop_and_flip
+from ..models.training import crop_and_flip, trainable
 
 # %% ../../nbs/api/curation/30_contest.ipynb #3b8b74fe
 contest_networks = dict(resnet50='args_resnet', densenet121='args_densenet',
@@ -527,6 +527,7 @@ def validate_set(
     return pd.DataFrame([found.get(k, unjudged | dict(rule=k)) for k in _rules])
 
 # %% ../../nbs/api/curation/30_contest.ipynb #cd872028
+@torch.enable_grad()
 def _contest_epoch(model, x, targets, size, optimizer, generator):
     "One pass over the data; returns the mean loss and the accuracy on the augmented images."
     device = x.device
@@ -616,7 +617,7 @@ def contest_train(
     model = contest_network(network, seed=seed) if by_name else copy.deepcopy(network)
     mark = _mark(model, images, labels, config, seed)
     model = model.to(device, memory_format=memory_layout(model))
-    optimizer = _optimizer(model.parameters(), config)
+    optimizer = _optimizer(trainable(model), config)
     scheduler = _scheduler(optimizer, config)
     history = []
     if checkpoint and Path(checkpoint).exists():

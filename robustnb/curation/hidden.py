@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import t
-from ..core import batches, subseed, to_float
+from ..core import batches, check_count, subseed, to_float
 from ..contract import predict
-from ..files import atomic_path
+from ..files import atomic_path, check_path
 from ..questions import cache_key
-from ..data import ImageSet, load_data, load_npy
+from ..data import check_set, ImageSet, load_data, load_npy
 from ..images import match_classes
 from ..augmentation.transforms import (
     affine, gamma, gaussian_noise, photometric, posterize, salt_and_pepper, uniform_noise)
@@ -151,6 +151,33 @@ def _key(data, hidden, config, model):
     return cache_key(data.images, data.labels, hidden.images, hidden.labels, parts, model,
                      sorted(config.items()), contest_train, count_correct, arg='folder')[:16]
 
+# %% ../../nbs/api/curation/40_hidden.ipynb #7e55b0c1
+def _check_scoring(sets, hidden, networks, config, seeds):
+    "Raise unless there are named sets, hidden images with families and functions that make networks"
+    if isinstance(seeds, int):
+        raise TypeError(f"`seeds` must be a list of seeds; got {seeds}. Use `range({seeds})` or "
+                        f"`[{seeds}]`.")
+    named = dict(sets=(sets, 'sets'), networks=(networks, 'functions of a seed'))
+    for key, (value, what) in named.items():
+        if not isinstance(value, dict):
+            raise TypeError(f"`{key}` must be a dict from names to {what}; got {type(value).__name__}.")
+    if not (sets and networks and len(seeds)):
+        raise ValueError("`sets`, `networks` and `seeds` must each hold at least one; got "
+                         f"{len(sets)}, {len(networks)} and {len(seeds)}.")
+    lost = [k for k in networks if k not in config]
+    if lost:
+        raise ValueError(f"`config` must have settings for every network; {lost[0]!r} has none. Take both "
+                         "from `proxy_networks`.")
+    for name, data in sets.items():
+        check_set(data, f'sets[{name!r}]')
+    if not isinstance(hidden, TrainingSet):
+        raise TypeError("`hidden` must be a set with families, from `hidden_set`, `held_out_set` or "
+                        f"`load_hidden`; got {type(hidden).__name__}.")
+    for name, network in networks.items():
+        if isinstance(network, torch.nn.Module):
+            raise TypeError("`networks` must hold functions of a seed that return an untrained network; "
+                            f"{name!r} is a network itself. Use `lambda seed: copy.deepcopy(net)`.")
+
 # %% ../../nbs/api/curation/40_hidden.ipynb #1757ed27
 def score_training_sets(
     sets:dict,             # Name -> `ImageSet` or `TrainingSet`
@@ -162,13 +189,7 @@ def score_training_sets(
     device=None,           # Where to train; None takes CUDA if there is one
 )->pd.DataFrame:           # Rows of `count_correct` with `set`, `model` (name of the network), `seed`
     "Train the fixed networks on each set and count what they get right."
-    if not (sets and networks and len(seeds)):
-        raise ValueError("`sets`, `networks` and `seeds` must each hold at least one; got "
-                         f"{len(sets)}, {len(networks)} and {len(seeds)}.")
-    lost = [k for k in networks if k not in config]
-    if lost:
-        raise ValueError(f"`config` must have settings for every network; {lost[0]!r} has none. Take both "
-                         "from `proxy_networks`.")
+    _check_scoring(sets, hidden, networks, config, seeds)
     sets = {k: data if data.classes == hidden.classes else match_classes(data, hidden.classes)
             for k, data in sets.items()}
     jobs = list(itertools.product(sets, seeds, networks))
@@ -365,8 +386,9 @@ def load_hidden(
     classes=None,
 )->TrainingSet:              # The images; `rows` has `family` and `slice`, `severity` and `kind` where known
     "Hidden images from files."
-    path = Path(path)
-    if each is not None and not each >= 1: raise ValueError(f"`each` must be at least 1; got {each}.")
+    path = check_path(path)
+    if each is not None: check_count(each, 'each')
+    severities = (severities,) if isinstance(severities, int) else severities
     if not (len(severities) and set(severities) <= {1, 2, 3, 4, 5}):
         raise ValueError(f"`severities` must be some of 1 to 5; got {severities}.")
     if not path.exists():

@@ -19,11 +19,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from ..core import batches, global_seeds, make_generator, progress, subseed, to_float, to_uint8
+from ..core import (
+    batches, check_count, global_seeds, make_generator, progress, subseed, to_float, to_uint8)
 from ..contract import answers_at_random, open_model, predict
 from ..files import atomic_path, explain_errors, fingerprint, load_state, save_state
 from ..questions import cache_key
-from ..data import ImageSet, load_npy
+from ..data import check_set, ImageSet, load_npy
 from ..plots import figure_png, show_images
 from ..augmentation.history import apply_noted, note
 from ..augmentation.transforms import describe
@@ -239,6 +240,8 @@ def _named_made(order, *args):
         said = str(e)
         if isinstance(e, TypeError):
             said = said.rstrip('.') + '. A transform gets (x, y, generator) and returns (x, y).'
+        if any(type(o).__module__.startswith('torchvision') for o in order.versions):
+            said += ' Those of torchvision do so inside `from_torchvision`.'
         raise ValueError(f"source {order.name!r} failed: {said}") from e
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #b5fbd487
@@ -313,6 +316,10 @@ def _check_plan(sources, proportions, n, select):
         if unknown:
             raise ValueError(f"`{argument}` must name sources; {unknown[0]!r} is none of "
                              f"{', '.join(sources) or 'them, there are none'}.")
+    for argument, value in dict(sources=sources, proportions=proportions).items():
+        if not isinstance(value, dict):
+            raise TypeError(f"`{argument}` must be a dict with the name of each source; got "
+                            f"{type(value).__name__}.")
     refuse_unknown('proportions', proportions)
     for name, p in proportions.items():
         versions = _versions(sources[name], None)[1]
@@ -347,8 +354,9 @@ def build_training_set(
     folder=None,         # Where finished sources are kept and found again; None keeps nothing
 )->TrainingSet:          # `n` images in mixed order
     "Images from several sources in given proportions."
+    check_set(pool, 'pool')
     _check_plan(sources, proportions, n, select)
-    if not batch_size >= 1: raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
+    batch_size = check_count(batch_size, 'batch_size')
     used = {}
     parts = []
     for name, q in apportion(proportions, n).items():

@@ -177,6 +177,7 @@ def _loss(attacker, students, x, people, u, threat, means):
     return loss, torch.stack([far.sum(), distance.sum(), inside.sum()]).detach(), means
 
 # %% ../../nbs/api/descriptors/60_attack_network.ipynb #b69c34ad
+@torch.enable_grad()
 def _epoch(attacker, students, pairs, threat, recipe, epoch, optimizer, means):
     """One pass; returns means of one minus the similarity, of the distance and of the images inside
     the rule, and the running means."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import nn, Tensor
 from ..core import draw, image_generators
 from ..attacks.score_based import square_side
 from ..attacks.transferable import mean_normalized
@@ -262,6 +262,9 @@ def bandit_descriptor(
     plan:Bandit=Bandit(),    # How many queries, towards the targets or away
 )->Tensor:                   # Images like `x`, pixels k/255, allowed by `threat`, never worse than the start
     "Students, squares and remembered answers, each question to the arm that gains most; or squares alone."
+    if not isinstance(plan, Bandit):
+        raise TypeError(f"`plan` must be a Bandit, such as `Bandit(queries=100)`; got {plan!r}.")
+    students = [students] if isinstance(students, nn.Module) else list(students)
     x, targets, out, d, distance = begin_attack(oracle, x, targets, threat, start)
     on = _answered(distance)
     if not len(on): return out

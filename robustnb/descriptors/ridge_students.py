@@ -17,7 +17,7 @@ from ..core import batches, to_float
 from ..files import explain_errors, load_state, save_state
 from ..models.exchange import read_exported, read_onnx
 from .tfjs import load_frozen
-from .students import _described, load_descriptor
+from .students import _described, _table, load_descriptor
 
 # %% ../../nbs/api/descriptors/37_ridge_students.ipynb #35162bb4
 _WAVELENGTHS = 4.4, 7., 11.    # pixels of an image 75 pixels high and wide
@@ -128,7 +128,7 @@ class RidgeStudent(_Learning, nn.Module):
 # %% ../../nbs/api/descriptors/37_ridge_students.ipynb #3424a7cd
 @torch.no_grad()
 def fit_ridge(
-    # Images (N,3,H,W), pixels in [0,1] -> features (N,F): `GaborFeatures()`, or any network
+    # Images (N,3,H,W), pixels in [0,1] -> features (N,F): `GaborFeatures()`, or any network; not changed
     features:nn.Module,
     images:np.ndarray,       # uint8 images (N,H,W,3) that the box has described
     descriptors,             # Its answers (N,D)
@@ -136,10 +136,13 @@ def fit_ridge(
 )->RidgeStudent:             # In evaluation mode
     """A student of any features, solved in one go (Hoerl and Kennard 1970,
     doi:10.1080/00401706.1970.10488634)."""
-    images, d = _described(images, np.asarray(descriptors, np.float32), 'descriptors')
+    images, d = _described(images, _table(descriptors), 'descriptors')
     if not 0 < ridge < math.inf:
         raise ValueError(f"`ridge` must be positive and finite; got {ridge!r}.")
-    features = features.eval()
+    if not isinstance(features, nn.Module):
+        raise TypeError("`features` must be a network, images (N,3,H,W) -> features (N,F); got "
+                        f"{getattr(features, '__name__', type(features).__name__)}.")
+    features = copy.deepcopy(features).eval()
     seen = torch.cat([features(to_float(images[s])) for s in batches(len(images), 100)])
     d = torch.from_numpy(d)
     if seen.ndim != 2 or len(seen) != len(d):

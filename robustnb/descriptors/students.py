@@ -26,7 +26,7 @@ from ..files import load_state, explain_errors, save_state
 from ..augmentation.transforms import affine, gamma
 from ..models.wrapping import Normalize
 from ..models.blocks import conv_layers, he_init, Residual
-from ..models.training import crop_and_flip
+from ..models.training import crop_and_flip, trainable
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #7bdfb49c
 class Descriptor(nn.Module):
@@ -249,6 +249,7 @@ def _mark(model, images, targets, recipe, seed, *more):
     return dict(network=tensor_digest(*model.state_dict().values()), data=data,
                 recipe=repr(recipe), seed=int(seed), options=repr(more))
 
+@torch.enable_grad()
 def _one_epoch(parts, x, y, objective, recipe, optimizer, epoch, seed):
     "One pass; the mean loss"
     device = x.device
@@ -284,7 +285,7 @@ def _fit(parts, images, targets, objective, recipe, mark, device, state):
     layout = memory_layout(parts[0])
     for p in parts:
         p.to(memory_format=layout).train()
-    optimizer = torch.optim.AdamW([w for p in parts for w in p.parameters()], recipe.lr,
+    optimizer = torch.optim.AdamW(trainable(*parts), recipe.lr,
                                   weight_decay=recipe.weight_decay)
     x = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
     y = torch.as_tensor(targets).to(device)
@@ -323,6 +324,14 @@ def cosface(
     return F.cross_entropy(scale*(cosines - margin*F.one_hot(y, len(directions))), y)
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #629ce374
+def _table(descriptors):
+    "Answers of a box, float32 (N,D), from a tensor, an array or lists"
+    if isinstance(descriptors, Tensor):
+        descriptors = descriptors.detach().cpu()
+    rows = np.asarray(descriptors, np.float32)
+    if rows.ndim == 2: return rows
+    raise ValueError(f"`descriptors` must be (N,D), a row for each image; got shape {rows.shape}.")
+
 def _described(images, answers, name):
     "Raise unless there are uint8 images with one finite answer each"
     images = np.asarray(images)
@@ -385,12 +394,15 @@ def distill_descriptor(
     resume:bool=False,       # Continue from `checkpoint` if it exists
 )->tuple[Descriptor, pd.DataFrame]: # Student in eval mode on the CPU; history
     "A student that answers like the black box (Hinton et al. 2015, arXiv:1503.02531)."
-    images, t = _described(images, np.asarray(descriptors, np.float32), 'descriptors')
+    images, t = _described(images, _table(descriptors), 'descriptors')
     if loss not in descriptor_losses:
         raise ValueError(f"`loss` must be one of {', '.join(descriptor_losses)}; got {loss!r}.")
     name = model if isinstance(model, str) else None
     net = copy.deepcopy(model) if name is None else descriptor_model(
         name, t.shape[1], size=images.shape[1], seed=seed)
+    if not hasattr(net, 'dim'):
+        raise TypeError("`model` must be the name of a network or a `Descriptor`; got "
+                        f"{type(net).__name__}, which does not say its length `dim`.")
     if net.dim != t.shape[1]:
         raise ValueError(
             f"`model` must answer with {t.shape[1]} numbers, like the black box; it has {net.dim}.")
@@ -412,7 +424,7 @@ def fidelity(
     # explained, 0 for a constant; distance, mse, within_0.01; nearest: share of equal nearest neighbours
 )->pd.Series:
     "How well a student answers for the black box."
-    images, t = _described(images, np.asarray(descriptors, np.float32), 'descriptors')
+    images, t = _described(images, _table(descriptors), 'descriptors')
     d = predict(student, to_float(images))
     t = torch.from_numpy(t)
     hit = torch.cdist(d, t).argmin(1) == torch.cdist(t, t).argmin(1)

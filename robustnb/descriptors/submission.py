@@ -310,6 +310,11 @@ def check_submission(
 )->pd.DataFrame:        # A row per rule: rule, verdict, found, what_to_do, value (a number, or NaN)
     "Judge a submission by its files: 'ok', 'warning', 'broken' or 'not checked' for each rule."
     _check_level(level)
+    for name, given, kind in (('images', images, NamedSet), ('pairs', pairs, Pairs)):
+        if not isinstance(given, kind):
+            reader = 'load_faces' if kind is NamedSet else 'read_pairs'
+            raise TypeError(f"`{name}` must be a {kind.__name__}, as from `{reader}`; got "
+                            f"{type(given).__name__}.")
     if not (isinstance(spot, (int, np.integer)) and spot >= 0):
         raise ValueError(f"`spot` must be a number of images, at least 0; got {spot!r}.")
     names = pairs.files

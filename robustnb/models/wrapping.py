@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 import torch
 from torch import fx, nn, Tensor
+from ..core import ordered_names
 from ..contract import unwrap
 
 # %% ../../nbs/api/models/10_wrapping.ipynb #0ee63250
@@ -234,14 +235,9 @@ def _names_in(path):
         raise ValueError(f"`classes` must be a file of JSON where it ends in .json; {path} is damaged: {e}. "
                          "Write a list of names.") from e
 
-def _in_order(table):
-    "The names of a dict from place to name or from name to place; the dict itself if it is neither"
-    pairs = [(v, k) if isinstance(v, int) else (k, v) for k, v in table.items()]
-    places = {int(k): v for k, v in pairs if str(k).isascii() and str(k).isdigit()}
-    # torchvision's own index of ImageNet has (number of the synset, name)
-    names = [places[i][0] if isinstance(places[i], list) and places[i] else places[i]
-             for i in range(len(places)) if i in places]
-    return names if len(names) == len(table) else table
+def _in_order(classes):
+    "Names in their order; torchvision's own index of ImageNet has (number of the synset, name)"
+    return [o[0] if isinstance(o, list) and o else o for o in ordered_names(classes)]
 
 # %% ../../nbs/api/models/10_wrapping.ipynb #dcf0d0da
 def read_classes(
@@ -255,12 +251,11 @@ def read_classes(
         if not Path(classes).is_file(): raise ValueError("`classes` must be names, or a file of them; there "
                                                          f"is none at {classes}.")
         classes = _names_in(Path(classes))
-    if isinstance(classes, dict):
-        classes = _in_order(classes)
-    if isinstance(classes, dict) or not all(isinstance(o, str) for o in classes):
+    classes = _in_order(classes)
+    if not all(isinstance(o, str) for o in classes):
         raise TypeError("`classes` must be a list of names in the order of the logits; got "
                         f"{str(said)[:80]!r}, "
-                        f"a {type(classes).__name__} that is none.")
+                        f"a {type(said).__name__} that is none.")
     classes = tuple(o.strip() for o in classes if o.strip())
     if not classes or n_classes not in (None, len(classes)):
         raise ValueError(f"`classes` must hold {n_classes or 'some'} names, one per logit; got "

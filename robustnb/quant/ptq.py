@@ -127,6 +127,7 @@ class _Watch(fx.Interpreter):
         super().__init__(model)
         self.points = set(points)
         self.seen = {}
+        self.extra_traceback = False    # an error of ours is one sentence
         self.fraction = 1
     def run_node(self, node):
         out = super().run_node(node)

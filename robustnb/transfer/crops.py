@@ -154,6 +154,10 @@ def _moved(model, x, classes, wanted):
     for step in progress(range(_steps), 'crops'):
         optimizer.param_groups[0]['lr'] = _rate if step < .6*_steps else .3*_rate
         logits, distance = _seen_in_parts(model, z, _parts_of(z))
+        if not logits.requires_grad:
+            raise ValueError("`model` must pass a gradient to its images where crops are read; its logits do "
+                             "not depend on them through autograd. Give some hundred unlabelled photographs: "
+                             "with these no crops are read.")
         loss = distance + _pull*(_lead_of(logits, classes) - wanted).square().mean()
         z.grad, = torch.autograd.grad(loss, z)
         optimizer.step()
@@ -162,6 +166,8 @@ def _moved(model, x, classes, wanted):
     return z.detach()
 
 # %% ../../nbs/api/transfer/26_crops.ipynb #958a21d6
+@torch.inference_mode(False)
+@torch.enable_grad()
 def move_crops(
     model:nn.Module,   # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,          # Crops (N,C,H,W), pixels in [0,1]

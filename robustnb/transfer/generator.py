@@ -141,7 +141,7 @@ def _first_batchnorm(model, x):
     hooks = [bn.register_forward_pre_hook(stop) for _, bn in batchnorms(model)]
     try:
         if hooks:
-            model(x.to(next(model.parameters()).device))
+            model(x.to(next(model.parameters(), x).device))
     except _Reached as reached:
         return reached.args
     finally:
@@ -201,7 +201,10 @@ def match_energy(
 @contextmanager
 def _frozen(model, device):
     "The model on `device`, its weights without gradient; as it was on leaving"
-    home = next(model.parameters()).device
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError("`model` must have weights that a gradient can pass; it was made inside "
+                         "`torch.inference_mode()`. Make or load it outside.")
+    home = next((p.device for p in model.parameters()), device)
     flags = [p.requires_grad for p in model.parameters()]
     model.to(device).requires_grad_(False)
     try:
@@ -235,6 +238,7 @@ def _fresh(model, size, width, seed):
         return Generator(embedding, mean, std, size, width)
 
 # %% ../../nbs/api/transfer/10_generator.ipynb #7095063e
+@torch.enable_grad()
 def _generator_step(model, net, optimizer, targets, noise, fraction):
     "One step of the optimiser; cross-entropy, batch-norm distance and agreement of the whole batch"
     device = targets.device

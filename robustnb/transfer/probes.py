@@ -29,10 +29,12 @@ def _unusual(model, x):
     with torch.no_grad():
         return float(_seen_in_parts(open_model(model, x), x, _parts_of(x))[1])
 
-def _crops(model, size, channels, seed):
+def _crops(model, shape, channels, seed):
     "Natural crops, the same moved, and what a reader should know of them"
     channels = channels or getattr(open_model(model), 'channels', 3)
-    natural = natural_crops(_how_many(size), size, channels, seed)
+    high, wide = shape
+    natural = natural_crops(_how_many(max(shape)), max(shape), channels, seed)
+    natural = natural[:, :, :high, :wide].contiguous()
     moved = to_float(to_uint8(move_crops(model, natural)))
     foreseen = foreseen_leads(predict(model, natural)).mean()
     facts = dict(clip_rate=((moved == 0) | (moved == 1)).float().mean().item(),
@@ -65,7 +67,7 @@ class Probes(_Images):
         "Images that somebody has."
         words = f'{len(check_images(images, "images"))} {words}'
         if model is None or len(images) >= _enough: return cls(images, words)
-        natural, moved, facts = _crops(model, images.shape[-1], images.shape[1], seed)
+        natural, moved, facts = _crops(model, images.shape[-2:], images.shape[1], seed)
         return cls(images, f'{words} and {len(natural)} crops of others', facts, True, natural, moved)
 
     @classmethod
@@ -75,7 +77,7 @@ class Probes(_Images):
         seed:int=0,          # Where they are cut
     ):
         "Crops of bundled photographs, moved to what a network knows."
-        natural, moved, facts = _crops(model, _side(model, size), None, seed)
+        natural, moved, facts = _crops(model, (_side(model, size),)*2, None, seed)
         return cls(moved, f'{len(moved)} crops of bundled photographs, moved to what the model knows',
                    facts, False, natural, moved)
 

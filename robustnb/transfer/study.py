@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn, Tensor
-from ..core import check_images, check_labels, make_generator, pick_device, progress
+from ..core import check_count, check_images, check_labels, make_generator, pick_device, progress
 from ..contract import check_repeatable, open_model, predict
 from ..files import manifest
-from ..data import ImageSet, load_data, subset
+from ..data import check_set, ImageSet, load_data, subset
 from ..images import load_images, match_classes
 from ..models.wrapping import model_name
 from ..models.loading import load_model
@@ -177,10 +177,8 @@ def _loss(study, copy):
 # %% ../../nbs/api/transfer/60_study.ipynb #191c30b5
 def _check_study(model, threats, test, attacked=None):
     "Raise unless these can be studied, before anything is computed."
-    if not (test is None or isinstance(test, ImageSet)):
-        raise TypeError("`test` must be an ImageSet, images with their labels; got "
-                        f"{type(test).__name__}. Use `ImageSet(images, labels, classes)` or "
-                        "`load_data`.")
+    if test is not None:
+        check_set(test, 'test')
     model = open_model(model)
     if not (isinstance(threats, tuple) and threats):
         raise TypeError("`threats` must be a tuple of threat models, such as `(Linf(1/255),)`; "
@@ -555,7 +553,7 @@ def assess(
 )->Report:                       # Tables, figures, page
     "Predict what quantisation will cost a classifier, without its training data."
     wanted = format_list(formats, open_model(model))
-    if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
+    n = check_count(n)
     _check_study(model, (threat,), test)
     probes = unlabelled
     if unlabelled is None:
@@ -605,7 +603,7 @@ def study_of(
     "The study of a model, from what a job of a sweep can name."
     if attack not in job_attacks:
         raise ValueError(f"`attack` must be one of {', '.join(job_attacks)}; got {attack!r}.")
-    if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
+    n = check_count(n)
     split = opening.pop('split', 'test') or None
     net = _opened(model, **opening)
     test = match_classes(_read(net, data, split), net.classes, net.n_classes)

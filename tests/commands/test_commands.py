@@ -142,7 +142,7 @@ def test_a_command_runs_and_complains_in_one_line(tmp_path, capsys):
     if isinstance(status, str): status, err = 1, err + status   # sys.exit prints its words at the end
     assert status == 1
     assert out == ''
-    assert err.strip() == 'ValueError: `epochs` must be at least 1; got 0.'
+    assert err.strip() == 'ValueError: `epochs` must be a whole number, at least 1; got 0.'
 
 
 @pytest.fixture

@@ -291,7 +291,7 @@ def test_corruptions_in_files_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match='the same class numbers five times'):
         H.load_hidden(tmp_path)
     np.save(tmp_path/'labels.npy', np.tile(np.arange(10) % 3, 5))
-    with pytest.raises(ValueError, match='`each` must be at least 1'):
+    with pytest.raises(ValueError, match='`each` must be a whole number, at least 1'):
         H.load_hidden(tmp_path, each=0)
     with pytest.raises(ValueError, match='`classes` must name every class of labels.npy, .* up to 2; got 2'):
         H.load_hidden(tmp_path, classes=2)

@@ -113,7 +113,7 @@ def test_labels_attacked_are_the_likeliest():
     (dict(sources=dict(clean=(pool, []))), 'at least one transform'),
     (dict(n=50_001), '50,000'), (dict(n=0), 'between 1'),
     (dict(select=dict(nobody=everything)), '`select` must name sources'),
-    (dict(batch_size=0), '`batch_size` must be at least 1'),
+    (dict(batch_size=0), '`batch_size` must be a whole number, at least 1'),
     (dict(sources=dict(clean=lambda x, y, g: (x+1, y))),
      "source 'clean' failed: `x` must hold pixels"),
     (dict(n=2.5), '`n` must be a whole number'),

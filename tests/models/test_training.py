@@ -290,7 +290,7 @@ def test_the_rate_at_every_moment():
                                  dict(momentum=-.1), dict(epochs=math.nan)),
                          ids=str)
 def test_recipes_that_make_no_sense(bad):
-    with pytest.raises(ValueError, match=f'`{next(iter(bad))}` must'):
+    with pytest.raises((ValueError, TypeError), match=f'`{next(iter(bad))}` must'):
         Recipe(**bad)
 
 

@@ -1,0 +1,228 @@
+"People who bring their own model and data get a right number, or one sentence that names the argument"
+import copy
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+import robustnb as rn
+from robustnb.core import ordered_names, to_uint8
+from robustnb.data import NamedSet
+from robustnb.curation.contest import contest_train, default_config
+from robustnb.curation.hidden import load_hidden, proxy_networks
+from robustnb.descriptors.bandit import Bandit
+from robustnb.descriptors.ridge_students import GaborFeatures
+from robustnb.descriptors.students import DescriptorRecipe
+from robustnb.models.wrapping import read_classes
+from robustnb.quant.ptq import calibrate
+from robustnb.transfer.crops import move_crops
+from robustnb.transfer.probes import Probes
+
+
+class Small(nn.Module):
+    "A few layers; weightless ones keep their weights as buffers"
+    def __init__(self, weightless=False, sees=lambda x: x):
+        super().__init__()
+        self.sees = sees
+        weight = torch.randn(5, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+        if weightless:
+            self.register_buffer('weight', weight)
+        else:
+            self.weight = nn.Parameter(weight)
+        self.eval()
+
+    def forward(self, x): return F.conv2d(self.sees(x), self.weight).flatten(2).amax(2)
+
+
+def pictures(n=8, high=8, wide=8):
+    return torch.rand(n, 3, high, wide, generator=torch.Generator().manual_seed(1))
+
+
+def images(n=4): return np.zeros((n, 8, 8, 3), np.uint8)
+
+
+PLACES = {'dog': 1, 'ant': 2, 'cat': 0}
+
+def test_a_table_of_places_gives_names_in_their_order():
+    right = ('cat', 'dog', 'ant')
+    for table in (PLACES, {v: k for k, v in PLACES.items()}):
+        assert rn.ImageSet(images(3), [0, 1, 2], table).classes == right
+        assert read_classes(table, 3) == right
+
+@pytest.mark.parametrize('classes', ({'cat', 'dog', 'ant'}, frozenset('abc'), 'abc', 3.,
+                                     {'a': 0, 'b': 1, 'c': 3}))
+def test_names_without_an_order_are_refused(classes):
+    with pytest.raises(TypeError, match='`classes` must be a list of names in the order of the labels.*got'):
+        rn.ImageSet(images(3), [0, 1, 2], classes)
+
+def test_a_set_is_no_list_of_the_classes_of_a_model():
+    with pytest.raises(TypeError, match='got a set, which has no such order'):
+        rn.wrap_model(Small(), (.5,)*3, (.5,)*3, classes={'a', 'b', 'c', 'd', 'e'})
+    assert ordered_names(('b', 'a')) == ['b', 'a']
+
+
+@pytest.mark.parametrize('door', (rn.predict, lambda m, x: rn.quantize(m, 'INT8', x),
+                                  lambda m, x: rn.assess(m, unlabelled=x)))
+def test_a_model_without_weights_in_memory(door):
+    with pytest.raises(ValueError, match='`model` must hold its weights; weight is on the meta device'):
+        door(Small().to('meta'), pictures())
+
+
+def test_crops_of_models_of_all_kinds():
+    x = pictures(3, 12, 20)
+    weightless = Probes.of(x, model=Small(weightless=True))
+    assert weightless.natural.shape[1:] == weightless.moved.shape[1:] == (3, 12, 20)
+    here = Probes.of(x, model=Small()).moved
+    with torch.no_grad():
+        assert torch.equal(Probes.of(x, model=Small()).moved, here)
+
+def test_crops_are_moved_in_inference_mode():
+    model = Small()
+    right = move_crops(model, pictures())
+    with torch.inference_mode():
+        assert torch.equal(move_crops(model, pictures()), right)
+
+def test_crops_need_a_gradient():
+    with pytest.raises(ValueError, match='`model` must pass a gradient to its images where crops are read'):
+        move_crops(Small(sees=lambda x: (255*x).byte()/255), pictures())
+    with torch.inference_mode():
+        made_inside = Small()
+    with pytest.raises(ValueError, match='`model` must have weights that a gradient can pass'):
+        move_crops(made_inside, pictures())
+
+
+def trainings():
+    x = rn.load_data('digits', 'test', size=32)[:40]
+    recipe = DescriptorRecipe(epochs=1)
+    return dict(
+        train=lambda m: rn.train(rn.Recipe(epochs=1, batch_size=20), m, x),
+        contest=lambda m: contest_train(m, x.images, x.labels, default_config()['wideresnet'], epochs=1),
+        distill=lambda m: rn.distill_descriptor(m, x.images, x.labels, recipe=recipe))
+
+def net():
+    made = nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 10))
+    made.dim = 10
+    return made
+
+@pytest.mark.parametrize('name', ('train', 'contest', 'distill'))
+def test_trainings_without_and_with_frozen_weights(name):
+    run = trainings()[name]
+    with torch.no_grad():
+        trained = run(net())[0]
+    assert trained[1].weight.isfinite().all()
+    with pytest.raises(ValueError, match='`model` must have weights to train; all 2 are frozen'):
+        run(net().requires_grad_(False))
+
+
+def test_features_of_a_student_stay_the_callers():
+    mine = nn.Sequential(nn.Flatten(), nn.Dropout(.9), nn.Linear(192, 6)).train()
+    student = rn.fit_ridge(mine, to_uint8(pictures()), np.random.default_rng(0).random((8, 4)))
+    assert mine.training and mine[2].weight.requires_grad
+    assert not student.features.training
+
+@pytest.mark.parametrize('features, said', (('gabor', 'got str'), (GaborFeatures, 'got GaborFeatures'),
+                                            (lambda x: x.flatten(1), 'got <lambda>')))
+def test_features_are_a_network(features, said):
+    with pytest.raises(TypeError, match=f'`features` must be a network.*{said}'):
+        rn.fit_ridge(features, to_uint8(pictures()), np.zeros((8, 4)))
+
+def test_answers_are_rows():
+    with pytest.raises(ValueError, match=r'`descriptors` must be \(N,D\).*got shape \(8,\)'):
+        rn.fit_ridge(GaborFeatures(), to_uint8(pictures()), np.zeros(8))
+
+
+def test_an_error_while_ranges_are_read_is_one_sentence():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
+    model[0].weight.data.fill_(3e38)
+    with pytest.raises(ValueError) as e:
+        calibrate(model, pictures())
+    assert '\n' not in str(e.value) and '`model` must be finite on `images`' in str(e.value)
+
+
+POOL = lambda: rn.ImageSet(images(), [0, 1, 0, 1], 2)
+KEEP = dict(a=lambda x, y, generator: (x, y))
+
+def build(pool=None, sources=KEEP, **more):
+    return rn.build_training_set(POOL() if pool is None else pool, sources, dict(a=1.), n=4, **more)
+
+def score(**other):
+    networks, config = proxy_networks()
+    given = dict(sets=dict(a=POOL()), hidden=build(), networks=networks, config=config) | other
+    return rn.score_training_sets(**given)
+
+@pytest.mark.parametrize('do, said', (
+    (lambda: rn.subset(POOL().x, 2, 0), '`data` must be an ImageSet, images with their labels; got Tensor'),
+    (lambda: build(pool=POOL().x), '`pool` must be an ImageSet, images with their labels; got Tensor'),
+    (lambda: build(pool='digits'), '`pool` must be an ImageSet, images with their labels; got str'),
+    (lambda: build(sources=[KEEP['a']]), '`sources` must be a dict with the name of each source; got list'),
+    (lambda: build(batch_size=2.), '`batch_size` must be a whole number, at least 1; got 2.0'),
+    (lambda: score(sets=[POOL()]), '`sets` must be a dict from names to sets; got list'),
+    (lambda: score(sets=dict(a=POOL().x)), r"`sets\['a'\]` must be an ImageSet.*got Tensor"),
+    (lambda: score(hidden=POOL()), '`hidden` must be a set with families.*got ImageSet'),
+    (lambda: score(seeds=3), r'`seeds` must be a list of seeds; got 3. Use `range\(3\)`'),
+    (lambda: score(networks=dict(a=Small())),
+     "`networks` must hold functions of a seed.*'a' is a network itself"),
+    (lambda: rn.train(net(), rn.Recipe(), POOL()),
+     '`recipe` must be a Recipe; got Sequential. It comes first'),
+    (lambda: rn.train(rn.Recipe(), net(), POOL().x), '`data` must be an ImageSet.*got Tensor'),
+    (lambda: rn.train(rn.Recipe(), net(), POOL(), val=POOL().x), '`val` must be an ImageSet'),
+    (lambda: rn.Recipe(epochs='3'), "`epochs` must be a whole number, at least 1; got '3'"),
+    (lambda: rn.subset(POOL(), '2', 0), "`n` must be a whole number, at least 1 image; got '2'"),
+    (lambda: rn.load_images('digits', 16, n=1.5), '`n` must be a whole number, at least 1 image; got 1.5'),
+    (lambda: rn.predict(Small(), pictures(), batch_size='8'), "`batch_size` must be a whole number.*got '8'"),
+    (lambda: rn.assess(Small(), 'INT8', n='8'), "`n` must be a whole number, at least 1; got '8'"),
+    (lambda: rn.load_images(None), '`source` must be the path of a file or folder; got NoneType'),
+    (lambda: rn.load_images(images()), '`source` must be the path of a file or folder; got ndarray'),
+    (lambda: rn.load_data(['a.png']), '`source` must be the path of a file or folder; got list'),
+    (lambda: rn.load_splits(images()), '`source` must be the path of a file or folder; got ndarray'),
+    (lambda: load_hidden(None), '`path` must be the path of a file or folder; got NoneType'),
+    (lambda: rn.validate_set(POOL()), 'got ImageSet. Write it with its method `save`'),
+))
+def test_what_is_not_meant_is_named(do, said):
+    with pytest.raises(TypeError, match=said):
+        do()
+
+def test_transforms_of_torchvision_are_told_their_wrapper():
+    from torchvision.transforms.v2 import RandomHorizontalFlip
+    with pytest.raises(ValueError, match='Those of torchvision do so inside `from_torchvision`'):
+        build(sources=dict(a=RandomHorizontalFlip()))
+
+
+def boxed():
+    box = nn.Sequential(nn.Flatten(), nn.Dropout(.5), nn.Linear(192, 4)).eval()
+    x = pictures(2)
+    return box, x, box(x).detach().flip(0)[:, None], rn.SSIM(.9)
+
+def test_one_student_is_a_list_of_one():
+    box, x, wanted, threat = boxed()
+    student = rn.fit_ridge(nn.Flatten(), to_uint8(pictures()), box(pictures()))
+    one, several = (rn.bandit_descriptor(box, x, wanted, threat, students=o, plan=Bandit(queries=6))
+                    for o in (student, [student]))
+    assert torch.equal(one, several)
+
+def test_answers_with_a_gradient_are_answers():
+    box, x, *_ = boxed()
+    seen = to_uint8(pictures())
+    forms = box(pictures()), box(pictures()).detach().numpy()
+    found = [rn.fit_ridge(nn.Flatten(), seen, o)(x) for o in forms]
+    assert torch.equal(*found)
+    recipe = DescriptorRecipe(epochs=1)
+    made = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    with pytest.raises(TypeError, match='`model` must be the name of a network.*got Sequential'):
+        rn.distill_descriptor(made, seen, box(pictures()), recipe=recipe)
+    made.dim = 4
+    assert len(rn.distill_descriptor(made, seen, box(pictures()), recipe=recipe)[1]) == 1
+
+@pytest.mark.parametrize('more, said', ((dict(plan=10), '`plan` must be a Bandit.*got 10'),
+                                        (dict(generator=0), '`generator` must be a torch.Generator.*got 0')))
+def test_arguments_of_a_bandit(more, said):
+    with pytest.raises(TypeError, match=said):
+        rn.bandit_descriptor(*boxed(), **more)
+
+def test_a_submission_is_judged_with_names_and_pairs():
+    faces = NamedSet(images(), [0, 0, 1, 1], 2)
+    for given, said in ((('faces', None), '`images` must be a NamedSet.*got str'),
+                        ((POOL(), None), '`images` must be a NamedSet.*got ImageSet'),
+                        ((faces, 'pairs.csv'), '`pairs` must be a Pairs, as from `read_pairs`; got str')):
+        with pytest.raises(TypeError, match=said):
+            rn.check_submission('a.zip', *given)
