@@ -200,6 +200,38 @@ def test_gain_share_under_l2_is_the_cosine_of_the_gradients():
     assert torch.allclose(gain_share(box, box, x, targets, rule), torch.ones(3), atol=1e-5)
 
 
+def test_gains_by_hand():
+    """Mean gains that fade by .93 with each question to an arm, of .03 each before the first; three parts an
+    image's own and one that of all; and a little for an arm that was hardly asked"""
+    gains = bandit._Gains(2, 2)
+    heard = [([0, 1], [.5, .1]), ([0, 0], [.2, .0]), ([1, 0], [.3, .4])]
+    for chosen, gained in heard:
+        gains.hear(torch.tensor(chosen), torch.tensor(gained))
+    gain = {(arm, i): .03 for arm in (0, 1) for i in (0, 1)}
+    count = dict.fromkeys(gain, 1.)
+    for chosen, gained in heard:
+        for i, (arm, new) in enumerate(zip(chosen, gained)):
+            gain[arm, i] = .93*gain[arm, i] + new
+            count[arm, i] = .93*count[arm, i] + 1
+    assert gains.gain.flatten().tolist() == pytest.approx(list(gain.values()))
+    assert gains.count.flatten().tolist() == pytest.approx(list(count.values()))
+    for first in (.1, .16, .3, .5):
+        gains.gain = torch.tensor([[first, .5], [.2, .2]])
+        gains.count = torch.tensor([[1., 2.], [1., 2.]])
+        mean = lambda a, i: (3*gains.gain[a, i] + gains.gain[a].sum())/(3*gains.count[a, i] + 3)
+        best = [int(mean(1, i) > mean(0, i)) for i in (0, 1)]
+        assert gains.choose(0, torch.tensor([True, True])).tolist() == best
+    gains.gain[:], gains.count[:] = .1, 1.
+    gains.gain[1] -= .0005
+    gains.count[1] -= .1
+    assert (gains.choose(1, torch.tensor([True, True])) == 1).all(), 'its mean is larger'
+    gains.gain[1] = .1*.9 - .0001
+    assert (gains.choose(1, torch.tensor([True, True])) == 0).all()
+    # .002*sqrt(log 100)*(1/sqrt(.9) - 1) = .00023, of which the mean lacks .00011
+    assert (gains.choose(99, torch.tensor([True, True])) == 1).all()
+    assert (gains.choose(99, torch.tensor([True, False])) == 0).all()
+
+
 def test_gains_ask_the_best():
     gains = bandit._Gains(2, 3)
     seen = torch.zeros(2)

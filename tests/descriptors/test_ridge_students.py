@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import correlate
 from torch import nn
 
 from robustnb.core import to_float
@@ -107,6 +108,39 @@ def test_filters_are_slow_sums():
     assert torch.allclose(pairs[2*k:2*k+2], torch.stack([even, odd]), atol=1e-5)
     assert features.filters.sum((1, 2, 3)).abs().max() < 1e-5
     assert torch.allclose(features.filters.flatten(1).norm(dim=1), torch.ones(48))
+
+
+def gabor(wavelength, angle):
+    "A wave under a bell of .4 wavelengths, 15 pixels high and wide; as much of the bell off as leaves no mean"
+    at = np.arange(15)-7
+    row, column = np.meshgrid(at, at, indexing='ij')
+    bell = np.exp(-np.abs(row + 1j*column)**2/(2*(.4*wavelength)**2))
+    wave = bell*np.exp(2j*np.pi/wavelength*(column*np.cos(angle) + row*np.sin(angle)))
+    wave -= bell*wave.sum()/bell.sum()
+    return [o/(o**2).sum()**.5 for o in (wave.real, wave.imag)]
+
+
+def test_features_by_hand():
+    "Square roots of the amplitudes, averaged over patches, then the image itself, averaged too"
+    x = np.random.default_rng(0).random((75, 75))
+    got = GaborFeatures()(torch.tensor(x, dtype=torch.float32).expand(1, 3, -1, -1))[0].double().numpy()
+    bands = [(int(k*75/12), int(np.ceil((k+1)*75/12))) for k in range(12)]
+    amplitudes = iter(got[:24*144].reshape(24, 12, 12))
+    for wavelength in (4.4, 7., 11.):
+        for k in range(8):
+            even, odd = (correlate(x, o, mode='constant') for o in gabor(wavelength, np.pi*k/8))
+            roots = (even**2 + odd**2 + 1e-4)**.25
+            patches = [[roots[a:b, c:d].mean() for c, d in bands] for a, b in bands]
+            assert next(amplitudes) == pytest.approx(np.array(patches), abs=1e-4)
+    assert got[24*144:].reshape(15, 15) == pytest.approx(x.reshape(15, 5, 15, 5).mean((1, 3)), abs=1e-5)
+
+
+def test_a_number_that_never_changes_counts_for_nothing():
+    class Flat(nn.Module):
+        def forward(self, x): return torch.cat([Pixels()(x), 1e-9*x[:, 0, :1, 0] + .1], 1)
+    plain, more = (fit_ridge(o, faces(30), answers(30)) for o in (Pixels(), Flat()))
+    other = .3 + .5*to_float(faces(9, seed=3))
+    assert torch.allclose(more(other), plain(other), atol=1e-3)
 
 
 def exported(path, size=16):

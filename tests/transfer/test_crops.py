@@ -18,6 +18,17 @@ def test_a_crop_is_a_piece_of_its_photograph():
     assert 8 <= (steps.mean(1) < 0).sum() <= 32
     scale = 255*steps.mean(1).abs()
     assert scale.min() > .95 and scale.max() <= 80/20 + .1 and scale.max() > 2.5
+    # sides from 20 to 80 pixels, evenly on a logarithmic scale
+    assert .3 < (scale < 2).double().mean() < .7
+
+
+def test_pixels_of_a_smaller_crop_are_means():
+    "So that an edge does not ring, as it does where a crop is enlarged"
+    edge = np.full((64, 64, 3), 100, np.uint8)
+    edge[:, 32:] = 200
+    smaller = 255*natural_crops(30, 16, photographs=[edge])
+    assert 99.9 < smaller.min() and smaller.max() < 200.1
+    assert (255*natural_crops(30, 80, photographs=[edge])).max() > 201
 
 
 def test_small_photographs_are_enlarged():
@@ -131,3 +142,16 @@ def test_dispersion_of_gamma_leads(shape):
     assert lead_dispersion(9*logits - 4) == pytest.approx((ratio, most))
     assert ratio < most < lead_dispersion(logits[:50])[1]/lead_dispersion(logits[:50])[0]*ratio
     assert lead_dispersion(torch.eye(4))[0] == pytest.approx(0, abs=1e-9), 'all alike'
+
+
+@pytest.mark.parametrize('shape', (1., 6.))
+def test_the_upper_end_of_the_dispersion_holds_nineteen_times_in_twenty(shape):
+    "Of 200 samples that are drawn as above"
+    rng = np.random.default_rng(0)
+    true = 7/(6*shape*(shape+1))**.5
+    held = 0
+    for _ in range(200):
+        logits = torch.zeros(150, 7, dtype=torch.float64)
+        logits[:, 0] = torch.from_numpy(rng.gamma(shape, size=150))
+        held += lead_dispersion(logits)[1] >= true
+    assert 182 <= held <= 198
