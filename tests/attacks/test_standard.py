@@ -18,7 +18,7 @@ from robustnb.attacks.threat_models import L1, L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
 from robustnb.models.training import Recipe, train
 from robustnb.quant.ptq import quantize
-from helpers_attacks import rand, randn
+from helpers_attacks import sparse_border
 
 
 def quick_network(seed):
@@ -82,18 +82,9 @@ def test_sparse_steps_find_all_that_the_long_way_finds():
 
 
 def five_steps(threat, share, seed):
-    """Towards the border of a linear network at `share` of the most that L1 of 8 gains: the budget spent on
-    the heaviest pixels, each as far as it goes. Whether the image falls; gradients asked for"""
-    x = rand(1, 3, 8, 8, seed=seed)
-    w = randn(192, seed=seed)**3
-    room = torch.where(w > 0, 1-x.flatten(), x.flatten())
-    heavy = w.abs().argsort(descending=True)
-    spent = room[heavy].cumsum(0).clamp_max(8).diff(prepend=torch.zeros(1))
-    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)).double().eval()
-    with torch.no_grad():
-        net[1].weight.copy_(torch.stack([0*w, w]))
-        net[1].bias.copy_(torch.stack([w@x.flatten() + share*(spent@w.abs()[heavy]), torch.zeros(())]))
-    s = standard._Search(net, x, torch.zeros(1, dtype=torch.int64), threat, 1)
+    "Whether an image falls at a border at `share` of what L1 of 8 gains; gradients asked for"
+    net, x, y = sparse_border(share, seed)
+    s = standard._Search(net, x, y, threat, 1)
     return standard._walked(s, s.left, net, x, 5), s.backward
 
 

@@ -139,6 +139,8 @@ def test_dispersion_of_gamma_leads(shape):
     lead = first/((first**2).mean()*6)**.5*7
     ratio, most = lead_dispersion(logits)
     assert ratio == pytest.approx(lead.var()/lead.mean())
+    # the delta method for a gamma law, whose variance over the squared mean is one over its shape
+    assert most == pytest.approx(ratio*np.exp(1.64*((2 + 3*lead.var()/lead.mean()**2)/500)**.5))
     assert lead_dispersion(9*logits - 4) == pytest.approx((ratio, most))
     assert ratio < most < lead_dispersion(logits[:50])[1]/lead_dispersion(logits[:50])[0]*ratio
     assert lead_dispersion(torch.eye(4))[0] == pytest.approx(0, abs=1e-9), 'all alike'
