@@ -29,7 +29,8 @@ def judged(monkeypatch):
     asked = []
     def flags(net, x, y, threat, attack, seed):
         asked.append((len(x), threat, attack, seed))
-        return pd.DataFrame(dict(check=['a', 'b'], verdict=['ok', 'doubt'], figure='1 of 2', what_to_do='Look.'))
+        return pd.DataFrame(dict(check=['a', 'b'], verdict=['ok', 'doubt'], figure='1 of 2',
+                                 what_to_do='Look.'))
     monkeypatch.setattr(E, 'red_flags', flags)
     return asked
 

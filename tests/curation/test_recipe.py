@@ -29,7 +29,8 @@ def test_nothing_unseen_is_a_source():
 
 def test_attacks_go_round_networks_and_budgets():
     sources = builder_sources(networks, .3)
-    def said(name): return [(t.surrogate, t.said[1].func, t.said[1].keywords, t.said[3]) for t in sources[name]]
+    def said(name):
+        return [(t.surrogate, t.said[1].func, t.said[1].keywords, t.said[3]) for t in sources[name]]
     assert said('linf') == [(net, mi_fgsm, dict(steps=3), repr(Linf(e/255)))
                             for e in (8, 12, 16) for net in networks]
     assert said('l2') == [(net, pgd, dict(steps=3), repr(L2(1.5))) for net in networks]

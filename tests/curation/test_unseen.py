@@ -127,7 +127,8 @@ def test_the_two_lists_share_nothing():
 def test_unseen_attacks_by_hand():
     "Frozen: whoever has the same networks gets the same images"
     made = U.unseen_families(A | B, .5)
-    def said(family): return [(o.surrogate, o.said[1].func, o.said[1].keywords, o.said[3]) for o in made[family]]
+    def said(family):
+        return [(o.surrogate, o.said[1].func, o.said[1].keywords, o.said[3]) for o in made[family]]
     norms = [(apgd, dict(steps=25), L1(12.)), (one_pixel, dict(population=25, generations=10), L0(3)),
              (advdrop, dict(steps=25), Linf(1.)), (wasserstein, dict(steps=10), Linf(1.))]
     transfer = [(mi_fgsm, dict(steps=5), Linf(12/255)), (pgd, dict(steps=5), Linf(8/255)),

@@ -112,7 +112,7 @@ def test_filters_are_slow_sums():
 
 
 def gabor(wavelength, angle):
-    "A wave under a bell of .4 wavelengths, 15 pixels high and wide; as much of the bell off as leaves no mean"
+    "A wave under a bell of .4 wavelengths, 15 pixels high and wide; no mean is left"
     at = np.arange(15)-7
     row, column = np.meshgrid(at, at, indexing='ij')
     bell = np.exp(-np.abs(row + 1j*column)**2/(2*(.4*wavelength)**2))

@@ -141,13 +141,14 @@ def test_each_row_is_predicted_by_what_is_known_of_it():
     """Attacked photographs give a robust loss and its interval, which holds it also below 0; too few
     survivors none; crops that of the fitted predictor"""
     table = pd.DataFrame(dict(
-        n_classes=10, flips=.1, noise=.5, activation_noise=.2, expected_loss=[.1, .2, .3, .4], crops=[0, 0, 1, 1],
-        photographs=[100, 100, 300, 0], expected_robust_loss=[.25, -.1, np.nan, np.nan],
+        n_classes=10, flips=.1, noise=.5, activation_noise=.2, expected_loss=[.1, .2, .3, .4],
+        crops=[0, 0, 1, 1], photographs=[100, 100, 300, 0], expected_robust_loss=[.25, -.1, np.nan, np.nan],
         survivors=[40, 30, 19, np.nan]))
     found = predict_losses(table)
     for row in found.itertuples():
         ends = prediction_interval(row.expected_loss, row.photographs, bool(row.crops))
-        assert (row.predicted_loss, row.predicted_loss_lo, row.predicted_loss_hi) == (row.expected_loss, *ends)
+        said = row.predicted_loss, row.predicted_loss_lo, row.predicted_loss_hi
+        assert said == (row.expected_loss, *ends)
     robust = [f'predicted_robust_loss{o}' for o in ('', '_lo', '_hi', '_outside')]
     fitted = load_predictor('robust_loss').predict(table)
     assert found[robust].iloc[0].tolist() == [.25, *prediction_interval(.25, 40), False]
