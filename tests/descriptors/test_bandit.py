@@ -190,6 +190,24 @@ def test_smoothed_gradient_of_a_linear_loss():
     assert math.isclose(grad.sum(), 1, rel_tol=.05)
 
 
+def test_views_are_turned_moved_scaled_mirrored_and_noisy():
+    "A spot twelve pixels to the right of the middle: up to 8 degrees, 4 % of the side, 8 % nearer or farther"
+    image = torch.zeros(1, 1, 41, 41)
+    image[..., 19:22, 31:34] = 1
+    seen = []
+    def student(view):
+        seen.append(view.detach()[0, 0])
+        return view.flatten(1)
+    smoothed_gradient(student, image, lambda d: d.sum(1), make_generator(0), views=150)
+    places = torch.stack([(o > .4).nonzero().float().mean(0)-20 for o in seen])
+    down, right = places.abs().T
+    assert 2.2 < down.max() < 12*1.08*math.sin(math.radians(8)) + .04*41 + .3
+    assert 9.3-.3 < right.min() < 11 and 13 < right.max() < 14.6+.3
+    assert 50 < (places[:, 1] < 0).sum() < 100
+    noise = torch.stack([o[:, 18:23] for o in seen])
+    assert .047 < noise.std() < .053 and noise.mean().abs() < .001
+
+
 def test_gain_share_under_l2_is_the_cosine_of_the_gradients():
     student = Linear(seed=5)
     def gradient(net):
