@@ -119,3 +119,18 @@ def linear(bias=1000., shape=(3, 6, 6), seed=0):
 def grey(n=10, shape=(3, 6, 6)):
     return .3 + .4*torch.rand(n, *shape, generator=make_generator(0, 'grey'),
                               dtype=torch.float64), torch.zeros(n, dtype=torch.int64)
+
+
+def sparse_border(share, seed=0):
+    """A linear network, an image and its label; the border is at `share` of the most that L1 of 8 gains: the
+    budget spent on the heaviest pixels, each as far as it goes"""
+    x = rand(1, 3, 8, 8, seed=seed)
+    w = randn(192, seed=seed)**3
+    room = torch.where(w > 0, 1-x.flatten(), x.flatten())
+    heavy = w.abs().argsort(descending=True)
+    spent = room[heavy].cumsum(0).clamp_max(8).diff(prepend=torch.zeros(1))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)).double().eval()
+    with torch.no_grad():
+        net[1].weight.copy_(torch.stack([0*w, w]))
+        net[1].bias.copy_(torch.stack([w@x.flatten() + share*(spent@w.abs()[heavy]), torch.zeros(())]))
+    return net, x, torch.zeros(1, dtype=torch.int64)

@@ -164,6 +164,10 @@ def _check_scoring(sets, hidden, networks, config, seeds):
     if not (sets and networks and len(seeds)):
         raise ValueError("`sets`, `networks` and `seeds` must each hold at least one; got "
                          f"{len(sets)}, {len(networks)} and {len(seeds)}.")
+    for name, network in networks.items():
+        if isinstance(network, torch.nn.Module):
+            raise TypeError("`networks` must hold functions of a seed that return an untrained network; "
+                            f"{name!r} is a network itself. Use `lambda seed: copy.deepcopy(net)`.")
     lost = [k for k in networks if k not in config]
     if lost:
         raise ValueError(f"`config` must have settings for every network; {lost[0]!r} has none. Take both "
@@ -173,10 +177,6 @@ def _check_scoring(sets, hidden, networks, config, seeds):
     if not isinstance(hidden, TrainingSet):
         raise TypeError("`hidden` must be a set with families, from `hidden_set`, `held_out_set` or "
                         f"`load_hidden`; got {type(hidden).__name__}.")
-    for name, network in networks.items():
-        if isinstance(network, torch.nn.Module):
-            raise TypeError("`networks` must hold functions of a seed that return an untrained network; "
-                            f"{name!r} is a network itself. Use `lambda seed: copy.deepcopy(net)`.")
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #1757ed27
 def score_training_sets(

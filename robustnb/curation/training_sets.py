@@ -304,7 +304,7 @@ def apportion(
         raise ValueError(f"`proportions` must sum to 1; got {sum(proportions.values()):.6g}. "
                          "Divide each by the sum.")
     exact = np.array([*proportions.values()])*n
-    whole = np.floor(exact + 1e-9).astype(int)
+    whole = np.floor(exact).astype(int)
     whole[np.argsort(whole-exact, kind='stable')[:n-whole.sum()]] += 1
     return dict(zip(proportions, whole.tolist()))
 

@@ -1,12 +1,13 @@
 """Auto-PGD, iterate by iterate against the paper's algorithm for one image; who leaves, who judges,
 and misuse."""
+import math
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from robustnb.attacks.adaptive_pgd import apgd, apgd_targeted, climb, gradients
+from robustnb.attacks.adaptive_pgd import apgd, apgd_targeted, climb, gradients, walk
 from robustnb.attacks.gradient import cross_entropy, dlr, dlr_to, margin, margin_to
 from robustnb.core import make_generator
 from robustnb.attacks.threat_models import L1, L2, Linf
@@ -14,8 +15,8 @@ from robustnb.attacks.ssim_rule import SSIM
 from helpers_attacks import make_batch, make_net
 
 
-def slow_apgd(model, x, y, eps, norm, loss, steps):
-    "Algorithm 1 of Croce and Hein for one image, with the authors' window lengths; every point it visits"
+def parts_of(model, x, y, eps, norm, loss):
+    "For one image: value and gradient, projection, direction"
     def value_and_grad(z):
         z = z.clone().requires_grad_()
         value = loss(model(z[None]), y[None])[0]
@@ -25,7 +26,25 @@ def slow_apgd(model, x, y, eps, norm, loss, steps):
         d = z-x
         d = d.clamp(-eps, eps) if norm == 'Linf' else d*min(1., eps/max(d.norm().item(), 1e-30))
         return (x+d).clamp(0, 1)
-    unit = (lambda g: g.sign()) if norm == 'Linf' else (lambda g: g/g.norm())
+    return value_and_grad, project, (lambda g: g.sign()) if norm == 'Linf' else (lambda g: g/g.norm())
+
+
+def slow_walk(model, x, y, eps, norm, loss, steps):
+    "For one image: gradients of mean size one, .7 of what was; steps from 2 eps to .05 eps; all points"
+    value_and_grad, project, unit = parts_of(model, x, y, eps, norm, loss)
+    visited = [x]
+    total = 0
+    for k in range(steps):
+        grad = value_and_grad(visited[-1])[1]
+        total = .7*total + grad/grad.abs().mean()
+        length = eps*(.05 + 1.95*math.cos(math.pi*k/steps/2)**2)
+        visited.append(project(visited[-1] + length*unit(total)))
+    return torch.stack(visited)
+
+
+def slow_apgd(model, x, y, eps, norm, loss, steps):
+    "Algorithm 1 of Croce and Hein for one image, with the authors' window lengths; every point it visits"
+    value_and_grad, project, unit = parts_of(model, x, y, eps, norm, loss)
     visited = [x]
     step = 2*eps
     value, grad = value_and_grad(x)
@@ -52,15 +71,15 @@ def slow_apgd(model, x, y, eps, norm, loss, steps):
     return torch.stack(visited)
 
 
-def recorded(model, loss, x, y, threat, steps):
-    "The points that `climb` visits, for images that it is told never fall"
+def recorded(model, loss, x, y, threat, steps, search=climb):
+    "The points that `search` visits, for images that it is told never fall"
     visited = []
     ask = gradients(model, loss, 5)
     def listen(z, labels, wanted=True):
         visited.append(z.clone())
         return ask(z, labels, wanted)
-    climb(listen, x, y, threat, x, steps,
-          judge=lambda images, labels: torch.zeros(len(images), dtype=torch.bool))
+    search(listen, x, y, threat, x, steps,
+           judge=lambda images, labels: torch.zeros(len(images), dtype=torch.bool))
     return torch.stack(visited, 1)
 
 
@@ -79,6 +98,18 @@ def test_climb_visits_the_points_of_the_paper(threat, loss, steps):
         assert (ours[i]-theirs).abs().max() < 1e-9, f'image {i}'
     moved = (ours[:, 1:]-ours[:, :-1]).flatten(2).norm(dim=2)
     assert (moved[:, -1] < .6*moved[:, 0]).any(), 'steps were halved'
+
+
+@pytest.mark.parametrize('loss', (margin, margin_to), ids=lambda f: f.__name__)
+@pytest.mark.parametrize('threat', (Linf(4/255), L2(.3)), ids=repr)
+def test_walk_visits_the_points_of_one_image_after_the_other(threat, loss):
+    model = make_net()
+    x, y = make_batch(n=6, model=model)
+    labels = torch.stack([y, (y+1) % 5], 1) if loss is margin_to else y
+    ours = recorded(model, loss, x, labels, threat, 9, walk)
+    for i in range(len(x)):
+        theirs = slow_walk(model, x[i], labels[i], threat.eps, type(threat).__name__, loss, 9)
+        assert (ours[i]-theirs).abs().max() < 1e-9, f'image {i}'
 
 
 @pytest.mark.parametrize('loss, name', ((cross_entropy, 'ce'), (dlr, 'dlr')))

@@ -18,6 +18,7 @@ from robustnb.attacks.threat_models import L1, L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
 from robustnb.models.training import Recipe, train
 from robustnb.quant.ptq import quantize
+from helpers_attacks import sparse_border
 
 
 def quick_network(seed):
@@ -78,6 +79,19 @@ def test_sparse_steps_find_all_that_the_long_way_finds():
     assert fell.sum() > 10, 'the case is worth looking at'
     found = cascade(net, test.x[fell], y[fell], L1(4.))
     assert not survives(net, found, y[fell]).any()
+
+
+def five_steps(threat, share, seed):
+    "Whether an image falls at a border at `share` of what L1 of 8 gains; gradients asked for"
+    net, x, y = sparse_border(share, seed)
+    s = standard._Search(net, x, y, threat, 1)
+    return standard._walked(s, s.left, net, x, 5), s.backward
+
+
+def test_sparse_steps_are_twelve_for_one():
+    assert all(five_steps(L1(8.), .985, seed)[0] for seed in (1, 3))
+    assert five_steps(L1(8.), 1.001, 0) == (0, 60)
+    assert five_steps(Linf(1e-3), 1., 0) == (0, 5)
 
 
 def test_the_cascade_asks_for_a_fraction_of_the_gradients(trained, monkeypatch):

@@ -34,6 +34,19 @@ def test_labels():
     assert .35 < (cut.labels.max(1) == 1).mean() < .75
 
 
+def test_half_of_the_rows_get_noise_of_up_to_a_tenth():
+    "On grey: the deviations are even over [0, .1], their mean is .05"
+    grey = ImageSet(np.full((90, 32, 32, 3), 128, np.uint8), np.arange(90) % 3, 3)
+    made = build_training_set(grey, **baseline_mixture('noise'), n=900)
+    changed = (made.images != 128).any((1, 2, 3))
+    size = (made.images[changed]/255 - 128/255).std((1, 2, 3))
+    assert .42 < changed.mean() < .55
+    assert .045 < size.mean() < .055 and .095 < size.max() < .105
+    cut = build_training_set(photographs, **baseline_mixture('cutmix'), n=900)
+    changed = (cut.images != photographs.images[cut.rows.image]).any((1, 2, 3))
+    assert .44 < changed.mean() < .54
+
+
 def test_a_name_that_is_none():
     with pytest.raises(ValueError, match='`name` must be one of clean, smoothed'):
         baseline_mixture('gold')

@@ -8,6 +8,8 @@ from PIL import Image
 from torch import nn
 
 from helpers_curation import Brightness, nets, pool, probabilities
+from robustnb.attacks.gradient import dlr
+from robustnb.attacks.threat_models import L2, Linf
 from robustnb.curation import hidden as H
 from robustnb.curation.training_sets import TrainingSet
 
@@ -18,6 +20,29 @@ def counts_table(right):
             for s in 'ab' for m in 'uv' for k in (0, 1) for f in ('clean', 'noise')
             for c in ('public_a', 'final')]
     return pd.DataFrame(rows)
+
+
+def test_families_attack_the_networks_in_turn_under_every_budget():
+    made = H.families(dict(A=nets[0], B=nets[1]), .5)
+    attacks = dict(
+        linf=[('fgsm', {}), ('pgd', dict(steps=10)), ('pgd', dict(steps=20)), *((f'{o}_fgsm', dict(steps=5))
+              for o in ('mi', 'di', 'ti', 'vmi')), ('apgd', dict(steps=25, loss=dlr))],
+        l2=[('fgsm', {}), ('pgd', dict(steps=20)), ('carlini_wagner', dict(steps=25)),
+            ('deepfool', dict(overshoot=.1))])
+    budgets = dict(linf=[Linf(e/255) for e in (2, 4, 8, 12, 16)], l2=[L2(e) for e in (.25, .5, 1., 1.5, 2.5)])
+    for family, budget in budgets.items():
+        wanted = [(*attack, repr(t)) for t in budget for attack in attacks[family]]
+        said = [o.said for o in made[family]]
+        named = lambda o: (getattr(o, 'func', o).__name__, getattr(o, 'keywords', {}))
+        assert [(*named(o[1]), o[3]) for o in said] == wanted
+        assert [o.surrogate for o in made[family]] == (['A', 'B']*len(wanted))[:len(wanted)]
+
+
+@pytest.mark.parametrize('n, sizes', [(40, [20, 10, 10]), (20, [10, 5, 5])])
+def test_half_of_the_hidden_images_wait_for_the_end(n, sizes):
+    made = H.hidden_set(pool, dict(A=nets[0]), n, proportions=dict(clean=1.))
+    counts = made.rows['slice'].value_counts()
+    assert counts[['final', 'public_a', 'public_b']].tolist() == sizes
 
 
 def test_ranking_by_hand():

@@ -3,6 +3,9 @@ import numpy as np
 import pytest
 
 from helpers_curation import nets, pool, probabilities
+from robustnb.attacks.gradient import pgd
+from robustnb.attacks.threat_models import L2, Linf
+from robustnb.attacks.transferable import mi_fgsm
 from robustnb.augmentation import mixing
 from robustnb.augmentation.corruptions import corruption
 from robustnb.curation.baselines import baseline_mixture
@@ -22,6 +25,24 @@ def test_nothing_unseen_is_a_source():
     for plan in (teaching_mixture(networks), robust_mixture(networks)):
         assert set(plan['sources']) == set(plan['proportions']) <= set(sources)
         assert sum(plan['proportions'].values()) == pytest.approx(1)
+
+
+def test_attacks_go_round_networks_and_budgets():
+    sources = builder_sources(networks, .3)
+    def said(name):
+        return [(t.surrogate, t.said[1].func, t.said[1].keywords, t.said[3]) for t in sources[name]]
+    assert said('linf') == [(net, mi_fgsm, dict(steps=3), repr(Linf(e/255)))
+                            for e in (8, 12, 16) for net in networks]
+    assert said('l2') == [(net, pgd, dict(steps=3), repr(L2(1.5))) for net in networks]
+
+
+def test_the_set_that_the_measured_tables_are_of():
+    "Of `benchmarks/curation/kinds.py`"
+    assert robust_proportions == dict(clean=.6, corrupted=.25, noise=.1, linf=.05)
+    plan = robust_mixture(networks, nets, dict(clean=1.))
+    made = build_training_set(pool, **plan, n=90)
+    opinion = sum(probabilities(pool.images[made.rows.image], k) for k in (0, 1))/2
+    assert np.allclose(made.labels, .8*opinion + .2*pool.labels[made.rows.image], atol=1e-5)
 
 
 def test_plans_make_no_fractals(monkeypatch):

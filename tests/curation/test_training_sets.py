@@ -434,6 +434,13 @@ def test_a_kept_source_answers_its_own_question_only(change, tmp_path):
     assert (other.images == build_training_set(**plan | change).images).all()
 
 
+def test_a_kept_source_knows_which_photographs_were_used_before(tmp_path):
+    sources = dict(a=unchanged, b=marking(1))
+    build_training_set(pool, sources, dict(a=.5, b=.5), 20, folder=tmp_path)
+    more = partial(build_training_set, pool, sources, dict(a=.75, b=.25), 40)
+    assert more(folder=tmp_path).rows.equals(more().rows)
+
+
 def test_a_damaged_file_of_a_source_is_refused(tmp_path):
     build = partial(build_training_set, pool, dict(a=unchanged), dict(a=1.), 20, folder=tmp_path)
     build()
@@ -488,9 +495,55 @@ def test_a_transform_that_draws_elsewhere_gives_the_same_set_again():
     def light(x, y, generator):
         shade = random.random()*np.random.rand()*torch.rand(())
         return x*float(shade), y
-    build = partial(build_training_set, pool, dict(a=light), dict(a=1.), 30, batch_size=10)
+    grey = ImageSet(np.full_like(pool.images, 200), pool.labels, 3)
+    build = partial(build_training_set, grey, dict(a=light), dict(a=1.), 30, batch_size=10)
     make = lambda seed: build(seed=seed).images
     assert (make(0) == make(0)).all()
     assert (make(0) != make(1)).any()
-    means = make(0).reshape(30, -1).mean(1).round(3)
-    assert len({*means}) > 3, 'each batch draws its own'
+    assert len(np.unique(make(0))) == 3, 'each batch draws its own'
+
+
+def test_candidates_of_another_round_are_drawn_anew():
+    def color(x, y, generator):
+        return torch.rand(len(x), 3, 1, 1, generator=generator).expand_as(x).clone(), y
+    rounds = []
+    def half(images, labels, rows, n, generator):
+        rounds.append(len(images))
+        return np.arange(len(images))[::2][:n]
+    half.one_by_one = True
+    made = build_training_set(pool, dict(a=color), dict(a=1.), 30, select=among(4, half))
+    assert len(rounds) > 1
+    assert len(np.unique(made.images[:, 0, 0], axis=0)) == 30
+
+
+def test_another_pass_over_the_pool_has_an_order_of_its_own():
+    seen = []
+    def look(x, labels, rows, n, generator):
+        seen.append(rows['image'].to_numpy())
+        return np.arange(n)
+    build_training_set(pool, dict(a=unchanged), dict(a=1), 180, select=look)
+    first, second = seen[0][:90], seen[0][90:]
+    assert {*first} == {*second} == {*range(90)}
+    assert (first == second).mean() < .2
+
+
+class OffGrid(torch.nn.Module):
+    "Class 1 for images with a pixel between two grey levels"
+    def forward(self, x):
+        off = (255*x - (255*x).round()).abs().flatten(1).amax(1)
+        return torch.stack([off < .1, off >= .1, off > 9], 1).float()
+
+
+def test_success_is_that_of_the_image_as_it_is_stored():
+    def lift(x, y, generator): return (x + .2/255).clamp(0, 1), y
+    lift.model = OffGrid().eval()
+    zeros = ImageSet(pool.images//2, np.zeros(90, int), 3)
+    x, _ = lift(zeros.x, None, None)
+    assert (lift.model(x).argmax(1) == 1).all(), 'before it is rounded the network is wrong'
+    assert not build_training_set(zeros, dict(a=lift), dict(a=1.), 9).rows.success.any()
+
+
+def test_only_a_whole_label_is_hard():
+    def soft(x, y, generator): return x, .95*y + .05/3
+    made = build_training_set(pool, dict(a=soft, b=unchanged), dict(a=.5, b=.5), 30)
+    assert summary(made).hard_labels.tolist() == [0, 1]

@@ -14,6 +14,7 @@ from robustnb.attacks.gradient import fgsm, pgd
 from robustnb.attacks.perceptual import advdrop, wasserstein
 from robustnb.attacks.score_based import one_pixel
 from robustnb.attacks.threat_models import L0, L1, L2, Linf
+from robustnb.attacks.transferable import mi_fgsm
 from robustnb.augmentation import transforms as T
 from robustnb.augmentation.corruptions import corruption, corruption_names
 from robustnb.augmentation.mixing import augmix, auto_augment, fractals, pixmix, trivial_augment
@@ -121,6 +122,19 @@ def test_the_two_lists_share_nothing():
     assert every == set(corruption_names)
     assert {o.surrogate for k in ('linf', 'l2') for o in seen[k]} == {'A'}
     assert {o.surrogate for k in ('norms', 'transfer') for o in unseen[k]} == {'B'}
+
+
+def test_unseen_attacks_by_hand():
+    "Frozen: whoever has the same networks gets the same images"
+    made = U.unseen_families(A | B, .5)
+    def said(family):
+        return [(o.surrogate, o.said[1].func, o.said[1].keywords, o.said[3]) for o in made[family]]
+    norms = [(apgd, dict(steps=25), L1(12.)), (one_pixel, dict(population=25, generations=10), L0(3)),
+             (advdrop, dict(steps=25), Linf(1.)), (wasserstein, dict(steps=10), Linf(1.))]
+    transfer = [(mi_fgsm, dict(steps=5), Linf(12/255)), (pgd, dict(steps=5), Linf(8/255)),
+                (pgd, dict(steps=5), L2(1.))]
+    for family, attacks in dict(norms=norms, transfer=transfer).items():
+        assert said(family) == [(net, *attack, repr(t)) for *attack, t in attacks for net in 'AB']
 
 
 @pytest.mark.parametrize('source, shared', (

@@ -190,6 +190,24 @@ def test_smoothed_gradient_of_a_linear_loss():
     assert math.isclose(grad.sum(), 1, rel_tol=.05)
 
 
+def test_views_are_turned_moved_scaled_mirrored_and_noisy():
+    "A spot twelve pixels to the right of the middle: up to 8 degrees, 4 % of the side, 8 % nearer or farther"
+    image = torch.zeros(1, 1, 41, 41)
+    image[..., 19:22, 31:34] = 1
+    seen = []
+    def student(view):
+        seen.append(view.detach()[0, 0])
+        return view.flatten(1)
+    smoothed_gradient(student, image, lambda d: d.sum(1), make_generator(0), views=150)
+    places = torch.stack([(o > .4).nonzero().float().mean(0)-20 for o in seen])
+    down, right = places.abs().T
+    assert 2.2 < down.max() < 12*1.08*math.sin(math.radians(8)) + .04*41 + .3
+    assert 9.3-.3 < right.min() < 11 and 13 < right.max() < 14.6+.3
+    assert 50 < (places[:, 1] < 0).sum() < 100
+    noise = torch.stack([o[:, 18:23] for o in seen])
+    assert .047 < noise.std() < .053 and noise.mean().abs() < .001
+
+
 def test_gain_share_under_l2_is_the_cosine_of_the_gradients():
     student = Linear(seed=5)
     def gradient(net):
@@ -198,6 +216,38 @@ def test_gain_share_under_l2_is_the_cosine_of_the_gradients():
     cosine = torch.cosine_similarity(gradient(student), gradient(box), dim=1)
     assert torch.allclose(gain_share(student, box, x, targets, L2(.5)), cosine, atol=1e-5)
     assert torch.allclose(gain_share(box, box, x, targets, rule), torch.ones(3), atol=1e-5)
+
+
+def test_gains_by_hand():
+    """Mean gains that fade by .93 with each question to an arm, of .03 each before the first; three parts an
+    image's own and one that of all; and a little for an arm that was hardly asked"""
+    gains = bandit._Gains(2, 2)
+    heard = [([0, 1], [.5, .1]), ([0, 0], [.2, .0]), ([1, 0], [.3, .4])]
+    for chosen, gained in heard:
+        gains.hear(torch.tensor(chosen), torch.tensor(gained))
+    gain = {(arm, i): .03 for arm in (0, 1) for i in (0, 1)}
+    count = dict.fromkeys(gain, 1.)
+    for chosen, gained in heard:
+        for i, (arm, new) in enumerate(zip(chosen, gained)):
+            gain[arm, i] = .93*gain[arm, i] + new
+            count[arm, i] = .93*count[arm, i] + 1
+    assert gains.gain.flatten().tolist() == pytest.approx(list(gain.values()))
+    assert gains.count.flatten().tolist() == pytest.approx(list(count.values()))
+    for first in (.1, .16, .3, .5):
+        gains.gain = torch.tensor([[first, .5], [.2, .2]])
+        gains.count = torch.tensor([[1., 2.], [1., 2.]])
+        mean = lambda a, i: (3*gains.gain[a, i] + gains.gain[a].sum())/(3*gains.count[a, i] + 3)
+        best = [int(mean(1, i) > mean(0, i)) for i in (0, 1)]
+        assert gains.choose(0, torch.tensor([True, True])).tolist() == best
+    gains.gain[:], gains.count[:] = .1, 1.
+    gains.gain[1] -= .0005
+    gains.count[1] -= .1
+    assert (gains.choose(1, torch.tensor([True, True])) == 1).all(), 'its mean is larger'
+    gains.gain[1] = .1*.9 - .0001
+    assert (gains.choose(1, torch.tensor([True, True])) == 0).all()
+    # .002*sqrt(log 100)*(1/sqrt(.9) - 1) = .00023, of which the mean lacks .00011
+    assert (gains.choose(99, torch.tensor([True, True])) == 1).all()
+    assert (gains.choose(99, torch.tensor([True, False])) == 0).all()
 
 
 def test_gains_ask_the_best():

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import correlate
 from torch import nn
 
 from robustnb.core import to_float
@@ -28,20 +29,21 @@ def standardised(student, images):
     return ((student.features(images)-student.mean)/student.deviation).double()
 
 
-def test_weight_is_the_dual_solution():
+@pytest.mark.parametrize('given, ridge', [({}, .3), (dict(ridge=.2), .2)])
+def test_weight_is_the_dual_solution(given, ridge):
     "By the matrix of images, not of features"
     images, d = faces(30), answers(30)
-    student = fit_ridge(Pixels(), images, d, ridge=.2)
+    student = fit_ridge(Pixels(), images, d, **given)
     a = standardised(student, to_float(images))
     b = (d - d.mean(0)).double()
     gram = a @ a.T
-    gram.diagonal().add_(.2*a.square().sum(1).mean())
+    gram.diagonal().add_(ridge*a.square().sum(1).mean())
     assert torch.allclose(student.weight.double(), a.T @ torch.linalg.solve(gram, b), atol=1e-6)
     assert torch.allclose(student.bias, d.mean(0))
 
 
 def test_learning_is_a_ridge_around_what_was_known():
-    "(f C)^-1 + rows: the normal equations, solved from scratch"
+    "(100 C)^-1 + rows: the normal equations, solved from scratch"
     student = fit_ridge(Pixels(), faces(30), answers(30)).fork()
     known = student.weight.double()
     before = to_float(faces(4, seed=2))
@@ -54,7 +56,7 @@ def test_learning_is_a_ridge_around_what_was_known():
     a = torch.cat([standardised(student, asked),
                    part*(standardised(student, asked)-standardised(student, before))])
     b = torch.cat([(said-student.bias).double(), part*change])
-    prior = torch.linalg.inv(ridge_students._TRUST*student.covariance.double())
+    prior = torch.linalg.inv(100*student.covariance.double())
     wanted = torch.linalg.solve(prior + a.T @ a, prior @ known + a.T @ b)
     assert torch.allclose(student.weight.double(), wanted, atol=1e-4)
     assert not torch.allclose(known, wanted, atol=1e-2)
@@ -107,6 +109,39 @@ def test_filters_are_slow_sums():
     assert torch.allclose(pairs[2*k:2*k+2], torch.stack([even, odd]), atol=1e-5)
     assert features.filters.sum((1, 2, 3)).abs().max() < 1e-5
     assert torch.allclose(features.filters.flatten(1).norm(dim=1), torch.ones(48))
+
+
+def gabor(wavelength, angle):
+    "A wave under a bell of .4 wavelengths, 15 pixels high and wide; no mean is left"
+    at = np.arange(15)-7
+    row, column = np.meshgrid(at, at, indexing='ij')
+    bell = np.exp(-np.abs(row + 1j*column)**2/(2*(.4*wavelength)**2))
+    wave = bell*np.exp(2j*np.pi/wavelength*(column*np.cos(angle) + row*np.sin(angle)))
+    wave -= bell*wave.sum()/bell.sum()
+    return [o/(o**2).sum()**.5 for o in (wave.real, wave.imag)]
+
+
+def test_features_by_hand():
+    "Square roots of the amplitudes, averaged over patches, then the image itself, averaged too"
+    x = np.random.default_rng(0).random((75, 75))
+    got = GaborFeatures()(torch.tensor(x, dtype=torch.float32).expand(1, 3, -1, -1))[0].double().numpy()
+    bands = [(int(k*75/12), int(np.ceil((k+1)*75/12))) for k in range(12)]
+    amplitudes = iter(got[:24*144].reshape(24, 12, 12))
+    for wavelength in (4.4, 7., 11.):
+        for k in range(8):
+            even, odd = (correlate(x, o, mode='constant') for o in gabor(wavelength, np.pi*k/8))
+            roots = (even**2 + odd**2 + 1e-4)**.25
+            patches = [[roots[a:b, c:d].mean() for c, d in bands] for a, b in bands]
+            assert next(amplitudes) == pytest.approx(np.array(patches), abs=1e-4)
+    assert got[24*144:].reshape(15, 15) == pytest.approx(x.reshape(15, 5, 15, 5).mean((1, 3)), abs=1e-5)
+
+
+def test_a_number_that_never_changes_counts_for_nothing():
+    class Flat(nn.Module):
+        def forward(self, x): return torch.cat([Pixels()(x), 1e-9*x[:, 0, :1, 0] + .1], 1)
+    plain, more = (fit_ridge(o, faces(30), answers(30)) for o in (Pixels(), Flat()))
+    other = .3 + .5*to_float(faces(9, seed=3))
+    assert torch.allclose(more(other), plain(other), atol=1e-3)
 
 
 def exported(path, size=16):

@@ -14,7 +14,7 @@ from robustnb.attacks.ssim_rule import SSIM
 from robustnb.attacks.standard import autoattack
 from robustnb.attacks.threat_models import L2, Linf
 from robustnb.core import make_generator
-from robustnb.evaluation.auditing import audit, most_still_to_fall
+from robustnb.evaluation.auditing import audit, Audit, most_still_to_fall
 
 
 def slow_bound(survivors, sampled, fallen, confidence):
@@ -72,6 +72,16 @@ def test_bounds_of_the_paper_in_points():
     assert [points(1000, 100, 314, k) for k in (0, 1, 2)] == [.7, 1.2, 1.7]
     assert [points(10_000, n, 3140) for n in (50, 100, 300)] == [1.8, .9, .3]
     assert most_still_to_fall(100_000, 1000, 3) < 1000, 'numbers that no float could hold'
+
+
+def test_figures_of_an_audit_by_hand():
+    "Four of forty fell: eight of the eighty survivors are likely to, and the bound is on all of them"
+    found = Audit(100, 80, tuple(range(40)), (3, 5, 7, 9), .9)
+    most = slow_bound(80, 40, 4, .9)
+    assert (found.robust_accuracy, found.best_guess, found.lower) == (.8, .72, (80-most)/100)
+    assert str(found) == (f'80.0 %, likely 72.0 %, not below {80-most}.0 % '
+                          '(90 %, 40 of 80 survivors attacked again, 4 fell)')
+    assert Audit(100, 0, (), (), .95).best_guess == 0
 
 
 def test_who_asks_all_knows_and_who_asks_none_does_not():

@@ -1,6 +1,6 @@
 """Rows and what is derived from them: every prediction kept, nothing counted as robust that is not,
 nothing lost when a run is killed."""
-import json, os, signal, subprocess, sys, threading, time
+import json, os, signal, subprocess, sys, threading, time, warnings
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +18,8 @@ from robustnb.attacks.standard import cascade
 from robustnb.contract import predict
 from robustnb.core import draw, image_generators, make_generator
 from robustnb.evaluation.robust_accuracy import (
-    compare, transfer_attack, on_8bit_images, evaluate, plot_curve, quantized_attacks,
-    robustness_curve,
-    summarize, worst_case)
+    AttackHelped, compare, transfer_attack, on_8bit_images, evaluate, plot_curve, quantized_attacks,
+    robustness_curve, summarize, worst_case)
 from robustnb.metrics import paired_difference, wilson
 from robustnb.attacks.threat_models import L2, Linf
 
@@ -739,6 +738,9 @@ def test_an_attack_that_helps_is_an_alarm():
         return pgd(model, x, said.argmax(1)[:len(x)], threat, steps=20)
     with pytest.warns(UserWarning, match="attack 'helpful' leaves .* 0 are right without"):
         evaluate(model, x, wrong, dict(helpful=helpful), Linf(.3))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', AttackHelped)
+        evaluate(model, x, said.argmax(1), dict(idle=lambda model, x, *rest, **kw: x), Linf(.3))
 
 
 def test_an_attack_that_views_its_images_is_asked_in_the_usual_layout():

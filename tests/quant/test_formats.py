@@ -266,6 +266,16 @@ def test_integers_differ_from_torch_only_at_ties():
         assert ((ours-theirs).abs() > 1e-6).float().mean() < 1e-4
 
 
+@pytest.mark.parametrize('signed, passes', ((True, [0, 1, 1, 1, 1, 0]), (False, [0, 0, 1, 1, 1, 1])))
+def test_the_gradient_passes_inside_the_range_alone(signed, passes):
+    "INT4 ends at 7 on both sides, unsigned at 0 and 15"
+    x = torch.tensor([-7.1, -7., 0., .3, 7., 7.1]).requires_grad_()
+    weight = torch.arange(1., 7)
+    grad, = torch.autograd.grad((weight*fake_quantize(2*x, number_format('INT4'), torch.tensor(2.),
+                                                      signed)).sum(), x)
+    assert torch.equal(grad, 2*weight*torch.tensor(passes))
+
+
 def test_no_slower_than_one_fused_call():
     "torch has one kernel for INT; steps in pieces take less of the processor's time"
     x = torch.randn(2**21, generator=make_generator(0))

@@ -1,5 +1,7 @@
 "Targets: the engine answers like the row; names read in any case; budgets kept; figures of the file."
 import copy
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,6 +110,8 @@ def test_the_least_that_is_named_is_enough(net, x):
     with pytest.raises(ValueError) as e:
         format_list('mixed .1kB', net)
     least = str(e.value).split('must leave ')[1].split(' kB')[0]
+    with pytest.raises(ValueError, match='must leave'):
+        format_list(f'mixed {.99*float(least)}kB', net)
     spec = network_spec(f'mixed {least}kB', net, x)
     assert set(spec.bits.values()) == {2}
     assert model_bytes(quantize_as(net, spec, x), spec.bits)/1000 == pytest.approx(float(least))
@@ -160,6 +164,18 @@ def test_figures_of_the_engine(net, x):
     assert weights/1000 < found['file_kb'] < full['file_kb']
     assert full['file_kb'] > 4*weights/1000
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_one_image_is_timed_until_the_seconds_are_over(net, x, monkeypatch):
+    "By a clock that goes on four thousandths of a second with each look, in an engine that takes no time"
+    pytest.importorskip('onnx')
+    asked = []
+    monkeypatch.setattr(targets, 'OnnxModel', lambda path, threads: lambda images: asked.append(len(images)))
+    for seconds, runs in ((.3, 75), (.001, 5), (60, 500)):
+        asked.clear()
+        monkeypatch.setattr(targets, 'time', SimpleNamespace(perf_counter=count(0, .004).__next__))
+        assert measure_engine(net, x, seconds=seconds)['engine_ms'] == pytest.approx(4)
+        assert asked == [1]*(3+runs)
 
 
 def test_without_the_packages(net, monkeypatch):

@@ -6,6 +6,7 @@ from robustnb.contract import predict
 from robustnb.core import make_generator
 from robustnb.transfer import crops as C
 from robustnb.transfer.crops import foreseen_leads, lead_dispersion, leads, move_crops, natural_crops
+from robustnb.transfer.generator import bn_distance, bn_inputs
 
 
 def test_a_crop_is_a_piece_of_its_photograph():
@@ -17,6 +18,17 @@ def test_a_crop_is_a_piece_of_its_photograph():
     assert 8 <= (steps.mean(1) < 0).sum() <= 32
     scale = 255*steps.mean(1).abs()
     assert scale.min() > .95 and scale.max() <= 80/20 + .1 and scale.max() > 2.5
+    # sides from 20 to 80 pixels, evenly on a logarithmic scale
+    assert .3 < (scale < 2).double().mean() < .7
+
+
+def test_pixels_of_a_smaller_crop_are_means():
+    "So that an edge does not ring, as it does where a crop is enlarged"
+    edge = np.full((64, 64, 3), 100, np.uint8)
+    edge[:, 32:] = 200
+    smaller = 255*natural_crops(30, 16, photographs=[edge])
+    assert 99.9 < smaller.min() and smaller.max() < 200.1
+    assert (255*natural_crops(30, 80, photographs=[edge])).max() > 201
 
 
 def test_small_photographs_are_enlarged():
@@ -74,6 +86,41 @@ def test_without_batch_norm_the_leads_alone_are_sought():
     assert net.w.requires_grad and net.w.grad is None
 
 
+def moved_by_hand(net, x, classes, wanted):
+    "Eight steps of Adam, the last three shorter, on the distance and a twentieth of the squared lack of lead"
+    first, second = torch.zeros_like(x), torch.zeros_like(x)
+    for step in range(1, 9):
+        x = x.detach().requires_grad_()
+        with bn_inputs(net) as seen: logits = net(x)
+        unit = logits.std().item()
+        lack = [(row[k] - max(v for i, v in enumerate(row) if i != k))/unit - w
+                for row, k, w in zip(logits, classes.tolist(), wanted.tolist())]
+        loss = bn_distance(seen) + sum(o**2 for o in lack)/len(x)/20
+        grad, = torch.autograd.grad(loss, x)
+        first = .9*first + .1*grad
+        second = .99*second + .01*grad**2
+        way = first/(1-.9**step)/((second/(1-.99**step)).sqrt() + 1e-8)
+        x = (x - (.02 if step <= 5 else .006)*way).clamp(0, 1)
+    return x.detach()
+
+
+def test_crops_move_as_by_hand():
+    "The clearest crop is to become the clearest image, the next one the next"
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.Softplus(), nn.AdaptiveAvgPool2d(2),
+                        nn.Flatten(), nn.Linear(24, 4)).double().eval()
+    g = make_generator(0, 'net')
+    with torch.no_grad():
+        for p in net.parameters(): p.copy_(torch.randn(p.shape, generator=g)/p[0].numel()**.5)
+        net[-1].weight.mul_(4)
+    x = natural_crops(12, 16).double()
+    logits = predict(net, x)
+    wanted = torch.empty(12, dtype=torch.float64)
+    wanted[leads(logits).argsort()] = foreseen_leads(logits)
+    moved = move_crops(net, x)
+    assert (moved - moved_by_hand(net, x, logits.argmax(1), wanted)).abs().max() < 1e-6
+    assert (moved - x).abs().max() > .1
+
+
 @pytest.mark.parametrize('call, words', [
     (lambda: natural_crops(0, 8), '`n` must be at least 1'), (lambda: natural_crops(1, 2), '`size`'),
     (lambda: natural_crops(1, 8, 2), '`channels` must be 1 or 3; got 2'),
@@ -92,6 +139,8 @@ def test_dispersion_of_gamma_leads(shape):
     lead = first/((first**2).mean()*6)**.5*7
     ratio, most = lead_dispersion(logits)
     assert ratio == pytest.approx(lead.var()/lead.mean())
+    # the delta method for a gamma law, whose variance over the squared mean is one over its shape
+    assert most == pytest.approx(ratio*np.exp(1.64*((2 + 3*lead.var()/lead.mean()**2)/500)**.5))
     assert lead_dispersion(9*logits - 4) == pytest.approx((ratio, most))
     assert ratio < most < lead_dispersion(logits[:50])[1]/lead_dispersion(logits[:50])[0]*ratio
     assert lead_dispersion(torch.eye(4))[0] == pytest.approx(0, abs=1e-9), 'all alike'
@@ -139,3 +188,16 @@ def test_large_crops_are_shown_a_few_at_a_time():
     sizes.clear()
     move_crops(net, natural_crops(12, 64))
     assert max(sizes) == 12
+
+
+@pytest.mark.parametrize('shape', (1., 6.))
+def test_the_upper_end_of_the_dispersion_holds_nineteen_times_in_twenty(shape):
+    "Of 200 samples that are drawn as above"
+    rng = np.random.default_rng(0)
+    true = 7/(6*shape*(shape+1))**.5
+    held = 0
+    for _ in range(200):
+        logits = torch.zeros(150, 7, dtype=torch.float64)
+        logits[:, 0] = torch.from_numpy(rng.gamma(shape, size=150))
+        held += lead_dispersion(logits)[1] >= true
+    assert 182 <= held <= 198

@@ -1,4 +1,6 @@
-import pytest, torch
+import numpy as np, pytest, torch
+from scipy.integrate import quad
+from scipy.stats import norm
 
 from robustnb.core import make_generator
 from robustnb.transfer.certainty import expected_loss, standardized
@@ -69,6 +71,27 @@ def test_systematic_parts_are_the_mean_of_both():
     assert expected_loss(*both)[0] < .02 < expected_loss(*one)[0]
 
 
+def test_ranks_lose_the_mean_of_both():
+    "On natural crops the favourite loses 2 standard deviations, on moved ones nothing"
+    logits = standardized(answers(400))
+    weak = logits.scatter_add(1, logits.argmax(1, keepdim=True), torch.full((400, 1), -2.).double())
+    lost = {}
+    for name, natural, moved in (('both', weak, weak), ('one', weak, logits), ('other', logits, weak)):
+        l, q = foreseen_answers((logits, natural), (logits, moved))
+        gap = (l - q).gather(1, l.argmax(1, keepdim=True)) - (l - q).mean(1, keepdim=True)
+        lost[name] = gap.mean().item()
+    assert lost['both'] > .5
+    assert lost['one'] == pytest.approx(lost['both']/2, rel=.1)
+    assert lost['other'] == pytest.approx(lost['both']/2, rel=.1)
+
+
+def test_what_is_left_is_that_of_moved_crops():
+    logits = answers(400)
+    noisy = logits + answers(400, seed=1)
+    assert expected_loss(*foreseen_answers((logits, noisy), (logits, logits)))[0] < .02
+    assert expected_loss(*foreseen_answers((logits, logits), (logits, noisy)))[0] > .04
+
+
 def test_shapes_are_compared():
     with pytest.raises(ValueError, match=r'shape of `logits`, \(80, 6\); got \(80, 5\)'):
         rounding_noise(answers(), answers(k=5))
@@ -83,6 +106,36 @@ def test_two_classes_flip_as_the_normal_law_says():
     asked = torch.stack([lead, 0*lead], 1)
     expected = torch.special.ndtr(-lead/(1.5*2**.5))
     assert torch.allclose(flip_chances(asked, known, known + noise), expected, atol=.02)
+
+
+def test_chances_by_hand():
+    """Few crops: the changes are learnt by least squares with a tenth of a crop's weight on none (as rows of
+    their own), what is left has a covariance, and the chance is an integral over the favourite's noise"""
+    n, k = 30, 4
+    centred = lambda o: (o - o.mean(1, keepdim=True)).numpy()
+    known, copied, new = (centred(answers(n, k, seed)) for seed in range(3))
+    std = known.std()
+    a, b, new = known/std, (known + .7*copied)/std, new/std
+    gain = (a*b).sum()/(a*a).sum()
+    shift = (b - gain*a).mean(0)
+    rows = np.vstack([a, (.1*n)**.5*np.eye(k)])
+    moves = gain*np.eye(k) + np.linalg.lstsq(rows, np.vstack([b - gain*a - shift, np.zeros((k, k))]))[0]
+    rest = b - shift - a@moves
+    cov = rest.T@rest/n
+    def chance(row):
+        own, foreseen = row.argmax(), row@moves + shift
+        def stays(z):
+            "The noise of the favourite is z standard deviations; each other class has what that leaves it"
+            product = norm.pdf(z)
+            for j in set(range(k)) - {own}:
+                part = cov[own, j]/cov[own, own]
+                left = foreseen[own] - foreseen[j] + (1 - part)*z*cov[own, own]**.5
+                product *= norm.cdf(left/(cov[j, j] - part**2*cov[own, own])**.5)
+            return product
+        return 1 - quad(stays, -8, 8)[0]
+    found = flip_chances(*(torch.from_numpy(o*std) for o in (new[:6], a, b)))
+    assert found.numpy() == pytest.approx([chance(o) for o in new[:6]], abs=1e-3)
+    assert found.max() > .2
 
 
 def test_noise_that_follows_other_classes_is_learnt():

@@ -1,7 +1,6 @@
 import numpy as np, pytest, torch
 
 from robustnb.core import make_generator
-from robustnb.transfer import prediction as P
 from robustnb.transfer.certainty import expected_class_losses, expected_loss, granted, known_sharpness
 from robustnb.transfer.noise import foreseen_answers
 from robustnb.transfer.prediction import predict_loss, prediction_interval
@@ -25,17 +24,35 @@ def test_crops_alone_are_the_law_on_foreseen_answers():
     assert found.loss == expected_loss(*foreseen_answers(pair(seed=1), pair(seed=2), seed=3))[0]
 
 
-def test_the_weight_is_that_of_inverse_variances():
-    a = predict_loss(pair(40)).loss
-    b = predict_loss(None, pair(seed=1), pair(seed=2)).loss
-    own, crops = P._law + P._photograph/40, P._crops
-    mixed = predict_loss(pair(40), pair(seed=1), pair(seed=2)).loss
-    assert mixed == pytest.approx((a/own + b/crops)/(1/own + 1/crops))
+@pytest.mark.parametrize('size', (.6, 5.))
+def test_the_weight_is_that_of_inverse_variances(size):
+    "Crops far from the photographs are off by what they are off: their variance over p(1-p) is at least that"
+    crops = pair(size=size, seed=1), pair(size=size, seed=2)
+    one, other = predict_loss(pair(40)), predict_loss(None, *crops)
+    middle = (one.loss + other.loss)/2
+    apart = (one.loss - other.loss)**2/(middle*(1-middle))
+    assert (apart > .12) == (size == 5), 'the case is worth looking at'
+    weights = torch.tensor([1/(.008 + 3/40), 1/max(.09, apart)]).double()
+    weights /= weights.sum()
+    mixed = predict_loss(pair(40), *crops)
+    assert mixed.loss == pytest.approx(weights @ torch.tensor([one.loss, other.loss]).double())
+    assert torch.allclose(mixed.by_class, weights @ torch.stack([one.by_class, other.by_class]))
+
+
+def test_intervals_by_hand():
+    "Half of the width is .005 and the root of p(1-p) times .008 + 3/n, .09 of crops, or both in parallel"
+    half = lambda *which: [prediction_interval(.3, *which)[1] - .3, .3 - prediction_interval(.3, *which)[0]]
+    for which, variance in (((100,), .038), ((100, True), 1/(1/.038 + 1/.09)), ((0, True), .09)):
+        assert half(*which) == pytest.approx(2*[.005 + (variance*.21)**.5])
+    assert prediction_interval(0., 100) == (-.005, .005)
+    assert prediction_interval(.99, 2) == (pytest.approx(.985 - (1.508*.0099)**.5), 1.)
 
 
 def test_the_known_accuracy_sets_the_sharpness():
     s = known_sharpness(pair()[0], .7)
-    assert predict_loss(pair(), accuracy=.7).loss == expected_loss(*pair(), s)[0]
+    found = predict_loss(pair(), accuracy=.7)
+    assert found.loss == expected_loss(*pair(), s)[0]
+    assert torch.equal(found.by_class, expected_class_losses(*pair(), s))
 
 
 def test_intervals_widen_as_images_become_fewer_and_stay_in_range():

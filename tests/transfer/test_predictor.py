@@ -1,5 +1,6 @@
 "The predictor from change to loss: known curves, models left out, intervals that hold"
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -7,7 +8,10 @@ import pytest
 from scipy.optimize import curve_fit
 from scipy.special import expit
 
-from robustnb.transfer.predictor import fit_predictor, LossPredictor, load_predictor
+from robustnb.transfer import predictor as module
+from robustnb.transfer.prediction import prediction_interval
+from robustnb.transfer.predictor import (
+    fit_predictor, fit_predictors, LossPredictor, load_predictor, predict_losses)
 
 
 def made_up(models='abcdef', n=30, shift=0., seed=0):
@@ -101,3 +105,55 @@ def test_what_ships():
         assert isinstance(load_predictor(name), LossPredictor)
     with pytest.raises(ValueError, match='robust_loss'):
         load_predictor('speed')
+
+
+def test_nineteen_errors_in_twenty_are_inside():
+    rows = made_up(shift=.3)
+    f = np.log10(rows[['change']].to_numpy())
+    parts = f, np.full(len(f), .9), rows.loss.to_numpy(), rows.model.to_numpy()
+    errors, whose = module._bootstrap_errors(*parts, 20, 3)
+    predictor, left = fit_predictor(rows, ('change',), 'loss', 20, 3)
+    assert (errors <= predictor.spread).mean() == pytest.approx(.95, abs=.002)
+    odds = lambda p: np.log(p/(.9-p))
+    half = (odds(left.hi) - odds(left.predicted))[rows.model == 'b'].iloc[0]
+    assert (errors[whose != 'b'] <= half).mean() == pytest.approx(.95, abs=.002)
+
+
+def test_budgets_count_once_for_clean_images_and_what_was_not_measured_does_not(monkeypatch):
+    monkeypatch.setattr(module, 'fit_predictor', partial(fit_predictor, resamples=1))
+    rng = np.random.default_rng(0)
+    clean = pd.DataFrame(dict(model=np.repeat([*'abc'], 6), format=[*'uvwxyz']*3, n_classes=10,
+                              flips=10**rng.uniform(-3, -.5, 18), noise=10**rng.uniform(-2, 1, 18),
+                              activation_noise=10**rng.uniform(-3, 0, 18)))
+    clean = clean.assign(measured_loss=.8*clean.flips)
+    rows = pd.concat([clean.assign(measured_robust_loss=clean.flips*k) for k in (1, 1.5, np.nan)])
+    rows = rows.sample(frac=1, random_state=0)
+    found, left = fit_predictors(rows)
+    assert len(left['loss']) == 18 and len(left['robust_loss']) == 36
+    once = fit_predictor(rows.drop_duplicates(['model', 'format']), ('flips', 'noise'), 'measured_loss', 1)[0]
+    assert found['loss'] == once
+    known = rows[rows.measured_robust_loss.notna()]
+    robust = fit_predictor(known, module._reads['robust_loss'], 'measured_robust_loss', 1)[0]
+    assert found['robust_loss'] == robust
+
+
+def test_each_row_is_predicted_by_what_is_known_of_it():
+    """Attacked photographs give a robust loss and its interval, which holds it also below 0; too few
+    survivors none; crops that of the fitted predictor"""
+    table = pd.DataFrame(dict(
+        n_classes=10, flips=.1, noise=.5, activation_noise=.2, expected_loss=[.1, .2, .3, .4],
+        crops=[0, 0, 1, 1], photographs=[100, 100, 300, 0], expected_robust_loss=[.25, -.1, np.nan, np.nan],
+        survivors=[40, 30, 19, np.nan]))
+    found = predict_losses(table)
+    for row in found.itertuples():
+        ends = prediction_interval(row.expected_loss, row.photographs, bool(row.crops))
+        said = row.predicted_loss, row.predicted_loss_lo, row.predicted_loss_hi
+        assert said == (row.expected_loss, *ends)
+    robust = [f'predicted_robust_loss{o}' for o in ('', '_lo', '_hi', '_outside')]
+    fitted = load_predictor('robust_loss').predict(table)
+    assert found[robust].iloc[0].tolist() == [.25, *prediction_interval(.25, 40), False]
+    assert found[robust].iloc[1].tolist() == [-.1, -.1, prediction_interval(0., 30)[1], False]
+    assert found[robust[:3]].iloc[2].isna().all()
+    assert found[robust].iloc[3].tolist() == fitted[['predicted', 'lo', 'hi', 'outside']].iloc[3].tolist()
+    with pytest.raises(ValueError, match='`table` must have the columns .* photographs are missing'):
+        predict_losses(table.drop(columns='photographs'))

@@ -1,10 +1,12 @@
 import pytest, torch
 from torch import nn
 
+from robustnb.contract import predict
 from robustnb.core import make_generator
 from robustnb.files import load_state, save_state
 from robustnb.models.zoo import build_model
-from robustnb.transfer.crops import natural_crops
+from robustnb.transfer.crops import foreseen_leads, leads, natural_crops
+from robustnb.transfer.generator import bn_distance, bn_inputs
 from robustnb.transfer.probes import load_crops, Probes, save_crops
 
 
@@ -26,6 +28,17 @@ def test_crops_are_pictures_of_8_bits(cut):
     assert (cut.moved - cut.natural).abs().max() > .01
     assert set(cut.facts) == {'clip_rate', 'lead_ratio', 'unusual_before', 'unusual'}
     assert cut.facts['unusual'] < cut.facts['unusual_before']
+
+
+def test_what_is_known_of_crops_by_hand(net, cut):
+    answers, moved = predict(net, cut.natural), predict(net, cut.moved)
+    ends = ((255*cut.moved).round().long() % 255 == 0).double().mean().item()
+    assert cut.facts['clip_rate'] == pytest.approx(ends) and ends > 0
+    ratio = leads(moved).mean()/foreseen_leads(answers).mean()
+    assert cut.facts['lead_ratio'] == pytest.approx(ratio.item())
+    for name, x in (('unusual_before', cut.natural), ('unusual', cut.moved)):
+        with bn_inputs(net) as seen: net(x[:100])
+        assert cut.facts[name] == pytest.approx(bn_distance(seen).item(), rel=1e-5)
 
 
 def test_few_photographs_are_read_beside_crops_and_many_alone(net, cut):

@@ -16,8 +16,11 @@ from robustnb.core import make_generator
 from robustnb.contract import predict
 from robustnb.data import ImageSet
 from robustnb.evaluation.robust_accuracy import transfer_attack, evaluate, robustness_curve
-from robustnb.quant.ptq import quantize
+from robustnb.quant.ptq import calibrate, FakeQuantize, quantize
 from robustnb.quant.formats import quant_spec
+from robustnb.transfer.certainty import granted
+from robustnb.transfer.features import noise_sum, relative_margin
+from robustnb.transfer.prediction import predict_loss
 from robustnb.transfer.study import assess, measure_one, Probes, relative_loss, Study, study_of
 from robustnb.attacks.threat_models import L2, Linf
 
@@ -105,6 +108,54 @@ def test_losses_are_those_counted_by_hand(net, probes, labelled):
     assert study.original[0]['robust_accuracy'] == pytest.approx(robust.double().mean().item())
     assert row['measured_loss'] > 0
     assert row['measured_robust_loss'] > 0
+
+
+def test_noise_and_flips_by_hand(net, probes):
+    study = Study(net, probes, budgets[1:2], attack=quick)
+    row = study.change('INT3')[0]
+    copy = quantize(net, 'INT3', probes.x)
+    a, b = predict(net, probes.x), predict(copy, probes.x)
+    noise = noise_sum(calibrate(net, probes.x).graph, copy, probes.x)
+    margin = relative_margin(a)
+    tensors = len([m for m in copy.modules() if isinstance(m, FakeQuantize)])
+    assert tensors > 1 and noise['activations'] > 0, 'the case is worth looking at'
+    assert row['noise'] == pytest.approx(sum(noise.values())/margin)
+    assert row['activation_noise'] == pytest.approx(noise['activations']/tensors/margin)
+    assert row['flips'] == (a.argmax(1) != b.argmax(1)).double().mean().item() > 0
+    assert (row['photographs'], row['crops']) == (60, False)
+    assert row['expected_loss'] == predict_loss((a, b), accuracy=study.presumed_accuracy).loss
+
+
+def judged(correct):
+    "Rows of an attack that leaves these right, of clean images that are all right"
+    both = [pd.DataFrame(dict(image=range(len(correct)), attack=k, threat='', correct=right))
+            for k, right in (('clean', [True]*len(correct)), ('attacked', list(correct)))]
+    return pd.concat(both)
+
+
+def test_survivors_count_by_their_certainty():
+    "Twenty stand of the first thirty that are attacked; their copy holds those that are worth least"
+    logits = torch.zeros(40, 3)
+    logits[:, 0] = torch.linspace(3, .1, 40)**2
+    study = SimpleNamespace(answers=logits, sharpness=.7, attacked=30)
+    stood = np.arange(30) < 20
+    stands = stood & (np.arange(30) >= 12)
+    p = granted(logits, .7).max(1).values
+    found = module._robust_expected(study, judged(stood), judged(stands))
+    assert found == dict(expected_robust_loss=pytest.approx(1 - (p[12:20].sum()/p[:20].sum()).item()),
+                         survivors=20)
+    assert found['expected_robust_loss'] > 12/20 + .01
+    few = module._robust_expected(study, judged(stood & (np.arange(30) > 0)), judged(stands))
+    assert few['survivors'] == 19 and np.isnan(few['expected_robust_loss'])
+
+
+def test_at_most_three_classes_are_named_and_none_under_a_twentieth():
+    by_class = torch.tensor([.04, .2, torch.nan, .06, .5, .1])
+    study = SimpleNamespace(model=SimpleNamespace(classes=None))
+    assert module._worst_classes(study, by_class) == 'class 4 50%, class 1 20%, class 5 10%'
+    study.model.classes = 'abcdef'
+    assert module._worst_classes(study, by_class[:4]) == 'b 20%, d 6%'
+    assert module._worst_classes(study, by_class[:1]) == ''
 
 
 def test_a_test_set_changes_nothing_that_is_predicted(net, probes, labelled):
