@@ -25,6 +25,17 @@ from ..models.loading import load_model
 from ..quant.formats import quant_spec
 from ..quant.targets import format_list, kilobytes, target_formats
 
+# %% ../../nbs/api/commands/10_common.ipynb #5e2a81c6
+def _there(given):
+    "Raise where a folder or file of images is missing"
+    for name in ('images', 'test'):
+        source = given.get(name)
+        named = source in ('', None, 'digits', *_FETCHED) or any(o in str(source) for o in ':[@')
+        if not (named or Path(source).exists()):
+            raise FileNotFoundError(f"`{name}` must be a folder of images, a zip file, a folder with "
+                                    "data.npy, or digits, cifar10 or cifar100; there is none at "
+                                    f"{source}. Check the path.")
+
 # %% ../../nbs/api/commands/10_common.ipynb #5e2a81c4
 def _writable(out):
     "Raise unless a folder can be written: now rather than after hours of work"
@@ -44,6 +55,7 @@ def _command(job):
         try:
             given = signature(job).bind_partial(*args, **kwargs)
             given.apply_defaults()
+            _there(given.arguments | given.arguments.get('given', {}))
             if 'out' in given.arguments:
                 question = Path(given.arguments['out'])/'question.json'
                 new = not question.exists()
@@ -56,6 +68,7 @@ def _command(job):
             sys.exit(f"{type(e).__name__}: {str(e).replace(chr(10), ' ')}")
     return command
 
+# %% ../../nbs/api/commands/10_common.ipynb #5e2a81c8
 def _print_verdicts(table):
     "Rules one below the other, and what to do below those that are not kept"
     for row in table.itertuples():

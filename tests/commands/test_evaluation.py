@@ -9,6 +9,8 @@ from robustnb.attacks.gradient import fgsm, pgd
 from robustnb.attacks.threat_models import L2, Linf
 from robustnb.commands import evaluation as E
 from robustnb.commands.common import labelled_images
+from robustnb.commands.evaluation import evaluate_command
+from robustnb.commands.transfer import assess_command, quantize_command
 from robustnb.evaluation.robust_accuracy import evaluate, summarize
 from robustnb.models.loading import load_model, save_model
 from robustnb.models.zoo import build_model
@@ -77,3 +79,12 @@ def test_flags_that_cannot_be_judged_say_why(weights, monkeypatch):
     test = labelled_images(load_model(weights), 10, 0, test='digits')
     assert E._flag_rows(None, test, 'pgd', Linf(.1), 0) == [
         dict(check='all', verdict='not judged', figure='too few survivors', what_to_do='')]
+
+
+@pytest.mark.parametrize('command, option', ((evaluate_command, 'test'), (assess_command, 'images'),
+                                             (assess_command, 'test'), (quantize_command, 'images')))
+def test_a_missing_folder_is_named_before_a_network_is_opened(command, option, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        command('timm:fetched', **{option: str(tmp_path/'none')}, out=str(tmp_path/'out'))
+    assert str(e.value).startswith(f'FileNotFoundError: `{option}` must be a folder')
+    assert 'none. Check the path' in str(e.value) and not (tmp_path/'out').exists()
