@@ -17,7 +17,7 @@ from ..attacks.score_based import square_side
 from ..attacks.transferable import mean_normalized
 from ..augmentation.transforms import affine
 from .blackbox import descriptor_distance, is_spent
-from .attack import begin_attack, fit_8bit
+from .attack import begin_attack, check_students, fit_8bit
 from .query_attacks import _answered, _query, _signed_square
 
 # %% ../../nbs/api/descriptors/53_bandit.ipynb #f9970109
@@ -264,7 +264,7 @@ def bandit_descriptor(
     "Students, squares and remembered answers, each question to the arm that gains most; or squares alone."
     if not isinstance(plan, Bandit):
         raise TypeError(f"`plan` must be a Bandit, such as `Bandit(queries=100)`; got {plan!r}.")
-    students = [students] if isinstance(students, nn.Module) else list(students)
+    students = check_students(students) if isinstance(students, nn.Module) or students else []
     x, targets, out, d, distance = begin_attack(oracle, x, targets, threat, start)
     on = _answered(distance)
     if not len(on): return out

@@ -41,7 +41,7 @@ def attack(queries=20, students=(), oracle=None, **more):
                              plan=Bandit(queries, **more)), oracle
 
 
-@pytest.mark.parametrize('students', [(), (box,), (Linear(seed=5),), (Linear(seed=5), box)])
+@pytest.mark.parametrize('students', [(), (box,), (Linear(seed=5).eval(),), (Linear(seed=5).eval(), box)])
 def test_budget_rule_and_gain(students):
     got, oracle = attack(students=students)
     assert oracle.used <= 60
@@ -51,9 +51,9 @@ def test_budget_rule_and_gain(students):
 
 def test_a_student_that_is_the_box_beats_all():
     blind = far(attack()[0]).mean()
-    wrong = far(attack(students=[Linear(seed=5)])[0]).mean()
+    wrong = far(attack(students=[Linear(seed=5).eval()])[0]).mean()
     right = far(attack(students=[box])[0]).mean()
-    both = far(attack(students=[Linear(seed=5), box])[0]).mean()
+    both = far(attack(students=[Linear(seed=5).eval(), box])[0]).mean()
     assert right < blind and right < wrong and both < blind
     assert (far(x).mean()-right) > 1.5*(far(x).mean()-blind)
 
@@ -150,7 +150,7 @@ def test_a_square_that_failed_comes_back_with_the_other_sign():
 
 
 def test_students_are_left_alone():
-    student = Linear(seed=5)
+    student = Linear(seed=5).eval()
     kept = student.weight.clone()
     attack(students=[student])
     assert torch.equal(student.weight, kept)
@@ -170,7 +170,7 @@ class Scholar(nn.Module):
 
 def test_each_image_teaches_its_own_student():
     log = []
-    attack(13, [Scholar(log)], learn_every=4)
+    attack(13, [Scholar(log).eval()], learn_every=4)
     assert len(log) == 3*3 and {n for _, n in log} == {4}
     assert len({who for who, _ in log}) == 3
 
@@ -209,7 +209,7 @@ def test_views_are_turned_moved_scaled_mirrored_and_noisy():
 
 
 def test_gain_share_under_l2_is_the_cosine_of_the_gradients():
-    student = Linear(seed=5)
+    student = Linear(seed=5).eval()
     def gradient(net):
         image = x.clone().requires_grad_(True)
         return torch.autograd.grad(far(image, net).sum(), image)[0].flatten(1)
@@ -268,3 +268,8 @@ def test_refusals(plan):
         bandit_descriptor(box, x, targets[:2], rule)
     own = image_generators(None, x)
     assert len(own) == 3
+
+
+def test_a_student_that_trains_is_refused():
+    with pytest.raises(ValueError, match='must be in evaluation mode'):
+        attack(students=[nn.Sequential(nn.BatchNorm2d(3), box)])
