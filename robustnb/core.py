@@ -91,6 +91,7 @@ def ordered_names(
 # %% ../nbs/api/00_core.ipynb #5f4d74a2
 def check_model(
     model:nn.Module,   # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K)
+    weights:bool=True, # Whether it must hold its weights; False takes one of the meta device
 )->nn.Module:          # The same model
     "Raise unless `model` is a module with its weights and with every part in evaluation mode."
     if not isinstance(model, nn.Module):
@@ -101,7 +102,7 @@ def check_model(
         raise ValueError(f"`model` must be in evaluation mode; {on[0]} is in training mode "
                          f"({len(on)} parts). Call `model.eval()`.")
     meta = [n for o in (model.named_parameters(), model.named_buffers()) for n, t in o if t.is_meta]
-    if meta:
+    if meta and weights:
         raise ValueError(f"`model` must hold its weights; {meta[0]} is on the meta device, which knows "
                          f"shapes alone ({len(meta)} tensors). Make it without `torch.device('meta')`, or "
                          "load its weights with `load_state_dict(state, assign=True)`.")

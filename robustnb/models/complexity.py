@@ -100,7 +100,7 @@ def model_complexity(
     shape=(3, 32, 32),   # One image, without the batch dimension
 )->pd.DataFrame:         # A row per call of a layer: name, kind, params, macs, ptflops, out_shape
     "Parameters and multiply-accumulates for one image; kinds: conv, linear, product, bn, relu, pool, other."
-    check_model(model)
+    check_model(model, weights=False)
     _refuse_script(model)
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError("`shape` must be channels, height and width, each at least 1; got "

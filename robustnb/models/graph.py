@@ -260,13 +260,13 @@ def _lent(graph, model):
                 found.append(node.target)
     return tuple(dict.fromkeys([*found, *getattr(model, 'lent', ())]))
 
-@uncounted()             # layers are asked one by one
 def trace(
     model:nn.Module,   # Takes one batch of images
 )->fx.GraphModule:     # A copy of the model as a graph, in evaluation mode; `Normalize` is one node
     "The layers of a model in the order of their calls (Reed et al. 2021, arXiv:2112.08429)."
-    model = plain_layers(model)
-    graph = _follow(model)
+    with uncounted():        # layers are asked one by one
+        model = plain_layers(model)
+        graph = _follow(model)
     _writes_nothing(graph)
     _norm_layers(graph)
     _drop_idle(graph)
@@ -489,7 +489,8 @@ def _ranks(graph, x):
     walk.ranks = {}
     for images in tries:
         try:
-            walk.run(images.to(like.device, like.dtype))
+            with uncounted():
+                walk.run(images.to(like.device, like.dtype))
             return walk.ranks
         except (RuntimeError, ValueError):
             walk.ranks.clear()
@@ -538,7 +539,6 @@ def _check_followed(model, graph, x):
                     "what an earlier call left behind? Write it without.")
 
 # %% ../../nbs/api/models/50_graph.ipynb #34aada98
-@uncounted()
 def fold_batchnorm(
     model:nn.Module,  # Classifier; left as it is
     # Images (N,C,H,W) it takes, to find out how it is asked; None asks nothing, and tries usual sizes

@@ -55,3 +55,10 @@ def test_complexity_without_autograd_and_of_computed_weights():
     nn.utils.parametrizations.orthogonal(turned[2]).eval()
     assert model_complexity(turned, (3, 4, 4)).macs.sum() == right
     assert nn.utils.parametrize.is_parametrized(turned[2])
+
+
+def test_shapes_are_enough():
+    with torch.device('meta'):
+        there = build_model('AlexNet_BN', width=.25)
+    here = model_complexity(build_model('AlexNet_BN', width=.25))
+    assert model_complexity(there).equals(here)
