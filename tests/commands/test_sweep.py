@@ -66,7 +66,7 @@ def test_one_job(weights):
                                          eps=4/255)), 'the same question has the same answer'
     with pytest.raises(ValueError, match='`attack` must be one of'):
         measure_one(weights, 'INT4', 'PGD')
-    with pytest.raises(ValueError, match='`n` must be at least 1'):
+    with pytest.raises(ValueError, match='`n` must be a whole number, at least 1'):
         measure_one(weights, 'INT4', n=0)
 
 

@@ -483,7 +483,7 @@ def test_quantize_errors(weights, tmp_path, capsys):
     refused(capsys, "got 'INT99'", run_quantize, weights, 'INT8,INT99', **out)
     refused(capsys, '`formats` must name at least one', run_quantize, weights, ',', **out)
     refused(capsys, 'must not name one twice', run_quantize, weights, 'INT8,INT8', **out)
-    refused(capsys, "`source` must be", run_quantize, weights, 'INT8',
+    refused(capsys, "`images` must be", run_quantize, weights, 'INT8',
             images=str(tmp_path/'nowhere'), **out)
     refused(capsys, '`n` must be at least 1', run_quantize, weights, 'INT8', images='digits', n=0, **out)
     assert not (tmp_path/'o').exists()
