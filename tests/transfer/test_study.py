@@ -395,7 +395,7 @@ def test_probes(net, probes):
 def test_a_job_is_refused_before_its_files_are_read():
     with pytest.raises(ValueError, match='`attack` must be one of fgsm, pgd, apgd'):
         study_of('nowhere.pt', 'PGD')
-    with pytest.raises(ValueError, match='`n` must be at least 1'):
+    with pytest.raises(ValueError, match='`n` must be a whole number, at least 1'):
         study_of('nowhere.pt', n=0)
     with pytest.raises(ValueError, match="'INT99'"):
         measure_one('nowhere.pt', 'INT99')
