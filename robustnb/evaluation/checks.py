@@ -14,10 +14,11 @@ from functools import cached_property, partial
 import pandas as pd
 import torch
 from torch import nn, Tensor
-from ..core import batches, check_images, draw, image_generators, make_generator, subseed
+from ..core import (
+    batches, check_images, draw, image_generators, images_at_a_time, make_generator, subseed)
 from ..contract import MeanAnswer
 from ..attacks.threat_models import L1, L2, Linf
-from ..attacks.gradient import check_attack, cross_entropy, loss_and_grad, margin, pgd
+from ..attacks.gradient import check_attack, cross_entropy, in_batches, loss_and_grad, margin, pgd
 from ..attacks.adaptive_pgd import gradients, walk
 from ..attacks.score_based import random_search, square
 from .robust_accuracy import on_8bit_images
@@ -55,7 +56,7 @@ class _Answers:
     @torch.no_grad()
     def logits(self, x, model=None):
         model = model or self.model
-        return torch.cat([model(x[s]) for s in batches(len(x), 125)])
+        return torch.cat([model(x[s]) for s in batches(len(x), images_at_a_time(x, x.device, 125))])
 
     @cached_property
     def clean(self): return self.logits(self.x)
@@ -117,8 +118,9 @@ class _Case(_Verdicts):
         x = self.x[on]
         y = self.y[on]
         draws = lambda: make_generator(self.seed, start)
+        size = 125 if in_batches(attack) else images_at_a_time(x, x.device, 125)
         parts = [attack(model or self.model, x[s], y[s], threat, generator=draws())
-                 for s in batches(len(x), 125)]
+                 for s in batches(len(x), size)]
         x_adv = torch.cat(parts) if parts else x
         if not threat.allows(x, x_adv).all():
             raise ValueError(f'the attack left its threat model {threat}')
@@ -254,7 +256,7 @@ def _gradients(case):
     on = case.was_right.nonzero().flatten()
     flat = 0
     zero = 0
-    for s in batches(len(on), 125):
+    for s in batches(len(on), images_at_a_time(case.x, case.x.device, 125)):
         value, grad, _ = loss_and_grad(case.model, case.x[on[s]], case.y[on[s]], margin)
         flat += int((grad.flatten(1).abs().sum(1) < 1e-3*value.abs()).sum())
         zero += int((loss_and_grad(case.model, case.x[on[s]], case.y[on[s]],

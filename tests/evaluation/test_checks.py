@@ -418,3 +418,15 @@ def test_wrong_uses(net):
             (dict(model=Around(net, after=lambda z: z/0).eval()), ValueError, 'finite logits')):
         with pytest.raises(error, match=words):
             red_flags(**{**dict(model=net, x=x, y=y, threat=threat), **kw})
+
+
+def test_large_images_are_followed_a_few_at_a_time():
+    asked = []
+    class Large(nn.Module):
+        def forward(self, x):
+            asked.append(len(x))
+            return 5*x.mean((2, 3))
+    large = torch.rand(21, 3, 160, 160)
+    labels = large.mean((2, 3)).argmax(1)
+    red_flags(Large().eval(), large, labels, Linf(1/255), partial(pgd, steps=2))
+    assert max(asked) <= 20, 'ten, or ten pairs where two are compared'
