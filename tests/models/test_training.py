@@ -55,7 +55,7 @@ t.train(recipe, model, data, val=data, seed=3, checkpoint={{path!r}}, resume=Tru
 def slow_job(path):
     "In a child that was forked: the job, with a pause after each epoch; never returns"
     def paused(*args):
-        time.sleep(.2)
+        time.sleep(1)
         return predict(*args)
     try:
         T.predict = paused
