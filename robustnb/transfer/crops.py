@@ -16,9 +16,9 @@ from PIL import Image
 from scipy.special import gammaincinv
 from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint
-from ..core import batches, check_images, make_generator, progress, subseed, to_float
+from ..core import batches, check_images, images_at_a_time, make_generator, progress, subseed, to_float
 from ..contract import open_model, predict
-from .generator import _distance, _frozen, bn_distance, bn_inputs
+from .generator import _distance, _frozen, bn_inputs
 from .certainty import standardized
 
 # %% ../../nbs/api/transfer/26_crops.ipynb #078713ef
@@ -120,19 +120,17 @@ def _joined(weights):
         return (weights*(variances + (means-mean).square())).sum(0), mean
     return join
 
-def _parts_of(x): return max(1, 2**19//x[0, 0].numel())    # images at a time
+def _parts_of(x): return 2*images_at_a_time(x, x.device)
 
 def _seen_in_parts(model, z, size):
     "Logits, and the distance to the batch norms of all images at once; the network sees `size` at a time"
     parts = batches(len(z), size)
-    if len(parts) == 1:
-        with bn_inputs(model) as seen:
-            logits = model(z)
-        return logits, bn_distance(seen)
     layers = []
-    found = [checkpoint(partial(_watched, model, layers), z[s], use_reentrant=False) for s in parts]
+    ask = partial(_watched, model, layers)
+    again = partial(checkpoint, ask, use_reentrant=False) if len(parts) > 1 else ask
+    found = [again(z[s]) for s in parts]
     logits, *statistics = [list(o) for o in zip(*found)]
-    weights = z.new_tensor([s.stop-s.start for s in parts])[:, None]/len(z)
+    weights = torch.tensor([s.stop-s.start for s in parts], device=z.device)[:, None]/len(z)
     seen = list(zip(layers, map(torch.stack, statistics)))
     return torch.cat(logits), _distance(seen, _joined(weights))
 

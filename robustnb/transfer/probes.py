@@ -12,8 +12,7 @@ from torch import nn, Tensor
 from ..core import check_images, to_float, to_uint8
 from ..contract import open_model, predict
 from ..files import explain_errors, load_state, save_state
-from .generator import (
-    _side, energy, generate, Generator, train_generator)
+from .generator import _side, energy, generate, Generator, train_generator
 from .crops import (
     _parts_of, _seen_in_parts, foreseen_leads, leads, move_crops, natural_crops)
 

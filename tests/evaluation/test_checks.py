@@ -22,7 +22,7 @@ from robustnb.attacks.threat_models import L1, L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
 from robustnb.models.training import Recipe, train
 from robustnb.quant.ptq import quantize
-from helpers_attacks import sparse_border
+from helpers_attacks import counted, sparse_border
 
 # what twenty steps of `pgd` leave standing here and a longer search finds, about three images
 leftover = {'more steps'}
@@ -421,12 +421,8 @@ def test_wrong_uses(net):
 
 
 def test_large_images_are_followed_a_few_at_a_time():
-    asked = []
-    class Large(nn.Module):
-        def forward(self, x):
-            asked.append(len(x))
-            return 5*x.mean((2, 3))
+    net, asked = counted()
     large = torch.rand(21, 3, 160, 160)
     labels = large.mean((2, 3)).argmax(1)
-    red_flags(Large().eval(), large, labels, Linf(1/255), partial(pgd, steps=2))
+    red_flags(net, large, labels, Linf(1/255), partial(pgd, steps=2))
     assert max(asked) <= 20, 'ten, or ten pairs where two are compared'

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers_attacks import counted
 from robustnb.attacks.gradient import fgsm, full_pgd, multi_attack, margin, pgd, restarts
 from robustnb.attacks.adaptive_pgd import apgd
 from robustnb.attacks.score_based import square
@@ -395,7 +396,7 @@ def eight_bit_free(model, x, y, threat, *, generator=None): return fgsm(model, x
 
 starter = f'''
 import os, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {[str(o) for o in Path(__file__).parents[:2]]!r}
 import test_robust_accuracy as t
 for line in sys.stdin:
     pid = os.fork()
@@ -771,11 +772,8 @@ def test_rows_of_several_calls_are_refused_until_their_images_differ():
 
 
 def test_attacks_that_divide_their_images_are_given_many():
-    given, asked = {}, []
-    class Large(nn.Module):
-        def forward(self, x):
-            asked.append(len(x))
-            return x.mean((2, 3))
+    given = {}
+    net, asked = counted()
     def whole(model, x, y, threat, *, generator=None):
         given.setdefault('whole', []).append(len(x))
         return x
@@ -784,7 +782,6 @@ def test_attacks_that_divide_their_images_are_given_many():
         return x
     large = torch.rand(12, 3, 256, 256)
     labels = large.mean((2, 3)).argmax(1)
-    net = Large().eval()
     attacks = dict(whole=whole, parts=parts)
     evaluate(net, large, labels, attacks, threat)
     assert given == dict(whole=[4, 4, 4], parts=[12]) and max(asked) <= 4
@@ -798,13 +795,8 @@ def test_attacks_that_divide_their_images_are_given_many():
 
 
 def test_the_engine_shows_a_model_few_large_images_at_a_time():
-    asked = []
-    class Large(nn.Module):
-        def forward(self, x):
-            asked.append(len(x))
-            return 5*x.mean((2, 3))
+    net, asked = counted()
     large = torch.rand(9, 3, 256, 256)
-    net = Large().eval()
     labels = net(large).argmax(1)
     for attack in (cascade, apgd):
         asked.clear()
