@@ -4,9 +4,9 @@
 
 `--data` is a folder with `read_images.py`, `cifar10/` and `cifar100/`: lossless photographs. Trains the
 first `--count` networks of the table below that have no file in zoo/, or those of `--networks`: SGD with
-Nesterov momentum, one cycle of the learning rate, crops and mirrors, label smoothing or attacked images
-(Linf, three steps of PGD, `attack` grey levels) where the table says so. A run that is stopped goes on from
-its last hundred steps, kept in `--work`.
+Nesterov momentum (the transformer: AdamW), one cycle of the learning rate, crops and mirrors, label smoothing
+or attacked images (Linf, three steps of PGD, `attack` grey levels) where the table says so. A run that is
+stopped goes on from its last hundred steps, kept in `--work`.
 
 zoo/NAME.safetensors holds the weights in half precision and, as its metadata, what `load_model('zoo:NAME')`
 needs. A row per network in results/zoo.csv: `accuracy` on the `n` test photographs, with those weights, and
@@ -54,6 +54,7 @@ networks = {
     'VGG_19-cifar100': Network('VGG_19', .125, 'cifar100', 20),
     'ResNet_50-cifar100': Network('ResNet_50', .125, 'cifar100', 14),
     'Inception_BN-cifar10': Network('Inception_BN', .25, 'cifar10', 10),
+    'ViT-cifar10': Network('ViT', .5, 'cifar10', 12),
     'ResNet_152-cifar10': Network('ResNet_152', .125, 'cifar10', 8),
     'ResNet_152-cifar100-smooth': Network('ResNet_152', .125, 'cifar100', 12, smoothing=.1),
 }
@@ -69,9 +70,12 @@ def photographs(args, data, part):
     return x, torch.from_numpy(y), classes
 
 
+def in_bf16(row): return fast_bf16('cpu') and row.architecture != 'ViT'      # its attention is slower in it
+
+
 def updated(model, optimizer, x, y, row, g):
     "One step on crops and mirrors, attacked where the table says so; the loss"
-    bf16 = fast_bf16('cpu')
+    bf16 = in_bf16(row)
     x = crop_and_flip(x, 4, True, g).float().div_(255).contiguous(memory_format=torch.channels_last)
     if row.attack:
         x = attacked(model, x, y, row.attack/255, g, bf16)
@@ -92,8 +96,11 @@ def trained(name, args):
     x = torch.from_numpy(images).permute(0, 3, 1, 2)
     model = build_model(row.architecture, len(classes), row.width, *statistics[row.data])
     model = model.to(memory_format=torch.channels_last).train()
-    rate = .02 if row.architecture == 'AlexNet' else .1      # no batch norm
-    optimizer = torch.optim.SGD(model.parameters(), rate, .9, weight_decay=5e-4, nesterov=True)
+    rate = {'AlexNet': .02, 'ViT': .002}.get(row.architecture, .1)      # less without batch norm
+    if row.architecture == 'ViT':
+        optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=.05)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), rate, .9, weight_decay=5e-4, nesterov=True)
     each = len(x)//batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, row.epochs*each, pct_start=.25)
     state = dict(model=model, optimizer=optimizer, schedule=schedule)
@@ -136,7 +143,7 @@ def saved(name, trained, args):
         parameters=sum(o.numel() for o in model.parameters()), n=len(y), accuracy=round(accuracy, 4),
         sharpness=known_sharpness(logits, accuracy), dispersion=lead_dispersion(logits)[0],
         growth=float(leads(logits).mean()/leads(predict(model, natural_crops(200, 32))).mean()),
-        seconds=round(seconds), bf16=fast_bf16('cpu'))
+        seconds=round(seconds), bf16=in_bf16(row))
     told = dict(name=row.architecture, n_classes=len(classes), width=row.width, classes=classes,
                 mean=statistics[row.data][0], std=statistics[row.data][1], trained=facts,
                 command=manifest()['command'])

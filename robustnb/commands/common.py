@@ -153,7 +153,7 @@ def _names(classes):
 
 # %% ../../nbs/api/commands/10_common.ipynb #7a1c0e02
 def named_model(
-    # Network: timm:NAME, torchvision:NAME, package.module:function, one of the nine of this package, or a
+    # Network: timm:NAME, torchvision:NAME, package.module:function, one of this package's, or a
     # file (of `robustnb train`, .onnx, .pt2)
     model:str='',
     weights:str='',   # File with its weights; alone it must be one of `robustnb train`
@@ -177,7 +177,7 @@ def named_model(
     return net.to(pick_device(device or None)).eval()
 
 def _one_size(net):
-    "Height and width that a model takes; the nine networks, which take more than one, are for 32 pixels"
+    "Height and width that a model takes; those of the package, some of which take more than one, are for 32"
     if net.image_size: return net.image_size
     if net.name in model_names: return 32
     raise ValueError("`size` must be given: the model does not say the height and width of its images.")

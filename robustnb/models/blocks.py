@@ -86,11 +86,13 @@ def he_init(
     net:nn.Module,              # Network whose weights are drawn anew, in place
     generator:torch.Generator,  # Source of the weights
 )->None:
-    "Weights after He et al. 2015 (arXiv:1502.01852), biases zero, batch normalisation as if new."
+    "Weights after He et al. 2015 (arXiv:1502.01852), biases zero, normalisation as if new, places small."
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(m.weight, nonlinearity='relu', generator=generator)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
-        elif isinstance(m, nn.BatchNorm2d):
+        elif isinstance(m, nn.Embedding):
+            nn.init.normal_(m.weight, std=.02, generator=generator)
+        elif isinstance(m, (nn.BatchNorm2d, nn.LayerNorm)):
             m.reset_parameters()

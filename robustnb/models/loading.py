@@ -96,7 +96,7 @@ def _with_facts(model, size, classes):
     return model
 
 def _read_nine(held, file, name, n_classes, width, mean, std):
-    "One of the nine networks, as the file and the caller describe it"
+    "A network of `build_model`, as the file and the caller describe it"
     path = file[0]
     known = dict.fromkeys(('name', 'n_classes', 'width', 'mean', 'std', 'classes'))
     if isinstance(held, dict) and held.get('format') == _format:
@@ -212,7 +212,7 @@ def _check_words(name, path, width, kind):
     if kind and name is not None:
         raise ValueError(f"`name` must be left out: {path} holds its network itself; got {name!r}.")
     if width is not None and (kind or is_source(name)):
-        raise ValueError(f"`width` belongs to the nine networks, {', '.join(model_names)}; got {width!r} for "
+        raise ValueError(f"`width` belongs to {', '.join(model_names)}; got {width!r} for "
                          f"{name or path}.")
 
 def load_model(
@@ -221,8 +221,8 @@ def load_model(
     name:str=None,
     path=None,          # File of weights or a model; "net.pt#ema" is a part of it; None is published weights
     n_classes:int=None, # Number of logits; None is what the file or the network says
-    width:float=None,   # Multiplier of the channels of the nine networks; None is what the file says, or 1
-    # Mean per channel, in [0,1] or 0-255; None is what network or file says, for the nine CIFAR-10's
+    width:float=None,   # Multiplier of the channels of `model_names`; None is what the file says, or 1
+    # Mean per channel, in [0,1] or 0-255; None is what network or file says, else CIFAR-10's
     mean=None,
     std=None,           # Standard deviation per channel; None as for `mean`
     size:int=None,      # Side of the images in pixels; None is what the network says

@@ -103,9 +103,9 @@ class Normalized(nn.Module):
         mean,          # Mean per channel, of pixels in [0,1]; that of pixels in 0-255 is divided by 255
         std,           # Standard deviation per channel, positive, in the same unit
         size=None,     # Only height and width accepted, in pixels; None is any size
-        name=None,     # One of the nine networks, or None for a network from elsewhere
+        name=None,     # A name of `build_model`, or None for a network from elsewhere
         n_classes=None,  # Number of logits, where known
-        width=None,    # Multiplier of the channels, for the nine networks
+        width=None,    # Multiplier of the channels, for those of `build_model`
     ):
         super().__init__()
         self.normalize, self.net = Normalize(mean, std, size), net

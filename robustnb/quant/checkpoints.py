@@ -13,7 +13,7 @@ from ..files import fill, load_state, explain_errors, save_state
 from ..models.zoo import build_model, model_names
 from ..models.graph import fold_batchnorm, keep_facts, stored_tensors
 from .formats import number_format, NumberFormat, QuantSpec
-from .ptq import FakeQuantize
+from .ptq import _open_attention, FakeQuantize
 
 # %% ../../nbs/api/quant/70_checkpoints.ipynb #c8b98361
 _format = 'robustnb.quantised/1'
@@ -21,7 +21,7 @@ _format = 'robustnb.quantised/1'
 def _skeleton(held):
     "The graph that the facts in `held` describe, with weights and scales still to come"
     network = held['network']
-    q = fold_batchnorm(build_model(**{k: network[k] for k in ('name', 'n_classes', 'width')}))
+    q = _open_attention(fold_batchnorm(build_model(**{k: network[k] for k in ('name', 'n_classes', 'width')})))
     keep_facts(q, stored=stored_tensors(q))
     spec = QuantSpec(**{k: number_format(v) if k in ('weights', 'activations') else v
                         for k, v in held['spec'].items()})

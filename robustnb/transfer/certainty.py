@@ -61,6 +61,8 @@ def known_sharpness(
     return (low*high)**.5
 
 # %% ../../nbs/api/transfer/25_certainty.ipynb #25aa0002
+_least_sharpness = 2.9
+
 def shifted(
     x:Tensor,        # Images (N,C,H,W), float, pixels in [0,1]
 )->list:             # Four times as many, like `x`
@@ -78,7 +80,7 @@ def foreseen_accuracy(
     logits:Tensor,   # Answers (N,K) of the original on unlabelled photographs
     moved:list,      # Answers (N,K) to the same photographs, shifted, from each of `shifted`
 )->float:            # The share that it is likely to get right, above chance and below 1
-    "One less 1.4 times the share of answers that a shift changes."
+    "One less 1.4 times the share of answers that a shift changes, or the certainty if that is less."
     l = _check(logits)
     shapes = [tuple(getattr(o, 'shape', ())) for o in moved]
     if not shapes or {*shapes} != {tuple(l.shape)}:
@@ -87,7 +89,9 @@ def foreseen_accuracy(
     said = l.argmax(1)
     changed = sum(int((_check(o, 'moved').argmax(1) != said).sum()) for o in moved)
     errors = 1.4*(changed + .5)/(len(said)*len(moved) + 1)
-    return max(1 - errors, 1.1/logits.shape[1])
+    agreement = 1 - errors
+    certainty = max(o.max(1).values.mean().item() for o in (l.softmax(1), granted(l, _least_sharpness)))
+    return max(min(agreement, certainty), 1.1/l.shape[1])
 
 # %% ../../nbs/api/transfer/25_certainty.ipynb #3911aba8
 def _answers(logits, copied, sharpness):

@@ -213,7 +213,7 @@ class _Asked:
 
     @cached_property
     def presumed_accuracy(self):
-        "The accuracy if it is known, what agreement foretells where there are photographs, or None"
+        "The accuracy if it is known, what is foreseen where there are photographs, or None"
         if self.accuracy is not None or not self.probes.real: return self.accuracy
         return foreseen_accuracy(self.answers, [predict(self.model, o) for o in shifted(self.probes.x)])
 
@@ -356,7 +356,7 @@ def _images_notes(study):
 def _read_from(study):
     "Images and accuracy behind the predictions"
     known = study.presumed_accuracy
-    how = 'that is known' if study.accuracy else 'that agreement on shifted images foretells'
+    how = 'that is known' if study.accuracy else 'that its answers to shifted images foretell'
     sharpened = '' if known is None else f' and the accuracy of {known:.1%} {how}'
     return (f'Accuracy: read from {study.probes.words}{sharpened}; the widths of intervals were set on seven '
             'networks, and on two others they held less often than nine times in ten where no photographs '

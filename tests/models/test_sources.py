@@ -81,7 +81,7 @@ def test_somebodys_module_in_the_current_folder(tmp_path, monkeypatch):
     assert sys.path == before
     with pytest.raises(ValueError, match='`mean` must be given'):
         load_model('my_own_nets:small')
-    with pytest.raises(ValueError, match='`width` belongs to the nine'):
+    with pytest.raises(ValueError, match='`width` belongs to AlexNet,'):
         load_model('my_own_nets:small', width=.5)
     with pytest.raises(ValueError, match='`n_classes` must agree'):
         load_model('my_own_nets:small', n_classes=3, mean=(.5,)*3, std=(.5,)*3)

@@ -1,4 +1,4 @@
-"The nine networks: torchvision as reference, sizes and widths, weights from the seed"
+"Networks by name: torchvision as reference, sizes and widths, weights from the seed"
 import copy
 import pickle
 
@@ -13,7 +13,7 @@ from robustnb.models.graph import fold_batchnorm
 from robustnb.models.wrapping import last_linear
 from robustnb.models.zoo import build_model, model_names
 
-fixed = ('AlexNet', 'AlexNet_BN', 'VGG_16', 'VGG_19')
+fixed = ('AlexNet', 'AlexNet_BN', 'VGG_16', 'VGG_19', 'ViT')
 
 
 @pytest.mark.parametrize('name', model_names)
