@@ -166,7 +166,7 @@ def _costs(net, specs):
 # %% ../../nbs/api/commands/30_transfer.ipynb #042cb5a1
 @_command
 def cost_command(
-    model:str='',              # Networks or files, separated by commas; the package's own need no weights here
+    model:str='',              # Networks or files, separated by commas; the package's own need no weights
     formats:str='INT8,INT4',   # Number formats of the weights, separated by commas
     out:str='cost',            # Folder for layers.csv, networks.csv, manifest.json
     **given,                   # Those of `named_model`

@@ -20,7 +20,7 @@ class _Tokens(nn.Module):
     def forward(self, x): return x.flatten(2).transpose(1, 2) + self.places.weight
 
 class _Attention(nn.Module):
-    "Tokens (N,T,C) to mixtures of all of an image; `heads` parts of the channels each have weights of their own"
+    "Tokens (N,T,C) to mixtures of all tokens of the image, in `heads` groups of channels"
     def __init__(self, channels, heads):
         super().__init__()
         self.heads = heads

@@ -21,7 +21,8 @@ _format = 'robustnb.quantised/1'
 def _skeleton(held):
     "The graph that the facts in `held` describe, with weights and scales still to come"
     network = held['network']
-    q = _open_attention(fold_batchnorm(build_model(**{k: network[k] for k in ('name', 'n_classes', 'width')})))
+    model = build_model(**{k: network[k] for k in ('name', 'n_classes', 'width')})
+    q = _open_attention(fold_batchnorm(model))
     keep_facts(q, stored=stored_tensors(q))
     spec = QuantSpec(**{k: number_format(v) if k in ('weights', 'activations') else v
                         for k, v in held['spec'].items()})
