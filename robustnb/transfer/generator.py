@@ -228,11 +228,17 @@ def _side(model, size):
     raise ValueError("`size` must be given, the side in pixels of the images that this model was made for: "
                      "nobody stated it. `wrap_model(net, size=...)` remembers it.")
 
+def _pixel_statistics(normalize):
+    "Mean and deviation of the channels; ImageNet's where a normalisation has those of no photographs"
+    mean, std = (o.detach().flatten().cpu() for o in (normalize.mean, normalize.std))
+    if ((mean > 0) & (mean < 1) & (std > .02) & (std < .45)).all(): return mean, std
+    usual = torch.tensor([.485, .456, .406]), torch.tensor([.229, .224, .225])
+    return usual if len(mean) == 3 else tuple(o.mean().expand(len(mean)).clone() for o in usual)
+
 def _fresh(model, size, width, seed):
     "A generator for the classes and pixels of `model`, with random weights"
     embedding = last_linear(model).weight.flatten(1).cpu()
-    mean = model.normalize.mean.flatten().cpu()
-    std = model.normalize.std.flatten().cpu()
+    mean, std = _pixel_statistics(model.normalize)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(subseed(seed, 'weights'))
         return Generator(embedding, mean, std, size, width)

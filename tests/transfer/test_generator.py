@@ -244,3 +244,21 @@ def test_the_size_is_the_models_own_and_never_guessed():
     assert generate(generator, 2)[0].shape == (2, 1, 30, 30)
     assert generator.knows == 'batch-norm statistics'
     assert train_generator(build_model('ResNet_18', width=.0625), **few)[0].size == 32
+
+
+@pytest.mark.parametrize('mean, std', [((0., 0., 0.), (1/255,)*3), ((.5,)*3, (.5,)*3)])
+def test_a_change_of_scale_says_nothing_of_photographs(mean, std):
+    net = build_model('AlexNet_BN', width=.0625, mean=mean, std=std)
+    generator, _ = train_generator(net, steps=0, width=4)
+    assert generator.mean.tolist() == pytest.approx([.485, .456, .406])
+    assert generator.std.tolist() == pytest.approx([.229, .224, .225])
+    known = build_model('AlexNet_BN', width=.0625, mean=(.4, .5, .6), std=(.2, .25, .3))
+    generator, _ = train_generator(known, steps=0, width=4)
+    assert generator.mean.tolist() == pytest.approx([.4, .5, .6])
+    assert generator.std.tolist() == pytest.approx([.2, .25, .3])
+
+
+def test_a_grey_network_has_one_mean():
+    net = wrap_model(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), mean=(.5,), std=(.5,), size=8)
+    generator, _ = train_generator(net.eval(), steps=0, width=4)
+    assert generator.mean.tolist() == pytest.approx([.449]) and generator.std.tolist() == pytest.approx([.226])
