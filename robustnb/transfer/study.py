@@ -330,7 +330,7 @@ def _images_notes(study):
     if study.probes.real and known and most < _even:
         yield (f'The answers to these photographs are more evenly clear ({spread:.2f}) than those of other '
                'networks to photographs that were new to them (.48 to .85). If the network was trained on '
-               'these, small losses are predicted a third too small: give others. If it is right on nearly '
+               'these, small losses are predicted a quarter too small: give others. If it is right on nearly '
                'all new ones too, nothing is wrong.')
     few = ('The original itself is right on fewer than 20 attacked {}, so no robust loss is {}: '
            'choose a smaller eps or give more images.')
