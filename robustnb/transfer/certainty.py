@@ -61,8 +61,6 @@ def known_sharpness(
     return (low*high)**.5
 
 # %% ../../nbs/api/transfer/25_certainty.ipynb #25aa0002
-_least_sharpness = 2.9
-
 def shifted(
     x:Tensor,        # Images (N,C,H,W), float, pixels in [0,1]
 )->list:             # Four times as many, like `x`
@@ -90,7 +88,7 @@ def foreseen_accuracy(
     changed = sum(int((_check(o, 'moved').argmax(1) != said).sum()) for o in moved)
     errors = 1.4*(changed + .5)/(len(said)*len(moved) + 1)
     agreement = 1 - errors
-    certainty = max(o.max(1).values.mean().item() for o in (l.softmax(1), granted(l, _least_sharpness)))
+    certainty = max(o.max(1).values.mean().item() for o in (l.softmax(1), granted(l)))
     return max(min(agreement, certainty), 1.1/l.shape[1])
 
 # %% ../../nbs/api/transfer/25_certainty.ipynb #3911aba8

@@ -135,11 +135,11 @@ def test_accuracy_stays_between_chance_and_one():
     known_sharpness(logits, low)    # can be used
 
 
-@pytest.mark.parametrize('scale', (.01, .5, 1., 4.))
+@pytest.mark.parametrize('scale', (.01, .5, 1., 6.))
 def test_a_network_is_right_no_more_often_than_it_says(scale):
     logits = scale*torch.randn(200, 4, generator=make_generator(0, 'l'), dtype=torch.float64)
     says = logits.softmax(1).max(1).values.mean()
-    least = granted(logits, 2.9).max(1).values.mean()
+    least = granted(logits).max(1).values.mean()
     agrees = 1 - 1.4*.5/801
     assert foreseen_accuracy(logits, 4*[logits]) == pytest.approx(min(max(says, least), agrees))
     assert (says > least) == (scale > 2)
