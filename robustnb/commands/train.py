@@ -19,7 +19,7 @@ from .common import _command, _given, _one_of, _write, on_device, training_image
 # %% ../../nbs/api/commands/20_train.ipynb #49f24fe0
 @_command
 def train_command(
-    model:str='ResNet_18',    # A network of `build_model`
+    model:str='ResNet_18',    # AlexNet, VGG_16, MobileNetV2, ResNet_18, ViT, ...: a name of `build_model`
     out:str='run',            # Folder for weights.pt, history.csv, manifest.json
     width:float=1.,           # Multiplier of the channels
     epochs:int=200,           # Passes over the data; the milestones keep their shares of the run

@@ -228,6 +228,7 @@ def _side(model, size):
     raise ValueError("`size` must be given, the side in pixels of the images that this model was made for: "
                      "nobody stated it. `wrap_model(net, size=...)` remembers it.")
 
+# %% ../../nbs/api/transfer/10_generator.ipynb #10191a97
 def _pixel_statistics(normalize):
     "Mean and deviation of the channels; ImageNet's where a normalisation has those of no photographs"
     mean, std = (o.detach().flatten().cpu() for o in (normalize.mean, normalize.std))

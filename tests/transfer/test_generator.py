@@ -261,4 +261,5 @@ def test_a_change_of_scale_says_nothing_of_photographs(mean, std):
 def test_a_grey_network_has_one_mean():
     net = wrap_model(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), mean=(.5,), std=(.5,), size=8)
     generator, _ = train_generator(net.eval(), steps=0, width=4)
-    assert generator.mean.tolist() == pytest.approx([.449]) and generator.std.tolist() == pytest.approx([.226])
+    assert generator.mean.tolist() == pytest.approx([.449])
+    assert generator.std.tolist() == pytest.approx([.226])
