@@ -57,6 +57,7 @@ class _Copy(nn.Module):
             net = copy_model(model)
         self.low = low
         self.layout = memory_format(model)
+        self.contiguous_only = self.layout == torch.contiguous_format
         self.net = net.eval().requires_grad_(False).to(memory_format=self.layout)
 
     def forward(self, x):
