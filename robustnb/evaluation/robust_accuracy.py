@@ -332,8 +332,8 @@ def summarize(
     # One row per attack and one for the worst of them: attack, n, accuracy, lo, hi (fractions)
 )->pd.DataFrame:
     "Accuracy under each attack and under the worst of them per image, with 95% intervals."
-    groups = [(name, g.correct) for name, g in rows.groupby('attack', sort=False)] + [(
-        'worst', worst_case(rows).correct)]
+    worst = 'worst', worst_case(rows).correct
+    groups = [*((name, g.correct) for name, g in rows.groupby('attack', sort=False)), worst]
     lines = [dict(attack=name, n=len(c), accuracy=c.mean())
              | dict(zip(('lo', 'hi'), wilson(int(c.sum()), len(c)))) for name, c in groups]
     return pd.DataFrame(lines)

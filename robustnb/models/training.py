@@ -127,9 +127,6 @@ def trainable(
 )->list:          # Their weights
     "The weights that a training may change; refused where all of them are frozen."
     weights = [w for part in parts for w in part.parameters()]
-    if any(w.is_inference() for w in weights):
-        raise ValueError("`model` must have weights that can be trained; it was made inside "
-                         "`torch.inference_mode()`. Make or load it outside.")
     if any(w.requires_grad for w in weights): return weights
     raise ValueError(f"`model` must have weights to train; all {len(weights)} are frozen. Use "
                      "`model.requires_grad_(True)`.")
