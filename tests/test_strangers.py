@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 import robustnb as rn
-from robustnb.core import ordered_names, to_uint8
+from robustnb.commands.common import _command
+from robustnb.core import ordered_names, pick_device, to_float, to_uint8
 from robustnb.data import NamedSet
 from robustnb.curation.contest import contest_train, default_config
 from robustnb.curation.hidden import load_hidden, proxy_networks
+from robustnb.descriptors.attack import Plan
 from robustnb.descriptors.bandit import Bandit
 from robustnb.descriptors.ridge_students import GaborFeatures
 from robustnb.descriptors.students import DescriptorRecipe
@@ -309,6 +311,15 @@ def test_copies_made_in_inference_mode_pass_a_gradient():
         rows_of(rn.pgd, model)
     rows_of(rn.fgsm, built, pictures(2, 32, 32))
 
+def test_descriptors_are_attacked_in_inference_mode():
+    box, x, wanted, threat = boxed()
+    with torch.inference_mode():
+        seen = to_float(to_uint8(pictures()))
+        student = rn.fit_ridge(nn.Flatten(), to_uint8(seen), box(seen))
+        found = rn.bandit_descriptor(box, seen[:2], wanted, threat, students=student, plan=Bandit(queries=6))
+        rn.attack_descriptor(box, seen[:2], wanted, threat, students=[student], plan=Plan(queries=6))
+    assert found.shape == x.shape
+
 @pytest.mark.parametrize('name', ('train', 'contest', 'distill'))
 def test_trainings_in_inference_mode(name):
     outside = net()
@@ -399,3 +410,15 @@ def test_the_home_of_a_path(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='`path` begins with ~, which only a shell takes for your home'):
         POOL().save('~/other')
     assert not (tmp_path/'~').exists()
+
+@pytest.mark.parametrize('name', ('data', 'hidden', 'images', 'test'))
+def test_a_folder_that_is_not_there_is_named_before_a_network_is_fetched(name, capsys):
+    @_command
+    def job(model, **given): raise AssertionError('it was fetched')
+    with pytest.raises(SystemExit, match=f'`{name}` must be a folder of images.*there is none at nowhere'):
+        job('timm:resnet18', **{name: 'nowhere'})
+
+def test_devices_that_do_not_exist():
+    for device in ('gpu', 3.5):
+        with pytest.raises(ValueError, match='`device` must be a device of torch'):
+            pick_device(device)

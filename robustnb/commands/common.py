@@ -28,7 +28,7 @@ from ..quant.targets import format_list, kilobytes, target_formats
 # %% ../../nbs/api/commands/10_common.ipynb #5e2a81c6
 def _there(given):
     "Raise where a folder or file of images is missing"
-    for name in ('images', 'test'):
+    for name in ('images', 'test', 'data', 'hidden'):
         source = given.get(name)
         named = source in ('', None, 'digits', *_FETCHED) or any(o in str(source) for o in ':[@')
         if not (named or Path(source).exists()):

@@ -111,7 +111,7 @@ def begin_attack(
         raise ValueError(
             f"`start` must have the shape of `x`, {tuple(x.shape)}; got {tuple(start.shape)}.")
     x = round_to_8bit(x)
-    targets = targets.to(x)
+    targets = targets.to(x, copy=True)
     first = x.clone() if start is None else fit_8bit(x, start, threat)
     if is_spent(oracle):
         answers = torch.full_like(targets[:, 0], torch.nan)
@@ -387,6 +387,7 @@ def _learn(students, optimizers, seen, plan, generator):
             o.step()
 
 # %% ../../nbs/api/descriptors/40_attack.ipynb #80bd29d9
+@torch.inference_mode(False)
 @torch.no_grad()
 def attack_descriptor(
     oracle:Callable,         # Queried `plan.queries` times at most: images (N,C,H,W) -> descriptors (N,D)

@@ -34,6 +34,7 @@ def _slope(students, x, change, targets, threat, multiplier, weight, u):
     return torch.autograd.grad(loss.sum(), change)[0]
 
 # %% ../../nbs/api/descriptors/55_carlini_wagner.ipynb #45866194
+@torch.inference_mode(False)
 def carlini_wagner_ssim(
     oracle,            # Black box: images (N,C,H,W) -> descriptors (N,D); a `BlackBox` counts
     x:Tensor,          # Clean images (N,C,H,W), float, pixels in [0,1]
