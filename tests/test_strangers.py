@@ -12,7 +12,7 @@ from robustnb.core import ordered_names, pick_device, to_float, to_uint8
 from robustnb.data import NamedSet
 from robustnb.curation.contest import contest_train, default_config
 from robustnb.curation.hidden import load_hidden, proxy_networks
-from robustnb.descriptors.attack import Plan
+from robustnb.descriptors.attack import baseline, fgvm, Plan
 from robustnb.descriptors.bandit import Bandit
 from robustnb.descriptors.ridge_students import GaborFeatures
 from robustnb.descriptors.students import DescriptorRecipe
@@ -311,13 +311,26 @@ def test_copies_made_in_inference_mode_pass_a_gradient():
         rows_of(rn.pgd, model)
     rows_of(rn.fgsm, built, pictures(2, 32, 32))
 
+@pytest.mark.parametrize('attack', (baseline, fgvm, rn.attack_descriptor))
+def test_a_chain_of_layers_is_one_student(attack):
+    box, x, wanted, threat = boxed()
+    x = to_float(to_uint8(x))
+    student = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval()
+    one, several = (attack(box, x, wanted, threat, students=o) for o in (student, [student]))
+    assert torch.equal(one, several)
+
 def test_descriptors_are_attacked_in_inference_mode():
     box, x, wanted, threat = boxed()
+    plan, outside = Plan(queries=6), nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval()
     with torch.inference_mode():
         seen = to_float(to_uint8(pictures()))
         student = rn.fit_ridge(nn.Flatten(), to_uint8(seen), box(seen))
         found = rn.bandit_descriptor(box, seen[:2], wanted, threat, students=student, plan=Bandit(queries=6))
-        rn.attack_descriptor(box, seen[:2], wanted, threat, students=[student], plan=Plan(queries=6))
+        one, several = (rn.attack_descriptor(box, seen[:2], wanted, threat, students=o, plan=plan)
+                        for o in (outside, [outside]))
+        with pytest.raises(ValueError, match='`students` must have weights that learn.*RidgeStudent'):
+            rn.attack_descriptor(box, seen[:2], wanted, threat, students=student, plan=plan)
+    assert torch.equal(one, several)
     assert found.shape == x.shape
 
 @pytest.mark.parametrize('name', ('train', 'contest', 'distill'))
