@@ -290,7 +290,7 @@ def test_budgets_are_numbers_and_equal_ones_are_written_alike():
                         (rn.L2(np.int64(1)), rn.L2(1))):
         assert repr(made) == repr(plain)
     for make in (lambda: rn.SSIM('.9'), lambda: rn.SSIM(None), lambda: rn.Linf(True)):
-        with pytest.raises(TypeError, match='must be a number'):
+        with pytest.raises(TypeError, match='must be (a number|in .0, 1., a number)'):
             make()
     for kind in (rn.Linf, rn.SSIM):
         with pytest.raises(TypeError, match='`threat` must be a threat model such as'):

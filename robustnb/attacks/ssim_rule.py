@@ -154,7 +154,7 @@ class SSIM(Ball):
         number = isinstance(level, numbers.Real) and not isinstance(level, bool)
         if not (number and 0 < level <= 1):
             raise (ValueError if number else TypeError)(
-                "`level` must be a number in (0, 1], the least similarity allowed; got "
+                "`level` must be in (0, 1], a number, the least similarity allowed; got "
                 f"{level!r}. A usual limit is .95.")
     @property
     def eps(self): return 1-self.level
