@@ -83,6 +83,10 @@ def unwrap(
 )->nn.Module:         # The same without wrappers, its weights shared; `model` itself if there are none
     "A network without `DataParallel`, `torch.compile` and the like, at the top or inside."
     model = _inside(model)
+    if isinstance(model, fx.GraphModule) and 'eval' in vars(model):
+        raise TypeError("`model` must be a network with layers; got the module of a `torch.export` "
+                        "program, which has no evaluation mode. Save the program with `torch.export.save`, "
+                        "and read it with `load_model`.")
     opened = {k: unwrap(m) for k, m in model.named_children()}
     changed = {k: m for k, m in opened.items() if m is not model._modules[k]}
     if not changed: return model
@@ -293,7 +297,8 @@ def open_model(
     "Any classifier, ready to be asked."
     check_model(unwrap(model) if isinstance(model, nn.Module) else model)
     if x is None: return unwrap(model)
-    if isinstance(model, _Adapted) or getattr(model, 'opened', None) == x.dtype: return model
+    known = getattr(model, 'opened', None) == x.dtype and _weights_dtype(model, x) is None
+    if isinstance(model, _Adapted) or known: return model
     bare, how = _known_manner(model, x)
     odd = how.contiguous or how.in_place or how.flat or how.cast or how.pairs
     plain = how.where == '' and not odd
@@ -304,8 +309,9 @@ def memory_format(
     model:nn.Module,     # From `open_model`
 )->torch.memory_format:  # Layout for its images, and for the weights of a copy
     "Channels last, unless the model cannot take that."
-    if isinstance(model, _Adapted) and model.manner.contiguous: return torch.contiguous_format
-    return getattr(model, 'layout', torch.channels_last)
+    adapted = isinstance(model, _Adapted) and model.manner.contiguous
+    only = adapted or getattr(model, 'contiguous_only', False)
+    return torch.contiguous_format if only else torch.channels_last
 
 # %% ../nbs/api/02_contract.ipynb #b6bcdc83
 def smallest_batch(

@@ -26,6 +26,7 @@ def check_images(
     if not isinstance(x, Tensor):
         way = "Use `to_float` for uint8 arrays"
         if isinstance(x, (str, Path)): way = "`load_images` reads files"
+        if hasattr(x, 'images') and hasattr(x, 'y'): way = "The images of a set are its `x`"
         raise TypeError(f"`{name}` must be a torch tensor (N,C,H,W); got {type(x).__name__}. {way}.")
     what = f"{x.dtype} of shape {tuple(x.shape)}"
     if x.ndim != 4 or x.numel() == 0:
@@ -38,6 +39,7 @@ def check_images(
     if not (lo >= 0 and hi <= 1):
         bad = x.isnan().flatten(1).any(1).sum()
         way = "Divide by 255, or undo the normalisation: the model normalises, the caller does not."
+        if lo > -1e-5 and hi < 1+1e-5: way = "These are errors of rounding: `x.clamp(0, 1)`."
         if bad: way = f"NaN is in {bad} of {len(x)} images: leave them out, or look for a division by zero."
         raise ValueError(f"`{name}` must hold pixels in [0, 1]; got {what} with values in "
                          f"[{lo:.4g}, {hi:.4g}]. {way}")
@@ -57,9 +59,10 @@ def check_labels(
         raise TypeError(f"`{name}` must be a torch tensor (N,) of class numbers; got {type(y).__name__}"
                         f"{' of names' if named else ''}. Use {way}.")
     if y.dtype != torch.int64 or y.ndim != 1:
+        way = "For other whole numbers take `y.long()`, for soft labels `y.argmax(1)`."
+        if y.ndim != 1 and y.numel() == n: way = "One number an image: `y.flatten().long()`."
         raise TypeError(f"`{name}` must be int64 class numbers (N,); got {y.dtype} of shape "
-                        f"{tuple(y.shape)}. For other whole numbers take `y.long()`, for soft "
-                        "labels `y.argmax(1)`.")
+                        f"{tuple(y.shape)}. {way}")
     if len(y) != n:
         raise ValueError(f"`{name}` must have one label per image; got {len(y)} labels for "
                          f"{n} images.")
@@ -95,12 +98,17 @@ def check_model(
 )->nn.Module:          # The same model
     "Raise unless `model` is a module with its weights and with every part in evaluation mode."
     if not isinstance(model, nn.Module):
+        way = ' Save it with `torch.export.save` and read it with `load_model`.'
         raise TypeError("`model` must be a torch.nn.Module from pixels in [0, 1] to logits; "
-                        f"got {type(model).__name__}.")
+                        f"got {type(model).__name__}.{way if hasattr(model, 'graph_module') else ''}")
     on = [n or 'the model itself' for n,m in model.named_modules() if m.training]
     if on:
         raise ValueError(f"`model` must be in evaluation mode; {on[0]} is in training mode "
                          f"({len(on)} parts). Call `model.eval()`.")
+    if weights and (home := torch.get_default_device()).type != 'cpu':
+        raise ValueError(f"`torch.set_default_device` must be left at the CPU; it is {home}, where all that "
+                         "names no device is made. Call inside `with torch.device('cpu')`; model and images "
+                         "may be anywhere.")
     meta = [n for o in (model.named_parameters(), model.named_buffers()) for n, t in o if t.is_meta]
     if meta and weights:
         raise ValueError(f"`model` must hold its weights; {meta[0]} is on the meta device, which knows "
@@ -201,7 +209,11 @@ def pick_device(
 )->torch.device:       # The device
     "Where to compute."
     if device is None: return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"`device` must be a device of torch, such as 'cpu', 'cuda' or 'cuda:1'; got "
+                         f"{device!r}.") from None
     if device.type == 'cuda' and not torch.cuda.is_available():
         raise ValueError("`device` is 'cuda', but torch finds no CUDA device here. Use "
                          "device='cpu', or install a CUDA build of torch.")
@@ -211,12 +223,13 @@ def check_count(
     n,               # Number to check
     name:str='n',    # What the caller calls it, for the message
     of:str='',       # What is counted, ' images'
+    least:int=1,     # The smallest that is allowed
 )->int:              # The same number
-    "Raise unless `n` is a whole number, at least 1."
+    "Raise unless `n` is a whole number, at least `least`."
     whole = isinstance(n, (int, np.integer)) and not isinstance(n, bool)
-    if whole and n >= 1: return int(n)
+    if whole and n >= least: return int(n)
     error = ValueError if whole else TypeError
-    raise error(f"`{name}` must be a whole number, at least 1{of}; got {n!r}.")
+    raise error(f"`{name}` must be a whole number, at least {least}{of}; got {n!r}.")
 
 def batches(
     n:int,          # Items

@@ -58,6 +58,9 @@ def _soft_labels(labels, n, classes):
     "float32 (n,K), rows of probabilities, from such rows or from class numbers (n,)"
     K = len(classes)
     labels = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
+    if not labels.ndim:
+        raise TypeError("`labels` must be class numbers (N,) or rows of probabilities (N,K); got "
+                        f"{labels!r}.")
     if len(labels) != n:
         raise ValueError(f"`labels` must have one row per image; got {len(labels)} for {n} images.")
     if labels.ndim == 1:
@@ -157,7 +160,7 @@ def digits(
     "Real handwritten digits, bundled with scikit-learn (Alpaydin and Kaynak 1998, UCI)."
     if split not in ('train', 'test', 'all'):
         raise ValueError(f"`split` must be 'train', 'test' or 'all' for digits; got {split!r}.")
-    if not size >= 1: raise ValueError(f"`size` must be at least 1 pixel; got {size}.")
+    check_count(size, 'size', of=' pixel')
     from sklearn.datasets import load_digits    # takes a second, which those with other images save
     raw = load_digits()
     grey = (raw.images*255/16).round().astype(np.uint8)
@@ -447,7 +450,7 @@ def load_folder(
     prepare=None,         # (image (H,W,C), its name in the folder) -> uint8 image; None leaves them
 )->ImageSet:              # Images (N,H,W,channels); classes sorted by name, or as numbers
     "Images from class folders, as ImageNet is usually kept."
-    path = Path(path)
+    path = check_path(path)
     _check_fit(size, channels, crop_pct)
     names, y, classes = class_folders(_tree(path), split, path)
     decode = partial(decode_image, size=size, channels=channels, crop_pct=crop_pct)

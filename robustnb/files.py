@@ -22,6 +22,9 @@ def atomic_path(
 ):                   # A temporary path in the same folder, moved to `path` on success
     "Write a file completely or not at all."
     path, tmp = Path(path), None
+    if path.parts[:1] == ('~',):
+        raise ValueError(f"`path` begins with ~, which only a shell takes for your home; got {path}. Use "
+                         "`Path(path).expanduser()`.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
@@ -50,7 +53,7 @@ def check_path(
     name:str='path',   # What the caller calls it, for the message
 )->Path:               # The path
     "Raise unless `path` is text or a `Path`."
-    if isinstance(path, (str, Path)): return Path(path)
+    if isinstance(path, (str, Path)): return Path(path).expanduser()
     way = ' Write it with its method `save`, and give that folder.' if hasattr(path, 'save') else ''
     raise TypeError(f"`{name}` must be the path of a file or folder; got {type(path).__name__}.{way}")
 
@@ -86,7 +89,7 @@ def file_kind(
     path,          # A file
 )->str:            # 'state', 'safetensors', 'exported', 'torchscript', 'onnx', 'web page', ..., or 'other'
     "What a file of weights or of a model is, by what is in it."
-    path = Path(path)
+    path = check_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"`path` must be a file of saved weights; there is none at {path}.")
     with open(path, 'rb') as f:
@@ -134,6 +137,7 @@ def load_state(
     device='cpu',     # Where the tensors go
 )->dict:              # What was saved
     "`torch.load` that never runs code and names the file when it is damaged."
+    path = check_path(path)
     kind = file_kind(path)
     if kind in _hints: raise ValueError(f"`path` must be a file of plain tensors; {path} is {_hints[kind]}")
     try:

@@ -8,7 +8,6 @@ __all__ = ['load_images', 'match_classes']
 # %% ../nbs/api/25_images.ipynb #261381eb
 import copy, difflib, io, re, zipfile
 from functools import partial
-from pathlib import Path
 from PIL import Image
 import numpy as np
 from torch import Tensor
@@ -38,8 +37,9 @@ def _pictures(names, open_file, source, decode, choose):
 
 def _arrays(source, size, channels, crop_pct, choose):
     "Images that are kept as an array, brought to the same form"
-    if (Path(source)/'data.npy').is_file():
-        images = check_pixels(_load_npy(Path(source)/'data.npy'))
+    kept = check_path(source, 'source')/'data.npy'
+    if kept.is_file():
+        images = check_pixels(_load_npy(kept))
     else:
         own = size if source == 'digits' else None
         images = _ready_made(source, 'train', own, None, False).images

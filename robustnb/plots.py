@@ -12,7 +12,7 @@ from matplotlib import rc_context
 import numpy as np
 import pandas as pd
 from torch import Tensor
-from .core import to_uint8
+from .core import check_count, to_uint8
 
 # %% ../nbs/api/40_plots.ipynb #71c56d28
 def _numbers(df, **columns):
@@ -66,7 +66,7 @@ def show_images(
                          f"1 or 3 channels; got {x.dtype} of shape {x.shape}.")
     if titles is not None and len(titles) != len(x):
         raise ValueError(f"`titles` must be one per image; got {len(titles)} for {len(x)} images.")
-    if not cols >= 1: raise ValueError(f"`cols` must be at least 1; got {cols}.")
+    check_count(cols, 'cols')
     n, h, w, _ = x.shape
     cols = min(cols, n)
     rows = -(-n//cols)
@@ -206,7 +206,7 @@ def plot_layers(
     if len(odd):
         raise ValueError(f"`value` must be finite; layer {df[name].iloc[odd[0]]!r} has "
                          f"{v[odd[0]]}.")
-    if not top >= 0: raise ValueError(f"`top` must be at least 0; got {top}.")
+    check_count(top, 'top', least=0)
     ax = _axes(ax, 4.6, .9+.13*max(n, 6))
     size = 7 if n > 20 else 9
     dark = np.isin(np.arange(n), np.argsort(-v, kind='stable')[:top])

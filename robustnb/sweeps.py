@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from .core import progress
+from .core import check_count, progress
 from .files import save_json
 from .questions import cache_key
 from .jobs import digest, facts, plain, read_row, run_jobs, worker_command, write_row
@@ -325,8 +325,7 @@ def _job_of(path): return Path(path).stem.partition('-')[0]
 def _check_counts(**counts):
     "Raise unless all are whole numbers of at least 1"
     for k, v in counts.items():
-        if isinstance(v, bool) or not isinstance(v, (int, np.integer)) or v < 1:
-            raise ValueError(f"`{k}` must be a whole number, at least 1; got {v!r}.")
+        check_count(v, k)
 
 # %% ../nbs/api/70_sweeps.ipynb #13d767bd
 def sweep(

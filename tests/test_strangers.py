@@ -1,18 +1,22 @@
 "People who bring their own model and data get a right number, or one sentence that names the argument"
-import copy
+import copy, pickle, threading, time
+from functools import partial
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 import robustnb as rn
-from robustnb.core import ordered_names, to_uint8
+from robustnb.commands.common import _command
+from robustnb.core import ordered_names, pick_device, to_float, to_uint8
 from robustnb.data import NamedSet
 from robustnb.curation.contest import contest_train, default_config
 from robustnb.curation.hidden import load_hidden, proxy_networks
+from robustnb.descriptors.attack import baseline, fgvm, Plan
 from robustnb.descriptors.bandit import Bandit
 from robustnb.descriptors.ridge_students import GaborFeatures
 from robustnb.descriptors.students import DescriptorRecipe
+from robustnb.models.graph import trace
 from robustnb.models.wrapping import read_classes
 from robustnb.quant.ptq import calibrate
 from robustnb.transfer.crops import move_crops
@@ -226,3 +230,208 @@ def test_a_submission_is_judged_with_names_and_pairs():
                         ((faces, 'pairs.csv'), '`pairs` must be a Pairs, as from `read_pairs`; got str')):
         with pytest.raises(TypeError, match=said):
             rn.check_submission('a.zip', *given)
+
+
+def rows_of(attack, model=None, x=None, y=None, **more):
+    model = Small() if model is None else model
+    x = pictures() if x is None else x
+    y = rn.predict(model, x).argmax(1) if y is None else y
+    return rn.evaluate(model, x, y, dict(a=attack), rn.Linf(2/255), **more)
+
+def test_an_attack_that_leaves_the_model_in_training_mode_is_named():
+    def careless(model, x, y, threat, generator):
+        model.train()
+        return x
+    with pytest.raises(ValueError, match="attack 'a' must leave the model in evaluation mode"):
+        rows_of(careless)
+
+def test_images_that_an_attack_did_not_see_do_not_stand():
+    rows = rows_of(rn.fgsm)
+    assert len(rn.summarize(rows)) == 3
+    with pytest.raises(ValueError, match="same images under every attack.*8 under 'clean', 6 under 'a'"):
+        rn.summarize(rows[(rows.attack == 'clean') | (rows.image > 1)])
+    for other in (rows.to_dict('records'), rows.drop(columns='correct')):
+        with pytest.raises(TypeError, match='`rows` must be a table of `evaluate`; got'):
+            rn.summarize(other)
+
+@pytest.mark.parametrize('attack, error, said', (
+    (partial(rn.pgd, step_size=-.01), ValueError, '`step_size` must be a number above 0.*got -0.01'),
+    (partial(rn.pgd, step_size='1'), ValueError, "`step_size` must be a number above 0.*got '1'"),
+    (partial(rn.pgd, steps=2.), TypeError, '`steps` must be a whole number, at least 0; got 2.0'),
+    (partial(rn.square, queries=20.), TypeError, '`queries` must be a whole number, at least 2; got 20.0'),
+    (partial(rn.pgd, loss=F.cross_entropy), ValueError, r'`loss` must give one value for each.*shape \(\)'),
+    (partial(rn.square, loss=F.cross_entropy, queries=9), ValueError, '`loss` must give one value for each'),
+    (partial(rn.fgsm, loss='ce'), TypeError, "`loss` must be a function .*got 'ce'"),
+    (lambda model, x, y, threat: x, TypeError, "'a' cannot be called so: got an unexpected .*generator"),
+))
+def test_settings_that_weaken_or_break_an_attack_are_named(attack, error, said):
+    with pytest.raises(error, match=said):
+        rows_of(attack)
+
+def test_images_of_an_attack_in_double_precision_are_judged():
+    assert len(rows_of(lambda model, x, y, threat, generator: x.double())) == 16
+
+def test_half_precision_has_no_budget():
+    with pytest.raises(TypeError, match='`x` must be float32 or float64 for an attack.*float16'):
+        rows_of(rn.pgd, model=Small().half(), x=pictures().half(), y=torch.zeros(8, dtype=torch.long))
+
+def test_the_way_out_of_wrong_labels_fits_their_shape():
+    for y in (torch.ones(8, 1, dtype=torch.long), torch.ones(1, 8)):
+        with pytest.raises(TypeError, match=r'Use|`y.flatten\(\).long\(\)`'):
+            rows_of(rn.fgsm, y=y)
+    with pytest.raises(TypeError, match=r'`y.argmax\(1\)`'):
+        rows_of(rn.fgsm, y=F.one_hot(torch.ones(8, dtype=torch.long), 5))
+    with pytest.raises(ValueError, match=r'errors of rounding: `x.clamp\(0, 1\)`'):
+        rows_of(rn.fgsm, x=pictures().index_fill(3, torch.tensor(2), -1e-7))
+
+
+def test_budgets_are_numbers_and_equal_ones_are_written_alike():
+    for made, plain in ((rn.Linf(np.float64(.1)), rn.Linf(.1)), (rn.SSIM(np.float64(.9)), rn.SSIM(.9)),
+                        (rn.L2(np.int64(1)), rn.L2(1))):
+        assert repr(made) == repr(plain)
+    for make in (lambda: rn.SSIM('.9'), lambda: rn.SSIM(None), lambda: rn.Linf(True)):
+        with pytest.raises(TypeError, match='must be (a number|in .0, 1., a number)'):
+            make()
+    for kind in (rn.Linf, rn.SSIM):
+        with pytest.raises(TypeError, match='`threat` must be a threat model such as'):
+            rn.evaluate(Small(), pictures(), torch.zeros(8, dtype=torch.long), {}, kind)
+
+
+def deep():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    return rn.wrap_model(net, (.5,)*3, (.5,)*3)
+
+def test_copies_made_in_inference_mode_pass_a_gradient():
+    outside = deep()
+    with torch.inference_mode():
+        copies = [rn.quantize(o, 'INT4', pictures()) for o in (outside, deep())]
+        rows_of(rn.pgd, copies[0])
+        built = rn.build_model('ResNet_18', width=.1)
+    for model in copies:
+        rows_of(rn.pgd, model)
+    rows_of(rn.fgsm, built, pictures(2, 32, 32))
+
+@pytest.mark.parametrize('attack', (baseline, fgvm, rn.attack_descriptor))
+def test_a_chain_of_layers_is_one_student(attack):
+    box, x, wanted, threat = boxed()
+    x = to_float(to_uint8(x))
+    student = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval()
+    one, several = (attack(box, x, wanted, threat, students=o) for o in (student, [student]))
+    assert torch.equal(one, several)
+
+def test_descriptors_are_attacked_in_inference_mode():
+    box, x, wanted, threat = boxed()
+    plan, outside = Plan(queries=6), nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval()
+    with torch.inference_mode():
+        seen = to_float(to_uint8(pictures()))
+        student = rn.fit_ridge(nn.Flatten(), to_uint8(seen), box(seen))
+        found = rn.bandit_descriptor(box, seen[:2], wanted, threat, students=student, plan=Bandit(queries=6))
+        one, several = (rn.attack_descriptor(box, seen[:2], wanted, threat, students=o, plan=plan)
+                        for o in (outside, [outside]))
+        with pytest.raises(ValueError, match='`students` must have weights that learn.*RidgeStudent'):
+            rn.attack_descriptor(box, seen[:2], wanted, threat, students=student, plan=plan)
+    assert torch.equal(one, several)
+    assert found.shape == x.shape
+
+@pytest.mark.parametrize('name', ('train', 'contest', 'distill'))
+def test_trainings_in_inference_mode(name):
+    outside = net()
+    with torch.inference_mode():
+        for model in outside, net():
+            assert trainings()[name](model)[0][1].weight.isfinite().all()
+
+def test_other_threads_ask_while_one_is_followed():
+    model, x = deep(), pictures()
+    right = rn.predict(model, x)
+    wrong = []
+    def ask():
+        for _ in range(60):
+            try:
+                if not torch.equal(model(x), right): wrong.append('other logits')
+            except Exception as e:
+                wrong.append(repr(e))
+    class Slow(nn.Module):
+        def forward(self, x):
+            time.sleep(.02)
+            return x
+    slow = nn.Sequential(*(Slow() for _ in range(5)), nn.Flatten(), nn.Linear(192, 3)).eval()
+    threads = [threading.Thread(target=trace, args=(slow,)) for _ in range(2)]
+    with torch.no_grad():
+        for thread in threads:
+            thread.start()
+        time.sleep(.03)
+        ask()
+    for thread in threads:
+        thread.join()
+    assert not wrong and torch.equal(rn.predict(model, x), right)
+
+
+def test_precision_is_named_where_torch_computes_in_another():
+    with torch.autocast('cpu', torch.bfloat16):
+        with pytest.raises(TypeError, match='`x` must be float32 or float64.*outside `torch.autocast`'):
+            rn.quantize(deep(), 'INT8', pictures())
+
+def test_a_default_device_is_named():
+    model, x = deep(), pictures()
+    with torch.device('meta'):
+        with pytest.raises(ValueError, match='`torch.set_default_device` must be left at the CPU'):
+            rn.predict(model, x)
+        built = rn.build_model('ResNet_18', width=.1)
+        with torch.device('cpu'):
+            assert rn.predict(model, x).shape == (8, 3)
+    assert rn.predict(built, pictures(2, 32, 32)).shape == (2, 10)
+
+@pytest.mark.parametrize('door', (rn.predict, lambda m, x: rn.wrap_model(m, (.5,)*3, (.5,)*3)))
+def test_programs_of_export_are_told_their_way(door):
+    program = torch.export.export(deep(), (pictures(),))
+    with pytest.raises(TypeError, match='`torch.export.save`'):
+        rn.predict(program, pictures())
+    with pytest.raises(TypeError, match='`torch.export.save`'):
+        door(program.module(), pictures())
+
+def test_torchscript_takes_the_cascade():
+    script = torch.jit.trace(Small(), pictures())
+    assert len(rows_of(rn.cascade, script)) == 16
+
+def test_a_rounded_network_is_pickled_by_torch(tmp_path):
+    copy_of_it = rn.quantize(deep(), 'INT4', pictures())
+    torch.save(copy_of_it, tmp_path/'q.pt')
+    back = torch.load(tmp_path/'q.pt', weights_only=False)
+    assert torch.equal(rn.predict(back, pictures()), rn.predict(copy_of_it, pictures()))
+    with pytest.raises(ValueError, match='weights are float16 and `x` is float32'):
+        rn.predict(copy.deepcopy(copy_of_it).half(), pictures())
+
+def test_copies_of_a_box_share_its_budget(tmp_path):
+    box = rn.BlackBox(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval(), 10)
+    twin = copy.deepcopy(box)
+    twin(pictures(3))
+    assert box.used == 3
+    with pytest.raises(TypeError, match='`cache` must be a file where a `BlackBox` is written down'):
+        pickle.dumps(box)
+    kept = rn.BlackBox(box.black_box, 10, cache=tmp_path/'asked.db')
+    kept(pictures(2))
+    assert pickle.loads(pickle.dumps(kept)).used == 2
+
+
+def test_the_home_of_a_path(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    POOL().save(tmp_path/'set')
+    assert len(rn.load_data('~/set')) == len(rn.load_images('~/set')) == 4
+    rn.save_model(rn.build_model('ResNet_18', width=.1), tmp_path/'net.pt')
+    assert rn.load_model('~/net.pt').width == .1
+    with pytest.raises(ValueError, match='`path` begins with ~, which only a shell takes for your home'):
+        POOL().save('~/other')
+    assert not (tmp_path/'~').exists()
+
+@pytest.mark.parametrize('name', ('data', 'hidden', 'images', 'test'))
+def test_a_folder_that_is_not_there_is_named_before_a_network_is_fetched(name, capsys):
+    @_command
+    def job(model, **given): raise AssertionError('it was fetched')
+    with pytest.raises(SystemExit, match=f'`{name}` must be a folder of images.*there is none at nowhere'):
+        job('timm:resnet18', **{name: 'nowhere'})
+
+def test_devices_that_do_not_exist():
+    for device in ('gpu', 3.5):
+        with pytest.raises(ValueError, match='`device` must be a device of torch'):
+            pick_device(device)

@@ -241,7 +241,7 @@ def test_tables_that_are_refused(lab, tmp_path):
              tmp_path/'o')
     for kw in (dict(workers=0), dict(tries=0), dict(chunk=0), dict(tries=1.5),
                dict(workers=True), dict(tries=float('nan'))):
-        _refused(ValueError, f'`{[*kw][0]}` must be a whole number', jobs.root, ok,
+        _refused((ValueError, TypeError), f'`{[*kw][0]}` must be a whole number', jobs.root, ok,
                  tmp_path/'o', **kw)
     _refused(TypeError, '`slurm` must be a dict', jobs.root, ok, tmp_path/'o', slurm='gpu')
     (tmp_path/'file').write_text('')

@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable
 import torch
 from torch import nn, Tensor
-from ..core import batches, images_at_a_time
+from ..core import batches, check_count, images_at_a_time
 from .gradient import (
-    _logits_for, check_attack, cross_entropy, dlr_to, loss_and_grad, margin, is_correct)
+    _image_losses, _logits_for, check_attack, cross_entropy, dlr_to, is_correct, loss_and_grad, margin)
 
 # %% ../../nbs/api/attacks/40_adaptive_pgd.ipynb #91e09b95
 def gradients(
@@ -24,7 +24,7 @@ def gradients(
     @torch.no_grad()
     def loss_alone(model, x, y, loss):
         logits = _logits_for(model, x, y)
-        return loss(logits, y), x[:, :0], logits
+        return _image_losses(loss, logits, y), x[:, :0], logits
     def gradient_of(x, y, wanted=True):
         look = loss_and_grad if wanted else loss_alone
         size = images_at_a_time(x, x.device, 125) if batch_size is None else batch_size
@@ -163,7 +163,7 @@ def apgd(
     "Auto-PGD (Croce and Hein 2020, arXiv:2003.01690)."
     model = check_attack(model, x, y, threat)
     x = x.detach()
-    if not steps >= 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
+    check_count(steps, 'steps', least=0)
     out = x.clone()
     left, _ = is_correct(model, x, y)
     start = x if generator is None else threat.sample(x, generator)

@@ -7,6 +7,7 @@ __all__ = ['cross_entropy', 'margin', 'dlr', 'margin_to', 'dlr_to', 'check_attac
            'to_the_end', 'in_batches', 'is_correct', 'multi_attack', 'restarts']
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #3286fb2b
+import math, numbers
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +15,7 @@ from inspect import signature
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core import batches, check_images, check_labels, images_at_a_time, make_generator
+from ..core import batches, check_count, check_images, check_labels, images_at_a_time, make_generator
 from ..contract import answers_at_random, memory_format, open_model, predict, uncounted
 from .threat_models import check_threat
 
@@ -80,6 +81,9 @@ def check_attack(
     if threat is not None:
         check_threat(threat)
     model = open_model(model, check_images(x))
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"`x` must be float32 or float64 for an attack, as the steps between numbers of "
+                        f"{x.dtype} are as large as a budget. Use `x.float()`, and `model.float()`.")
     with uncounted():
         logits = predict(model, x[:1])
     if not logits.isfinite().all():
@@ -94,6 +98,16 @@ def check_attack(
 # %% ../../nbs/api/attacks/30_gradient.ipynb #b07be755
 class _NotDifferentiable(ValueError):
     "A model whose answers depend on no image through autograd"
+
+def _image_losses(loss, logits, y):
+    "What a loss says of each image; one number for all of them is refused"
+    if not callable(loss):
+        raise TypeError(f"`loss` must be a function (logits, y) -> loss per image (N,); got {loss!r}.")
+    value = loss(logits, y)
+    if isinstance(value, Tensor) and value.shape == logits.shape[:1]: return value
+    got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise ValueError(f"`loss` must give one value for each image (N,); got {got} for {len(logits)} images. "
+                     "Use `cross_entropy` of `robustnb.attacks.gradient`, or `reduction='none'`.")
 
 def _own(t): return t.clone() if t.is_inference() else t
 
@@ -125,7 +139,7 @@ def loss_and_grad(
         x = _own(x.detach()).requires_grad_()
         y = _own(y)
         logits = _logits_for(model, x, y)
-        value = loss(logits, y)
+        value = _image_losses(loss, logits, y)
         grad = None
         if value.requires_grad:
             grad, = torch.autograd.grad(value.sum(), x, allow_unused=True)
@@ -177,9 +191,12 @@ class _Best:
 def _lengths(threat, steps, step_size):
     "The length of each step"
     check_threat(threat)
-    n = 40 if steps is None else steps
-    if n < 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
-    if step_size is not None: return n*[step_size]
+    n = 40 if steps is None else check_count(steps, 'steps', least=0)
+    if step_size is not None:
+        if not (isinstance(step_size, numbers.Real) and 0 < step_size < math.inf):
+            raise ValueError("`step_size` must be a number above 0, in the unit of the budget; got "
+                             f"{step_size!r}. None chooses it.")
+        return n*[step_size]
     if steps is None: return [k/82*threat.eps for k in range(n, 0, -1)]    # ten budgets in all
     return n*[2.5*threat.eps/max(n, 1)]
 
@@ -193,7 +210,7 @@ def _pgd(model, x, y, threat, generator, lengths, loss, leave):
     with torch.no_grad():
         if generator is not None:
             logits = _logits_for(model, x, y)
-            go_on = best.see(ids, x, y, loss(logits, y), logits)
+            go_on = best.see(ids, x, y, _image_losses(loss, logits, y), logits)
             ids = ids[go_on]
             now = now[go_on]
         for length in lengths:
@@ -206,7 +223,7 @@ def _pgd(model, x, y, threat, generator, lengths, loss, leave):
             now = threat.project(x[ids], now + length*threat.steepest(grad[go_on], x[ids], now))
         if len(ids):
             logits = _logits_for(model, now, y[ids])
-            best.see(ids, now, y[ids], loss(logits, y[ids]), logits)
+            best.see(ids, now, y[ids], _image_losses(loss, logits, y[ids]), logits)
     return best.images
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #9c7b3f89
@@ -293,7 +310,7 @@ def restarts(
     n:int,             # How often to start, >= 1
 )->Callable:           # An attack with the same contract
     "The best of `n` attempts, image by image."
-    if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
+    check_count(n)
     @torch.no_grad()
     def repeated(model, x, y, threat, generator=None):
         model = open_model(model, x)

@@ -8,6 +8,7 @@ __all__ = ['onto_plane', 'deepfool', 'fab', 'carlini_wagner']
 # %% ../../nbs/api/attacks/50_minimum_norm.ipynb #27ef56bd
 import torch
 from torch import nn, Tensor
+from ..core import check_count
 from .threat_models import L1, Linf
 from .gradient import check_attack, loss_and_grad, margin, margin_to, is_correct
 
@@ -59,9 +60,7 @@ def _finish(model, x, y, threat, found):
 def _check_counts(**counts):
     "Raise unless each count is a whole number within its range."
     for name, n in counts.items():
-        least = int(name != 'steps')
-        if not (isinstance(n, int) and n >= least):
-            raise ValueError(f"`{name}` must be a whole number, at least {least}; got {n}.")
+        check_count(n, name, least=int(name != 'steps'))
 
 # %% ../../nbs/api/attacks/50_minimum_norm.ipynb #97f4ee7d
 def deepfool(

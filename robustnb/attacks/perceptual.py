@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
+from ..core import check_count
 from .threat_models import L1, Linf, shrink_to_sum
 from .gradient import check_attack, is_correct, loss_and_grad, margin
 
@@ -19,7 +20,7 @@ def _search(model, x, y, threat, loss, steps, form):
     """The allowed image with the largest margin; `form(x)` gives the numbers to start from, the
     image they make and the next step."""
     model = check_attack(model, x, y, threat)
-    if not steps >= 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
+    check_count(steps, 'steps', least=0)
     out = x.detach().clone()
     left, logits = is_correct(model, x, y)
     if not len(left): return out

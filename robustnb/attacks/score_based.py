@@ -9,9 +9,9 @@ __all__ = ['random_search', 'square_side', 'square_window', 'square', 'paint_pix
 from collections.abc import Callable
 import torch
 from torch import nn, Tensor
-from ..core import batches, draw, image_generators, make_generator
+from ..core import batches, check_count, draw, image_generators, make_generator
 from .threat_models import L0, L1, L2, Linf
-from .gradient import check_attack, is_correct, margin
+from .gradient import _image_losses, check_attack, is_correct, margin
 
 # %% ../../nbs/api/attacks/60_score_based.ipynb #71c55b31
 @torch.no_grad()
@@ -25,7 +25,7 @@ def random_search(
 )->Tensor:               # Images like `x`, allowed by `threat`
     "The best of random allowed images."
     model = check_attack(model, x, y, threat)
-    if not tries >= 1: raise ValueError(f"`tries` must be at least 1; got {tries}.")
+    check_count(tries, 'tries')
     left, logits = is_correct(model, x, y)
     out = x.detach().clone()
     best = margin(logits, y)
@@ -142,7 +142,7 @@ def _search(model, x, y, threat, generator, queries, p, loss):
             side = square_side(at, queries, p, x)
             asked = _propose(threat, s['x'], s['best'], side, s['u'][:, (at-1) % 100])
         logits = is_correct(model, asked, s['y'])[1]
-        value = loss(logits, s['y'])
+        value = _image_losses(loss, logits, s['y'])
         height = margin(logits, s['y'])
         better = (value > s['value']) | (height > 0)
         s |= dict(best=torch.where(better.view(-1, 1, 1, 1), asked, s['best']),
@@ -174,8 +174,8 @@ def square(
     if not isinstance(threat, (Linf, L2, L1)):
         raise TypeError(f"`threat` must be Linf, L2 or L1 for `square`; got {threat}. "
                         "Use `random_search`, which takes any threat model.")
-    if not (queries >= 2 and 0 < p <= 1):
-        raise ValueError(f"`queries` must be at least 2 and `p` in (0, 1]; got {queries} and {p}.")
+    check_count(queries, 'queries', least=2)
+    if not 0 < p <= 1: raise ValueError(f"`p` must be in (0, 1], a fraction of the image; got {p}.")
     return _search(model, x, y, threat, generator, queries, p, loss)
 
 # %% ../../nbs/api/attacks/60_score_based.ipynb #30d7ce9d

@@ -6,6 +6,7 @@
 __all__ = ['ssim_along', 'image_parts', 'ssim', 'SSIM', 'file_ssim']
 
 # %% ../../nbs/api/attacks/20_ssim_rule.ipynb #1a107952
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 import numpy as np
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from ..core import batches
 from ..data import check_pixels
-from .threat_models import Ball, L2
+from .threat_models import _plain_number, Ball, L2
 
 # %% ../../nbs/api/attacks/20_ssim_rule.ipynb #cb6cf5ac
 def _sevens(x, dim):
@@ -148,9 +149,13 @@ class SSIM(Ball):
     "The structural similarity to the clean image is at least `level`."
     level:float    # Least similarity, in (0,1]; .95 is a usual limit
     def __post_init__(self):
-        if not 0 < self.level <= 1:
-            raise ValueError("`level` must be in (0, 1], the least similarity allowed; got "
-                             f"{self.level}. A usual limit is .95.")
+        level = _plain_number(self.level)
+        object.__setattr__(self, 'level', level)
+        number = isinstance(level, numbers.Real) and not isinstance(level, bool)
+        if not (number and 0 < level <= 1):
+            raise (ValueError if number else TypeError)(
+                "`level` must be in (0, 1], a number, the least similarity allowed; got "
+                f"{level!r}. A usual limit is .95.")
     @property
     def eps(self): return 1-self.level
     def _rounding(self, x, x_adv): return 0

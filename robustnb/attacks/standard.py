@@ -57,6 +57,7 @@ class _Copy(nn.Module):
             net = copy_model(model)
         self.low = low
         self.layout = memory_format(model)
+        self.contiguous_only = self.layout == torch.contiguous_format
         self.net = net.eval().requires_grad_(False).to(memory_format=self.layout)
 
     def forward(self, x):
@@ -84,7 +85,8 @@ def search_copy(
 )->nn.Module:           # A faster copy, its weights frozen; the model itself where the copy would mislead
     "The model to follow in a search."
     own = 'left_float', 'logits_for', 'loss_and_grad'
-    if smallest_batch(model) > 1 or any(hasattr(model, o) for o in own): return model
+    script = isinstance(model, torch.jit.ScriptModule)     # its weights cannot be frozen
+    if script or smallest_batch(model) > 1 or any(hasattr(model, o) for o in own): return model
     some = y.argsort(stable=True)[torch.linspace(0, len(y)-1, min(32, len(y))).long()]
     x = x[some]
     y = y[some]

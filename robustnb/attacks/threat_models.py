@@ -8,9 +8,10 @@ __all__ = ['Ball', 'check_threat', 'Linf', 'L2', 'shrink_to_sum', 'L1', 'L0']
 # %% ../../nbs/api/attacks/10_threat_models.ipynb #0f47a9e9
 import math, numbers
 from dataclasses import dataclass
+import numpy as np
 import torch
 from torch import Tensor
-from ..core import draw, image_generators
+from ..core import check_count, draw, image_generators
 
 # %% ../../nbs/api/attacks/10_threat_models.ipynb #a6190b7d
 class Ball:
@@ -57,15 +58,21 @@ def check_threat(
     threat,       # What to check
 ):                # The same
     "Raise unless `threat` answers what attacks and evaluations ask."
-    if not hasattr(threat, 'allows'):
+    if isinstance(threat, type) or not hasattr(threat, 'allows'):
         raise TypeError(f"`threat` must be a threat model such as `Linf(8/255)`; got {threat!r}.")
     return threat
 
 # %% ../../nbs/api/attacks/10_threat_models.ipynb #e392cf68
-def _check_eps(eps, most=math.inf):
+def _plain_number(value):
+    "A number of numpy as Python's own, so that equal budgets are written alike; other things as they are"
+    return value.item() if isinstance(value, np.generic) else value
+
+def _check_eps(threat, most=math.inf):
     "Raise unless `eps` is a radius in pixel units."
+    eps = _plain_number(threat.eps)
+    object.__setattr__(threat, 'eps', eps)
     rule = 'in [0, 1]' if most == 1 else 'finite and not negative'
-    if not isinstance(eps, numbers.Real):
+    if isinstance(eps, bool) or not isinstance(eps, numbers.Real):
         raise TypeError(f"`eps` must be a number {rule} (pixels are in [0, 1]); got {eps!r}. "
                         "Eight grey levels are `8/255`.")
     if not (0 <= eps <= most and eps < math.inf):
@@ -76,7 +83,7 @@ def _check_eps(eps, most=math.inf):
 class Linf(Ball):
     "Every pixel changes by at most `eps`."
     eps:float      # Largest change of a pixel, in [0,1]; eight grey levels are 8/255
-    def __post_init__(self): _check_eps(self.eps, 1)
+    def __post_init__(self): _check_eps(self, 1)
     def _length(self, d): return d.abs().flatten(1).amax(1)
     def _shorten(self, d): return d.clamp(-self.eps, self.eps)
     def _unit(self, grad): return grad.sign()
@@ -87,7 +94,7 @@ class Linf(Ball):
 class L2(Ball):
     "The change has Euclidean length at most `eps`."
     eps:float      # Largest length of the change, over all pixels and channels of an image
-    def __post_init__(self): _check_eps(self.eps)
+    def __post_init__(self): _check_eps(self)
     def _length(self, d): return d.flatten(1).double().norm(dim=1).to(d.dtype)
     def _shorten(self, d):
         return d*(self.eps/self._length(d).clamp_min(1e-30)).clamp_max(1).view(-1, 1, 1, 1)
@@ -127,7 +134,7 @@ def _largest(grad, k):
 class L1(Ball):
     "The changes of all pixels and channels sum to at most `eps`."
     eps:float      # Largest sum of changes over all pixels and channels of an image
-    def __post_init__(self): _check_eps(self.eps)
+    def __post_init__(self): _check_eps(self)
     def _length(self, d): return d.flatten(1).double().abs().sum(1).to(d.dtype)
     def _unit(self, grad): return _largest(grad, torch.ones_like(grad[:, 0, 0, 0]))
     def _search(self, grad, x, x_adv):
@@ -169,8 +176,7 @@ class L0(Ball):
     "At most `n` pixels change, each to any colour."
     n:int          # Positions that may differ, >= 0
     def __post_init__(self):
-        if not isinstance(self.n, int) or not self.n >= 0:
-            raise ValueError(f"`n` must be a whole number of pixels, at least 0; got {self.n!r}.")
+        object.__setattr__(self, 'n', check_count(self.n, of=' pixels', least=0))
     @property
     def eps(self): return self.n
     def _length(self, d): return (d.abs() > 1e-7).any(1).flatten(1).sum(1).to(d.dtype)

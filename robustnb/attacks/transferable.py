@@ -9,9 +9,9 @@ __all__ = ['mean_normalized', 'mi_fgsm', 'ni_fgsm', 'resize_matrix', 'di_fgsm', 
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core import check_model, draw, image_generators
+from ..core import check_count, check_model, draw, image_generators
 from ..contract import open_model
-from .gradient import check_attack, cross_entropy, loss_and_grad
+from .gradient import _image_losses, check_attack, cross_entropy, loss_and_grad
 
 # %% ../../nbs/api/attacks/70_transferable.ipynb #bb5b1136
 def mean_normalized(
@@ -168,7 +168,7 @@ def si_fgsm(
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "Scale-invariant Nesterov attack, SI-NI-FGSM (Lin et al. 2020, arXiv:1908.06281)."
     gradient = _plain(model, x, y, threat)
-    if not copies >= 1: raise ValueError(f"`copies` must be at least 1; got {copies}.")
+    check_count(copies, 'copies')
     return _follow(_darker(gradient, copies), x, threat, steps, decay, ahead=1)
 
 def vmi_fgsm(
@@ -210,7 +210,7 @@ class _Chorus(_Ensemble):
             logits = self(x)
         gradient_of = lambda model: mean_normalized(loss_and_grad(open_model(model, x), x, y, loss)[1])
         grad = sum(w*gradient_of(m) for w, m in zip(self.weights, self.models))
-        return loss(logits, y), grad, logits
+        return _image_losses(loss, logits, y), grad, logits
 
 def ensemble(
     models:list,            # Classifiers in eval mode with the same classes

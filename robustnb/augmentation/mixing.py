@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
-from ..core import batches, subseed, to_float
+from ..core import batches, check_count, subseed, to_float
 from .history import apply_noted, note
 from .transforms import (
     affine, from_torchvision, gamma, one_of, photometric, posterize)
@@ -165,7 +165,7 @@ def pixmix(
     operations=None,       # Transforms that change copies; None takes `mild_operations`
 )->Callable:               # Transform (x, y, generator) -> (x, y)
     "PixMix (Hendrycks et al. 2022, arXiv:2112.05135)."
-    if not rounds >= 0: raise ValueError(f"`rounds` must not be negative; got {rounds}.")
+    check_count(rounds, 'rounds', least=0)
     if not 0 < beta < math.inf: raise ValueError(f"`beta` must be above 0; got {beta}.")
     operations = mild_operations() if operations is None else list(operations)
     if not operations: raise ValueError("`operations` must hold at least one transform; got none.")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn, Tensor
-from ..core import pick_device, subseed, to_uint8
+from ..core import check_count, pick_device, subseed, to_uint8
 from ..files import atomic_path, fingerprint, save_json
 from ..data import ImageSet, load_data, subset
 from ..images import load_images, match_classes
@@ -28,7 +28,7 @@ from ..quant.targets import format_list, kilobytes, target_formats
 # %% ../../nbs/api/commands/10_common.ipynb #5e2a81c6
 def _there(given):
     "Raise where a folder or file of images is missing"
-    for name in ('images', 'test'):
+    for name in ('images', 'test', 'data', 'hidden'):
         source = given.get(name)
         named = source in ('', None, 'digits', *_FETCHED) or any(o in str(source) for o in ':[@')
         if not (named or Path(source).exists()):
@@ -47,12 +47,17 @@ def _writable(out):
 
 _REFUSALS = ValueError, TypeError, OSError, FloatingPointError, ImportError, RuntimeError
 
+def _at_home(word):
+    "A path that begins with ~, which no shell has expanded behind an equals sign; other words as they are"
+    return os.path.expanduser(word) if isinstance(word, str) and word.startswith('~') else word
+
 def _command(job):
     "A broken rule ends a command with one line on standard error, not with a traceback."
     @wraps(job)
     def command(*args, **kwargs):
         new = question = None
         try:
+            args, kwargs = tuple(map(_at_home, args)), {k: _at_home(v) for k, v in kwargs.items()}
             given = signature(job).bind_partial(*args, **kwargs)
             given.apply_defaults()
             _there(given.arguments | given.arguments.get('given', {}))
@@ -227,7 +232,7 @@ def _labelled(net, source):
 
 def _some(data, n, seed):
     "At most `n` images, as many of each class where there are enough, else by chance"
-    if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
+    check_count(n)
     if len(data) <= n: return data
     counts = np.bincount(data.y, minlength=len(data.classes))
     if n >= len(counts) and counts.min() >= -(-n//len(counts)): return subset(data, n, seed=seed)

@@ -8,6 +8,7 @@ __all__ = ['build_set_command', 'validate_set_command', 'score_set_command']
 # %% ../../nbs/api/commands/60_curation.ipynb #5bbcc578
 import time
 from pathlib import Path
+from ..core import check_count
 from ..files import manifest, save_json
 from ..data import load_npy
 from ..curation.training_sets import build_training_set, load_training_set, set_card, summary
@@ -118,7 +119,7 @@ def score_set_command(
     named = {f.name: load_npy(f) for f in folders}
     if len(named) < len(folders):
         raise ValueError(f"`sets` must be folders with different names; got {sets}.")
-    if not seeds >= 1: raise ValueError(f"`seeds` must be at least 1; got {seeds}.")
+    check_count(seeds, 'seeds')
     trained = proxy_networks(2, width, epochs)
     classes = next(iter(named.values())).classes
     hidden, nets = _hidden_images(out, model, n, hidden_source(**own), opening, labelled, classes)

@@ -43,7 +43,7 @@ def _flag_rows(net, test, attack, threat, seed):
     try:
         table = red_flags(net, some.x, torch.as_tensor(some.y), threat, _ATTACKS[attack], seed)
     except ValueError as e:
-        return [dict(check='all', verdict='not judged', figure=str(e), what_to_do='')]
+        return [dict(check='all', verdict='not judged', figure=str(e).rstrip('.'), what_to_do='')]
     return table.to_dict('records')
 
 def _told(table, flags):

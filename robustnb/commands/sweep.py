@@ -9,6 +9,7 @@ __all__ = ['sweep_command']
 import json, time
 from fractions import Fraction
 from pathlib import Path
+from ..core import check_count
 from ..files import manifest, save_json
 from ..sweeps import grid, sweep
 from ..quant.formats import all_formats
@@ -84,7 +85,7 @@ def _check_jobs(same, measure, seeds):
     "Raise if the pairs of `measure` or the seeds are none that a job takes"
     wrong = [k for k in same if k not in ('n', 'eps')]
     if wrong: raise ValueError(f"`measure` takes n and eps; got {wrong[0]!r}.")
-    if not seeds >= 1: raise ValueError(f"`seeds` must be at least 1; got {seeds}.")
+    check_count(seeds, 'seeds')
     eps = same.get('eps', 0.)
     n = same.get('n', 1)
     if isinstance(eps, str) or not isinstance(n, int) or n < 1:

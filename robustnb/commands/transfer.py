@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
-from ..core import progress, to_uint8
+from ..core import check_count, progress, to_uint8
 from ..contract import predict
 from ..files import atomic_path, fingerprint, manifest, save_json
 from ..data import ImageSet
@@ -135,7 +135,7 @@ def assess_command(
     _check_advice(formats, allowed, **wanted)
     threat = _threat(norm, eps)
     accuracy = known_accuracy(**known)
-    if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
+    check_count(n)
     net = named_model(model, **opening)
     specs = rows_to_assess(net, formats, ','.join(default_formats), **wanted)
     images = unlabelled_images(net, n, seed, **free) if free.get('images') else None
@@ -238,8 +238,8 @@ def generate_command(
         robustnb generate timm:resnet18 --n 500 --out generated"""
     started = time.time()
     out = Path(out)
-    if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
-    if not steps >= 1: raise ValueError(f"`steps` must be at least 1; got {steps}.")
+    check_count(n)
+    check_count(steps, 'steps')
     if not 0 <= boundary <= 1: raise ValueError(f"`boundary` must be a share in [0, 1]; got {boundary}.")
     net = named_model(model, **_given(given, named_model)[0])
     how = dict(steps=steps, size=_one_size(net), width=width)
@@ -291,7 +291,7 @@ def _write_copies(net, specs, x, table):
 # %% ../../nbs/api/commands/30_transfer.ipynb #d734702b
 def _calibration(net, out, images, n, seed):
     "Images (N,C,H,W) to calibrate with, and what they are"
-    if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
+    check_count(n)
     asked = dict(network=_mark_model(net))
     if images:
         x = unlabelled_images(net, n, seed, images)

@@ -86,6 +86,7 @@ _makers = dict(
     wideresnet=partial(_preact, stem=16, widths=(64, 128, 256), depth=4, last=True))
 
 # %% ../../nbs/api/curation/30_contest.ipynb #fdd94c13
+@torch.inference_mode(False)
 def contest_network(
     name:str,          # One of `contest_networks`
     width:float=1.,    # Multiplier of the channels, in (0, 4]; 1 is the network of the contest
@@ -591,6 +592,7 @@ def _restore(checkpoint, mark, epochs, model, optimizer, scheduler, device):
     return state['history']
 
 # %% ../../nbs/api/curation/30_contest.ipynb #b562c8de
+@torch.inference_mode(False)
 def contest_train(
     # One of `contest_networks`, or a module: images (N,3,32,32) in [0,1] -> logits (N,10); not changed
     network,
@@ -613,8 +615,7 @@ def contest_train(
     lengths = _pair_rows(images, labels)[:1]
     _refuse('images, labels', _image_rows(images) + _label_rows(labels) + lengths)
     device = pick_device(device)
-    by_name = isinstance(network, str)
-    model = contest_network(network, seed=seed) if by_name else copy.deepcopy(network)
+    model = contest_network(network, seed=seed) if isinstance(network, str) else copy.deepcopy(network)
     mark = _mark(model, images, labels, config, seed)
     model = model.to(device, memory_format=memory_layout(model))
     optimizer = _optimizer(trainable(model), config)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 import numpy as np
 import torch
-from ..core import make_generator
+from ..core import check_count, make_generator
 from ..contract import predict
 from ..data import ImageSet
 from robustnb.augmentation.transforms import (
@@ -252,7 +252,7 @@ def simulated_training(
     seed:int=0,           # Everything random
 )->TrainingSet:           # `n` images, as many from each round up to one
     "Images that attacked a network while it learnt to resist them."
-    if not rounds >= 1: raise ValueError(f"`rounds` must be at least 1; got {rounds}.")
+    check_count(rounds, 'rounds')
     parts = []
     quota = [n//rounds + (i < n % rounds) for i in range(rounds)]
     l2_scale = (pool.images[0].size/3)**.5

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 import numpy as np
 import pandas as pd
-from ..core import subseed
+from ..core import check_count, subseed
 from ..data import ImageSet
 from .selection import among, balanced, everything, is_wrong, most_misclassified
 from .training_sets import (
@@ -78,7 +78,7 @@ def mine_errors(
     # any, get wrong
 )->tuple:
     "What the networks get wrong, in rounds."
-    if not rounds >= 1: raise ValueError(f"`rounds` must be at least 1; got {rounds}.")
+    check_count(rounds, 'rounds')
     if not len(versions): raise ValueError("`versions` must hold at least one transform; got none.")
     parts = []
     log = []

@@ -78,6 +78,14 @@ def check_students(
                          "`distill_descriptor`, or an attack that needs none.")
     return [check_model(s) for s in students]
 
+def _learners(students):
+    "Copies of the students, which must have weights to learn with"
+    students = [copy.deepcopy(s) for s in check_students(students)]
+    fixed = [type(s).__name__ for s in students if next(s.parameters(), None) is None]
+    if not fixed: return students
+    raise ValueError(f"`students` must have weights that learn from every answer; this {fixed[0]} has none. "
+                     "Students of `fit_ridge` are for `bandit_descriptor`.")
+
 def _check_targets(x, targets):
     "Raise unless these are the wanted descriptors of each image"
     fits = isinstance(targets, Tensor) and targets.ndim == 3 and len(targets) == len(x)
@@ -111,7 +119,7 @@ def begin_attack(
         raise ValueError(
             f"`start` must have the shape of `x`, {tuple(x.shape)}; got {tuple(start.shape)}.")
     x = round_to_8bit(x)
-    targets = targets.to(x)
+    targets = targets.to(x, copy=True)
     first = x.clone() if start is None else fit_8bit(x, start, threat)
     if is_spent(oracle):
         answers = torch.full_like(targets[:, 0], torch.nan)
@@ -225,11 +233,12 @@ def baseline(
 )->Tensor:                   # Images like `x`, allowed by `threat`
     "The organisers' attack: iterated FGSM on one student, without queries on the way."
     first, distance, _ = _begin(oracle, x, targets, threat, students, start)
+    student = check_students(students)[0]
     now = first.clone()
     kept = first.clone()
     left = torch.arange(len(x), device=x.device)
     for _ in range(1000):
-        now[left] = now[left] - .01*_std*_signs(students[0], now[left], targets[left])
+        now[left] = now[left] - .01*_std*_signs(student, now[left], targets[left])
         new = round_to_8bit(now[left].clamp(0, 1))
         passed = allows_saved(x[left], new, threat)
         if range_fault:
@@ -255,6 +264,7 @@ def target_combinations(
 def _second_place(step, oracle, x, targets, threat, start, students, queries):
     "Its loop: one step a query, another goal after a failure, a step all the same after five"
     kept, best, _ = _begin(oracle, x, targets, threat, students, start)
+    students = check_students(students)
     goals = target_combinations(targets)
     now = kept.clone()
     k = torch.zeros_like(best, dtype=torch.long)
@@ -387,6 +397,7 @@ def _learn(students, optimizers, seen, plan, generator):
             o.step()
 
 # %% ../../nbs/api/descriptors/40_attack.ipynb #80bd29d9
+@torch.inference_mode(False)
 @torch.no_grad()
 def attack_descriptor(
     oracle:Callable,         # Queried `plan.queries` times at most: images (N,C,H,W) -> descriptors (N,D)
@@ -404,7 +415,7 @@ def attack_descriptor(
     said = answers
     length = torch.full_like(x[:, :1, :1, :1], plan.length)
     generator = generator or make_generator(0)
-    students = [copy.deepcopy(s) for s in students]
+    students = _learners(students)
     optimizers = [torch.optim.Adam(s.parameters(), 1e-3) for s in students]
     seen = collections.deque(maxlen=50)
     bar = progress(range(1, plan.queries), 'queries')

@@ -206,6 +206,7 @@ def _epoch(attacker, students, pairs, threat, recipe, epoch, optimizer, means):
     return (total/n).tolist(), means
 
 # %% ../../nbs/api/descriptors/60_attack_network.ipynb #7c70b5b9
+@torch.inference_mode(False)
 def train_attacker(
     students,               # Network or networks in eval mode: images -> descriptors; not changed
     sources:Tensor,         # Source images (N,3,H,W), pixels in [0,1]
@@ -244,8 +245,7 @@ def train_attacker(
         if checkpoint:
             weights = dict(attacker=attacker.state_dict(), optimizer=optimizer.state_dict())
             save_state(dict(mark=mark, history=history, means=means) | weights, checkpoint)
-    columns = ['epoch', 'excess', 'distance', 'inside', 'seconds']
-    return attacker, pd.DataFrame(history, columns=columns)
+    return attacker, pd.DataFrame(history, columns=['epoch', 'excess', 'distance', 'inside', 'seconds'])
 
 # %% ../../nbs/api/descriptors/60_attack_network.ipynb #cbe9502a
 @torch.no_grad()

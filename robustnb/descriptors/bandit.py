@@ -250,6 +250,7 @@ def _rounds(oracle, x, state, goal, threat, arms, plan):
     return now
 
 # %% ../../nbs/api/descriptors/53_bandit.ipynb #7e5fe381
+@torch.inference_mode(False)
 @torch.no_grad()
 def bandit_descriptor(
     oracle:Callable,         # Images (N,C,H,W) -> descriptors (N,D), a row of NaN where there is no answer

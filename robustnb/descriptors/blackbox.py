@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn, Tensor
-from ..core import batches, check_images, check_model, round_to_8bit, to_uint8
+from ..core import batches, check_count, check_images, check_model, round_to_8bit, to_uint8
 
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #507c44a5
 def descriptor_distance(
@@ -79,8 +79,16 @@ def _open(path):
                          "choose another path.") from e
     return db
 
+class _Shared:
+    "What its copies share, as each would have the budget again; in a file also those of other processes"
+    def __deepcopy__(self, memo): return self
+    def __reduce__(self):
+        if self.path is not None: return type(self), (self.path,)
+        raise TypeError("`cache` must be a file where a `BlackBox` is written down or sent to another "
+                        "process, as its counter is in memory. Use `BlackBox(..., cache='asked.db')`.")
+
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #782c8b9d
-class _Cache:
+class _Cache(_Shared):
     "What was queried, what came of it, and the answers"
     def __init__(self, path): self.path, self.db, self.lock = path, _open(path), threading.RLock()
     def get(self, sql, *args):
@@ -122,11 +130,6 @@ class _Cache:
                            [(k, v.numpy().astype('<f4').tobytes()) for k, v in answers.items()])
 
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #6b81f791
-def _whole(name, value, least):
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not value >= least:
-        raise ValueError(f"`{name}` must be a whole number of at least {least}; got {value!r}.")
-    return int(value)
-
 def _seconds(name, value):
     if not (isinstance(value, numbers.Real) and 0 < value <= threading.TIMEOUT_MAX):
         raise ValueError(f"`{name}` must be a number of seconds above 0; got {value!r}.")
@@ -302,10 +305,10 @@ class BlackBox(_Querying):
         timeout:float|None=None,    # Seconds to wait for a call, > 0; None: `http_blackbox`'s, or for ever
     ):
         self.black_box = _check_box(black_box)
-        self.limit = _whole('limit', limit, 1)
-        self.retries = _whole('retries', retries, 0)
+        self.limit = check_count(limit, 'limit')
+        self.retries = check_count(retries, 'retries', least=0)
         if batch_size is None: batch_size = getattr(black_box, 'batch_size', None)
-        self.batch_size = None if batch_size is None else _whole('batch_size', batch_size, 1)
+        self.batch_size = None if batch_size is None else check_count(batch_size, 'batch_size')
         self.timeout = None if timeout is None else _seconds('timeout', timeout)
         waits = (self.timeout, getattr(black_box, 'timeout', None))
         self._wait = min((o for o in waits if o is not None), default=None)
@@ -323,7 +326,7 @@ class BlackBox(_Querying):
         tolerance:float=1e-4,   # Largest difference that is not worth a warning, >= 0
     )->pd.DataFrame:            # A row per image: key, answers, largest difference of a number between two
         "Find a box that does not always say the same, or a cache of another box."
-        if not (_whole('n', n, 1) and tolerance >= 0):
+        if not (check_count(n) and tolerance >= 0):
             raise ValueError(f"`tolerance` must be at least 0; got {tolerance!r}.")
         said = torch.stack([self(x)] + [_answers(self, x, again=True) for _ in range(n)]).cpu()
         answers = said.isfinite().all(2).sum(0)
@@ -403,7 +406,7 @@ def http_blackbox(
     if not (isinstance(url, str) and url.lower().startswith(('http://', 'https://'))):
         raise ValueError(f"`url` must start with http:// or https://; got {url!r}.")
     timeout = _seconds('timeout', timeout)
-    size = None if batch_size is None else _whole('batch_size', batch_size, 1)
+    size = None if batch_size is None else check_count(batch_size, 'batch_size')
     def ask(x):
         with io.BytesIO() as f:
             np.save(f, to_uint8(x))

@@ -9,7 +9,7 @@ __all__ = ['carlini_wagner_ssim']
 import math
 import torch
 from torch import Tensor
-from ..core import batches, draw, image_generators
+from ..core import batches, check_count, draw, image_generators
 from .blackbox import is_spent
 from .attack import (
     begin_attack, check_students, fit_8bit, keep_better, shrink_and_place, student_distance)
@@ -34,6 +34,7 @@ def _slope(students, x, change, targets, threat, multiplier, weight, u):
     return torch.autograd.grad(loss.sum(), change)[0]
 
 # %% ../../nbs/api/descriptors/55_carlini_wagner.ipynb #45866194
+@torch.inference_mode(False)
 def carlini_wagner_ssim(
     oracle,            # Black box: images (N,C,H,W) -> descriptors (N,D); a `BlackBox` counts
     x:Tensor,          # Clean images (N,C,H,W), float, pixels in [0,1]
@@ -47,7 +48,7 @@ def carlini_wagner_ssim(
     """Carlini and Wagner's attack (2017, arXiv:1608.04644) on descriptors, the rule in an augmented
     Lagrangian."""
     students = check_students(students)
-    if not steps >= 1: raise ValueError(f"`steps` must be at least 1; got {steps}.")
+    check_count(steps, 'steps')
     x, targets, best, _, distances = begin_attack(oracle, x, targets, threat, start)
     own = generator and image_generators(generator, x)
     change = best-x

@@ -12,7 +12,7 @@ from math import inf
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import batches, draw, image_generators, round_to_8bit
+from ..core import batches, check_count, draw, image_generators, round_to_8bit
 from ..attacks.score_based import paint_pixels, square_side, square_window
 from .blackbox import is_spent, query_distances
 from .attack import allows_saved, begin_attack, fit_8bit
@@ -91,7 +91,7 @@ def pixel_evolution(
     batch:int=1000,       # Most images in one call of the oracle, >= 1
 )->Tensor:               # Images like `x`, pixels k/255, allowed by `threat`, never worse than the start
     "One-pixel attack on descriptors by differential evolution (Su et al. 2019, arXiv:1710.08864)."
-    if not pixels >= 0: raise ValueError(f"`pixels` must not be negative; got {pixels}.")
+    check_count(pixels, 'pixels', least=0)
     x, targets, out, _, value = begin_attack(oracle, x, targets, threat, start)
     on = _answered(value)
     if not len(on): return out

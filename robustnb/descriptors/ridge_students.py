@@ -126,6 +126,7 @@ class RidgeStudent(_Learning, nn.Module):
         return ((self.features(x)-self.mean)/self.deviation) @ self.weight + self.bias
 
 # %% ../../nbs/api/descriptors/37_ridge_students.ipynb #3424a7cd
+@torch.inference_mode(False)
 @torch.no_grad()
 def fit_ridge(
     # Images (N,3,H,W), pixels in [0,1] -> features (N,F): `GaborFeatures()`, or any network; not changed

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torchvision.models.densenet import DenseNet
 from robustnb.core import (
-    batches, fast_bf16, make_generator, memory_layout, pick_device, progress, to_float,
+    batches, check_count, fast_bf16, make_generator, memory_layout, pick_device, progress, to_float,
     to_uint8)
 from ..contract import predict
 from ..files import load_state, explain_errors, save_state
@@ -133,6 +133,7 @@ def _from_timm(name, dim, pretrained):
                          f"timm; got {name!r}. `timm.list_models()` has the names.")
     return timm.create_model(name, pretrained=pretrained, num_classes=dim)
 
+@torch.inference_mode(False)
 def descriptor_model(
     name:str,            # One of `descriptor_names`, or the name of a model of timm
     dim:int=512,         # Length of the descriptor, >= 2
@@ -169,6 +170,7 @@ def save_descriptor(
     weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     return save_state(dict(format='robustnb.descriptor/1', made=model.made, state_dict=weights), path)
 
+@torch.inference_mode(False)
 def load_descriptor(
     path,                # File written by `save_descriptor`
 )->Descriptor:           # In evaluation mode, on the CPU
@@ -348,6 +350,7 @@ def _described(images, answers, name):
     return images, answers
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #7b595790
+@torch.inference_mode(False)
 def train_teacher(
     model:Descriptor,        # Network to train; not changed
     images:np.ndarray,       # uint8 images (N,H,W,3)
@@ -383,6 +386,7 @@ def _cosine_huber(d, t): return _cosine(d, t) + 100*_huber(d, t)
 descriptor_losses = dict(mse=F.mse_loss, l2=_l2, huber=_huber, cosine=_cosine,
                          cosine_huber=_cosine_huber)
 
+@torch.inference_mode(False)
 def distill_descriptor(
     model,                   # Name of a network, or a `Descriptor` to start from; not changed
     images:np.ndarray,       # uint8 images (N,H,W,3) that the black box has described
@@ -460,7 +464,7 @@ def views(
 )->np.ndarray:               # uint8 images (n*N,H,W,3): all images, then all of them altered, ...
     """Images and altered copies to query a black box with: mirrored, turned, moved, larger or
     smaller, lighter or darker, noisy, and blended with each other."""
-    if not n >= 1: raise ValueError(f"`n` must be at least 1 version of each image; got {n}.")
+    check_count(n, of=' version of each image')
     if not 0 <= noise <= 1: raise ValueError(f"`noise` must be in [0, 1]; got {noise}.")
     alterations = (partial(affine, degrees=(-10, 10), shift=(-.06, .06), scale=(.9, 1.15)),
                    partial(gamma, power=(.7, 1.4)))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
-from ..core import check_images, make_generator
+from ..core import check_count, check_images, make_generator
 from ..contract import check_repeatable
 from ..files import fingerprint
 from ..attacks.gradient import check_attack, is_correct
@@ -117,7 +117,7 @@ def audit(
     "How much of a robust accuracy the full evaluation could still take away."
     model = check_repeatable(check_attack(model, x, y, threat), x)
     _check_results(x, x_adv, threat)
-    if not n >= 1: raise ValueError(f"`n` must be at least 1 image to attack again; got {n}.")
+    check_count(n, of=' image to attack again')
     _check_counts(0, 0, 0, confidence)
     stands = lambda o, y: torch.isin(torch.arange(len(y), device=y.device), is_correct(model, o, y)[0])
     left = (stands(x, y) & stands(x_adv, y)).nonzero().flatten()

@@ -104,7 +104,7 @@ def craft_adversarial(
             xs = x[rows].to(device)
             ys = y[rows].to(device)
             found = attack(asked, xs, ys, threat, generator=make_generator(seed, rows.start))
-            _check_crafted(xs, found, threat, 'attack')
+            _check_crafted(asked, xs, found, threat, 'attack')
             save_state(dict(x_adv=found.detach().cpu()), file)
         made.append(load_state(file)['x_adv'])
     return torch.cat(made)

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from ..core import batches, check_model, make_generator
+from ..core import batches, check_count, check_model, make_generator
 from ..models.wrapping import Normalize
 from ..models.graph import fold_batchnorm
 from ..attacks.threat_models import L1, L2, Linf
@@ -172,7 +172,7 @@ def spectral_norms(
 )->pd.DataFrame:
     """Spectral norms of convolutions and linear layers as operators, and their product: an
     estimate, not a bound."""
-    if not steps >= 1: raise ValueError(f"`steps` must be at least 1; got {steps}.")
+    check_count(steps, 'steps')
     check_model(model)
     try:
         net = model if isinstance(model, fx.GraphModule) else fold_batchnorm(model)

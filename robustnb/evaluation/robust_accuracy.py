@@ -11,6 +11,7 @@ import io, json, re, time, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -120,8 +121,12 @@ def _crafted(attack, model, x, y, threat, generator):
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #d2945ec3
 @torch.no_grad()
-def _check_crafted(x, x_adv, threat, name):
-    "Raise unless an attack returned what its threat model allows."
+def _check_crafted(model, x, x_adv, threat, name):
+    "Raise unless an attack left the model as it was and returned what its threat model allows."
+    on = [n for n, m in model.named_modules() if m.training]
+    if on:
+        raise ValueError(f"attack {name!r} must leave the model in evaluation mode; {on[0] or 'it'} is in "
+                         "training mode, where its answers are others. Call `model.eval()` at its end.")
     got = tuple(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
     if got != tuple(x.shape):
         raise ValueError(
@@ -135,7 +140,8 @@ def _check_crafted(x, x_adv, threat, name):
 def _judge(model, x, x_adv, y, threat, name, images):
     "One row per image."
     if name != 'clean':
-        _check_crafted(x, x_adv, threat, name)
+        _check_crafted(model, x, x_adv, threat, name)
+        x_adv = x_adv.to(x)
     size = images_at_a_time(x, x.device)
     logits = torch.cat([model(x_adv[s]).float().cpu() for s in batches(len(x), size)])
     y = y.cpu()
@@ -245,6 +251,13 @@ def _check_attacks(attacks):
         if not callable(attack):
             raise TypeError("`attacks` must hold functions (model, x, y, threat, *, "
                             f"generator) -> x_adv; {name!r} is {type(attack).__name__}.")
+        try:
+            signature(attack).bind('model', 'x', 'y', 'threat', generator=None)
+        except TypeError as e:
+            raise TypeError("`attacks` must hold functions (model, x, y, threat, *, generator) -> x_adv; "
+                            f"{name!r} cannot be called so: {e}.") from e
+        except ValueError:       # what is written in C does not say
+            pass
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #e1100ef1
 def evaluate(
@@ -288,21 +301,30 @@ def evaluate(
     return rows.iloc[np.lexsort((rows.image, rows.attack.map(list(jobs).index)))].reset_index(drop=True)
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #ec322ad8
-def _check_once(rows):
-    "Raise if an image is there twice, as where rows of several calls were put together"
+def _check_rows(rows):
+    """Raise if an image is there twice, as where rows of several calls were put together, or is missing under
+    an attack, which it would then seem to withstand"""
+    if not isinstance(rows, pd.DataFrame) or not {'image', 'attack', 'correct'} <= {*rows}:
+        raise TypeError(f"`rows` must be a table of `evaluate`; got {type(rows).__name__}"
+                        f"{' without image, attack or correct' if isinstance(rows, pd.DataFrame) else ''}.")
     twice = rows.duplicated([k for k in ('image', 'attack', 'threat', 'eps') if k in rows])
-    if not twice.any(): return
-    first = rows[twice].iloc[0]
-    raise ValueError("`rows` must hold each image once under each attack and threat model; image "
-                     f"{first.image} is there again under {first.attack!r} ({int(twice.sum())} such rows). "
-                     "Each call of `evaluate` counts its images from 0: add to those of a later part, "
-                     "`part.assign(image=part.image + n)`.")
+    if twice.any():
+        first = rows[twice].iloc[0]
+        raise ValueError("`rows` must hold each image once under each attack and threat model; image "
+                         f"{first.image} is there again under {first.attack!r} ({int(twice.sum())} such "
+                         "rows). Each call of `evaluate` counts its images from 0: add to those of a later "
+                         "part, `part.assign(image=part.image + n)`.")
+    held = rows.groupby('attack', sort=False).image.nunique()
+    if len({*held}) > 1:
+        raise ValueError("`rows` must hold the same images under every attack, or some would seem to "
+                         f"stand; got {', '.join(f'{n} under {k!r}' for k, n in held.items())}. Attack the "
+                         "rest too, or leave it out everywhere.")
 
 def worst_case(
     rows:pd.DataFrame,    # From `evaluate`
 )->pd.DataFrame:          # One row per image: image, correct (True if every attack failed)
     "The per-image worst over all attacks."
-    _check_once(rows)
+    _check_rows(rows)
     return rows.groupby('image', as_index=False).correct.all()
 
 def summarize(
@@ -310,8 +332,8 @@ def summarize(
     # One row per attack and one for the worst of them: attack, n, accuracy, lo, hi (fractions)
 )->pd.DataFrame:
     "Accuracy under each attack and under the worst of them per image, with 95% intervals."
-    groups = [(name, g.correct) for name, g in rows.groupby('attack', sort=False)] + [(
-        'worst', worst_case(rows).correct)]
+    worst = 'worst', worst_case(rows).correct
+    groups = [*((name, g.correct) for name, g in rows.groupby('attack', sort=False)), worst]
     lines = [dict(attack=name, n=len(c), accuracy=c.mean())
              | dict(zip(('lo', 'hi'), wilson(int(c.sum()), len(c)))) for name, c in groups]
     return pd.DataFrame(lines)

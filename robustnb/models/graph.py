@@ -11,6 +11,7 @@ import inspect, operator, types
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass
+from threading import get_ident, RLock
 import torch
 import torch.nn.functional as F
 from torch import fx, nn, Tensor
@@ -50,7 +51,7 @@ class _Tracer(fx.Tracer):
     something failed"""
     def __init__(self):
         super().__init__()
-        self.entered = []
+        self.entered, self.thread = [], get_ident()
 
     def is_leaf_module(self, m, name):
         if m is self.root: return False
@@ -59,10 +60,13 @@ class _Tracer(fx.Tracer):
         return whole or transform or super().is_leaf_module(m, name)
 
     def call_module(self, m, forward, args, kwargs):
+        if get_ident() != self.thread: return forward(*args, **kwargs)    # another thread asks its own model
         self.entered.append(f"{self.path_of_module(m) or 'the model'} ({type(m).__name__})")
         out = super().call_module(m, forward, args, kwargs)
         self.entered.pop()
         return out
+
+_one_at_a_time = RLock()    # torch.fx changes how every module is called while it follows one
 
 def _follow(model):
     "The graph of a plain model"
@@ -71,7 +75,8 @@ def _follow(model):
     kind = type(model)
     try:
         model.__class__ = _as_asked(kind)
-        return fx.GraphModule(model, tracer.trace(model), kind.__name__)
+        with _one_at_a_time:
+            return fx.GraphModule(model, tracer.trace(model), kind.__name__)
     except Exception as e:
         at = tracer.entered[-1] if tracer.entered else f"the model ({kind.__name__})"
         said = str(e).partition(chr(10))[0].rstrip('.')
@@ -260,6 +265,7 @@ def _lent(graph, model):
                 found.append(node.target)
     return tuple(dict.fromkeys([*found, *getattr(model, 'lent', ())]))
 
+@torch.inference_mode(False)
 def trace(
     model:nn.Module,   # Takes one batch of images
 )->fx.GraphModule:     # A copy of the model as a graph, in evaluation mode; `Normalize` is one node
@@ -539,6 +545,7 @@ def _check_followed(model, graph, x):
                     "what an earlier call left behind? Write it without.")
 
 # %% ../../nbs/api/models/50_graph.ipynb #34aada98
+@torch.inference_mode(False)
 def fold_batchnorm(
     model:nn.Module,  # Classifier; left as it is
     # Images (N,C,H,W) it takes, to find out how it is asked; None asks nothing, and tries usual sizes
@@ -567,4 +574,5 @@ def fold_batchnorm(
     if x is not None:
         _check_followed(opened, folded, x)
     if x is None or smallest_batch(opened) > 1: return folded
-    return keep_facts(folded, opened=x.dtype, layout=memory_format(opened))
+    only = memory_format(opened) == torch.contiguous_format     # torch.save writes no memory format
+    return keep_facts(folded, opened=x.dtype, contiguous_only=only)

@@ -9,8 +9,9 @@ __all__ = ['save_model', 'load_model']
 from difflib import get_close_matches
 import inspect, json
 from pathlib import Path
+import torch
 from safetensors import safe_open
-from ..files import file_kind, load_state, explain_errors, save_state
+from ..files import check_path, file_kind, load_state, explain_errors, save_state
 from .exchange import read_exported, read_onnx
 from .states import fitting_state, find_parts
 from .sources import build_source, is_source, published_facts
@@ -43,7 +44,7 @@ def save_model(
 # %% ../../nbs/api/models/40_loading.ipynb #e3be9ddf
 def _split(path):
     "The file, and the part of it that is meant"
-    text = str(path)
+    text = str(check_path(path))
     if Path(text).exists() or '#' not in text: return text, None
     file, _, part = text.rpartition('#')
     return file, part
@@ -215,9 +216,9 @@ def _check_words(name, path, width, kind):
         raise ValueError(f"`width` belongs to {', '.join(model_names)}; got {width!r} for "
                          f"{name or path}.")
 
+@torch.inference_mode(False)
 def load_model(
-    # `timm:NAME`, `torchvision:NAME`, `package.module:function`, `zoo:NAME`, one of `model_names`; or the
-    # path alone
+    # `timm:NAME`, `torchvision:NAME`, `package.module:function`, `zoo:NAME`, of `model_names`; or a path
     name:str=None,
     path=None,          # File of weights or a model; "net.pt#ema" is a part of it; None is published weights
     n_classes:int=None, # Number of logits; None is what the file or the network says

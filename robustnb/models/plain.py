@@ -21,7 +21,7 @@ from .wrapping import Normalize
 def _inside(m):
     "The module in a wrapper for several devices or for a compiler; None if `m` is no wrapper"
     if isinstance(m, (nn.DataParallel, nn.parallel.DistributedDataParallel)): return m.module
-    return m._modules.get('_orig_mod')
+    return m._orig_mod if '_orig_mod' in m._modules else None
 
 def _left_behind(value):
     "The tensors in an attribute that a computation left behind"
@@ -30,6 +30,7 @@ def _left_behind(value):
         value = list(value.values())
     return [t for v in value for t in _left_behind(v)] if isinstance(value, (list, tuple)) else []
 
+@torch.inference_mode(False)
 def copy_model(
     model:nn.Module,  # Any network, also inside `DataParallel` or `torch.compile`
 )->nn.Module:         # A copy that shares nothing with it, without such wrappers
@@ -433,6 +434,7 @@ def _replace(model, made):
             model._modules[name] = made[m]
     return model
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def plain_layers(
     model:nn.Module,   # Any network; left as it is

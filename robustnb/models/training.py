@@ -169,6 +169,7 @@ def _seeded_dropout(device, seed, epoch):
         yield
 
 # %% ../../nbs/api/models/60_training.ipynb #b4de05d7
+@torch.inference_mode(False)
 def train(
     recipe:Recipe,             # How to train
     model:nn.Module,           # Network with normalisation inside; not changed
@@ -201,8 +202,7 @@ def train(
             loss, acc = _train_epoch(model.train(), x, targets, recipe, epoch, seed, optimizer, bf16)
         row = dict(epoch=epoch+1, lr=optimizer.param_groups[0]['lr'], loss=loss, accuracy=acc)
         if val is not None:
-            right = predict(model.eval(), val.x).argmax(1).numpy() == val.y
-            row['val_accuracy'] = right.mean().item()
+            row['val_accuracy'] = float((predict(model.eval(), val.x).argmax(1).numpy() == val.y).mean())
         history.append(row | dict(seconds=time.time()-began))
         if checkpoint and is_main():
             save_state(dict(format='robustnb.training/1', mark=mark, epoch=epoch+1, history=history,

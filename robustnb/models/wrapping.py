@@ -44,7 +44,7 @@ fx.wrap('_check_input')
 def _numbers(values, name):
     "A vector of finite float64 numbers"
     try:
-        values = torch.as_tensor(values, dtype=torch.float64).flatten().cpu()
+        values = torch.as_tensor(values, dtype=torch.float64, device='cpu').flatten()
     except (TypeError, ValueError, RuntimeError) as e:
         raise TypeError(f"`{name}` must be numbers, one per channel; got {values!r}.") from e
     if bool(torch.isfinite(values).all()): return values
@@ -300,6 +300,7 @@ def _head_rows(net):
     return said.pop() if len(said) == 1 else None
 
 # %% ../../nbs/api/models/10_wrapping.ipynb #70bee418
+@torch.inference_mode(False)
 def wrap_model(
     net:nn.Module, # Takes normalised images `(N,C,H,W)`; from torch, torchvision, timm or your own
     mean=None,     # Mean per channel of pixels in [0,1], or in 0-255; None asks `net` (timm)
@@ -330,10 +331,9 @@ def _check_answer(model, size, answer):
     if model.n_classes is None:
         first = next((m for m in model.net.modules() if isinstance(m, nn.Conv2d)), None)
         if first is not None and first.in_channels != channels:
-            raise ValueError("`mean` and `std` must have one value per channel: the first "
-                             "convolution of this "
-                             f"{type(model.net).__name__} takes {first.in_channels} channels; got {channels} "
-                             "values.")
+            raise ValueError("`mean` and `std` must have one value per channel: the first convolution of "
+                             f"this {type(model.net).__name__} takes {first.in_channels} channels; got "
+                             f"{channels} values.")
     elif not answer and size:
         raise ValueError("`size` must be one that the network takes: this "
                          f"{type(model.net).__name__} answers "

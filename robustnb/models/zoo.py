@@ -119,6 +119,7 @@ def _check_build(name, n_classes, width):
     if not (isinstance(width, (int, float)) and 0 < width <= 4):
         raise ValueError(f"`width` must be in (0, 4]; got {width!r}. 1 is the network as published.")
 
+@torch.inference_mode(False)
 def blank_model(
     name:str,          # One of `model_names`
     n_classes:int=10,  # Number of logits, >= 2
@@ -138,6 +139,7 @@ def blank_model(
     return model
 
 # %% ../../nbs/api/models/30_zoo.ipynb #f36bb95b
+@torch.inference_mode(False)
 def build_model(
     name:str,          # One of `model_names`
     n_classes:int=10,  # Number of logits, >= 2

@@ -82,6 +82,7 @@ def save_quantized(
                          "changing it.")
     save_state(held, path)
 
+@torch.inference_mode(False)
 def load_quantized(
     path,            # File of `save_quantized`
 )->fx.GraphModule:   # The copy, on the CPU: logits are those of the one saved, to the last bit

@@ -10,7 +10,7 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from ..core import check_model
+from ..core import check_count, check_model
 from ..models.graph import calls, check_finite, fold_batchnorm, keep_facts
 from ..models.graph import weighted_kinds, weighted_layers
 
@@ -102,6 +102,7 @@ def _clip_channels(model, name, factor, nodes):
         node.replace_all_uses_with(new)
         model.graph.erase_node(node)
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def cross_layer_equalization(
     model:nn.Module,     # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode; not changed
@@ -109,7 +110,7 @@ def cross_layer_equalization(
 )->fx.GraphModule:       # A folded copy with the same logits; `equalized` names the pairs of layers
     "Cross-layer equalisation (Nagel et al. 2019, arXiv:1906.04721)."
     check_finite(check_model(model))
-    if not rounds >= 1: raise ValueError(f"`rounds` must be at least 1; got {rounds}.")
+    check_count(rounds, 'rounds')
     model = fold_batchnorm(model)
     pairs = _pairs(model)
     factors = {}

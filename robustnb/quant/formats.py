@@ -142,12 +142,15 @@ def memory_order(
 # %% ../../nbs/api/quant/10_formats.ipynb #d8085d15
 _piece = 2**16
 
+def _check_dtype(x):
+    "Raise unless the bits of `x` are known"
+    if x.dtype in _bits: return x
+    raise TypeError(f"`x` must be float32 or float64; got {x.dtype}. Convert the model with "
+                    "`model.float()`, and round outside `torch.autocast`.")
+
 def _pieces(x, scale):
     "Matching parts of `x`, of an empty result and of `scale`, small enough for the cache; the result."
-    if x.dtype not in _bits:
-        raise TypeError(f"`x` must be float32 or float64; got {x.dtype}. Convert the model with "
-                        "`model.float()`.")
-    x = x.detach()
+    x = _check_dtype(x).detach()
     out = torch.empty_like(x)
     rows, into = (x[None], out[None]) if x.ndim == 0 else (x, out)
     if scale.numel() == 1 and x.stride() == out.stride():
@@ -236,6 +239,7 @@ def choose_scale(
     "What one unit of the levels stands for."
     if rule not in _rules: raise ValueError("`rule` must be 'minmax', 'percentile' or 'mse'; got "
                                             f"{rule!r}.")
+    x = _check_dtype(x)
     rows = x.detach().flatten(1) if per_channel else x.detach().reshape(1, -1)
     low, high = rows.aminmax(dim=1, keepdim=True)
     most = torch.maximum(high, -low)

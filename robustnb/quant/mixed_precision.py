@@ -53,6 +53,7 @@ def _first_order_noise(clean, layers, formats, spec, x, seed):
     return found
 
 # %% ../../nbs/api/quant/60_mixed_precision.ipynb #4f311193
+@torch.inference_mode(False)
 def weight_noise(
     model:nn.Module,     # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode; not changed
     images:Tensor,       # Images (N,C,H,W), float, pixels in [0,1], real or generated; some dozens are enough
@@ -157,6 +158,7 @@ def allocate_bits(
     return table.assign(kb=table.bits*table.params/8000, mbops=table.bits*table.macs*by/1e6)
 
 # %% ../../nbs/api/quant/60_mixed_precision.ipynb #b4ebf19b
+@torch.inference_mode(False)
 @torch.no_grad()
 def quantize_mixed(
     model:nn.Module,      # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode; not changed

@@ -163,6 +163,7 @@ class Calibration:
     graph:fx.GraphModule # The model folded, attention opened, nothing rounded
     values:dict          # Node -> extremes and a sample of its values
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def calibrate(
     model:nn.Module,      # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode; not changed
@@ -283,6 +284,7 @@ def _round_tensors(q, spec, values):
     q.recompile()
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #db9e615f
+@torch.inference_mode(False)
 @torch.no_grad()
 def quantize(
     model:nn.Module,      # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode; not changed

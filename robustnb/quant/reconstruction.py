@@ -83,6 +83,7 @@ def _channel_mean(layer, out):
     channels = out.ndim-1 if isinstance(layer, nn.Linear) else 1
     return out.mean([d for d in range(out.ndim) if d != channels])
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def correct_bias(
     model:nn.Module,            # The model that was quantised, in eval mode; not changed
@@ -196,6 +197,7 @@ def _choose(layer, around, inputs, target, act, steps):
     return torch.where(better[..., None], learnt, nearest).view_as(layer.weight)
 
 # %% ../../nbs/api/quant/50_reconstruction.ipynb #9e89cb47
+@torch.inference_mode(False)
 def adaround(
     model:nn.Module,            # The model that was quantised, in eval mode; not changed
     quantized:fx.GraphModule,   # Its copy from `quantize`; not changed

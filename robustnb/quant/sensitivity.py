@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import fx, nn, Tensor
 from torch.func import functional_call
-from ..core import batches, check_images, images_at_a_time, make_generator, progress
+from ..core import batches, check_count, check_images, images_at_a_time, make_generator, progress
 from ..contract import predict
 from ..metrics import js_divergence
 from ..models.graph import fold_batchnorm, weighted_kinds
@@ -229,6 +229,7 @@ def _estimated(partial, rounded, x, directions, seed):
     return signal.float().cpu(), {k: v/whole for k, v in total.items()}, errors.noise
 
 # %% ../../nbs/api/quant/30_sensitivity.ipynb #5e9a0b05
+@torch.inference_mode(False)
 @torch.no_grad()
 def layer_sensitivity(
     model:nn.Module,            # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
@@ -240,7 +241,7 @@ def layer_sensitivity(
     """Noise of each rounding at the logits: to first order, of all roundings in the same few passes; where it
     takes no longer, exactly, a pass for each."""
     check_images(x)
-    if not directions >= 1: raise ValueError(f"`directions` must be at least 1; got {directions}.")
+    check_count(directions, 'directions')
     partial, changed = _nothing_rounded(model, quantized, x)
     rounders = sum(isinstance(m, FakeQuantize) for m in partial.modules())
     if len(changed)+rounders <= _passes*directions:

@@ -16,7 +16,8 @@ from PIL import Image
 from scipy.special import gammaincinv
 from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint
-from ..core import batches, check_images, images_at_a_time, make_generator, progress, subseed, to_float
+from ..core import (
+    batches, check_count, check_images, images_at_a_time, make_generator, progress, subseed, to_float)
 from ..contract import open_model, predict
 from .generator import _distance, _frozen, bn_inputs
 from .certainty import standardized
@@ -60,8 +61,8 @@ def natural_crops(
     photographs=None, # Arrays (H,W,3), uint8, H and W at least 4; None takes `bundled_photographs`
 )->Tensor:            # Images (N,C,size,size), float32, pixels in [0,1]
     "Square pieces of photographs, the photographs in turn."
-    if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
-    if not size >= 4: raise ValueError(f"`size` must be at least 4 pixels; got {size}.")
+    check_count(n)
+    check_count(size, 'size', of=' pixels', least=4)
     if channels not in (1, 3): raise ValueError(f"`channels` must be 1 or 3; got {channels}.")
     subseed(seed)                            # refuses what is no seed
     photographs = bundled_photographs() if photographs is None else photographs
@@ -88,7 +89,7 @@ def foreseen_leads(
 )->Tensor:           # (n,) float64, growing: the quantiles of the gamma law
     "The leads that real images are expected to have."
     n = len(logits) if n is None else n
-    if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
+    check_count(n)
     mean = typical_growth*leads(logits).mean().item()
     shape = max(mean, 1e-3)/lead_scale
     return lead_scale*torch.from_numpy(gammaincinv(shape, (np.arange(n)+.5)/n))

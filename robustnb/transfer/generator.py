@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core import batches, fast_bf16, make_generator, progress, subseed
+from ..core import batches, check_count, fast_bf16, make_generator, progress, subseed
 from ..contract import open_model
 from ..files import fill, load_state, explain_errors, save_state
 from ..distributed import (as_main_, init_distributed, moments, part,
@@ -31,8 +31,8 @@ class Generator(nn.Module):
         width:int=64,      # Channels of the body; the paper has 128
     ):
         super().__init__()
-        if not size >= 4: raise ValueError(f"`size` must be at least 4 pixels; got {size}.")
-        if not width >= 2: raise ValueError(f"`width` must be at least 2 channels; got {width}.")
+        check_count(size, 'size', of=' pixels', least=4)
+        check_count(width, 'width', of=' channels', least=2)
         rows = embedding.detach().float().flatten(1)
         rows = (rows-rows.mean(1, keepdim=True))/rows.std(1, keepdim=True).clamp_min(1e-8)
         for k, v in dict(embedding=rows, mean=mean, std=std, contrast=torch.ones(())).items():
@@ -69,7 +69,7 @@ def draw_targets(
     spread:float=1.,            # Scale of the two draws, >= 0; 0 puts every pair halfway
 )->Tensor:                      # Class mixtures (N,K), rows sum to 1
     "Soft labels of single classes and of pairs (Choi et al. 2021, arXiv:2111.02625)."
-    if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
+    check_count(n)
     if not (0 <= boundary <= 1): raise ValueError(f"`boundary` must be a share in [0, 1]; got {boundary}.")
     if not (0 <= spread < float('inf')):
         raise ValueError(f"`spread` must be finite and not negative; got {spread}. 1 is that "
@@ -263,6 +263,7 @@ def _generator_step(model, net, optimizer, targets, noise, fraction):
                 agreement=all_sum(agreement).item())
 
 # %% ../../nbs/api/transfer/10_generator.ipynb #03750c1c
+@torch.inference_mode(False)
 def train_generator(
     model:nn.Module,      # Classifier with `normalize.mean` and `.std`, in eval mode; not changed
     steps:int=300,        # Optimiser steps, >= 0

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core import batches, check_images, check_labels, make_generator, progress, subseed
+from ..core import batches, check_count, check_images, check_labels, make_generator, progress, subseed
 from ..contract import open_model, predict
 from ..data import ImageSet
 from ..models.wrapping import batchnorms, last_linear
@@ -192,7 +192,7 @@ def adjust(
     # square) and whether it is kept
 )->tuple[Composition, pd.DataFrame]:
     "Choose the composition of a generated set so that it agrees with `target`."
-    if not rounds >= 1: raise ValueError(f"`rounds` must be at least 1; got {rounds}.")
+    check_count(rounds, 'rounds')
     model = open_model(model, generate(generator, 2, seed=seed)[0])
     value, wanted = _statistic(model, target, eps, seed)
 

@@ -9,7 +9,7 @@ __all__ = ['Probes', 'save_crops', 'load_crops']
 from dataclasses import dataclass, field
 import torch
 from torch import nn, Tensor
-from ..core import check_images, to_float, to_uint8
+from ..core import check_count, check_images, to_float, to_uint8
 from ..contract import open_model, predict
 from ..files import explain_errors, load_state, save_state
 from .generator import _side, energy, generate, Generator, train_generator
@@ -88,7 +88,7 @@ class Probes(_Images):
         seed:int=0,          # Weights of the generator, and what it draws
     ):
         "Images that a network draws itself."
-        if not n >= 1: raise ValueError(f"`n` must be at least 1; got {n}.")
+        check_count(n)
         generator = generator or train_generator(model, seed=seed)[0]
         x = generate(generator, n, seed=seed)[0]
         natural = natural_crops(_how_many(x.shape[-1]), x.shape[-1], x.shape[1], seed)

@@ -235,7 +235,7 @@ def test_what_is_already_wrong_is_left_alone_and_a_constant_cannot_fall():
 
 
 @pytest.mark.parametrize('call, words',
-                         ((partial(apgd, steps=-1), '`steps` must not be negative; got -1'),
+                         ((partial(apgd, steps=-1), '`steps` must be a whole number, at least 0; got -1'),
                           (partial(apgd_targeted, targets=0), '`targets` at least 1; got'),
                           (partial(apgd, loss=lambda z, y: z.detach().sum(1)), 'Use `square`')))
 def test_wrong_uses(call, words):

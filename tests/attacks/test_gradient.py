@@ -295,7 +295,7 @@ def test_wrong_use_is_refused(attack, use):
 
 
 def test_negative_steps_are_refused():
-    with pytest.raises(ValueError, match='`steps` must not be negative; got -1'):
+    with pytest.raises(ValueError, match='`steps` must be a whole number, at least 0; got -1'):
         pgd(make_net(), *make_batch(), Linf(.1), steps=-1)
 
 

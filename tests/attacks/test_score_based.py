@@ -508,14 +508,14 @@ def test_wrong_use_is_refused(name, use):
     (lambda *a: square(*a, SSIM(.9)), 'must be Linf, L2 or L1 .* Use `random_search`'),
     (lambda *a: square(*a, L0(1)), 'got L0'),
     (lambda *a: one_pixel(*a, Linf(.1)), r'e.g. `L0\(1\)`; got Linf'),
-    (lambda *a: square(*a, Linf(.1), queries=1), '`queries` must be at least 2'),
-    (lambda *a: square(*a, Linf(.1), p=0.), 'got 5000 and 0'),
-    (lambda *a: square(*a, Linf(.1), p=float('nan')), 'got 5000 and nan'),
-    (lambda *a: square(*a, Linf(.1), p=1.1), r'`p` in \(0, 1\]'),
-    (lambda *a: random_search(*a, Linf(.1), tries=0), '`tries` must be at least 1; got 0'),
+    (lambda *a: square(*a, Linf(.1), queries=1), '`queries` must be a whole number, at least 2'),
+    (lambda *a: square(*a, Linf(.1), p=0.), 'got 0.0'),
+    (lambda *a: square(*a, Linf(.1), p=float('nan')), 'got nan'),
+    (lambda *a: square(*a, Linf(.1), p=1.1), r'`p` must be in \(0, 1\]'),
+    (lambda *a: random_search(*a, Linf(.1), tries=0), '`tries` must be a whole number, at least 1; got 0'),
     (lambda *a: one_pixel(*a, L0(1), population=2), '`population` must be at least 3'),
     (lambda *a: one_pixel(*a, L0(1), generations=-1), '`generations` not negative; got 100 and -1'),
-    (lambda *a: L0(-1), 'at least 0; got -1'), (lambda *a: L0(1.), 'got 1.0')))
+    (lambda *a: L0(-1), 'at least 0 pixels; got -1'), (lambda *a: L0(1.), 'got 1.0')))
 def test_wrong_settings_are_refused(call, words):
     model = make_net()
     with pytest.raises((TypeError, ValueError), match=words):

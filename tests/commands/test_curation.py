@@ -40,7 +40,7 @@ def test_scores_of_one_folder_are_on_the_same_hidden_images(tmp_path):
     both = pd.read_csv(out/'answers.csv')
     assert set(both.set) == {'a', 'b'}
     assert both[both.set == 'a'].reset_index(drop=True).equals(first)
-    for given, said in ((dict(seeds=0), '`seeds` must be at least 1'),
+    for given, said in ((dict(seeds=0), '`seeds` must be a whole number, at least 1'),
                         (dict(width=0.), '`width` must be in'),
                         (dict(epochs=0), '`epochs` from 1 to 200')):
         with pytest.raises(SystemExit, match=said):

@@ -105,7 +105,7 @@ def test_what_the_command_refuses(weights, tmp_path, capsys):
     refused('no', 'nowhere.pt')
     refused('`name` must be', weights, 'INT99')
     refused('got \'pgd20\'', weights, attacks='pgd20')
-    refused('`seeds` must be at least 1', weights, seeds=0)
+    refused('`seeds` must be a whole number, at least 1', weights, seeds=0)
     refused('`where` must be a number of jobs', weights, where='many')
     refused('`where` must be names and values', weights, where='timeout_min=3,gpu')
     refused("got 'steps'", weights, measure='steps=3')

@@ -329,7 +329,7 @@ def test_a_generator_is_trained_once(weights, tmp_path, monkeypatch):
 def test_generate_errors(weights, tmp_path, capsys):
     out = dict(out=str(tmp_path/'o'))
     refused(capsys, 'there is none at', run_generate, str(tmp_path/'none.pt'), **out)
-    refused(capsys, '`n` must be at least 1', run_generate, weights, n=0, **out)
+    refused(capsys, '`n` must be a whole number, at least 1', run_generate, weights, n=0, **out)
     for b in (-.1, 1.1, float('nan')):
         refused(capsys, '`boundary` must be a share', run_generate, weights, boundary=b, **out)
     assert not (tmp_path/'o').exists()
@@ -351,7 +351,8 @@ def test_generate_errors(weights, tmp_path, capsys):
 
 def test_a_question_that_is_refused_leaves_the_folder_free(weights, tmp_path, capsys):
     out = tmp_path/'out'
-    refused(capsys, '`width` must be at least 2', run_generate, weights, n=4, width=1, out=str(out))
+    refused(capsys, '`width` must be a whole number, at least 2', run_generate, weights, n=4, width=1,
+            out=str(out))
     assert not [*out.iterdir()]
     run_generate(weights, n=4, steps=2, width=8, out=str(out))
     refused(capsys, 'width is 8 there and 1 here', run_generate, weights, n=4, steps=2, width=1,
@@ -485,7 +486,8 @@ def test_quantize_errors(weights, tmp_path, capsys):
     refused(capsys, 'must not name one twice', run_quantize, weights, 'INT8,INT8', **out)
     refused(capsys, "`images` must be", run_quantize, weights, 'INT8',
             images=str(tmp_path/'nowhere'), **out)
-    refused(capsys, '`n` must be at least 1', run_quantize, weights, 'INT8', images='digits', n=0, **out)
+    refused(capsys, '`n` must be a whole number, at least 1', run_quantize, weights, 'INT8', images='digits',
+            n=0, **out)
     assert not (tmp_path/'o').exists()
     refused(capsys, 'holds other files', run_quantize, weights, 'INT8', images='digits', n=20,
             out=str(Path(weights).parent))

@@ -221,7 +221,7 @@ def test_wrong_uses():
             (dict(x_adv=x*255), ValueError, '`x_adv` must hold pixels'),
             (dict(x_adv=None), TypeError, '`x_adv` must be a torch tensor'),
             (dict(threat=.1), TypeError, '`threat` must be a threat model'),
-            (dict(n=0), ValueError, '`n` must be at least 1'),
+            (dict(n=0), ValueError, '`n` must be a whole number, at least 1'),
             (dict(confidence=95), ValueError, '`confidence` must be between 0 and 1'),
             (dict(attack=leaving), ValueError, '`attack` must stay inside'),
             (dict(y=y[:2]), ValueError, 'one label per image'),

@@ -122,10 +122,11 @@ def test_crops_move_as_by_hand():
 
 
 @pytest.mark.parametrize('call, words', [
-    (lambda: natural_crops(0, 8), '`n` must be at least 1'), (lambda: natural_crops(1, 2), '`size`'),
+    (lambda: natural_crops(0, 8), '`n` must be a whole number, at least 1'),
+    (lambda: natural_crops(1, 2), '`size`'),
     (lambda: natural_crops(1, 8, 2), '`channels` must be 1 or 3; got 2'),
     (lambda: natural_crops(1, 8, photographs=[]), 'at least one'),
-    (lambda: foreseen_leads(torch.randn(4, 3), 0), '`n` must be at least 1; got 0')])
+    (lambda: foreseen_leads(torch.randn(4, 3), 0), '`n` must be a whole number, at least 1; got 0')])
 def test_errors(call, words):
     with pytest.raises(ValueError, match=words): call()
 
