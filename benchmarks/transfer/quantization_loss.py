@@ -166,7 +166,7 @@ def reliable(said, copied, y, K):
 def area(score, flips):
     "Under the ROC curve; NaN with fewer than five flips"
     n = int(flips.sum())
-    if n < 5: return np.nan
+    if n < 5 or n == len(flips): return np.nan
     return (rankdata(score)[flips].sum() - n*(n+1)/2)/(n*(len(flips)-n))
 
 
