@@ -177,10 +177,10 @@ class _Best:
 def _lengths(threat, steps, step_size):
     "The length of each step"
     check_threat(threat)
-    n = 40 if steps is None else steps
+    n = 25 if steps is None else steps
     if n < 0: raise ValueError(f"`steps` must not be negative; got {steps}.")
     if step_size is not None: return n*[step_size]
-    if steps is None: return [k/82*threat.eps for k in range(n, 0, -1)]    # ten budgets in all
+    if steps is None: return [(k/n)**2*threat.eps for k in range(n, 0, -1)]
     return n*[2.5*threat.eps/max(n, 1)]
 
 def _pgd(model, x, y, threat, generator, lengths, loss, leave):
@@ -216,7 +216,7 @@ def pgd(
     y:Tensor,                   # True labels (N,), int64
     threat,                     # Threat model, e.g. `Linf(8/255)`
     generator:torch.Generator|None=None, # Random start drawn from it; None starts at `x`
-    steps:int|None=None,        # Gradient steps of one length, >= 0; None: 40 that shrink
+    steps:int|None=None,        # Gradient steps of one length, >= 0; None: 25 that shrink
     step_size:float|None=None,  # Pixel units; None is `2.5*eps/steps`, enough to cross the ball
     loss:Callable=cross_entropy, # (logits, y) -> loss per image
 )->Tensor:                      # Images like `x`, allowed by `threat`
@@ -229,7 +229,7 @@ def full_pgd(
     y:Tensor,                   # True labels (N,), int64
     threat,                     # Threat model, e.g. `Linf(8/255)`
     generator:torch.Generator|None=None, # Random start drawn from it; None starts at `x`
-    steps:int|None=None,        # Gradient steps of one length, >= 0; None: 40 that shrink
+    steps:int|None=None,        # Gradient steps of one length, >= 0; None: 25 that shrink
     step_size:float|None=None,  # Pixel units; None is `2.5*eps/steps`, enough to cross the ball
     loss:Callable=cross_entropy, # (logits, y) -> loss per image
 )->Tensor:                      # Images like `x`, allowed by `threat`
