@@ -134,11 +134,12 @@ def loss_and_grad(
                              "not depend on the images through autograd. Use `square`, which "
                              "needs no gradient, or craft the images on a differentiable copy.")
     known = logits.detach().isfinite().all(1)
-    grad = torch.where(known.view(-1, 1, 1, 1), grad, 0.)
-    bad = (~grad.flatten(1).isfinite().all(1)).sum().item()
-    if bad:
-        raise ValueError(f"`model` must have finite gradients; {bad} of {len(x)} images have NaN or "
-                         "infinity. Use `square`, which needs no gradient.")
+    if not known.all(): grad = torch.where(known.view(-1, 1, 1, 1), grad, 0.)
+    if not grad.sum().isfinite():    # one pass; now look closer
+        bad = (~grad.flatten(1).isfinite().all(1)).sum().item()
+        if bad:
+            raise ValueError(f"`model` must have finite gradients; {bad} of {len(x)} images have NaN or "
+                             "infinity. Use `square`, which needs no gradient.")
     return value.detach(), grad, logits.detach()
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #11f0a966
@@ -194,19 +195,18 @@ def _pgd(model, x, y, threat, generator, lengths, loss, leave):
         if generator is not None:
             logits = _logits_for(model, x, y)
             go_on = best.see(ids, x, y, loss(logits, y), logits)
-            ids = ids[go_on]
-            now = now[go_on]
+            ids, x, y, now = (o[go_on] for o in (ids, x, y, now))
         for length in lengths:
             if not len(ids): break
-            value, grad, logits = loss_and_grad(model, now, y[ids], loss)
-            go_on = best.see(ids, now, y[ids], value, logits)
+            value, grad, logits = loss_and_grad(model, now, y, loss)
+            go_on = best.see(ids, now, y, value, logits)
             if not go_on.any(): return best.images
-            ids = ids[go_on]
-            now = now[go_on]
-            now = threat.project(x[ids], now + length*threat.steepest(grad[go_on], x[ids], now))
+            if not go_on.all():
+                ids, x, y, now, grad = (o[go_on] for o in (ids, x, y, now, grad))
+            now = threat.project(x, now + length*threat.steepest(grad, x, now))
         if len(ids):
-            logits = _logits_for(model, now, y[ids])
-            best.see(ids, now, y[ids], loss(logits, y[ids]), logits)
+            logits = _logits_for(model, now, y)
+            best.see(ids, now, y, loss(logits, y), logits)
     return best.images
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #9c7b3f89
