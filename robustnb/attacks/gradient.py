@@ -148,11 +148,12 @@ def loss_and_grad(
                              "not depend on the images through autograd. Use `square`, which "
                              "needs no gradient, or craft the images on a differentiable copy.")
     known = logits.detach().isfinite().all(1)
-    grad = torch.where(known.view(-1, 1, 1, 1), grad, 0.)
-    bad = (~grad.flatten(1).isfinite().all(1)).sum().item()
-    if bad:
-        raise ValueError(f"`model` must have finite gradients; {bad} of {len(x)} images have NaN or "
-                         "infinity. Use `square`, which needs no gradient.")
+    if not known.all(): grad = torch.where(known.view(-1, 1, 1, 1), grad, 0.)
+    if not grad.sum().isfinite():    # one pass; now look closer
+        bad = (~grad.flatten(1).isfinite().all(1)).sum().item()
+        if bad:
+            raise ValueError(f"`model` must have finite gradients; {bad} of {len(x)} images have NaN or "
+                             "infinity. Use `square`, which needs no gradient.")
     return value.detach(), grad, logits.detach()
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #11f0a966
@@ -191,13 +192,13 @@ class _Best:
 def _lengths(threat, steps, step_size):
     "The length of each step"
     check_threat(threat)
-    n = 40 if steps is None else check_count(steps, 'steps', least=0)
+    n = 25 if steps is None else check_count(steps, 'steps', least=0)
     if step_size is not None:
         if not (isinstance(step_size, numbers.Real) and 0 < step_size < math.inf):
             raise ValueError("`step_size` must be a number above 0, in the unit of the budget; got "
                              f"{step_size!r}. None chooses it.")
         return n*[step_size]
-    if steps is None: return [k/82*threat.eps for k in range(n, 0, -1)]    # ten budgets in all
+    if steps is None: return [(k/n)**2*threat.eps for k in range(n, 0, -1)]
     return n*[2.5*threat.eps/max(n, 1)]
 
 def _pgd(model, x, y, threat, generator, lengths, loss, leave):
@@ -211,19 +212,18 @@ def _pgd(model, x, y, threat, generator, lengths, loss, leave):
         if generator is not None:
             logits = _logits_for(model, x, y)
             go_on = best.see(ids, x, y, _image_losses(loss, logits, y), logits)
-            ids = ids[go_on]
-            now = now[go_on]
+            ids, x, y, now = (o[go_on] for o in (ids, x, y, now))
         for length in lengths:
             if not len(ids): break
-            value, grad, logits = loss_and_grad(model, now, y[ids], loss)
-            go_on = best.see(ids, now, y[ids], value, logits)
+            value, grad, logits = loss_and_grad(model, now, y, loss)
+            go_on = best.see(ids, now, y, value, logits)
             if not go_on.any(): return best.images
-            ids = ids[go_on]
-            now = now[go_on]
-            now = threat.project(x[ids], now + length*threat.steepest(grad[go_on], x[ids], now))
+            if not go_on.all():
+                ids, x, y, now, grad = (o[go_on] for o in (ids, x, y, now, grad))
+            now = threat.project(x, now + length*threat.steepest(grad, x, now))
         if len(ids):
-            logits = _logits_for(model, now, y[ids])
-            best.see(ids, now, y[ids], _image_losses(loss, logits, y[ids]), logits)
+            logits = _logits_for(model, now, y)
+            best.see(ids, now, y, _image_losses(loss, logits, y), logits)
     return best.images
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #9c7b3f89
@@ -233,7 +233,7 @@ def pgd(
     y:Tensor,                   # True labels (N,), int64
     threat,                     # Threat model, e.g. `Linf(8/255)`
     generator:torch.Generator|None=None, # Random start drawn from it; None starts at `x`
-    steps:int|None=None,        # Gradient steps of one length, >= 0; None: 40 that shrink
+    steps:int|None=None,        # Gradient steps of one length, >= 0; None: 25 that shrink
     step_size:float|None=None,  # Pixel units; None is `2.5*eps/steps`, enough to cross the ball
     loss:Callable=cross_entropy, # (logits, y) -> loss per image
 )->Tensor:                      # Images like `x`, allowed by `threat`
@@ -246,7 +246,7 @@ def full_pgd(
     y:Tensor,                   # True labels (N,), int64
     threat,                     # Threat model, e.g. `Linf(8/255)`
     generator:torch.Generator|None=None, # Random start drawn from it; None starts at `x`
-    steps:int|None=None,        # Gradient steps of one length, >= 0; None: 40 that shrink
+    steps:int|None=None,        # Gradient steps of one length, >= 0; None: 25 that shrink
     step_size:float|None=None,  # Pixel units; None is `2.5*eps/steps`, enough to cross the ball
     loss:Callable=cross_entropy, # (logits, y) -> loss per image
 )->Tensor:                      # Images like `x`, allowed by `threat`

@@ -258,10 +258,10 @@ def _transferred(surrogate):
     return follow
 
 def _long_way(s, generator, by_gradient, surrogate):
-    "Queries, then gradients, on what is left; at most 2,620 passes for an image, 83 more with a surrogate"
+    "Queries, then gradients, on what is left; at most 2,620 passes for an image, 53 more with a surrogate"
     attacks = [('queries', _queries(s.threat, 2000), (2000, 0))]
     if surrogate is not None:
-        attacks.insert(0, ('transfer', _transferred(surrogate), (42, 40)))
+        attacks.insert(0, ('transfer', _transferred(surrogate), (27, 25)))
     if by_gradient:
         attacks.append(('Auto-PGD', apgd, (101, 100)))
         if s.logits.shape[1] >= 4:

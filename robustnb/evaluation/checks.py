@@ -249,7 +249,7 @@ def _longer(attack):
         plain = plain.func
     usual = dict(step_size=inspect.signature(plain).parameters['step_size'].default) if _takes(
         attack, 'step_size') else {}
-    steps = inspect.signature(attack).parameters['steps'].default or 40    # None is 40 of `pgd`
+    steps = inspect.signature(attack).parameters['steps'].default or 25    # None is 25 of `pgd`
     return partial(attack, steps=max(40, 2*steps), **usual)
 
 def _gradients(case):
