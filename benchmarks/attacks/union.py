@@ -5,9 +5,9 @@
 `--data` is a folder with `read_images.py`, `cifar10/`, `cifar100/` and `models/networks.py`: lossless
 photographs and networks made by other people; `name:FORMAT` is a quantised copy of one, its ranges from 100
 training photographs; `name=weights.pt` a network saved by this package, for example by
-benchmarks/models/adversarial_training.py; `lite0` is EfficientNet-Lite0 on photographs of 224 pixels, whose
-weights and `imagenet/` benchmarks/quant/real_size.py explains. The union is what stands after the cascade and
-after, on its survivors and those of each other: 100 iterations of Auto-PGD on the margin from the image and
+benchmarks/models/adversarial_training.py, and `zoo:NAME` one of the project's own; `lite0` is
+EfficientNet-Lite0 on photographs of 224 pixels, whose weights and `imagenet/` are explained by
+benchmarks/quant/real_size.py. The union is what stands after the cascade and after, on its survivors and those of each other: 100 iterations of Auto-PGD on the margin from the image and
 from a random point, on the cross-entropy and on the logit ratio from random points, 50 towards each of five
 classes, and 1,000 queries of Square. Which of them found what the cascade missed stands in `found_by`. A row
 per network and threat, in results/attacks_union.csv; rows that are there are not measured again. `passes` are
@@ -51,7 +51,7 @@ def photographs(data, name, part, n):
     "As many of each class, in an order drawn once"
     if name == 'lite0': return imagenet(data, n)
     from read_images import read
-    of = 'cifar100' if name.startswith('c100') else 'cifar10'
+    of = 'cifar100' if name.startswith('c100') or 'cifar100' in name else 'cifar10'
     per_class = -(-n//(100 if of == 'cifar100' else 10))
     x, y, _ = read(data/of/f'{of}-{part}.zip', per_class)
     order = torch.randperm(len(x), generator=make_generator(5, 'order'))
@@ -62,8 +62,9 @@ def network(name, data):
     if name == 'lite0': return opened(name)
     from networks import load
     name, _, file = name.partition('=')
-    name, _, fmt = name.partition(':')
-    model = load_model(file) if file else load(name).eval()
+    own = 'zoo:' if name.startswith('zoo:') else ''
+    name, _, fmt = name.removeprefix('zoo:').partition(':')
+    model = load_model(file or own + name) if file or own else load(name).eval()
     return quantize(model, fmt, photographs(data, name, 'train', 100)[0]) if fmt else model
 
 
