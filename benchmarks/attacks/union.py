@@ -7,8 +7,9 @@ photographs and networks made by other people; `name:FORMAT` is a quantised copy
 training photographs; `name=weights.pt` a network saved by this package, for example by
 benchmarks/models/adversarial_training.py, and `zoo:NAME` one of the project's own; `lite0` is
 EfficientNet-Lite0 on photographs of 224 pixels, whose weights and `imagenet/` are explained by
-benchmarks/quant/real_size.py. The union is what stands after the cascade and after, on its survivors and those of each other: 100 iterations of Auto-PGD on the margin from the image and
-from a random point, on the cross-entropy and on the logit ratio from random points, 50 towards each of five
+benchmarks/quant/real_size.py. The union is what stands after the cascade and after, on its
+survivors and those of each other: 100 iterations of Auto-PGD on the margin from the image and from a random
+point, on the cross-entropy and on the logit ratio from random points, 50 towards each of five
 classes, and 1,000 queries of Square. Which of them found what the cascade missed stands in `found_by`. A row
 per network and threat, in results/attacks_union.csv; rows that are there are not measured again. `passes` are
 images through the network, forward and backward, for each image given. Settings were chosen on c10_resnet20_a
