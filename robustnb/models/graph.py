@@ -66,7 +66,15 @@ class _Tracer(fx.Tracer):
         self.entered.pop()
         return out
 
-_one_at_a_time = RLock()    # torch.fx changes how every module is called while it follows one
+# %% ../../nbs/api/models/50_graph.ipynb #5a0700f2
+class _Turns:
+    "One thread after another; torch.fx changes how every module is called while it follows one"
+    def __init__(self): self.lock = RLock()
+    def __enter__(self): self.lock.acquire()
+    def __exit__(self, *_): self.lock.release()
+    def __getstate__(self): return {}     # says nothing of what is computed
+
+_one_at_a_time = _Turns()
 
 def _follow(model):
     "The graph of a plain model"
