@@ -194,7 +194,8 @@ def _lengths(threat, steps, step_size):
     check_threat(threat)
     n = 25 if steps is None else check_count(steps, 'steps', least=0)
     if step_size is not None:
-        if not (isinstance(step_size, numbers.Real) and 0 < step_size < math.inf):
+        still = step_size == 0 == getattr(threat, 'eps', None)     # a share of a budget of 0
+        if not (isinstance(step_size, numbers.Real) and 0 < step_size < math.inf or still):
             raise ValueError("`step_size` must be a number above 0, in the unit of the budget; got "
                              f"{step_size!r}. None chooses it.")
         return n*[step_size]

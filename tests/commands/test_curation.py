@@ -67,7 +67,8 @@ def test_hidden_images_of_ones_own(tmp_path):
         score(hidden=str(tmp_path/'corrupted'), each=4, out=str(tmp_path/'out'))
     for given, said in (
             (dict(hidden=str(tmp_path/'corrupted'), test='digits'), '`hidden` must stand alone'),
-            ({}, '`model` must name networks'), (dict(hidden=str(tmp_path/'none')), 'nothing there')):
+            ({}, '`model` must name networks'),
+            (dict(hidden=str(tmp_path/'none')), '`hidden` must be a folder')):
         with pytest.raises(SystemExit, match=said):
             score(**given, out=str(tmp_path/'more'))
         assert not (tmp_path/'more').exists()

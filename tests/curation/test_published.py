@@ -66,7 +66,7 @@ def test_simulated_training_attacks_what_it_trains(monkeypatch):
 
 
 def test_simulated_training_needs_a_round():
-    with pytest.raises(ValueError, match='`rounds` must be at least 1; got 0'):
+    with pytest.raises(ValueError, match='`rounds` must be a whole number, at least 1; got 0'):
         simulated_training(pool, nets[0], 20, rounds=0)
 
 

@@ -312,7 +312,7 @@ def test_a_logit_that_is_no_number_is_never_right(net):
 def test_answers_that_are_wrong_by_chance_are_seen_at_eps_0(net):
     noisy = Around(net, before=lambda x: x + 1.2*torch.randn(x.shape)).eval()
     table = red_flags(noisy, x, y, threat).set_index('check')
-    assert table.verdict['randomness'] == 'note'
+    assert table.verdict['randomness'] in ('note', 'doubt')    # a doubt where averaging finds more
     assert table.verdict['zero budget'] == 'see randomness'
 
 

@@ -165,7 +165,7 @@ def test_a_copy_of_another_network_is_refused():
     other = model_of(lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 4)))
     with pytest.raises(ValueError, match='`quantized` must be a copy'):
         layer_sensitivity(other, q, images(4))
-    with pytest.raises(ValueError, match='`directions` must be at least 1; got 0'):
+    with pytest.raises(ValueError, match='`directions` must be a whole number, at least 1; got 0'):
         layer_sensitivity(small(), q, images(4), directions=0)
 
 

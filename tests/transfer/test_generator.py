@@ -181,14 +181,14 @@ def test_wrong_uses():
         train_generator(model.net, **tiny)
     with pytest.raises(ValueError, match='Call `model.eval'):
         train_generator(build_model('ResNet_18', width=.0625).train(), **tiny)
-    with pytest.raises(ValueError, match='`size` must be at least 4 pixels; got 3'):
+    with pytest.raises(ValueError, match='`size` must be a whole number, at least 4 pixels; got 3'):
         train_generator(model, **{**tiny, 'size': 3})
     for k, bad, words in (('size', 0, 'at least 4 pixels; got 0'),
                           ('width', 1, 'at least 2 channels; got 1'),
                           ('steps', -1, 'negative; got -1')):
         with pytest.raises(ValueError, match=f'`{k}` must .*{words}'):
             train_generator(model, **{**tiny, k: bad})
-    with pytest.raises(ValueError, match='`n` must be at least 1; got 0'):
+    with pytest.raises(ValueError, match='`n` must be a whole number, at least 1; got 0'):
         generate(settled(model), 0)
     with pytest.raises(ValueError, match='generator.eval'):
         generate(settled(model).train(), 3)

@@ -271,7 +271,7 @@ def test_what_is_not_a_target(pair):
             adjust(g, model, bad)
     with pytest.raises(ValueError, match='without batch norm'):
         adjust(g, model)
-    with pytest.raises(ValueError, match='`rounds` must be at least 1; got 0'):
+    with pytest.raises(ValueError, match='`rounds` must be a whole number, at least 1; got 0'):
         adjust(g, model, (.9, .5), rounds=0)
     with pytest.raises(ValueError, match='`target` must hold pixels'):
         adjust(g, model, 255*labelled.x+2)

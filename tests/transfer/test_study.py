@@ -388,7 +388,8 @@ def test_probes(net, probes):
     with pytest.raises(ValueError, match='`images`.*the model normalises'):
         Probes.of(probes.x*255)
     for bad in (0, float('nan')):
-        with pytest.raises(ValueError, match=f'`n` must be at least 1; got {bad}'):
+        said = f'`n` must be a whole number, at least 1; got {bad}'
+        with pytest.raises((TypeError, ValueError), match=said):
             Probes.generated(net, bad)
 
 
