@@ -96,7 +96,7 @@ def _with_facts(model, size, classes):
     model.classes = read_classes(classes, model.n_classes) or model.classes
     return model
 
-def _read_nine(held, file, name, n_classes, width, mean, std):
+def _read_own(held, file, name, n_classes, width, mean, std):
     "A network of `build_model`, as the file and the caller describe it"
     path = file[0]
     known = dict.fromkeys(('name', 'n_classes', 'width', 'mean', 'std', 'classes'))
@@ -138,7 +138,7 @@ def _told_apart(name, path):
     return name, path
 
 def _described(path):
-    "What a file holds; weights that bring a description of one of the nine become a file of `save_model`"
+    "What a file holds; weights that bring a description of a network become a file of `save_model`"
     held = load_state(path)
     if file_kind(path) != 'safetensors': return held
     with safe_open(path, 'pt') as f:
@@ -242,7 +242,7 @@ def load_model(
     with explain_errors(file[0], 'a model written by `save_model`, or a state_dict'):
         held = _described(file[0])
         _check_named(held, name, path)
-        model = _read_nine(held, file, name, n_classes, width, mean, std)
+        model = _read_own(held, file, name, n_classes, width, mean, std)
     return _with_facts(model, size, classes)
 
 # %% ../../nbs/api/models/40_loading.ipynb #5e83f837
