@@ -6,6 +6,7 @@
 __all__ = ['demo_command']
 
 # %% ../../nbs/api/commands/80_demo.ipynb #38addec4
+from functools import partial
 from pathlib import Path
 import torch
 from ..data import load_data, subset
@@ -13,7 +14,9 @@ from ..models.zoo import build_model
 from ..models.loading import save_model
 from ..models.training import Recipe, train
 from ..attacks.threat_models import Linf
-from ..transfer.study import assess
+from ..attacks.standard import cascade
+from ..transfer.probes import Probes
+from ..transfer.study import Study
 from .common import _command
 from .transfer import _deliver
 
@@ -37,6 +40,6 @@ def demo_command(
     net, _ = train(Recipe(flip=False, lr=.05, batch_size=64).shortened(epochs), net, data,
                    seed=seed)
     save_model(net, Path(out)/'weights.pt')
-    report = assess(net, ('INT8', 'INT4', 'INT3', 'POT4', 'FP8', 'FLOAT4'), Linf(8/255), held[:n],
-                    held.x[n:], seed=seed)
-    return _deliver(report, out)
+    probes = Probes.of(held.x[n:], model=net, seed=seed)
+    study = Study(net, probes, (Linf(8/255),), held[:n], partial(cascade, targets=0), seed=seed)
+    return _deliver(study.assess(('INT8', 'INT4', 'INT3', 'POT4', 'FP8', 'FLOAT4')), out)

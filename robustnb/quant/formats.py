@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from itertools import product
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 
 # %% ../../nbs/api/quant/10_formats.ipynb #8e22f0ef
 @dataclass(frozen=True)
@@ -148,11 +148,10 @@ def _check_dtype(x):
     raise TypeError(f"`x` must be float32 or float64; got {x.dtype}. Convert the model with "
                     "`model.float()`, and round outside `torch.autocast`.")
 
-def _pieces(x, scale):
-    "Matching parts of `x`, of an empty result and of `scale`, small enough for the cache; the result."
-    x = _check_dtype(x).detach()
-    out = torch.empty_like(x)
-    rows, into = (x[None], out[None]) if x.ndim == 0 else (x, out)
+def _pieces(x, out, scale):
+    "Matching parts of `x`, of `out` and of `scale`, small enough for the cache"
+    if scale.numel() == 1 and x.numel() <= _piece: return [(x, out, scale.reshape(()))]
+    rows, into = x, out
     if scale.numel() == 1 and x.stride() == out.stride():
         rows = memory_order(x)
         into = memory_order(out)
@@ -160,13 +159,14 @@ def _pieces(x, scale):
     many = max(1, _piece//max(1, rows[:1].numel())) if x.device.type == 'cpu' else max(1, len(rows))
     by_row = scale.ndim == rows.ndim and len(scale) == len(rows) > 1
     each = scale.split(many) if by_row else [scale]*-(-len(rows)//many)
-    return zip(rows.split(many), into.split(many), each), out
+    return zip(rows.split(many), into.split(many), each)
 
 @torch.no_grad()
-def _rounded(x, fmt, scale, signed=True):
-    "Round to `fmt` and back."
-    parts, out = _pieces(x, scale)
-    for a, o, s in parts:
+def _rounded(x, fmt, scale, signed=True, out=None):
+    "Round to `fmt` and back, into `out` where it is given"
+    x = _check_dtype(x).detach()
+    out = torch.empty_like(x) if out is None else out
+    for a, o, s in _pieces(x, out.detach(), scale):
         _snap_(torch.div(a, s, out=o), torch.empty_like(o), fmt, signed).mul_(s)
     return out
 
@@ -255,17 +255,12 @@ def choose_scale(
     return scale.view(-1, *[1]*(x.ndim-1)) if per_channel else scale.reshape([1]*x.ndim)
 
 # %% ../../nbs/api/quant/10_formats.ipynb #fb7bb6d5
-class _StraightThrough(torch.autograd.Function):
-    "Forward: round. Backward: the identity inside the range, zero outside."
-    @staticmethod
-    def forward(ctx, x, scale, fmt, signed):
-        v = x/scale
-        top = fmt.top(signed)
-        ctx.save_for_backward(v.clamp(-top if signed else 0, top) == v)
-        return _rounded(x, fmt, scale, signed)
-    @staticmethod
-    def backward(ctx, grad):
-        return grad*ctx.saved_tensors[0], None, None, None
+def _clipped(x, fmt, scale, signed):
+    "The values in range of `fmt`, as autograd remembers them; on a processor in one go"
+    top = fmt.top(signed)*(1+1e-6)     # what was rounded to the end is inside
+    low = -top if signed else -1e-6*top
+    if scale.numel() > 1 or x.device.type != 'cpu': return torch.clamp(x, low*scale, top*scale)
+    return nn.functional.hardtanh(x, low*scale.item(), top*scale.item())
 
 def fake_quantize(
     x:Tensor,           # Values
@@ -274,8 +269,8 @@ def fake_quantize(
     signed:bool=True,   # False for unsigned INT
 )->Tensor:              # Values on the grid, same shape; the gradient passes inside the range
     "Round to `fmt` and back, with a straight-through gradient (Jacob et al. 2018, arXiv:1712.05877)."
-    if torch.is_grad_enabled() and x.requires_grad: return _StraightThrough.apply(x, scale, fmt, signed)
-    return _rounded(x, fmt, scale, signed)
+    if not (torch.is_grad_enabled() and x.requires_grad): return _rounded(x, fmt, scale, signed)
+    return _rounded(x, fmt, scale, signed, _clipped(_check_dtype(x), fmt, scale, signed))
 
 # %% ../../nbs/api/quant/10_formats.ipynb #c2c8c94d
 @dataclass(frozen=True)

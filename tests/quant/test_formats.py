@@ -276,6 +276,33 @@ def test_the_gradient_passes_inside_the_range_alone(signed, passes):
     assert torch.equal(grad, 2*weight*torch.tensor(passes))
 
 
+@pytest.mark.parametrize('name', ['INT4', 'POT4', 'FLOAT4', 'APOT4', 'FP8'])
+@pytest.mark.parametrize('signed', [True, False])
+def test_one_scale_and_one_for_each_row_pass_the_same_gradient(name, signed):
+    "They go two ways; small tensors and large ones go two ways too"
+    fmt = quant.number_format(name)
+    signed = signed or fmt.kind != 'INT'
+    x = .3*fmt.top(signed)*(2*torch.rand(4, 30_000, generator=make_generator(6)) - 1)
+    x[:, :3] = torch.tensor([0., .2*fmt.top(signed), -.2*fmt.top(signed)])   # the ends are inside
+    x.requires_grad_()
+    scale = torch.tensor(.2)
+    weights = torch.randn(x.shape, generator=make_generator(7))
+
+    def asked(x, scale, weights):
+        rounded = quant.fake_quantize(x, fmt, scale, signed)
+        return rounded.detach(), *torch.autograd.grad((rounded*weights).sum(), x)
+    value, grad = asked(x, scale, weights)
+    assert torch.equal(value, quant.to_levels(x/scale, fmt, signed)*scale)
+    by_row = asked(x, scale.expand(4, 1), weights)
+    parts = [asked(a.detach().requires_grad_(), scale, w)
+             for a, w in zip(x.reshape(40, 3000), weights.reshape(40, 3000))]
+    in_parts = [torch.cat(o).view_as(x) for o in zip(*parts)]
+    for others in (by_row, in_parts):
+        assert torch.equal(value, others[0]) and torch.equal(grad, others[1])
+    inside = (x/scale <= fmt.top(signed)) & (x/scale >= (-fmt.top(signed) if signed else 0))
+    assert torch.equal(grad, torch.where(inside, weights, 0)) and 0 < inside.float().mean() < 1
+
+
 def test_no_slower_than_one_fused_call():
     "torch has one kernel for INT; steps in pieces take less of the processor's time"
     x = torch.randn(2**21, generator=make_generator(0))
