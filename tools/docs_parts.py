@@ -3,6 +3,7 @@
 This folder must be on Python's path then: `make docs` and `make docs-check` see to it.
 """
 import ast, inspect, re
+import nbdev.processors
 from fastcore.docments import DocmentText, MarkdownRenderer
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
@@ -11,6 +12,7 @@ from nbdev.showdoc import BasicMarkdownRenderer
 from docs_tables import fitted
 
 SIGNATURE = 88        # characters in a line of a signature
+EXPORTED = {'export', 'exports', 'exporti', 'exec_doc'}
 MARKUP = re.compile(r'[\\*_^~<>$@\[\]|#`]')
 
 
@@ -28,6 +30,16 @@ class ArgumentsBelow(MarkdownRenderer):
 
 class ShowDoc(BasicMarkdownRenderer, ArgumentsBelow):
     "The heading and the link to the source as nbdev makes them, then `ArgumentsBelow`"
+
+
+def runs(cell, by_nbdev=nbdev.processors._do_eval):
+    "Whether a signature needs what a cell does: an example beside its import is for the tests to run"
+    if not by_nbdev(cell): return False
+    imports = [isinstance(o, (ast.Import, ast.ImportFrom)) for o in cell.parsed_()]
+    return bool(cell.directives_.keys() & EXPORTED) or all(imports) or not any(imports)
+
+
+nbdev.processors._do_eval = runs
 
 
 def on_one_line(signature):
