@@ -10,16 +10,20 @@ import robustnb as rn
 from robustnb.commands.common import _command
 from robustnb.core import ordered_names, pick_device, to_float, to_uint8
 from robustnb.data import NamedSet
+from robustnb.attacks.perceptual import advdrop, recolor, wasserstein
 from robustnb.curation.contest import contest_train, default_config
 from robustnb.curation.hidden import load_hidden, proxy_networks
 from robustnb.descriptors.attack import baseline, fgvm, Plan
+from robustnb.descriptors.attack_network import AttackerRecipe, train_attacker
 from robustnb.descriptors.bandit import Bandit
 from robustnb.descriptors.ridge_students import GaborFeatures
 from robustnb.descriptors.students import DescriptorRecipe
+from robustnb.evaluation.radius import first_order_radius, spectral_norms
 from robustnb.models.graph import trace
 from robustnb.models.wrapping import read_classes
 from robustnb.quant.ptq import calibrate
 from robustnb.transfer.crops import move_crops
+from robustnb.transfer.probe_quality import optimize_images
 from robustnb.transfer.probes import Probes
 
 
@@ -310,6 +314,27 @@ def test_copies_made_in_inference_mode_pass_a_gradient():
     for model in copies:
         rows_of(rn.pgd, model)
     rows_of(rn.fgsm, built, pictures(2, 32, 32))
+
+followers = dict(
+    advdrop=lambda net, x, y: advdrop(net, x, y, rn.Linf(8/255)),
+    wasserstein=lambda net, x, y: wasserstein(net, x, y, rn.Linf(8/255)),
+    recolor=lambda net, x, y: recolor(net, x, y, rn.Linf(8/255)),
+    radius=lambda net, x, y: first_order_radius(net, x, y),
+    norms=lambda net, x, y: torch.from_numpy(spectral_norms(net, x.shape[1:]).norm.to_numpy()),
+    images=lambda net, x, y: optimize_images(net, F.one_hot(y, 3).float(), steps=3, size=x.shape[2])[0],
+    attacker=lambda net, x, y: next(train_attacker(
+        net, x, x[:, None], rn.SSIM(.95),
+        AttackerRecipe(epochs=1))[0].parameters()))
+
+@pytest.mark.parametrize('name', followers)
+def test_what_follows_a_gradient_does_so_in_inference_mode(name):
+    net = deep() if name != 'attacker' else nn.Sequential(nn.Flatten(), nn.Linear(3*64*64, 4)).eval()
+    x = pictures(3, 64, 64) if name == 'attacker' else pictures()
+    y = rn.predict(net, x).argmax(1)
+    outside = followers[name](net, x, y)
+    with torch.inference_mode():
+        inside = followers[name](net, x.clone(), y.clone())
+    assert torch.equal(inside, outside)
 
 @pytest.mark.parametrize('attack', (baseline, fgvm, rn.attack_descriptor))
 def test_a_chain_of_layers_is_one_student(attack):

@@ -15,7 +15,8 @@ from inspect import signature
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core import batches, check_count, check_images, check_labels, images_at_a_time, make_generator
+from ..core import (
+    batches, check_count, check_images, check_labels, images_at_a_time, make_generator, outside_inference)
 from ..contract import answers_at_random, memory_format, open_model, predict, uncounted
 from .threat_models import check_threat
 
@@ -109,8 +110,6 @@ def _image_losses(loss, logits, y):
     raise ValueError(f"`loss` must give one value for each image (N,); got {got} for {len(logits)} images. "
                      "Use `cross_entropy` of `robustnb.attacks.gradient`, or `reduction='none'`.")
 
-def _own(t): return t.clone() if t.is_inference() else t
-
 @contextmanager
 def _outside_inference():
     "Inside, weights that were made in inference mode are named"
@@ -136,8 +135,8 @@ def loss_and_grad(
     "Loss per image, its gradient with respect to the image, and the logits that came with it."
     if hasattr(model, 'loss_and_grad'): return model.loss_and_grad(x, y, loss)
     with torch.inference_mode(False), torch.enable_grad(), _outside_inference():
-        x = _own(x.detach()).requires_grad_()
-        y = _own(y)
+        x = outside_inference(x.detach()).requires_grad_()
+        y = outside_inference(y)
         logits = _logits_for(model, x, y)
         value = _image_losses(loss, logits, y)
         grad = None

@@ -11,17 +11,20 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core import check_count
+from ..core import check_count, outside_inference
 from .threat_models import L1, Linf, shrink_to_sum
 from .gradient import check_attack, is_correct, loss_and_grad, margin
 
 # %% ../../nbs/api/attacks/80_perceptual.ipynb #2a8a8c04
+@torch.inference_mode(False)
 def _search(model, x, y, threat, loss, steps, form):
     """The allowed image with the largest margin; `form(x)` gives the numbers to start from, the
     image they make and the next step."""
     model = check_attack(model, x, y, threat)
     check_count(steps, 'steps', least=0)
-    out = x.detach().clone()
+    x = outside_inference(x.detach())
+    y = outside_inference(y)
+    out = x.clone()
     left, logits = is_correct(model, x, y)
     if not len(left): return out
     height = margin(logits, y)[left]

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core import batches, check_images, make_generator, progress
+from ..core import batches, check_images, make_generator, outside_inference, progress
 from ..files import save_state
 from ..attacks.threat_models import Ball
 from .blackbox import is_spent
@@ -226,7 +226,8 @@ def train_attacker(
     device = next((p.device for p in students[0].parameters()), sources.device)
     start = LinkNetAttacker(seed=recipe.seed) if attacker is None else attacker
     attacker = copy.deepcopy(start).to(device).eval()
-    mark = _mark(attacker, students, sources, target_images, threat, recipe)
+    images = outside_inference(sources), outside_inference(target_images)
+    mark = _mark(attacker, students, *images, threat, recipe)
     history = []
     means = None
     optimizer = torch.optim.Adam(attacker.parameters(), recipe.lr)
@@ -238,7 +239,6 @@ def train_attacker(
         means = state['means']
     for epoch in range(len(history), recipe.epochs):
         began = time.time()
-        images = (sources, target_images)
         seen, means = _epoch(attacker, students, images, threat, recipe, epoch, optimizer, means)
         history.append(dict(zip(('excess', 'distance', 'inside'), seen), epoch=epoch+1,
                             seconds=time.time()-began))

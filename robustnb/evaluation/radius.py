@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from ..core import batches, check_count, check_model, make_generator
+from ..core import batches, check_count, check_model, make_generator, outside_inference
 from ..models.wrapping import Normalize
 from ..models.graph import fold_batchnorm
 from ..attacks.threat_models import L1, L2, Linf
@@ -31,8 +31,9 @@ def _dual_norm(threat):
 
 def _radius(model, x, y, order, box, others):
     "Radii (N,) of one batch"
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone().requires_grad_(True)
+        y = outside_inference(y)
         logits = model(x)
         if not logits.isfinite().all():
             raise ValueError(
@@ -161,6 +162,7 @@ def _linear_calls(net, shape):
     return calls
 
 # %% ../../nbs/api/evaluation/30_radius.ipynb #ac10b2ab
+@torch.inference_mode(False)
 def spectral_norms(
     model:nn.Module,     # Takes images (N,C,H,W); in eval mode; quantised ones too; not changed
     shape=(3, 32, 32),   # One image, without the batch dimension

@@ -76,6 +76,12 @@ class _Turns:
 
 _one_at_a_time = _Turns()
 
+def _broken(said):
+    "The rule that a forward broke, of which torch.fx said this"
+    if 'item assignment' in said:
+        return 'assign to a part of a tensor: `torch.where` and `torch.cat` make a new one. Or'
+    return 'branch or loop on the values or the shape of a tensor;'
+
 def _follow(model):
     "The graph of a plain model"
     tracer = _Tracer()
@@ -89,9 +95,8 @@ def _follow(model):
         at = tracer.entered[-1] if tracer.entered else f"the model ({kind.__name__})"
         said = str(e).partition(chr(10))[0].rstrip('.')
         raise TypeError(f"`model` must be traceable by torch.fx; {at} is not: {type(e).__name__}: "
-                        f"{said}. Its `forward` must not branch or loop on the values or the shape of "
-                        "a tensor; put that part in a function marked with `torch.fx.wrap`, or in a "
-                        "module of its own.") from e
+                        f"{said}. Its `forward` must not {_broken(said)} put that part in a function "
+                        "marked with `torch.fx.wrap`, or in a module of its own.") from e
     finally:
         model.__class__ = kind
 

@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core import batches, check_count, check_images, check_labels, make_generator, progress, subseed
+from ..core import (
+    batches, check_count, check_images, check_labels, make_generator, outside_inference, progress, subseed)
 from ..contract import open_model, predict
 from ..data import ImageSet
 from ..models.wrapping import batchnorms, last_linear
@@ -179,6 +180,7 @@ def _next_composition(of, now, change, single, wanted):
     return Composition(*_solve(single, between, pushed, wanted), spread, push)
 
 # %% ../../nbs/api/transfer/40_probe_quality.ipynb #b48d8465
+@torch.inference_mode(False)
 def adjust(
     generator:Generator,   # Generator in eval mode
     model:nn.Module,       # Classifier it was trained from, in eval mode
@@ -316,6 +318,7 @@ def plot_features(
     return fig
 
 # %% ../../nbs/api/transfer/40_probe_quality.ipynb #7b09dd5b
+@torch.inference_mode(False)
 def optimize_images(
     # Classifier with normalisation inside (`normalize.mean`, `normalize.std`), in eval mode; not
     # changed
@@ -331,8 +334,7 @@ def optimize_images(
     """Direct optimisation of images on batch-norm statistics, after Cai et al. 2020 (ZeroQ,
     arXiv:2001.00281), with the cross-entropy."""
     model = _normalized(model)
-    mean = model.normalize.mean
-    std = model.normalize.std
+    mean, std = model.normalize.mean, model.normalize.std
     model = open_model(model, torch.zeros(2, mean.shape[1], size, size))
     g = make_generator(seed, 'optimise')
     out = []
@@ -343,7 +345,7 @@ def optimize_images(
         for step in range(steps):
             with torch.enable_grad(), bn_inputs(model) as seen:
                 logits = model((mean + std*z).clamp(0, 1))
-                entropy = F.cross_entropy(logits.float(), targets[s])
+                entropy = F.cross_entropy(logits.float(), outside_inference(targets[s]))
                 unusual = bn_distance(seen)
             z.grad, = torch.autograd.grad(entropy + unusual, z)
             optimizer.step()
