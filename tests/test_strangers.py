@@ -305,6 +305,16 @@ def deep():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
     return rn.wrap_model(net, (.5,)*3, (.5,)*3)
 
+def test_a_forward_is_told_which_rule_it_broke():
+    def blanked(x):
+        x = x.clone()
+        x[:, 0] = 0
+        return x
+    for sees, said in ((blanked, 'must not assign to a part of a tensor: `torch.where`'),
+                       (lambda x: x if x.mean() > 0 else -x, 'must not branch or loop on the values')):
+        with pytest.raises(TypeError, match=said):
+            rn.quantize(Small(sees=sees), 'INT8', pictures())
+
 def test_copies_made_in_inference_mode_pass_a_gradient():
     outside = deep()
     with torch.inference_mode():
