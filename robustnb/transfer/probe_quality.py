@@ -91,6 +91,7 @@ class Composition:
             raise ValueError("`boundary` and `adversarial` must be shares that sum to at most "
                              f"1; got {b} and {a}.")
 
+@torch.inference_mode(False)
 def compose(
     generator:Generator,    # Generator in eval mode
     model:nn.Module,        # Classifier it was trained from
@@ -180,7 +181,6 @@ def _next_composition(of, now, change, single, wanted):
     return Composition(*_solve(single, between, pushed, wanted), spread, push)
 
 # %% ../../nbs/api/transfer/40_probe_quality.ipynb #b48d8465
-@torch.inference_mode(False)
 def adjust(
     generator:Generator,   # Generator in eval mode
     model:nn.Module,       # Classifier it was trained from, in eval mode
