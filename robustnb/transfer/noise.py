@@ -89,9 +89,25 @@ def foreseen_answers(
     logits = clear_answers(natural[0], n, seed)
     return logits, _put(mean, logits, make_generator(seed, 'rounding'))
 
-# %% ../../nbs/api/transfer/27_noise.ipynb #ac7afb6b
-_ridge = .1
+# %% ../../nbs/api/transfer/27_noise.ipynb #ac7afb6a
+_ridges = *(.1*4.**k for k in range(9)), float('inf')    # for each known answer
 
+def _learnt(a, b):
+    """The linear map (K,K) from `a` to `b` that foretells best what was left out, and what it misses there:
+    the ridge is chosen by the sum of squares of each row from all others (Allen 1974)"""
+    u, s, v = torch.linalg.svd(a, full_matrices=False)
+    least = torch.inf
+    for ridge in _ridges:
+        shrunk = s/(s.square() + ridge*len(a))
+        own = (u.square()*(s*shrunk)).sum(1, keepdim=True)
+        missed = (b - u*(s*shrunk) @ (u.T@b))/(1 - own).clamp_min(1e-6)
+        wrong = missed.square().sum().item()
+        if wrong < least:
+            least = wrong
+            best = v.T*shrunk @ (u.T@b), missed
+    return best
+
+# %% ../../nbs/api/transfer/27_noise.ipynb #ac7afb6b
 def _overtaken(ahead, own, covariance):
     "Chance that a class overtakes: for each of 64 values of the noise of `own` the others independently"
     variance = covariance.diag().clamp_min(1e-30)
@@ -115,10 +131,8 @@ def flip_chances(
         raise ValueError(f"`logits` must have the {a.shape[1]} classes of `known`; got {l.shape[1]}.")
     gain = _gain(a, b)
     shift = (b - gain*a).mean(0)
-    same = torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
-    moves = gain*same + torch.linalg.solve(a.T@a + _ridge*len(a)*same, a.T@(b - gain*a - shift))
-    rest = b - shift - a@moves
+    moves, rest = _learnt(a, b - gain*a - shift)
     covariance = rest.T@rest/len(rest)
     own = l.argmax(1, keepdim=True)
-    foreseen = l@moves + shift
+    foreseen = gain*l + l@moves + shift
     return _overtaken(foreseen.gather(1, own) - foreseen, own, covariance)
