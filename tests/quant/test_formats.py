@@ -297,7 +297,9 @@ def test_one_scale_and_one_for_each_row_pass_the_same_gradient(name, signed):
     parts = [asked(a.detach().requires_grad_(), scale, w)
              for a, w in zip(x.reshape(40, 3000), weights.reshape(40, 3000))]
     in_parts = [torch.cat(o).view_as(x) for o in zip(*parts)]
-    for others in (by_row, in_parts):
+    turned = [o.T for o in asked(x.detach().T.requires_grad_(), scale, weights.T)]
+    with_gaps = asked(torch.stack([x.detach()]*2, 2)[..., 0].requires_grad_(), scale, weights)
+    for others in (by_row, in_parts, turned, with_gaps):
         assert torch.equal(value, others[0]) and torch.equal(grad, others[1])
     inside = (x/scale <= fmt.top(signed)) & (x/scale >= (-fmt.top(signed) if signed else 0))
     assert torch.equal(grad, torch.where(inside, weights, 0)) and 0 < inside.float().mean() < 1
