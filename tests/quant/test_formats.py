@@ -305,6 +305,12 @@ def test_one_scale_and_one_for_each_row_pass_the_same_gradient(name, signed):
     assert torch.equal(grad, torch.where(inside, weights, 0)) and 0 < inside.float().mean() < 1
 
 
+def test_a_single_number_is_rounded():
+    x = torch.tensor(.33, requires_grad=True)
+    rounded = fake_quantize(x, number_format('INT4'), torch.tensor(.1))
+    assert rounded.item() == pytest.approx(.3) and torch.autograd.grad(rounded, x)[0] == 1
+
+
 def test_no_slower_than_one_fused_call():
     "torch has one kernel for INT; steps in pieces take less of the processor's time"
     x = torch.randn(2**21, generator=make_generator(0))

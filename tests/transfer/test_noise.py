@@ -116,7 +116,8 @@ def test_chances_by_hand():
     centred = lambda o: (o - o.mean(1, keepdim=True)).numpy()
     known, copied, new = (centred(answers(n, k, seed)) for seed in range(3))
     std = known.std()
-    a, b, new = known/std, (known + .7*copied)/std, new/std
+    mixed = known@answers(k, k, 3).numpy()
+    a, b, new = known/std, (known + .2*(mixed - mixed.mean(1, keepdims=True)) + .7*copied)/std, new/std
     gain = (a*b).sum()/(a*a).sum()
     shift = (b - gain*a).mean(0)
     rest = b - gain*a - shift
@@ -128,6 +129,7 @@ def test_chances_by_hand():
     weights = [*(.1*4**j for j in range(9)), 1e12]
     missed = [np.stack([rest[i] - a[i]@learnt(others[i], w) for i in range(n)]) for w in weights]
     best = min(range(len(weights)), key=lambda j: (missed[j]**2).sum())
+    assert 0 < best < len(weights) - 1
     moves = gain*np.eye(k) + learnt([*range(n)], weights[best])
     cov = missed[best].T@missed[best]/n
     def chance(row):
