@@ -117,7 +117,7 @@ def test_chances_by_hand():
     known, copied, new = (centred(answers(n, k, seed)) for seed in range(3))
     std = known.std()
     mixed = known@answers(k, k, 3).numpy()
-    a, b, new = known/std, (known + .2*(mixed - mixed.mean(1, keepdims=True)) + .7*copied)/std, new/std
+    a, b, new = known/std, (known + .15*(mixed - mixed.mean(1, keepdims=True)) + .7*copied)/std, new/std
     gain = (a*b).sum()/(a*a).sum()
     shift = (b - gain*a).mean(0)
     rest = b - gain*a - shift
