@@ -23,7 +23,8 @@ from robustnb.models.graph import trace
 from robustnb.models.wrapping import read_classes
 from robustnb.quant.ptq import calibrate
 from robustnb.transfer.crops import move_crops
-from robustnb.transfer.probe_quality import optimize_images
+from robustnb.transfer.generator import Generator
+from robustnb.transfer.probe_quality import compose, Composition, optimize_images
 from robustnb.transfer.probes import Probes
 
 
@@ -325,6 +326,10 @@ def test_copies_made_in_inference_mode_pass_a_gradient():
         rows_of(rn.pgd, model)
     rows_of(rn.fgsm, built, pictures(2, 32, 32))
 
+def painter(size):
+    torch.manual_seed(0)
+    return Generator(torch.eye(3), torch.full((3,), .5), torch.full((3,), .25), size=size, width=8).eval()
+
 followers = dict(
     advdrop=lambda net, x, y: advdrop(net, x, y, rn.Linf(8/255)),
     wasserstein=lambda net, x, y: wasserstein(net, x, y, rn.Linf(8/255)),
@@ -332,9 +337,9 @@ followers = dict(
     radius=lambda net, x, y: first_order_radius(net, x, y),
     norms=lambda net, x, y: torch.from_numpy(spectral_norms(net, x.shape[1:]).norm.to_numpy()),
     images=lambda net, x, y: optimize_images(net, F.one_hot(y, 3).float(), steps=3, size=x.shape[2])[0],
-    attacker=lambda net, x, y: next(train_attacker(
-        net, x, x[:, None], rn.SSIM(.95),
-        AttackerRecipe(epochs=1))[0].parameters()))
+    composed=lambda net, x, y: compose(painter(x.shape[2]), net, 6, Composition(.2, .5))[0],
+    attacker=lambda net, x, y: next(train_attacker(net, x, x[:, None], rn.SSIM(.95),
+                                                   AttackerRecipe(epochs=1))[0].parameters()))
 
 @pytest.mark.parametrize('name', followers)
 def test_what_follows_a_gradient_does_so_in_inference_mode(name):

@@ -111,7 +111,7 @@ def _image_losses(loss, logits, y):
                      "Use `cross_entropy` of `robustnb.attacks.gradient`, or `reduction='none'`.")
 
 @contextmanager
-def _outside_inference():
+def _naming_made_inside():
     "Inside, weights that were made in inference mode are named"
     try:
         yield
@@ -134,7 +134,7 @@ def loss_and_grad(
 )->tuple:              # Loss (N,), its gradient (N,C,H,W), logits (N,K)
     "Loss per image, its gradient with respect to the image, and the logits that came with it."
     if hasattr(model, 'loss_and_grad'): return model.loss_and_grad(x, y, loss)
-    with torch.inference_mode(False), torch.enable_grad(), _outside_inference():
+    with torch.inference_mode(False), torch.enable_grad(), _naming_made_inside():
         x = outside_inference(x.detach()).requires_grad_()
         y = outside_inference(y)
         logits = _logits_for(model, x, y)

@@ -23,7 +23,6 @@ def _search(model, x, y, threat, loss, steps, form):
     model = check_attack(model, x, y, threat)
     check_count(steps, 'steps', least=0)
     x = outside_inference(x.detach())
-    y = outside_inference(y)
     out = x.clone()
     left, logits = is_correct(model, x, y)
     if not len(left): return out

@@ -91,7 +91,6 @@ class Composition:
             raise ValueError("`boundary` and `adversarial` must be shares that sum to at most "
                              f"1; got {b} and {a}.")
 
-@torch.inference_mode(False)
 def compose(
     generator:Generator,    # Generator in eval mode
     model:nn.Module,        # Classifier it was trained from

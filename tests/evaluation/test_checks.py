@@ -13,7 +13,7 @@ from robustnb.attacks.adaptive_pgd import apgd
 from robustnb.attacks.gradient import fgsm, multi_attack, margin, pgd
 from robustnb.attacks.score_based import square
 from robustnb.evaluation import checks
-from robustnb.evaluation.checks import red_flags
+from robustnb.evaluation.checks import _signs, red_flags
 from robustnb.core import make_generator
 from robustnb.data import digits, subset
 from robustnb.evaluation.robust_accuracy import transfer_attack, on_8bit_images
@@ -312,7 +312,8 @@ def test_a_logit_that_is_no_number_is_never_right(net):
 def test_answers_that_are_wrong_by_chance_are_seen_at_eps_0(net):
     noisy = Around(net, before=lambda x: x + 1.2*torch.randn(x.shape)).eval()
     table = red_flags(noisy, x, y, threat).set_index('check')
-    assert table.verdict['randomness'] in ('note', 'doubt')    # a doubt where averaging finds more
+    found_more = (table.verdict[table.index.isin(_signs)] == 'see randomness').any()
+    assert table.verdict['randomness'] == ('doubt' if found_more else 'note')
     assert table.verdict['zero budget'] == 'see randomness'
 
 

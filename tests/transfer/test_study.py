@@ -387,9 +387,8 @@ def test_probes(net, probes):
     assert probes.facts == {}
     with pytest.raises(ValueError, match='`images`.*the model normalises'):
         Probes.of(probes.x*255)
-    for bad in (0, float('nan')):
-        said = f'`n` must be a whole number, at least 1; got {bad}'
-        with pytest.raises((TypeError, ValueError), match=said):
+    for bad, kind in ((0, ValueError), (float('nan'), TypeError)):
+        with pytest.raises(kind, match=f'`n` must be a whole number, at least 1; got {bad}'):
             Probes.generated(net, bad)
 
 
