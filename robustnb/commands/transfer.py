@@ -47,6 +47,10 @@ def _threat(norm, eps):
             f"`eps` must be a number or a fraction such as 8/255; got {eps!r}.") from None
     return ball(eps)
 
+def _threats(norm, eps):
+    "Those of a study: none for the accuracy alone."
+    return () if norm.strip().lower() == 'none' else (_threat(norm, eps),)
+
 def _kept_crops(net, file, seed):
     "The crops in the file; made and written there first, if there are none"
     if not file.exists():
@@ -84,8 +88,11 @@ def _layer_rows(study, spec): return study.layers(spec).to_dict('records')
 
 def _engine_rows(study, spec): return [study.engine(spec)]
 
-def _check_advice(formats, allowed, target='', budget=''):
+def _check_advice(formats, threats, allowed, target='', budget=''):
     "Raise before anything is opened, where words cannot be meant"
+    if allowed.get('robust') and not threats:
+        raise ValueError("`robust` asks for robust losses, of which there are none with `--norm none`. "
+                         'Leave out one of the two.')
     most = allowed.get('max_loss', 0)
     if not 0 <= most <= 1:
         raise ValueError(f"`max_loss` must be a share of the accuracy in [0, 1]; got {most}.")
@@ -113,7 +120,7 @@ def assess_command(
     # INT8,INT6,INT4,POT4,FP8,FLOAT4
     formats:str='',
     eps:str='1/255',      # Radius of the threat, pixels in [0,1]
-    norm:str='Linf',      # Linf, L2 or L1
+    norm:str='Linf',      # Linf, L2 or L1; none predicts the accuracy alone, sooner
     n:int=500,            # Images to probe with, and test images, at most
     out:str='assessment', # Folder for the report
     seed:int=0,           # Everything random
@@ -132,8 +139,8 @@ def assess_command(
     opening, free, known, labelled, wanted, allowed = _given(
         given, named_model, unlabelled_images, known_accuracy, labelled_images, rows_to_assess,
         mark_advice)
-    _check_advice(formats, allowed, **wanted)
-    threat = _threat(norm, eps)
+    threats = _threats(norm, eps)
+    _check_advice(formats, threats, allowed, **wanted)
     accuracy = known_accuracy(**known)
     check_count(n)
     net = named_model(model, **opening)
@@ -141,10 +148,10 @@ def assess_command(
     images = unlabelled_images(net, n, seed, **free) if free.get('images') else None
     test = labelled_images(net, n, seed, **labelled) if labelled.get('test') else None
     out = Path(out)
-    asked = dict(network=_mark_model(net), threat=repr(threat), seed=seed, accuracy=accuracy,
+    asked = dict(network=_mark_model(net), threat=', '.join(map(repr, threats)), seed=seed, accuracy=accuracy,
                  test=_mark_of(test) if test else None)
     _continue(out, asked | (dict(n=n) if images is None else dict(images=fingerprint(images))))
-    study = Study(net, _probes(net, out, images, seed), (threat,), test, seed=seed, accuracy=accuracy)
+    study = Study(net, _probes(net, out, images, seed), threats, test, seed=seed, accuracy=accuracy)
     return _deliver(_in_steps(study, specs, out), out, **allowed)
 
 # %% ../../nbs/api/commands/30_transfer.ipynb #9fe96ce1

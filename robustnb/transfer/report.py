@@ -36,11 +36,14 @@ def _bars(ax, table, kind):
 
 def plot_losses(
     table:pd.DataFrame,  # `Report.table`
-):                       # A figure with a panel for accuracy and one for robust accuracy
+):                       # A figure with a panel for accuracy, and one for robust accuracy where it was asked
     "Predicted losses with their intervals, and the measured ones where there are any."
-    fig, axes = plt.subplots(1, 2, figsize=(8, .45*len(table)+1.4), sharey=True)
-    titles = dict(loss='accuracy lost, % of the original',
-                  robust_loss='robust accuracy lost, % of the original')
+    titles = dict(loss='accuracy lost, % of the original')
+    if any('robust_loss' in c for c in table):
+        titles['robust_loss'] = 'robust accuracy lost, % of the original'
+    fig, axes = plt.subplots(1, len(titles), figsize=(4*len(titles), .45*len(table)+1.4), sharey=True,
+                             squeeze=False)
+    axes = axes[0]
     for ax, (kind, title) in zip(axes, titles.items()):
         _bars(ax, table, kind)
         ax.set_xlabel(title)
@@ -148,6 +151,16 @@ def _noisy_layers(report):
                        'their variance. The dark ones are the first to give more bits.')
 
 # %% ../../nbs/api/transfer/50_report.ipynb #538fd534
+def _about(report):
+    "What the numbers of a page mean"
+    threat = report.facts['threat']
+    if not threat:
+        return ('Losses are shares of the accuracy that the full-precision model has. Intervals are meant to '
+                'hold 90 % of predicted accuracies, 95 % of measured ones.')
+    return (f'Losses are shares of the accuracy that the full-precision model has ({threat} for robust '
+            'accuracy). Intervals are meant to hold 90 % of predicted accuracies, 95 % of the others. An '
+            'asterisk marks a prediction outside the range of losses that its predictor was fitted on.')
+
 def _page(report):
     "A page that needs no other file."
     facts = report.facts
@@ -160,10 +173,7 @@ def _page(report):
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<title>{title}</title><style>{_style}</style></head><body><main>',
         f'<h1>{title}</h1><p><b>{html.escape(_advice(report))}</b></p>',
-        '<p>Losses are shares of the accuracy that the full-precision model has '
-        f"({html.escape(facts['threat'])} for robust accuracy). Intervals are meant to hold "
-        '90 % of predicted accuracies, 95 % of the others. An asterisk marks a prediction outside the '
-        'range of losses that its predictor was fitted on.</p>',
+        f'<p>{html.escape(_about(report))}</p>',
         f'<div class="wide" tabindex="0" role="region" aria-label="Formats">{table}</div>',
         f'{_outside(report.table)}{_suffering(report.table)}',
         _figure(plot_losses(report.table), 'Share of accuracy lost in each format.'),
@@ -192,8 +202,8 @@ def _screen(report):
     right = [f"{facts[k]:.1%} {words}" for k, words in
              (('accuracy', 'accuracy'), ('robust_accuracy', 'robust accuracy')) if k in facts]
     original = f"The original: {', '.join(right)}." if right else ''
-    about = (f"Losses in percent of what the original has; intervals: 90 % of predicted accuracies, 95 % of "
-             f"the others; robust: {facts['threat']}.")
+    about = ('Losses in percent of what the original has; intervals: 90 % of predicted accuracies, 95 % of '
+             f"the others{facts['threat'] and '; robust: '}{facts['threat']}.")
     title = f"{facts['model']}: what quantisation will cost"
     words = [title, _advice(report), original, about]
     table = _percent_table(report.table, facts.get('max_loss', .02), _short)
@@ -217,6 +227,9 @@ class Report:
         whose measured loss, where there is one, does too; or None."""
         if not 0 <= max_loss <= 1:
             raise ValueError(f"`max_loss` must be a share of the accuracy in [0, 1]; got {max_loss}.")
+        if robust and not any('robust_loss' in c for c in self.table):
+            raise ValueError('`robust` must be False where no robust loss was asked for; got '
+                             f'{robust}. Give a threat model to `assess`.')
         fine = self.table
         for kind in ('loss', 'robust_loss') if robust else ('loss',):
             fine = fine[fine[f'predicted_{kind}_hi'] <= max_loss]

@@ -72,6 +72,7 @@ def _rows_attacked(study, model, x, labels, attack):
     labels = labels[:study.attacked]
     threats = study.threats
     seed = study.seed
+    if not threats: return []
     if len(threats) == 1:
         return [evaluate(model, x, labels, dict(attacked=attack), threats[0], seed=seed)]
     curve = robustness_curve(model, x, labels, attack, list(threats), seed=seed)
@@ -79,10 +80,10 @@ def _rows_attacked(study, model, x, labels, attack):
     return [pd.concat([clean, curve[curve.eps == t.eps]], ignore_index=True) for t in threats]
 
 def _clean(study, model, rows):
-    "Rows of all clean test images; those of the first threat, where no image was left out"
-    if len(rows[0][rows[0].attack == 'clean']) == len(study.test): return rows[0]
+    "Rows of all clean test images; those of the first threat, where there is one and no image was left out"
+    if rows and sum(rows[0].attack == 'clean') == len(study.test): return rows[0]
     labels = torch.as_tensor(study.test.y)
-    return evaluate(model, study.test.x, labels, {}, study.threats[0], seed=study.seed)
+    return evaluate(model, study.test.x, labels, {}, Linf(1/255), seed=study.seed)
 
 # %% ../../nbs/api/transfer/60_study.ipynb #3c9a71e1
 def _expected(study, copy, copied):
@@ -145,10 +146,11 @@ def _told(study, rows):
 
 def _change(study, copy):
     "Drift of a copy, and its flips under each threat"
+    drift = _drift(study, copy)
+    if not study.threats: return [drift]
     attack, before = study._on_probes
     labels = study.answers.argmax(1)
     after = _attacked(study, copy, study.probes.x, labels, attack)
-    drift = _drift(study, copy)
     if not study.probes.real:
         return [drift | dict(robust_flips=_flips_attacked(*rows)) for rows in zip(before, after)]
     both = _attacked(study, copy, study.probes.x, labels, multi_attack(attack, study.attack))
@@ -165,13 +167,14 @@ def _loss(study, copy):
     after = _attacked(study, copy, study.test.x, labels, multi_attack(attack, study.attack))
     clean_after = _clean(study, copy, after)
     clean = _losses(clean_before, clean_after, 'measured_loss', 'clean')
+    accuracy = dict(accuracy=_accuracy(clean_after))
+    if not study.threats: return [clean | accuracy]
     found = []
     for a, b in zip(before, after):
         robust = _losses(a, b, 'measured_robust_loss', 'worst')
         if not _told(study, a):
             robust = dict.fromkeys(robust, np.nan)
-        accuracies = dict(accuracy=_accuracy(clean_after), robust_accuracy=_robust_accuracy(b))
-        found.append(clean | robust | accuracies)
+        found.append(clean | robust | accuracy | dict(robust_accuracy=_robust_accuracy(b)))
     return found
 
 # %% ../../nbs/api/transfer/60_study.ipynb #191c30b5
@@ -180,9 +183,9 @@ def _check_study(model, threats, test, attacked=None):
     if test is not None:
         check_set(test, 'test')
     model = open_model(model)
-    if not (isinstance(threats, tuple) and threats):
-        raise TypeError("`threats` must be a tuple of threat models, such as `(Linf(1/255),)`; "
-                        f"got {threats!r}.")
+    if not isinstance(threats, tuple):
+        raise TypeError("`threats` must be a tuple of threat models, such as `(Linf(1/255),)`, or `()` for "
+                        f"the accuracy alone; got {threats!r}.")
     for threat in threats:
         check_threat(threat)
     eps = [getattr(t, 'eps', None) for t in threats]
@@ -252,12 +255,12 @@ class _Original(_Asked):
     @cached_property
     def original(self):
         "How the original fares itself: a dict for each threat"
+        accuracy = dict(accuracy=_accuracy(self._on_test[2])) if self.test else {}
+        if not self.threats: return [accuracy]
         found = [dict(survivors_among_probes=_robust_accuracy(o)) for o in self._on_probes[1]]
         if self.test is None: return found
-        _, rows, clean = self._on_test
-        accuracy = _accuracy(clean)
-        robust = [dict(accuracy=accuracy, robust_accuracy=_robust_accuracy(o)) for o in rows]
-        return [a | b for a, b in zip(found, robust)]
+        robust = [dict(robust_accuracy=_robust_accuracy(o)) for o in self._on_test[1]]
+        return [a | accuracy | b for a, b in zip(found, robust)]
 
 # %% ../../nbs/api/transfer/60_study.ipynb #23b874a2
 class _Copies(_Original):
@@ -336,7 +339,7 @@ def _images_notes(study):
            'choose a smaller eps or give more images.')
     if min(study.probes.x.shape[2:]) > 100:
         few += ' Networks for large pictures often stand no more than .1/255 unless they were trained to.'
-    if worst_case(study._on_probes[1][0]).correct.sum() < 20:
+    if study.threats and worst_case(study._on_probes[1][0]).correct.sum() < 20:
         yield (few.format('probes', 'predicted') if study.probes.real else
                'The original itself is right on fewer than 20 attacked crops, so robust_flips is empty; the '
                'robust losses are those of the fitted predictor, which looks at no attacked image.')
@@ -344,6 +347,7 @@ def _images_notes(study):
     if study.test.matched == 'by position':
         yield ('The model has no names for its classes: those of the test images were taken in '
                'their order. If the model counts them in another one, losses mean nothing.')
+    if not study.threats: return
     rows = study._on_test[1][0]
     if worst_case(rows).correct.sum() < 20:
         yield few.format('test images', 'measured')
@@ -371,23 +375,26 @@ def _quality_notes(facts):
                f'{facts["unusual"]:.3g} nats off, {facts["unusual_before"]:.3g} before they were moved, and '
                f'{facts["clip_rate"]:.0%} of their pixels are black or white at the clamp.')
         if not .7 < facts['lead_ratio'] < 1.4 or facts['clip_rate'] > .2:
-            yield ('That is far from real images: give a few photographs, or trust the predictions '
-                   'less.')
+            yield 'That is far from real images: give a few photographs, or trust the predictions less.'
     elif facts.get('clip_rate', 0) > .2:
         yield f'{facts["clip_rate"]:.0%} of the generated pixels are black or white at the clamp.'
 
-def _notes(study, copy):
-    "What a reader has to keep in mind, in sentences."
+def _attack_notes(study):
+    "What an attack cannot tell"
     how = getattr(study.attack, 'func', study.attack)
     name = _known_attacks.get(how) or getattr(how, '__name__', 'the attack')
-    yield _read_from(study)
-    yield from _quality_notes(study.probes.facts)
     yield (f'Robust accuracy is what survives {name}, white-box and transferred from the original; '
            'a stronger attack will find more.')
-    if not study.probes.real:
-        yield ('The robust predictor was fitted at Linf .25/255 to 2/255 on narrow CIFAR-10 networks; under '
-               'another threat look at robust_flips in the table too: how the copy fares on the images that '
-               'an attack made of the probes.')
+    if study.probes.real: return
+    yield ('The robust predictor was fitted at Linf .25/255 to 2/255 on narrow CIFAR-10 networks; under '
+           'another threat look at robust_flips in the table too: how the copy fares on the images that '
+           'an attack made of the probes.')
+
+def _notes(study, copy):
+    "What a reader has to keep in mind, in sentences."
+    yield _read_from(study)
+    yield from _quality_notes(study.probes.facts)
+    if study.threats: yield from _attack_notes(study)
     yield ('Logits are returned in full precision and biases kept in 32 bits; '
            'every other stored tensor is rounded.')
     if 'no batch norm' in study.probes.words:
@@ -403,7 +410,7 @@ def _notes(study, copy):
 
 # %% ../../nbs/api/transfer/60_study.ipynb #7527837e
 def _words(threats):
-    "Threat models as a reader knows them"
+    "Threat models as a reader knows them; empty where there is none"
     said = [f'Linf {255*t.eps:g}/255' if isinstance(t, Linf) else repr(t) for t in threats]
     return ', '.join(said)
 
@@ -417,18 +424,24 @@ def _facts(study, copy):
         seconds=round(time.time()-study.began))
 
 # %% ../../nbs/api/transfer/60_study.ipynb #77cf4340
+def _predicted(study, rows):
+    "Rows with the losses that are foretold; robust ones only where there is a threat"
+    table = predict_losses(pd.DataFrame(rows))
+    return table if study.threats else table.loc[:, ~table.columns.str.contains('robust_loss')]
+
 def _rows(study, spec):
     "All that is said of one format, threat by threat"
     copy = study.copy(spec)
     size = model_bytes(copy, spec.bits)/1000
     same = dict(format=str(spec), n_classes=study.answers.shape[1])
     rows = [same | dict(eps=getattr(t, 'eps', np.nan), size_kb=size) for t in study.threats]
+    rows = rows or [same | dict(size_kb=size)]
     found = [study.change(spec)]
     if study.test is not None:
         found.append(study.loss(spec))
     for part in found:
         rows = [row | more for row, more in zip(rows, part)]
-    return predict_losses(pd.DataFrame(rows)).to_dict('records')
+    return _predicted(study, rows).to_dict('records')
 
 def _some_copy(study, formats):
     "A copy to see what stays in full precision: that of the last format, or of INT8 where it is a mixed one"
@@ -463,7 +476,7 @@ def _report(study, rows, layers, engine=None):
         raise ValueError("`layers` must be those of at least one of the formats "
                          f"{', '.join(formats)}; "
                          f"got those of {', '.join(layers.format.unique())}. Use `Study.layers`.")
-    table, notes, measured = _with_engine(predict_losses(pd.DataFrame(rows)), engine)
+    table, notes, measured = _with_engine(_predicted(study, rows), engine)
     facts = _facts(study, _some_copy(study, formats))
     facts['notes'] += notes
     return Report(table, layers, study.probes.x[:16], facts | measured)
@@ -503,7 +516,8 @@ class Study(_Answers):
     "What number formats cost one network."
     model:nn.Module             # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     probes:Probes               # Images without labels, for ranges and features
-    threats:tuple               # One threat model, `(Linf(1/255),)`, or growing budgets of a family
+    # One threat model, `(Linf(1/255),)`, or growing budgets of a family; `()` is the accuracy alone
+    threats:tuple
     test:ImageSet|None=None     # Labelled images: adds measured losses
     attack:Callable=cascade     # On the original, then on each copy; crops see 10 steps of PGD
     attacked:int|None=None      # Probes and test images to attack, the first ones, >= 1; None is all
@@ -544,7 +558,7 @@ def assess(
     model:nn.Module,
     # Names as in `quant_spec`; 'mixed 300kB', what fits; 'onnxruntime', what the engine computes
     formats=default_formats,
-    threat=Linf(1/255),          # Threat model of the robust accuracy
+    threat=Linf(1/255),          # Threat model of the robust accuracy; None is the accuracy alone, sooner
     test:ImageSet|None=None,     # Labelled images: adds measured losses
     unlabelled:Tensor|Probes|None=None, # Real images (N,C,H,W) without labels, or `Probes`; None takes crops
     n:int=500,                   # Real images to probe with at most, >= 1
@@ -554,14 +568,14 @@ def assess(
     "Predict what quantisation will cost a classifier, without its training data."
     wanted = format_list(formats, open_model(model))
     n = check_count(n)
-    _check_study(model, (threat,), test)
+    threats = () if threat is None else (threat,)
+    _check_study(model, threats, test)
     probes = unlabelled
     if unlabelled is None:
         probes = Probes.crops(model, seed=seed)
     elif not isinstance(unlabelled, Probes):
         probes = Probes.of(check_images(unlabelled, 'unlabelled')[:n], model=model, seed=seed)
-    study = Study(model, probes, (threat,), test, seed=seed, accuracy=accuracy)
-    return study.assess(wanted)
+    return Study(model, probes, threats, test, seed=seed, accuracy=accuracy).assess(wanted)
 
 # %% ../../nbs/api/transfer/60_study.ipynb #e9bb9f43
 job_attacks = dict(fgsm=fgsm, pgd=partial(pgd, steps=10), apgd=apgd, cascade=cascade)

@@ -160,6 +160,8 @@ def test_what_may_be_deployed(narrow, asked, tmp_path, capsys):
     ('such as 300kB or 0.3MB', dict(budget='small')),
     ('such as 300kB or 0.3MB', dict(budget='-3kB')), ('must leave', dict(budget='.1kB')),
     ('`max_loss` must be a share', dict(max_loss=3.)),
+    ('none with `--norm none`. Leave out one', dict(norm='none', robust=True)),
+    ('`norm` must be one of Linf, L2, L1; got', dict(norm='nothing')),
     ('more than once', dict(formats='INT8,mixed 30kB', budget='30'))])
 def test_what_cannot_be_deployed_is_one_sentence(narrow, asked, tmp_path, said, given):
     with pytest.raises(SystemExit) as e:
@@ -168,6 +170,23 @@ def test_what_cannot_be_deployed_is_one_sentence(narrow, asked, tmp_path, said, 
     assert '\n' not in str(e.value)
     assert asked == []
     assert not (tmp_path/'no').exists()
+
+
+def test_the_accuracy_alone(narrow, assessed, asked, tmp_path, capsys):
+    "No attack, no column about one, the rest as with a threat; and another question than with one"
+    out = tmp_path/'alone'
+    run_assess(narrow, formats='INT8', norm='None', out=str(out))
+    table = pd.read_csv(out/'report_table.csv')
+    whole = pd.read_csv(assessed/'report_table.csv')
+    assert not any('robust' in c for c in table) and any('robust' in c for c in whole)
+    timed = {'engine_ms', 'float_ms'}
+    same = [c for c in table if c not in timed]
+    pd.testing.assert_frame_equal(table[same], whole[same])
+    page = (out/'report.html').read_text(encoding='utf-8').partition('What was run')[0]
+    assert 'robust' not in page.lower() and 'accuracy lost' in page
+    assert 'robust' not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"threat is '' there and 'Linf.*Name another folder"):
+        run_assess(narrow, formats='INT8', out=str(out))
 
 
 def test_an_assessment_keeps_to_its_question(narrow, assessed, asked, tmp_path):

@@ -342,6 +342,35 @@ def test_assess_is_a_study_in_a_loop(net, probes, labelled, monkeypatch):
     assert half > 0 and asked[:half] == asked[half:]
 
 
+def never(*args, **kw): raise AssertionError('attacked')
+
+
+@pytest.mark.parametrize('test', [False, True])
+@pytest.mark.parametrize('photographs', [False, True])
+def test_without_a_threat_nothing_is_attacked(net, probes, labelled, photographs, test):
+    "and what is said of the accuracy is the same as with one"
+    probes = probes if photographs else Probes(probes.x, 'crops', {}, False, probes.x, probes.x**2)
+    test = labelled if test else None
+    attacked = Study(net, probes, budgets[:1], test, quick)
+    rows = pd.DataFrame(attacked.rows('INT8') + attacked.rows('INT3'))
+    study = Study(net, probes, (), test, attack=never)
+    alone = pd.DataFrame(study.rows('INT8') + study.rows('INT3'))
+    lost = {c for c in rows if 'robust' in c} | {'eps', 'survivors'}
+    assert not lost & {*alone} and {*rows} - {*alone} == lost & {*rows}
+    pd.testing.assert_frame_equal(alone, rows[alone.columns], check_exact=True)
+    accuracy = {} if test is None else dict(accuracy=.8)
+    assert study.original == [accuracy]
+
+
+def test_a_report_without_a_threat(net, probes, labelled):
+    report = assess(net, 'INT8,INT3', None, labelled, probes.x)
+    assert not any('robust' in c for c in report.table) and report.facts['threat'] == ''
+    assert not any('ttack' in o for o in report.facts['notes'])
+    assert 'obust' not in repr(report) and report.recommend(1.) == 'INT3'
+    with pytest.raises(ValueError, match='`robust` must be False where no robust loss was asked for'):
+        report.recommend(robust=True)
+
+
 @pytest.mark.parametrize('threats', [budgets[::-1], (Linf(1/255), L2(1.)), (budgets[0],)*2])
 def test_budgets_that_do_not_grow_are_refused(net, probes, threats):
     with pytest.raises(ValueError, match='`threats` must be .* balls of one kind with growing eps'):
@@ -353,7 +382,7 @@ def test_what_a_study_refuses(net, probes, labelled):
         with pytest.raises(kind, match=said):
             Study(*args, **kw)
     refused(TypeError, '`threats` must be a tuple of threat models', net, probes, budgets[0])
-    refused(TypeError, '`threats` must be a tuple of threat models', net, probes, ())
+    refused(TypeError, '`threats` must be a tuple of threat models', net, probes, None)
     refused(TypeError, '`threat` must be a threat model', net, probes, (.03,))
     refused(TypeError, '`test` must be an ImageSet', net, probes, budgets, (labelled.x, labelled.y))
     strange = ImageSet(labelled.images[:2], np.array([0, 4]), 5)
