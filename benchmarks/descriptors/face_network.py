@@ -16,11 +16,12 @@ the attacked persons.
 
 A row per seed, attack, budget and image in results/descriptors_dlib.csv. `after` is the mean distance to the
 five targets. Finished groups are kept in --work. `students` says how good they are on the attacked persons
-(results/descriptors_dlib_students.csv), `verify` judges what the attacks of one seed and budget made
-(results/descriptors_dlib_rates.csv).
+(results/descriptors_dlib_students.csv), `verify` judges what the attacks made at a door
+(results/descriptors_dlib_rates.csv), each drawing with a gallery without its attacked images.
 """
 import argparse
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -152,23 +153,25 @@ def part_verify(args):
     if args.second:
         boxes['faceres'] = partial(predict, load_tfjs(
             args.second, 'global_pooling/Mean', mean=[103.939, 116.779, 123.68], bgr=True))
-    x, _, rows, pairs = data.pairs(args.n, args.seeds[0])
-    enrolled = np.setdiff1d(np.arange(len(data.chips)), rows)
-    gallery = to_float(data.chips[enrolled])
-    table = {k: verification_table(box(gallery), data.person[enrolled]) for k, box in boxes.items()}
-    print(pd.DataFrame(table).round(4).to_string(), flush=True)
-    limits = {k: o.threshold_01 for k, o in table.items()}
     out = []
-    for name in ('clean', *args.only):
-        images = x if name == 'clean' else to_float(torch.from_numpy(attacked_images(
-            args.work/f'seed{args.seeds[0]}-{args.budgets[0]}', name)))
-        rates = survival(boxes, limits, images, *pairs.T, gallery, data.person[enrolled])
-        out.append(rates.assign(attack=name, budget=args.budgets[0]))
-        print(name, rates.round(3).to_string(), flush=True)
+    tables = []
+    for seed in args.seeds:
+        x, _, rows, pairs = data.pairs(args.n, seed)
+        enrolled = np.setdiff1d(np.arange(len(data.chips)), rows)
+        gallery = to_float(data.chips[enrolled])
+        table = {k: verification_table(box(gallery), data.person[enrolled]) for k, box in boxes.items()}
+        limits = {k: o.threshold_01 for k, o in table.items()}
+        tables.append(pd.DataFrame(table).unstack())
+        judge = lambda images: survival(boxes, limits, images, *pairs.T, gallery, data.person[enrolled])
+        out.append(judge(x).assign(seed=seed, attack='clean', budget=0))
+        for budget, name in product(args.budgets, args.only):
+            images = to_float(torch.from_numpy(attacked_images(args.work/f'seed{seed}-{budget}', name)))
+            out.append(judge(images).assign(seed=seed, attack=name, budget=budget))
+        print(seed, out[-1].round(3).to_string(), flush=True)
     path = args.out/'descriptors_dlib_rates.csv'
     pd.concat(out).round(4).to_csv(path, index=False)
-    save_json(manifest(n=args.n, far=.001) | {f'{k} {n}': float(v) for k, o in table.items()
-                                              for n, v in o.items()}, path.with_suffix('.json'))
+    facts = {f'{box} {name}': value for (box, name), value in pd.concat(tables, axis=1).mean(axis=1).items()}
+    save_json(manifest(n=args.n, far=.001) | facts, path.with_suffix('.json'))
 
 
 def part_students(args):
