@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['check_images', 'check_labels', 'ordered_names', 'check_model', 'to_float', 'to_uint8', 'round_to_8bit',
-           'outside_inference', 'subseed', 'make_generator', 'image_generators', 'draw', 'global_seeds', 'pick_device',
-           'check_count', 'batches', 'images_at_a_time', 'progress', 'some_of', 'fast_bf16', 'memory_layout']
+           'outside_inference', 'subseed', 'make_generator', 'numpy_generator', 'image_generators', 'draw',
+           'global_seeds', 'pick_device', 'check_count', 'batches', 'images_at_a_time', 'progress', 'some_of',
+           'fast_bf16', 'memory_layout']
 
 # %% ../nbs/api/00_core.ipynb #ae87c141
 import hashlib, platform, random, sys
@@ -167,6 +168,13 @@ def make_generator(
 )->torch.Generator:      # A fresh generator
     "A generator for one named part of a run."
     return torch.Generator(device).manual_seed(subseed(seed, *names))
+
+def numpy_generator(
+    seed:int,            # Seed of the run, also a negative one
+)->np.random.Generator:  # A fresh generator: `np.random.default_rng(seed)` for all that it takes
+    "NumPy's generator for a seed."
+    subseed(seed)
+    return np.random.default_rng(int(seed) % 2**64)
 
 # %% ../nbs/api/00_core.ipynb #7c4ff9a1
 def image_generators(

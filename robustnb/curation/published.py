@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 import numpy as np
 import torch
-from ..core import check_count, make_generator
+from ..core import check_count, make_generator, numpy_generator
 from ..contract import predict
 from ..data import ImageSet
 from robustnb.augmentation.transforms import (
@@ -260,7 +260,7 @@ def simulated_training(
         attacks = _random_attacks(net, f'round {i+1}', radii, l2_scale, steps)
         made = build_training_set(pool, dict(simulated=attacks), dict(simulated=1),
                                   n=min(len(pool), 50_000), seed=seed+i)
-        parts.append(made[np.sort(np.random.default_rng(seed+i).permutation(len(made))[:q])])
+        parts.append(made[np.sort(numpy_generator(seed+i).permutation(len(made))[:q])])
         learnt = ImageSet(made.images, made.labels, made.classes)
         net, _ = train(recipe.shortened(1), net, learnt, seed=seed+i)
     return concatenate_sets(parts)

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from torchvision.models.densenet import DenseNet
-from robustnb.core import (
-    batches, check_count, fast_bf16, make_generator, memory_layout, pick_device, progress, to_float,
-    to_uint8)
+from ..core import (
+    batches, check_count, fast_bf16, make_generator, memory_layout, numpy_generator, pick_device, progress,
+    to_float, to_uint8)
 from ..contract import predict
 from ..files import load_state, explain_errors, save_state
 from ..augmentation.transforms import affine, gamma
@@ -490,7 +490,7 @@ def split_groups(
     if not 0 < n < len(names):
         raise ValueError(
             f"`fraction` must leave groups on both sides; got {fraction} of {len(names)} groups.")
-    out = np.isin(inverse, np.random.default_rng(seed).permutation(len(names))[:n])
+    out = np.isin(inverse, numpy_generator(seed).permutation(len(names))[:n])
     return np.flatnonzero(~out), np.flatnonzero(out)
 
 # %% ../../nbs/api/descriptors/30_students.ipynb #385b0a6a

@@ -16,8 +16,9 @@ from PIL import Image
 from scipy.special import gammaincinv
 from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint
-from ..core import (
-    batches, check_count, check_images, images_at_a_time, make_generator, progress, subseed, to_float)
+from robustnb.core import (
+    batches, check_count, check_images, images_at_a_time, make_generator, numpy_generator, progress, subseed,
+    to_float)
 from ..contract import open_model, predict
 from .generator import _distance, _frozen, bn_inputs
 from .certainty import standardized
@@ -67,7 +68,7 @@ def natural_crops(
     subseed(seed)                            # refuses what is no seed
     photographs = bundled_photographs() if photographs is None else photographs
     if not len(photographs): raise ValueError("`photographs` must hold at least one; got none.")
-    rng = np.random.default_rng(seed)
+    rng = numpy_generator(seed)
     cut = [_crop(photographs[i % len(photographs)], size, rng) for i in range(n)]
     x = to_float(np.stack(cut))
     return x if channels == 3 else x.mean(1, keepdim=True)

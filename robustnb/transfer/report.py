@@ -8,6 +8,7 @@ __all__ = ['plot_losses', 'Report']
 # %% ../../nbs/api/transfer/50_report.ipynb #f372951f
 import html, json, textwrap
 from dataclasses import dataclass
+from numbers import Real
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -225,8 +226,8 @@ class Report:
     ):
         """The smallest format whose predicted loss stays below `max_loss` with its whole interval, and
         whose measured loss, where there is one, does too; or None."""
-        if not 0 <= max_loss <= 1:
-            raise ValueError(f"`max_loss` must be a share of the accuracy in [0, 1]; got {max_loss}.")
+        if not (isinstance(max_loss, Real) and 0 <= max_loss <= 1):
+            raise ValueError(f"`max_loss` must be a share of the accuracy in [0, 1]; got {max_loss!r}.")
         if robust and not any('robust_loss' in c for c in self.table):
             raise ValueError('`robust` must be False where no robust loss was asked for; got '
                              f'{robust}. Give a threat model to `assess`.')

@@ -194,11 +194,20 @@ def _check_study(model, threats, test, attacked=None):
         raise ValueError("`threats` must be one threat model, or balls of one kind with growing "
                          f"eps, such as `(Linf(1/255), Linf(2/255))`; got {threats}. "
                          "Make a study for each.")
-    if not (attacked is None or attacked >= 1):
-        raise ValueError(f"`attacked` must be at least 1, or None for all images; got {attacked}.")
+    if attacked is not None:
+        check_count(attacked, 'attacked', ' image, or None for all')
     if test is not None:
         classes = predict(model, test[:1].x).shape[1]
         check_labels(torch.as_tensor(test.y), len(test), classes, 'test')
+
+def _check_parts(probes, attack):
+    "Raise unless a study can ask and attack with these"
+    if not isinstance(probes, Probes):
+        raise TypeError("`probes` must be `Probes`, such as `Probes.of(x)` or `Probes.crops(model)`; got "
+                        f"{type(probes).__name__}.")
+    if not callable(attack):
+        raise TypeError("`attack` must be a function (model, x, y, threat, *, generator) -> x_adv, such as "
+                        f"`cascade`; got {attack!r}.")
 
 def _in_order_of(model, test):
     "The test set with its labels in the order of the model's classes"
@@ -525,6 +534,7 @@ class Study(_Answers):
     accuracy:float|None=None    # Of the original, where it is known: sharpens the predicted losses
     began:float=field(default_factory=time.time, init=False, repr=False) # When it was made, seconds
     def __post_init__(self):
+        _check_parts(self.probes, self.attack)
         _check_study(self.model, self.threats, self.test, self.attacked)
         check_repeatable(self.model, self.probes.x)
         if self.accuracy is not None:

@@ -53,7 +53,7 @@ def test_what_was_measured_refutes():
     assert report(rows).recommend(.04, robust=True) == 'INT8'
 
 
-@pytest.mark.parametrize('bad', (-.1, 1.1, float('nan')))
+@pytest.mark.parametrize('bad', (-.1, 1.1, float('nan'), 'x', None))
 def test_a_share_that_is_none(bad):
     with pytest.raises(ValueError, match='`max_loss` must be a share'):
         report(table()).recommend(bad)

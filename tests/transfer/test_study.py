@@ -387,8 +387,11 @@ def test_what_a_study_refuses(net, probes, labelled):
     refused(TypeError, '`test` must be an ImageSet', net, probes, budgets, (labelled.x, labelled.y))
     strange = ImageSet(labelled.images[:2], np.array([0, 4]), 5)
     refused(ValueError, r'class numbers in \[0, 4\)', net, probes, budgets, strange)
-    for bad in (0, float('nan')):
-        refused(ValueError, '`attacked` must be at least 1', net, probes, budgets, attacked=bad)
+    for bad, kind in ((0, ValueError), (float('nan'), TypeError), (2.5, TypeError), ('9', TypeError)):
+        refused(kind, '`attacked` must be a whole number, at least 1 image, or None', net, probes, budgets,
+                attacked=bad)
+    refused(TypeError, '`probes` must be `Probes`, .*; got Tensor', net, probes.x, budgets)
+    refused(TypeError, "`attack` must be a function .*; got 'fgsm'", net, probes, budgets, attack='fgsm')
     learning = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).train()
     refused(ValueError, r'Call `model.eval\(\)`', learning, probes, budgets)
 
