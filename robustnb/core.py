@@ -25,7 +25,9 @@ def check_images(
 )->Tensor:           # The same tensor
     "Raise unless `x` is a non-empty float batch `(N,C,H,W)` with pixels in [0,1]."
     if not isinstance(x, Tensor):
-        way = "Use `to_float` for uint8 arrays"
+        way = "Join its batches, `torch.cat([x for x, _ in loader])`"
+        if isinstance(x, (list, tuple)): way = "Put them together, `torch.stack(images)`"
+        if isinstance(x, np.ndarray): way = "Use `to_float` for uint8 arrays, `torch.from_numpy` for floats"
         if isinstance(x, (str, Path)): way = "`load_images` reads files"
         if hasattr(x, 'images') and hasattr(x, 'y'): way = "The images of a set are its `x`"
         raise TypeError(f"`{name}` must be a torch tensor (N,C,H,W); got {type(x).__name__}. {way}.")

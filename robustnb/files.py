@@ -63,6 +63,9 @@ def save_state(
     path,          # File to write
 )->Path:           # The path written
     "`torch.save`, completely or not at all."
+    if str(path).lower().endswith('.safetensors'):
+        raise ValueError("`path` must not end in .safetensors: the file is one of torch.save, with more than "
+                         f"tensors in it; got {path}. Name it .pt.")
     with atomic_path(path) as tmp:
         try:
             torch.save(state, tmp)

@@ -15,7 +15,7 @@ from foolbox.attacks.gradient_descent_base import BaseGradientDescent
 import numpy as np
 import torch
 from torch import nn, Tensor
-from ..core import image_generators
+from ..core import image_generators, outside_inference
 from .threat_models import L0, L1, L2, Linf
 from .gradient import check_attack, is_correct, margin
 
@@ -56,7 +56,8 @@ def _start(attack, bounded, x, y):
 def _attacked(attack, model, x, y, eps, seed):
     "What foolbox's attack answers; images without a starting point come back unchanged."
     bounded = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
-    out = x.detach().clone()
+    x = x.detach()
+    out = x.clone()
     options = dict(epsilon=eps) if isinstance(attack, FixedEpsilonAttack) else {}
     with _lent(model, x, seed):
         found = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -116,7 +117,9 @@ def from_foolbox(
         def candidates(i, seed):
             found = _attacked(attack, model, x[i].contiguous(), y[i], threat.eps, seed)
             return _stretched(attack, threat, x[i], found)
-        return _best_of(candidates, model, x, y, generator, alone)
+        with torch.inference_mode(False):
+            x, y = outside_inference(x.detach()), outside_inference(y)
+            return _best_of(candidates, model, x, y, generator, alone)
     return adapted
 
 # %% ../../nbs/api/attacks/85_adapters.ipynb #28cb8ff5
@@ -137,7 +140,9 @@ def from_torchattacks(
                 found = make(model, threat.eps)(x[i].detach().contiguous(), y[i]).detach().to(x)
             inside = threat.allows(x[i], found).view(-1, 1, 1, 1)
             yield torch.where(inside, found, threat.project(x[i], found.clamp(0, 1)))
-        return _best_of(candidates, model, x, y, generator, alone)
+        with torch.inference_mode(False):
+            x, y = outside_inference(x.detach()), outside_inference(y)
+            return _best_of(candidates, model, x, y, generator, alone)
     return adapted
 
 # %% ../../nbs/api/attacks/85_adapters.ipynb #137ee817

@@ -292,13 +292,21 @@ def multi_attack(
     *attacks:Callable,  # Attacks (model, x, y, threat, *, generator) -> x_adv, the cheapest first
 )->Callable:            # One attack with the same contract
     "Each attack works on the images that survived those before it."
+    if not attacks or not all(map(callable, attacks)):
+        raise TypeError("`attacks` must be functions (model, x, y, threat, *, generator) -> x_adv, one after "
+                        f"the other, `multi_attack(fgsm, pgd)`; got {attacks}.")
     def all_of_them(model, x, y, threat, generator=None):
         model = open_model(model, x)
         out = x.detach().clone()
         left, _ = is_correct(model, x, y)
         for attack in attacks:
             if not len(left): break
-            out[left] = attack(model, x[left], y[left], threat, generator=generator).to(out)
+            found = attack(model, x[left], y[left], threat, generator=generator)
+            if getattr(found, 'shape', None) != x[left].shape:
+                raise ValueError(f"`attacks` must return images of shape {tuple(x[left].shape)}; "
+                                 f"{getattr(attack, '__name__', attack)} gave "
+                                 f"{tuple(getattr(found, 'shape', ())) or type(found).__name__}.")
+            out[left] = found.to(out)
             left = left[is_correct(model, out[left], y[left])[0]]
         return out
     all_of_them.in_batches = all(in_batches(o) for o in attacks)

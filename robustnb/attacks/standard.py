@@ -11,7 +11,7 @@ from functools import partial
 import pandas as pd
 import torch
 from torch import nn, Tensor
-from ..core import fast_bf16, make_generator
+from ..core import check_count, fast_bf16, make_generator
 from ..contract import answers_at_random, MeanAnswer, memory_format, smallest_batch
 from ..models.plain import copy_model
 from ..models.graph import fold_batchnorm
@@ -301,6 +301,7 @@ def run_cascade(
 )->CascadeResult:          # Images, who survives, and what was seen
     "Cheap walks first, survivors only, a faster copy for the search and the model for every verdict."
     model = check_attack(model, x, y, threat)
+    check_count(targets, 'targets', least=0)
     surrogate = None if surrogate is None else check_attack(surrogate, x, y)
     random = answers_at_random(model, x)
     if random:

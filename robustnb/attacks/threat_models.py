@@ -65,6 +65,7 @@ def check_threat(
 # %% ../../nbs/api/attacks/10_threat_models.ipynb #e392cf68
 def _plain_number(value):
     "A number of numpy as Python's own, so that equal budgets are written alike; other things as they are"
+    if isinstance(value, numbers.Rational) and not isinstance(value, int): return float(value)
     return value.item() if isinstance(value, np.generic) else value
 
 def _check_eps(threat, most=math.inf):

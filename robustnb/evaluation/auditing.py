@@ -9,6 +9,7 @@ __all__ = ['most_still_to_fall', 'Audit', 'audit']
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 import torch
 from torch import nn, Tensor
 from ..core import check_count, check_images, make_generator
@@ -16,6 +17,7 @@ from ..contract import check_repeatable
 from ..files import fingerprint
 from ..attacks.gradient import check_attack, is_correct
 from ..attacks.standard import autoattack
+from .robust_accuracy import _check_attacks, _check_crafted
 
 # %% ../../nbs/api/evaluation/40_auditing.ipynb #bcc944e4
 def _check_counts(survivors, sampled, fallen, confidence):
@@ -27,8 +29,8 @@ def _check_counts(survivors, sampled, fallen, confidence):
     if not 0 <= fallen <= sampled <= survivors:
         raise ValueError("`fallen` must be at most `sampled`, and `sampled` at most `survivors`; got "
                          f"{fallen}, {sampled} and {survivors}. Count each image once.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"`confidence` must be between 0 and 1; got {confidence}. 95 % is `.95`.")
+    if not (isinstance(confidence, Real) and 0 < confidence < 1):
+        raise ValueError(f"`confidence` must be between 0 and 1; got {confidence!r}. 95 % is `.95`.")
 
 def most_still_to_fall(
     survivors:int,        # Images that stand after the attack in question, >= 0
@@ -119,16 +121,16 @@ def audit(
     _check_results(x, x_adv, threat)
     check_count(n, of=' image to attack again')
     _check_counts(0, 0, 0, confidence)
+    if attack is not None: _check_attacks(dict(attack=attack))
+    x_adv = x_adv.to(x)
     stands = lambda o, y: torch.isin(torch.arange(len(y), device=y.device), is_correct(model, o, y)[0])
     left = (stands(x, y) & stands(x_adv, y)).nonzero().flatten()
     order = torch.randperm(len(left), generator=make_generator(0, 'audit', fingerprint(x, y)))
     drawn = left[order[:n].to(left.device)].sort().values
     fallen = drawn[:0]
     if len(drawn):
-        again = (attack or autoattack)(model, x[drawn], y[drawn], threat,
+        again = (attack or autoattack)(model, x[drawn].detach(), y[drawn], threat,
                                        generator=make_generator(0, 'full evaluation'))
-        if not threat.allows(x[drawn], again).all():
-            raise ValueError(f"`attack` must stay inside {threat}; some of its images do not. End it "
-                             "with `threat.project(x, x_adv)`.")
-        fallen = drawn[~stands(again, y[drawn])]
+        _check_crafted(model, x[drawn], again, threat, 'attack')
+        fallen = drawn[~stands(again.to(x), y[drawn])]
     return Audit(len(x), len(left), tuple(drawn.tolist()), tuple(fallen.tolist()), confidence)

@@ -34,6 +34,10 @@ def _verdict(model, x, y, x_adv, threat, what):
         got = tuple(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
         raise ValueError(f"{what} must hold one image for each of `x`, in its order, of shape "
                          f"{tuple(x.shape)}; got {got}.")
+    if not x_adv.is_floating_point() or x_adv.isnan().any():
+        got = x_adv.dtype if not x_adv.is_floating_point() else 'NaN'
+        raise ValueError(f"{what} must hold pixels in [0, 1] as floats; got {got}. Divide 8-bit images by "
+                         "255.")
     x_adv = x_adv.to(x)
     outside = (~threat.allows(x, x_adv)).nonzero().flatten()
     if len(outside):
@@ -101,9 +105,9 @@ def craft_adversarial(
     for rows in progress(batches(len(x), part), 'parts'):
         file = folder/f'{rows.start:07d}.pt'
         if not file.exists():
-            xs = x[rows].to(device)
+            xs = x[rows].detach().to(device)
             ys = y[rows].to(device)
-            found = attack(asked, xs, ys, threat, generator=make_generator(seed, rows.start))
+            found = attack(asked, xs.clone(), ys, threat, generator=make_generator(seed, rows.start))
             _check_crafted(asked, xs, found, threat, 'attack')
             save_state(dict(x_adv=found.detach().cpu()), file)
         made.append(load_state(file)['x_adv'])

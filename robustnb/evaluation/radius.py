@@ -138,7 +138,7 @@ def _norm(layer, before, steps, generator):
     if not isinstance(layer, _ConvNd): return None
     plain = copy.deepcopy(layer).float().requires_grad_(False)
     plain.bias = None
-    start = torch.randn(1, *before, generator=generator).to(layer.weight.device)
+    start = torch.randn(1, *before, generator=generator, dtype=torch.float32).to(layer.weight.device)
     return 'conv', _largest_singular_value(plain, start, steps)
 
 # %% ../../nbs/api/evaluation/30_radius.ipynb #d34ac1dd

@@ -8,7 +8,7 @@ __all__ = ['transfer_attack', 'on_8bit_images', 'AttackHelped', 'evaluate', 'wor
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #a3a80d4a
 import io, json, re, time, warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
@@ -19,7 +19,7 @@ import torch
 from torch import nn, Tensor
 from ..core import batches, images_at_a_time, make_generator, progress, subseed
 from ..contract import answers_at_random, count_passes
-from ..files import atomic_path, fingerprint, save_json
+from ..files import atomic_path, check_path, fingerprint, save_json
 from ..questions import cache_key
 from ..metrics import paired_difference, wilson
 from ..plots import plot_lines
@@ -80,7 +80,7 @@ def on_8bit_images(
             raise ValueError("`x` must hold 8-bit images, every pixel a multiple of 1/255; "
                              f"image {int(off.argmax())} is up to {off.max():.2g} grey levels "
                              "off. Round them first: `(255*x).round()/255`.")
-        x_adv = to_the_end(attack)(model, x, y, threat, generator=generator)
+        x_adv = to_the_end(attack)(model, x.detach().clone(), y, threat, generator=generator)
         on_grid = lambda part: (255*torch.lerp(x, x_adv, part.view(-1, 1, 1, 1))).round()/255
         lo = x.new_zeros(len(x))
         hi = x.new_ones(len(x))
@@ -105,16 +105,18 @@ def _drawing(at_random, seed, device):
         yield
 
 def _crafted(attack, model, x, y, threat, generator):
-    "What the attack returns, and what it cost for an image"
+    "What the attack returns, and what it cost for an image; it may write into the images that it is given"
+    x = x.detach()
     began = time.perf_counter()
     state = generator.get_state()
     with count_passes() as passes:
         try:
-            x_adv = attack(model, x, y, threat, generator=generator)
+            x_adv = attack(model, x.clone(), y, threat, generator=generator)
         except RuntimeError as e:     # other people's attacks take `view` of images in the usual layout
             if 'view size is not compatible' not in str(e): raise
             generator.set_state(state)
-            x_adv = attack(model, x.contiguous(), y, threat, generator=generator)
+            plain = x.clone(memory_format=torch.contiguous_format)
+            x_adv = attack(model, plain, y, threat, generator=generator)
     seconds = time.perf_counter()-began
     return x_adv, dict(forward=passes.forward/len(x), backward=passes.backward/len(x),
                        seconds=seconds/len(x))
@@ -123,14 +125,15 @@ def _crafted(attack, model, x, y, threat, generator):
 @torch.no_grad()
 def _check_crafted(model, x, x_adv, threat, name):
     "Raise unless an attack left the model as it was and returned what its threat model allows."
-    on = [n for n, m in model.named_modules() if m.training]
-    if on:
+    if on := [n for n, m in model.named_modules() if m.training]:
         raise ValueError(f"attack {name!r} must leave the model in evaluation mode; {on[0] or 'it'} is in "
                          "training mode, where its answers are others. Call `model.eval()` at its end.")
     got = tuple(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
     if got != tuple(x.shape):
-        raise ValueError(
-            f"attack {name!r} must return images of shape {tuple(x.shape)}; got {got}.")
+        raise ValueError(f"attack {name!r} must return images of shape {tuple(x.shape)}; got {got}.")
+    wrong = 'NaN' if x_adv.isnan().any() else f'{x_adv.dtype}, which may be divided by 255'
+    if wrong == 'NaN' or not x_adv.is_floating_point():
+        raise ValueError(f"attack {name!r} must return floats in [0, 1]; got {wrong}.")
     inside = threat.allows(x, x_adv)
     if not inside.all():
         raise ValueError(f"attack {name!r} left its threat model {threat} on "
@@ -272,6 +275,7 @@ def evaluate(
 )->pd.DataFrame:            # One row per image and attack, 'clean' first
     "Attack every image and keep every prediction."
     _check_attacks(attacks)
+    subseed(seed)
     asked = check_attack(model, x, y, threat)
     device = next(model.parameters(), x).device
     at_random = answers_at_random(asked, x)
@@ -282,7 +286,7 @@ def evaluate(
     jobs = dict(clean=lambda model, x, y, threat, generator: x) | attacks
     if save is not None:
         question = _question(model, x, y, attacks, threat, seed)
-        parts = _rows_of(Path(save), question)
+        parts = _rows_of(check_path(save, 'save'), question)
     for k, (name, attack) in enumerate(jobs.items()):
         left = np.setdiff1d(np.arange(len(x)),
                             np.concatenate([[], *(p.image[p.attack == name] for p in parts)]))
@@ -300,25 +304,41 @@ def evaluate(
     _alarm(rows)
     return rows.iloc[np.lexsort((rows.image, rows.attack.map(list(jobs).index)))].reset_index(drop=True)
 
+# %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #ec322ad7
+def _check_table(rows, name, *needed):
+    "Raise unless it is a table of `evaluate` with rows, and an answer in each"
+    short = [k for k in needed if k not in rows] if isinstance(rows, pd.DataFrame) else ()
+    if short or not isinstance(rows, pd.DataFrame):
+        raise TypeError(f"`{name}` must be a table of `evaluate`; got {type(rows).__name__}"
+                        f"{' without ' + ', '.join(short) if short else ''}.")
+    if not len(rows): raise ValueError(f"`{name}` must hold at least one image; the table is empty.")
+    if rows.correct.isna().any():
+        raise ValueError(f"`{name}` must say of every row whether it is correct; "
+                         f"{rows.correct.isna().sum()} of them do not. Were tables of other images merged?")
+
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #ec322ad8
-def _check_rows(rows):
-    """Raise if an image is there twice, as where rows of several calls were put together, or is missing under
-    an attack, which it would then seem to withstand"""
-    if not isinstance(rows, pd.DataFrame) or not {'image', 'attack', 'correct'} <= {*rows}:
-        raise TypeError(f"`rows` must be a table of `evaluate`; got {type(rows).__name__}"
-                        f"{' without image, attack or correct' if isinstance(rows, pd.DataFrame) else ''}.")
-    twice = rows.duplicated([k for k in ('image', 'attack', 'threat', 'eps') if k in rows])
+def _check_rows(rows, name='rows'):
+    "Raise if an image is there twice, or is missing under an attack, which it would then seem to withstand"
+    _check_table(rows, name, 'image', 'attack', 'correct')
+    told = [k for k in ('threat', 'eps') if k in rows]
+    several = rows.groupby('attack', sort=False)[told].nunique().max(axis=1)
+    if several.max() > 1:
+        raise ValueError(f"`{name}` must hold one threat model for each attack; {several.idxmax()!r} has "
+                         f"{several.max()}. Take the rows of one at a time.")
+    twice = rows.duplicated(['image', 'attack'])
     if twice.any():
         first = rows[twice].iloc[0]
-        raise ValueError("`rows` must hold each image once under each attack and threat model; image "
-                         f"{first.image} is there again under {first.attack!r} ({int(twice.sum())} such "
-                         "rows). Each call of `evaluate` counts its images from 0: add to those of a later "
-                         "part, `part.assign(image=part.image + n)`.")
-    held = rows.groupby('attack', sort=False).image.nunique()
+        raise ValueError(f"`{name}` must hold each image once under each attack; image {first.image} is "
+                         f"there again under {first.attack!r} ({twice.sum()} such rows). Judge tables of "
+                         "several models or threat models one by one. Where these are other images: each "
+                         "call of `evaluate` counts its own from 0, so add to those of a later part, "
+                         "`part.assign(image=part.image + n)`.")
+    held = rows.groupby('attack', sort=False).image.agg(frozenset)
     if len({*held}) > 1:
-        raise ValueError("`rows` must hold the same images under every attack, or some would seem to "
-                         f"stand; got {', '.join(f'{n} under {k!r}' for k, n in held.items())}. Attack the "
-                         "rest too, or leave it out everywhere.")
+        alike = ', not the same ones' if held.map(len).nunique() == 1 else ''
+        raise ValueError(f"`{name}` must hold the same images under every attack, or some would seem to "
+                         f"stand; got {', '.join(f'{len(o)} under {k!r}' for k, o in held.items())}{alike}. "
+                         "Attack the rest too, or leave it out everywhere.")
 
 def worst_case(
     rows:pd.DataFrame,    # From `evaluate`
@@ -344,6 +364,9 @@ def compare(
     b:pd.DataFrame,       # Rows of `evaluate` on the same images under the same threat model
 )->pd.DataFrame:          # attack, n, accuracy_a, accuracy_b, difference (a minus b), lo, hi (fractions, 95%)
     "Paired differences of accuracy, attack by attack and for the worst of each."
+    for rows, name in ((a, 'a'), (b, 'b')):
+        _check_table(rows, name, 'image', 'attack', 'correct', 'label', 'threat')
+        _check_rows(rows, name)
     a = a.sort_values('image', kind='stable')
     b = b.sort_values('image', kind='stable')
     facts = lambda o: dict(
@@ -381,6 +404,7 @@ def robustness_curve(
     batch_size:int|None=None, # Images at a time; None goes by their size
 )->pd.DataFrame:            # One row per image and eps, first eps = 0: the columns of `evaluate` and eps
     "The worst image found so far, for every budget."
+    threats = list(threats) if isinstance(threats, Iterable) else [threats]
     eps = [getattr(t, 'eps', None) for t in threats]
     if (not eps or None in eps or len({type(t) for t in threats}) > 1
         or not all(a < b for a, b in zip([0, *eps], eps))):
@@ -405,6 +429,7 @@ def plot_curve(
     ax=None,                # Axes to draw on; None makes a figure
 ):                          # The axes
     "Accuracy over the budget with 95% intervals, and chance for as many classes as there are labels."
+    _check_table(rows, 'rows', 'image', 'correct', 'label', 'threat', 'eps', *([by] if by else []))
     kind = rows.threat[rows.threat != 'none'].iloc[0].partition('(')[0]
     unit, factor = dict(Linf=('Linf budget, grey levels', 255),
                         SSIM=('1 - SSIM', 1)).get(kind, (f'{kind} budget, pixels in [0, 1]', 1))

@@ -80,6 +80,8 @@ def _broken(said):
     "The rule that a forward broke, of which torch.fx said this"
     if 'item assignment' in said:
         return 'assign to a part of a tensor: `torch.where` and `torch.cat` make a new one. Or'
+    if 'not installed as a submodule' in said:
+        return 'be replaced on the instance by a function that holds layers of another one; write a class, or'
     return 'branch or loop on the values or the shape of a tensor;'
 
 def _follow(model):

@@ -11,6 +11,7 @@ import inspect, json
 from pathlib import Path
 import torch
 from safetensors import safe_open
+from torch import fx
 from ..files import check_path, file_kind, load_state, explain_errors, save_state
 from .exchange import read_exported, read_onnx
 from .states import fitting_state, find_parts
@@ -33,6 +34,9 @@ def save_model(
                          f"{type(getattr(model, 'net', model)).__name__}, whose construction this "
                          "library does not know. Store its weights with "
                          "`files.save_state(net.state_dict(), path)`.")
+    if isinstance(model, fx.GraphModule):
+        raise TypeError(f"`model` must be a network as `build_model` makes it; got a copy of {name} whose "
+                        "layers were quantised or folded. `save_quantized` keeps what `quantize` made.")
     classes = tuple(map(str, classes or model.classes or ())) or None
     if classes and len(classes) != model.n_classes:
         raise ValueError(f"`classes` must hold {model.n_classes} names, one per logit; got {len(classes)}.")

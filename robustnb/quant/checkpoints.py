@@ -37,6 +37,8 @@ def _skeleton(held):
             new = q.graph.call_module(point['name'], (node,))
         node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
     q.recompile()
+    if held.get('layer_formats'):
+        keep_facts(q, layer_formats={k: number_format(v) for k, v in held['layer_formats'].items()})
     return keep_facts(q, spec=spec, left_float=tuple(held['left_float']), opaque=(),
                       classes=network['classes'])
 
@@ -49,6 +51,7 @@ def _describe(q):
                 spec={k: str(v) if isinstance(v, NumberFormat) else v for k, v in spec.items()},
                 rounders=[dict(name=n.target, after=n.args[0].name, fmt=str(m.fmt), signed=m.signed, on=m.on)
                           for n, m in points if isinstance(m, FakeQuantize)],
+                layer_formats={k: str(v) for k, v in getattr(q, 'layer_formats', {}).items()},
                 left_float=list(q.left_float), code=q.code,
                 state_dict={k: v.detach().cpu() for k, v in q.state_dict().items()})
 

@@ -6,8 +6,9 @@
 __all__ = ['export_onnx', 'OnnxModel', 'run_onnx', 'engine_ops', 'check_export']
 
 # %% ../../nbs/api/quant/80_export.ipynb #54aa1881
-import copy, importlib, math, operator, os, tempfile
+import copy, importlib, io, math, operator, os, tempfile
 from collections import Counter
+from contextlib import redirect_stderr
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -15,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn, Tensor
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.utils import skip_init
 from ..core import check_model
-from ..contract import predict
+from ..contract import open_model, predict
 from ..files import atomic_path
 from ..models.wrapping import Normalize
 from ..models.plain import PaddedConv2d
@@ -264,6 +266,7 @@ def _adaptive_pool(w, node, m, x):
 
 # %% ../../nbs/api/quant/80_export.ipynb #33b5b930
 def _batchnorm(w, node, m, x):
+    if m.running_mean is None: _refuse(node, type(m).__name__, 'uses the statistics of the batch')
     one = torch.ones_like(m.running_mean)
     values = dict(weight=one if m.weight is None else m.weight, bias=one*0
                   if m.bias is None else m.bias,
@@ -395,12 +398,12 @@ def _filled(layer, weight, bias):
     layer.bias = None if bias is None else nn.Parameter(bias)
     return layer
 
-def _rows(weight, bias=None): return _filled(nn.Linear(*weight.shape[::-1]), weight, bias)
+def _rows(weight, bias=None): return _filled(skip_init(nn.Linear, *weight.shape[::-1]), weight, bias)
 
 def _columns(weight): return _rows(weight.T.contiguous(), None) if weight.ndim == 2 else None
 
 def _maps(weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    layer = nn.Conv2d(weight.shape[1]*groups, len(weight), weight.shape[2:], stride, padding,
+    layer = skip_init(nn.Conv2d, weight.shape[1]*groups, len(weight), weight.shape[2:], stride, padding,
                       dilation, groups)
     return _filled(layer, weight, bias)
 
@@ -575,6 +578,8 @@ def _write(w, node):
     m = _layer_of(w, node)
     x = w.name[node.all_input_nodes[0]] if node.all_input_nodes else None
     if m is None: return _function(w, node, x)
+    if m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m):
+        _refuse(node, type(m).__name__, 'has a hook or a `forward` of its own, which a file cannot hold')
     if type(m) not in _layers and not isinstance(m, nn.BatchNorm2d):
         _refuse(node, type(m).__name__)
     _layers.get(type(m), _batchnorm)(w, node, m, x)
@@ -608,13 +613,14 @@ def _weight_formats(model, spec):
 def _shaped(model, spec, shape):
     "A copy of the model on the CPU as a graph, folded, that knows the shape of each of its tensors"
     try:
-        graph = copy.deepcopy(model) if spec else _open_attention(fold_batchnorm(model))
+        images = torch.zeros(3, *shape, dtype=torch.float32)
+        graph = copy.deepcopy(model) if spec else _open_attention(fold_batchnorm(open_model(model, images)))
         graph = graph.cpu().float()
-        with torch.no_grad():
-            ShapeProp(graph).propagate(torch.zeros(3, *shape))
+        with torch.no_grad(), redirect_stderr(io.StringIO()):    # ShapeProp prints what it raises
+            ShapeProp(graph).propagate(images)
             for node in graph.graph.nodes:
                 node.meta['other_shape'] = getattr(node.meta.get('tensor_meta'), 'shape', ())
-            ShapeProp(graph).propagate(torch.zeros(2, *shape))
+            ShapeProp(graph).propagate(images[:2])
     except (RuntimeError, ValueError) as e:
         raise ValueError("`shape` must be the channels, height and width of images that `model` takes; got "
                          f"{shape!r}. It says: {e.__cause__ or e}") from e

@@ -10,7 +10,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import fx, nn, Tensor
-from ..core import batches, check_images, make_generator
+from ..core import batches, check_count, check_images, make_generator
 from ..models.plain import PaddedConv2d
 from ..models.graph import calls, check_finite, fold_batchnorm, weighted_layers
 from .formats import choose_scale, levels, NumberFormat
@@ -185,7 +185,7 @@ def _errors(layer, x, target, act):
 
 def _choose(layer, around, inputs, target, act, steps):
     "Weights of a layer on the levels that suit these inputs and targets; a quarter of them judges each row"
-    keep = inputs.shape[1]//4
+    keep = max(1, inputs.shape[1]//4)
     nearest = layer.weight.view(len(inputs), len(layer.weight)//len(inputs), -1)
     low, high, place = (o.view_as(nearest) for o in around)
     error = _errors(layer, inputs[:, keep:], target[keep:], act)
@@ -207,8 +207,8 @@ def adaround(
     seed:int=0,                 # Which places, and in which order
 )->fx.GraphModule:              # A copy of `quantized` with some weights on the other of their two levels
     "Adaptive rounding (AdaRound, Nagel et al. 2020, arXiv:2004.10568)."
-    if not (steps >= 0 and places >= 8):
-        raise ValueError(f"`steps` must be at least 0 and `places` at least 8; got {steps} and {places}.")
+    check_count(steps, 'steps', least=0)
+    check_count(places, 'places', least=8)
     clean, q = _twins(model, quantized, images)
     images = images.to(next(clean.parameters()).device)
     layers = weighted_layers(clean)

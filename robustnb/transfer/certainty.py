@@ -7,6 +7,7 @@ __all__ = ['typical_sharpness', 'standardized', 'granted', 'known_sharpness', 's
            'expected_class_losses']
 
 # %% ../../nbs/api/transfer/25_certainty.ipynb #756d9101
+from numbers import Real
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,9 +49,9 @@ def known_sharpness(
 )->float:             # The sharpness
     "Where the mean certainty is the accuracy."
     l = standardized(logits)
-    if not 1/l.shape[1] < accuracy < 1:
+    if not (isinstance(accuracy, Real) and 1/l.shape[1] < accuracy < 1):
         raise ValueError(f"`accuracy` must be a share above chance, 1/{l.shape[1]}, and below 1; "
-                         f"got {accuracy}.")
+                         f"got {accuracy!r}.")
     low, high = .01, 1000.
     for _ in range(50):
         middle = (low*high)**.5

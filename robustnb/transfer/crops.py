@@ -175,6 +175,9 @@ def move_crops(
     "Crops as usual to the batch norms, and as clear to the network, as real images are expected to be."
     model = open_model(model, check_images(x))
     logits = predict(model, x)
+    if not (logits.amax(1) > logits.amin(1)).any():
+        raise ValueError("`model` must tell its classes apart; its logits are all the same. Is its last "
+                         "layer untrained?")
     wanted = foreseen_leads(logits)[leads(logits).argsort().argsort()].to(x.dtype)
     classes = logits.argmax(1, keepdim=True)
     with _frozen(model, x.device):

@@ -208,7 +208,8 @@ def fit_predictors(
     short = [c for c in needed if c not in rows]
     if short:
         raise ValueError("`rows` must have the columns of an assessment with a test set; "
-                         f"{', '.join(short)} are missing. Use `assess(model, test=...)`.")
+                         f"{', '.join(short)} are missing. Use `assess(model, test=...)` with a threat "
+                         "model.")
     predictors = {}
     left_out = {}
     for name, features in _reads.items():

@@ -18,7 +18,6 @@ from .crops import (
 
 # %% ../../nbs/api/transfer/29_probes.ipynb #85473f32
 _enough = 200       # as many crops are cut of small images
-
 def _how_many(size):
     "Crops of a side: fewer of large ones, which cost more and foretell as much"
     return _enough if size <= 64 else 50
@@ -30,11 +29,14 @@ def _unusual(model, x):
 
 def _crops(model, shape, channels, seed):
     "Natural crops, the same moved, and what a reader should know of them"
-    channels = channels or getattr(open_model(model), 'channels', 3)
-    high, wide = shape
+    opened = open_model(model)
+    channels = channels or getattr(opened, 'channels', 3)
+    if channels not in (1, 3):
+        raise ValueError(f"`model` must take 1 or 3 channels to be shown crops, not {channels}: give images.")
+    dtype = next((p.dtype for p in opened.parameters() if p.is_floating_point()), torch.float32)
     natural = natural_crops(_how_many(max(shape)), max(shape), channels, seed)
-    natural = natural[:, :, :high, :wide].contiguous()
-    moved = to_float(to_uint8(move_crops(model, natural)))
+    natural = natural[:, :, :shape[0], :shape[1]].to(dtype).contiguous()
+    moved = to_float(to_uint8(move_crops(model, natural).float())).to(dtype)
     foreseen = foreseen_leads(predict(model, natural)).mean()
     facts = dict(clip_rate=((moved == 0) | (moved == 1)).float().mean().item(),
                  lead_ratio=float(leads(predict(model, moved)).mean()/foreseen),
@@ -46,8 +48,7 @@ class _Images:
     x:Tensor                               # Images (N,C,H,W), float, pixels in [0,1]
     words:str                              # What they are, as a report says it
     facts:dict=field(default_factory=dict) # What was measured of them: clip_rate and more
-    # Whether they are photographs of the kind that the network is for
-    real:bool=True
+    real:bool=True                         # Whether they are photographs of the kind that the network is for
     # Natural crops (M,C,H,W), where losses are foreseen from crops
     natural:Tensor|None=None
     # Those crops moved, or what takes their place
@@ -65,7 +66,7 @@ class Probes(_Images):
     ):
         "Images that somebody has."
         words = f'{len(check_images(images, "images"))} {words}'
-        if model is None or len(images) >= _enough: return cls(images, words)
+        if model is None or len(images) >= _enough or images.shape[1] not in (1, 3): return cls(images, words)
         natural, moved, facts = _crops(model, images.shape[-2:], images.shape[1], seed)
         return cls(images, f'{words} and {len(natural)} crops of others', facts, True, natural, moved)
 

@@ -223,7 +223,7 @@ def test_wrong_uses():
             (dict(threat=.1), TypeError, '`threat` must be a threat model'),
             (dict(n=0), ValueError, '`n` must be a whole number, at least 1'),
             (dict(confidence=95), ValueError, '`confidence` must be between 0 and 1'),
-            (dict(attack=leaving), ValueError, '`attack` must stay inside'),
+            (dict(attack=leaving), ValueError, "attack 'attack' left its threat model"),
             (dict(y=y[:2]), ValueError, 'one label per image'),
             (dict(model=Brightness(.1).eval()), ValueError, 'answer the same when it is asked twice'),
             (dict(model=Brightness()), ValueError, 'Call `model.eval')):
