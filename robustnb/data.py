@@ -425,6 +425,9 @@ def _tree(path):
         links = [o for o in folders if Path(d, o).is_symlink()]
         around = [o for o in links if Path(d).resolve().is_relative_to(Path(d, o).resolve())]
         folders[:] = [o for o in folders if o not in around]
+        if lost := [o for o in files if o[0] != '.' and not Path(d, o).exists()]:
+            raise FileNotFoundError(f"`path` must hold links that lead somewhere; {Path(d, lost[0])} leads "
+                                    f"to {os.readlink(Path(d, lost[0]))}, and nothing is there.")
         found += [Path(d, o).relative_to(path).as_posix() + end
                   for many, end in ((folders, '/'), (files, '')) for o in many]
     return found

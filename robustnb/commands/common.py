@@ -17,7 +17,7 @@ import torch
 from torch import nn, Tensor
 from ..core import check_count, pick_device, subseed, to_uint8
 from ..files import atomic_path, fingerprint, save_json
-from ..data import ImageSet, load_data, subset
+from ..data import ImageSet, load_data, load_splits, subset
 from ..images import load_images, match_classes
 from ..models.zoo import build_model, model_names
 from ..models.sources import is_source
@@ -338,17 +338,22 @@ def _split_of(source, wanted):
     if path.is_dir():
         tops = [o for o in path.iterdir() if o.is_dir()]
         if len(tops) == 1: tops += [o for o in tops[0].iterdir() if o.is_dir()]
-        tops = {o.name for o in tops}
+        tops = {o.name for o in tops if any(p.is_dir() for p in os.scandir(o))}    # a class may be a train
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as z:
-            names = {tuple(o.split('/')[:-1][:2]) for o in z.namelist()}
-        tops = {o[0] for o in names if o}
-        if len(tops) == 1: tops |= {o[1] for o in names if len(o) > 1}
+            names = {tuple(o.split('/')[:-1][:3]) for o in z.namelist()}
+        tops = {o[0] for o in names if len(o) > 1}
+        if len({o[:1] for o in names if o}) == 1: tops |= {o[1] for o in names if len(o) > 2}
     else:
         return wanted
     for split in (wanted, *(('val', 'validation') if wanted == 'test' else ())):
         if split in tops: return split
     return wanted if tops & {'train', 'test', 'val'} else None
+
+def _train_and_test(data='digits', size=0):
+    "Images to train on and others to test with; a source that is not divided is divided"
+    if _split_of(data, 'test') is None: return load_splits(data, size or None)
+    return training_images('train', data, size), training_images('test', data, size)
 
 def _images(source, split, size=None, **how):
     "The images a command names; naming CIFAR on a command line is the request to fetch it."

@@ -14,7 +14,8 @@ from ..distributed import is_main
 from ..models.zoo import build_model, model_names
 from ..models.loading import save_model
 from ..models.training import Recipe, train
-from .common import _command, _given, _one_of, _write, on_device, training_images
+from .common import (
+    _command, _given, _one_of, _train_and_test, _write, on_device, training_images)
 
 # %% ../../nbs/api/commands/20_train.ipynb #49f24fe0
 @_command
@@ -37,8 +38,7 @@ def train_command(
     read, where = _given(given, training_images, on_device)
     out = Path(out)
     device = on_device(**where)
-    images = training_images('train', **read)
-    val = training_images('test', **read)
+    images, val = _train_and_test(**read)
     std, mean = torch.std_mean(images[::1 + len(images)//10_000].x, (0, 2, 3))
     rounded = lambda t: [round(o, 4) for o in t.tolist()]
     model = _one_of(model, model_names, 'model')

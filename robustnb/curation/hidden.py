@@ -16,7 +16,7 @@ import torch
 from scipy.stats import t
 from ..core import batches, check_count, subseed, to_float
 from ..contract import predict
-from ..files import atomic_path, check_path
+from ..files import atomic_path, check_folder, check_path
 from ..questions import cache_key
 from ..data import check_set, ImageSet, load_data, load_npy
 from ..images import match_classes
@@ -190,6 +190,7 @@ def score_training_sets(
 )->pd.DataFrame:           # Rows of `count_correct` with `set`, `model` (name of the network), `seed`
     "Train the fixed networks on each set and count what they get right."
     _check_scoring(sets, hidden, networks, config, seeds)
+    folder = check_folder(folder)
     sets = {k: data if data.classes == hidden.classes else match_classes(data, hidden.classes)
             for k, data in sets.items()}
     jobs = list(itertools.product(sets, seeds, networks))
@@ -200,7 +201,8 @@ def score_training_sets(
         data = sets[name]
         run = folder and Path(folder)/f'{name}-{network}-{seed}-{key}'
         if run and (run/'answers.csv').exists():
-            rows = pd.read_csv(run/'answers.csv')
+            rows = pd.read_csv(run/'answers.csv', keep_default_na=False, na_values=dict(severity=['']),
+                               dtype=dict.fromkeys(('slice', 'family', 'kind'), str))
         else:
             model, _ = contest_train(networks[network](seed), data.images, data.labels,
                                      config[network], seed=seed, device=device,

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
+from numbers import Real
 from pathlib import Path
 from weakref import WeakKeyDictionary
 import matplotlib.pyplot as plt
@@ -20,11 +21,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 from ..core import (
-    batches, check_count, global_seeds, make_generator, progress, subseed, to_float, to_uint8)
+    batches, check_count, global_seeds, make_generator, progress, some_of, subseed, to_float, to_uint8)
 from ..contract import answers_at_random, open_model, predict
-from ..files import atomic_path, explain_errors, fingerprint, load_state, save_state
+from ..files import atomic_path, check_folder, explain_errors, fingerprint, load_state, save_state
 from ..questions import cache_key
 from ..data import check_set, ImageSet, load_npy
+from ..images import match_classes
 from ..plots import figure_png, show_images
 from ..augmentation.history import apply_noted, note
 from ..augmentation.transforms import describe
@@ -138,7 +140,8 @@ def load_training_set(
                                 f"is none in {folder}. Without a history, use `load_npy`.")
     with explain_errors(path, 'the provenance.csv of `TrainingSet.save`'):
         return TrainingSet(data.images, data.labels, data.classes,
-                           pd.read_csv(path, keep_default_na=False, na_values={'success': ['']}))
+                           pd.read_csv(path, keep_default_na=False, na_values={'success': ['']},
+                                       dtype=dict.fromkeys(('source', 'family', 'slice', 'kind'), str)))
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #4c746635
 def _least_used(image, used):
@@ -156,11 +159,20 @@ def _interleaved(y, K, rng):
         rank[order[y[order] == k]] = np.arange((y == k).sum())
     return order[np.lexsort((rng.permutation(K)[y[order]], rank[order]))]
 
+def _alike(data, classes):
+    "The images with their labels in the order of these classes, which must be the same ones"
+    if data.classes == classes: return data
+    if sorted(data.classes) == sorted(classes): return match_classes(data, classes)
+    raise ValueError("the pools of all sources, and all parts of a set, must have the same classes; got "
+                     f"{some_of(classes)} and {some_of(data.classes)}. Bring them to one list with "
+                     "`match_classes`.")
+
 def _versions(source, pool):
     "The pool of a source and its transforms"
     own_pool = isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], ImageSet)
     if own_pool:
-        pool, source = source
+        own, source = source
+        pool = own if pool is None else _alike(own, pool.classes)
     return pool, list(source) if isinstance(source, (list, tuple)) else [source]
 
 def _assigned(m, pool, V, each, used, rng):
@@ -328,7 +340,7 @@ def _check_plan(sources, proportions, n, select):
         if not all(map(callable, versions)):
             raise TypeError("`sources` must hold transforms (x, y, generator) -> (x, y), lists of them, or "
                             f"pairs (pool, one of these); {name!r} is {sources[name]!r:.80}.")
-        if not (isinstance(p, (int, float)) and 0 <= p <= 1):
+        if not (isinstance(p, Real) and 0 <= p <= 1):
             raise ValueError(f"`proportions` must be numbers in [0, 1]; {name!r} has {p!r}.")
     if not (isinstance(n, (int, np.integer)) and 1 <= n <= 50_000):
         raise ValueError("`n` must be a whole number between 1 and 50,000 images, the competition's "
@@ -357,13 +369,15 @@ def build_training_set(
     check_set(pool, 'pool')
     _check_plan(sources, proportions, n, select)
     batch_size = check_count(batch_size, 'batch_size')
+    folder = check_folder(folder, 'folder')
+    plan = {k: _versions(sources[k], pool) for k in proportions}
     used = {}
     parts = []
     for name, q in apportion(proportions, n).items():
         if not q: continue
         policy = select.get(name, everything) if isinstance(select, dict) else select
-        own, versions = _versions(sources[name], pool)
-        counts = used.setdefault(id(own), np.zeros(len(own), int))
+        own, versions = plan[name]
+        counts = used.setdefault(id(own.images), np.zeros(len(own), int))
         order = _Order(name, versions, q, policy, seed, batch_size)
         parts.append(_kept(folder, order, own, counts))
         np.add.at(counts, parts[-1][2]['image'].to_numpy(), 1)
@@ -377,8 +391,12 @@ def concatenate_sets(
     parts,              # `TrainingSet`s with the same classes
 )->TrainingSet:         # All their images, in this order
     "One set from several."
-    parts = list(parts)
+    parts = [parts] if isinstance(parts, ImageSet) else list(parts)
     if not parts: raise ValueError("`parts` must hold at least one set; got none.")
+    if odd := [p for p in parts if not isinstance(p, TrainingSet)]:
+        raise TypeError(f"`parts` must be sets with a history; got {type(odd[0]).__name__}. "
+                        "`build_training_set` makes them, with `unchanged` if nothing is to change.")
+    parts = [_alike(p, parts[0].classes) for p in parts]
     images = np.concatenate([p.images for p in parts])
     labels = np.concatenate([p.labels for p in parts])
     return TrainingSet(images, labels, parts[0].classes, pd.concat([p.rows for p in parts]))

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 from ..core import batches, check_count, check_images, check_model, round_to_8bit, to_uint8
+from ..files import check_path
 
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #507c44a5
 def descriptor_distance(
@@ -60,7 +61,8 @@ def _share(db):
 def _open(path):
     "The database in the file `path`, new or ours; None stands for memory"
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        path = check_path(path, 'cache')
+        path.parent.mkdir(parents=True, exist_ok=True)
     db = None
     try:
         db = sqlite3.connect(':memory:' if path is None else path, isolation_level=None,
@@ -349,7 +351,7 @@ def query_distances(
     targets:Tensor,  # Wanted descriptors (N,T,D)
 )->tuple:            # The answers (N,D), and their distances (N,): infinite where there is none
     "What the box says about images, and how far that is from their targets."
-    answers = oracle(x)
+    answers = torch.as_tensor(oracle(x))
     if answers.shape != (len(x), targets.shape[2]):
         raise ValueError("`oracle` must answer with one descriptor for each image, as long as "
                          f"those of `targets`, ({len(x)},{targets.shape[2]}); got "

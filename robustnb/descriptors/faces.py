@@ -57,6 +57,7 @@ def load_faces(
     def square(image, name):
         names.append('_'.join(name.split('/')[-2:]).rpartition('.')[0] + '.png')
         return prepare(image, crop, size)
-    load = load_folder if Path(path).is_dir() else load_zip
+    path = Path(path).expanduser()
+    load = load_folder if path.is_dir() else load_zip
     faces = load(path, prepare=square)
     return NamedSet(faces.images, faces.y, faces.classes, names)
