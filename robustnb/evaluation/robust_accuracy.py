@@ -316,16 +316,20 @@ def _check_table(rows, name, *needed):
         raise ValueError(f"`{name}` must say of every row whether it is correct; "
                          f"{rows.correct.isna().sum()} of them do not. Were tables of other images merged?")
 
-# %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #ec322ad8
-def _check_rows(rows, name='rows'):
-    "Raise if an image is there twice, or is missing under an attack, which it would then seem to withstand"
-    _check_table(rows, name, 'image', 'attack', 'correct')
+def _check_one_threat(rows, name):
+    "Raise if several threat models stand under one attack, which a mean would pool"
+    _check_table(rows, name, 'attack', 'correct')
     told = [k for k in ('threat', 'eps') if k in rows]
     several = rows.groupby('attack', sort=False)[told].nunique().max(axis=1)
     if several.max() > 1:
         raise ValueError(f"`{name}` must hold one threat model for each attack; {several.idxmax()!r} has "
                          f"{several.max()}. Take the rows of one at a time.")
-    twice = rows.duplicated(['image', 'attack'])
+
+# %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #ec322ad8
+def _check_rows(rows, name='rows'):
+    "Raise if an image is there twice, or is missing under an attack, which it would then seem to withstand"
+    _check_table(rows, name, 'image', 'attack', 'correct')
+    twice = rows.duplicated([k for k in ('image', 'attack', 'threat', 'eps') if k in rows])
     if twice.any():
         first = rows[twice].iloc[0]
         raise ValueError(f"`{name}` must hold each image once under each attack; image {first.image} is "
@@ -352,6 +356,7 @@ def summarize(
     # One row per attack and one for the worst of them: attack, n, accuracy, lo, hi (fractions)
 )->pd.DataFrame:
     "Accuracy under each attack and under the worst of them per image, with 95% intervals."
+    _check_one_threat(rows, 'rows')
     worst = 'worst', worst_case(rows).correct
     groups = [*((name, g.correct) for name, g in rows.groupby('attack', sort=False)), worst]
     lines = [dict(attack=name, n=len(c), accuracy=c.mean())
@@ -366,6 +371,7 @@ def compare(
     "Paired differences of accuracy, attack by attack and for the worst of each."
     for rows, name in ((a, 'a'), (b, 'b')):
         _check_table(rows, name, 'image', 'attack', 'correct', 'label', 'threat')
+        _check_one_threat(rows, name)
         _check_rows(rows, name)
     a = a.sort_values('image', kind='stable')
     b = b.sort_values('image', kind='stable')

@@ -263,7 +263,7 @@ def test_comparisons_by_hand():
                                    match='same images, with the same labels, under the same '
                                          f'threat model; their {what} differ'):
                     compare(*pair)
-    with pytest.raises(ValueError, match="under 'a' they hold 4 and 3"):
+    with pytest.raises(ValueError, match="`b` must hold the same images .*4 under 'clean', 3 under 'a'"):
         compare(a, b.drop(b.index[-1]))
 
 
@@ -280,8 +280,7 @@ def test_answers_that_are_not_finite_are_no_robustness():
 
 
 bad_attacks = dict(too_far=lambda model, x, y, threat, generator: (x + .1).clamp(0, 1),
-                   beyond_white=lambda model, x, y, threat, generator: x + 8/255,
-                   nan=lambda model, x, y, threat, generator: x*float('nan'))
+                   beyond_white=lambda model, x, y, threat, generator: x + 8/255)
 
 
 @pytest.mark.parametrize('name', bad_attacks)
@@ -289,6 +288,12 @@ def test_attacks_that_cheat_are_named(name):
     words = f"attack '{name}' left its threat model Linf.*Return `threat.project"
     with pytest.raises(ValueError, match=words):
         evaluate(model, x.clamp_min(.5), y, {name: bad_attacks[name]}, threat)
+
+
+@pytest.mark.parametrize('out, said', ((x*float('nan'), 'NaN'), (x.byte(), 'torch.uint8, which may be divided')))
+def test_attacks_return_floats(out, said):
+    with pytest.raises(ValueError, match=f"attack 'odd' must return floats in .0, 1.; got {said}"):
+        evaluate(model, x, y, dict(odd=lambda *a, **k: out), threat)
 
 
 @pytest.mark.parametrize('out', (x[:3], x[:, :1], None, [1]),
@@ -769,6 +774,47 @@ def test_rows_of_several_calls_are_refused_until_their_images_differ():
     pd.testing.assert_frame_equal(summarize(joined), summarize(whole))
     curve = robustness_curve(model, x, y, fgsm, [Linf(4/255), Linf(8/255)])
     assert len(worst_case(curve)) == 40, 'budgets may stand side by side'
+    for read in (summarize, lambda o: compare(o, o)):
+        with pytest.raises(ValueError, match="one threat model for each attack; 'attacked' has 2"):
+            read(curve)
+
+
+def test_tables_that_were_put_together_wrongly_are_refused():
+    rows = evaluate(model, x, y, dict(fgsm=fgsm, pgd=pgd), threat)
+    halves = pd.concat([rows[(rows.attack == 'fgsm') & (rows.image < 20)],
+                        rows[(rows.attack == 'pgd') & (rows.image >= 20)]])
+    with pytest.raises(ValueError, match="20 under 'fgsm', 20 under 'pgd', not the same ones"):
+        summarize(halves)
+    for read in (summarize, worst_case, lambda o: compare(rows, o)):
+        with pytest.raises(ValueError, match='must say of every row whether it is correct; 9 of them do not'):
+            read(rows.assign(correct=rows.correct.where(rows.image > 2)))
+        with pytest.raises(ValueError, match='at least one image; the table is empty'):
+            read(rows[:0])
+        with pytest.raises(TypeError, match='a table of `evaluate`; got DataFrame without .*correct'):
+            read(summarize(rows))
+    with pytest.raises(TypeError, match='without eps'):
+        plot_curve(rows)
+
+
+def test_an_attack_may_write_into_its_images():
+    "What it returns is judged beside what was given, which stays as it was"
+    before = x.clone()
+    def far(model, x, y, threat, *, generator=None):
+        x += .5
+        return x.clamp_(0, 1)
+    with pytest.raises(ValueError, match="attack 'far' left its threat model"):
+        evaluate(model, x, y, dict(far=far), threat)
+    assert x.equal(before)
+    grey = (255*x).round()/255
+    near = on_8bit_images(far)(model, grey, y, threat)
+    assert threat.allows(grey, near).all() and not near.equal(grey)
+
+
+def test_seeds_and_folders_are_checked_first(tmp_path):
+    with pytest.raises(TypeError, match='`seed` must be an integer; got None'):
+        evaluate(model, x, y, dict(fgsm=fgsm), threat, seed=None, save=tmp_path)
+    with pytest.raises(TypeError, match='`save` must be the path of a file or folder; got bool'):
+        evaluate(model, x, y, dict(fgsm=fgsm), threat, save=True)
 
 
 def test_attacks_that_divide_their_images_are_given_many():
