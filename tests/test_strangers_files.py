@@ -142,7 +142,7 @@ def test_labels_of_several_pools_go_by_name():
     alone = [rn.build_training_set(o, dict(c=unchanged), dict(c=np.float32(1)), n=6) for o in (here, there)]
     both = concatenate_sets(alone)
     assert [both.classes[k] for k in both.y] == [o.classes[k] for o in alone for k in o.y]
-    with pytest.raises(ValueError, match="must have the same classes; got 'cat', 'dog' and 'ant', 'bee', 'cow'"):
+    with pytest.raises(ValueError, match="the same classes; got 'cat', 'dog' and 'ant', 'bee', 'cow'"):
         rn.build_training_set(here, dict(a=(pool(['ant', 'bee', 'cow']), unchanged)), dict(a=1.), n=4)
     with pytest.raises(TypeError, match='`parts` must be sets with a history; got ImageSet'):
         concatenate_sets([here, there])
@@ -181,7 +181,8 @@ def test_a_class_may_be_called_train_and_what_is_not_divided_is(tmp_path):
     out = tmp_path/'run'
     facts = train_command(data=flat, model='AlexNet', width=.0625, epochs=1, out=str(out))
     assert facts['images'] == 18, 'a quarter is left to test with'
-    assert evaluate_command(weights=str(out/'weights.pt'), test=flat, attacks='fgsm', n=6, out=str(tmp_path/'e'))
+    assert evaluate_command(weights=str(out/'weights.pt'), test=flat, attacks='fgsm', n=6,
+                            out=str(tmp_path/'e'))
     around = [f'all/{s}/{c}/{i}.png' for s in ('train', 'test') for c in ('bus', 'train') for i in range(4)]
     divided = train_command(data=files(tmp_path/'divided', around), model='AlexNet', width=.0625, epochs=1,
                             out=str(tmp_path/'two'))
@@ -201,5 +202,5 @@ def test_boxes_may_answer_with_arrays():
     said = lambda kind: rn.bandit_descriptor(lambda x: kind(x.flatten(1) @ weight), x, torch.zeros(2, 1, 8),
                                              rn.SSIM(.9))
     assert said(torch.Tensor.numpy).equal(said(lambda o: o))
-    with pytest.raises(ValueError, match='`targets` must be a tensor of descriptors .*got ndarray'):
+    with pytest.raises(ValueError, match='`targets` must be descriptors .*in a tensor.*got ndarray'):
         rn.bandit_descriptor(lambda x: x.flatten(1) @ weight, x, np.zeros((2, 1, 8)), rn.SSIM(.9))

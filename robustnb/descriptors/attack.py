@@ -90,7 +90,7 @@ def _check_targets(x, targets):
     "Raise unless these are the wanted descriptors of each image"
     fits = isinstance(targets, Tensor) and targets.ndim == 3 and len(targets) == len(x)
     if not fits or not targets.shape[1]:
-        raise ValueError("`targets` must be a tensor of descriptors (N,T,D), those of the T wanted images "
+        raise ValueError("`targets` must be descriptors (N,T,D) in a tensor, those of the T wanted images "
                          f"for each of the {len(x)} images; got {type(targets).__name__} "
                          f"{tuple(getattr(targets, 'shape', ()))}. Repeat common targets with `expand`; one "
                          "target per image needs `targets[:, None]`.")

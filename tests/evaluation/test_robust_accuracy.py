@@ -290,7 +290,8 @@ def test_attacks_that_cheat_are_named(name):
         evaluate(model, x.clamp_min(.5), y, {name: bad_attacks[name]}, threat)
 
 
-@pytest.mark.parametrize('out, said', ((x*float('nan'), 'NaN'), (x.byte(), 'torch.uint8, which may be divided')))
+@pytest.mark.parametrize('out, said', ((x*float('nan'), 'NaN'),
+                                       (x.byte(), 'torch.uint8, which may be divided')))
 def test_attacks_return_floats(out, said):
     with pytest.raises(ValueError, match=f"attack 'odd' must return floats in .0, 1.; got {said}"):
         evaluate(model, x, y, dict(odd=lambda *a, **k: out), threat)

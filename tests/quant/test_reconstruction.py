@@ -279,7 +279,7 @@ def test_what_does_not_belong_together():
             f(model, q, x*torch.nan)
         with pytest.raises(ValueError, match='evaluation mode'):
             f(copy.deepcopy(model).train(), q, x)
-    with pytest.raises(ValueError, match='`steps` must be at least 0'):
+    with pytest.raises(ValueError, match='`steps` must be a whole number, at least 0'):
         adaround(model, q, x, steps=-1)
-    with pytest.raises(ValueError, match='`places` at least 8; got 100 and 4'):
+    with pytest.raises(ValueError, match='`places` must be a whole number, at least 8; got 4'):
         adaround(model, q, x, places=4)
