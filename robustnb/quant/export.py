@@ -18,7 +18,7 @@ from torch import fx, nn, Tensor
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils import skip_init
 from ..core import check_model
-from ..contract import open_model, predict
+from ..contract import predict
 from ..files import atomic_path
 from ..models.wrapping import Normalize
 from ..models.plain import PaddedConv2d
@@ -614,7 +614,7 @@ def _shaped(model, spec, shape):
     "A copy of the model on the CPU as a graph, folded, that knows the shape of each of its tensors"
     try:
         images = torch.zeros(3, *shape, dtype=torch.float32)
-        graph = copy.deepcopy(model) if spec else _open_attention(fold_batchnorm(open_model(model, images)))
+        graph = copy.deepcopy(model) if spec else _open_attention(fold_batchnorm(model))
         graph = graph.cpu().float()
         with torch.no_grad(), redirect_stderr(io.StringIO()):    # ShapeProp prints what it raises
             ShapeProp(graph).propagate(images)
