@@ -1,5 +1,6 @@
 "What people keep, put together and give away: copies in files, several pools, folders of their own"
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import foolbox
@@ -132,6 +133,18 @@ def test_attacks_of_foolbox_take_images_as_they_come():
     assert attack(net, x.clone().requires_grad_(), y, rn.Linf(3/255)).equal(expected)
     with torch.inference_mode():
         assert attack(net, x.clone(), y, rn.Linf(3/255)).equal(expected)
+
+
+def test_fractions_are_budgets():
+    net, x = network(), pictures()
+    y = rn.predict(net, x).argmax(1)
+    assert rn.pgd(net, x, y, rn.Linf(Fraction(2, 255))).equal(rn.pgd(net, x, y, rn.Linf(2/255)))
+    with pytest.raises(TypeError, match='`attacks` must be functions .* one after the other'):
+        rn.multi_attack([rn.fgsm, rn.pgd])
+    with pytest.raises(ValueError, match='`attacks` must return images of shape .*gave tuple'):
+        rn.multi_attack(lambda *args, **kw: (x,))(net, x, y, rn.Linf(.1))
+    with pytest.raises(TypeError, match='`targets` must be a whole number, at least 0; got 2.5'):
+        rn.cascade(net, x, y, rn.Linf(.1), targets=2.5)
 
 
 def test_labels_of_several_pools_go_by_name():

@@ -8,6 +8,7 @@ __all__ = ['Ball', 'check_threat', 'Linf', 'L2', 'shrink_to_sum', 'L1', 'L0']
 # %% ../../nbs/api/attacks/10_threat_models.ipynb #0f47a9e9
 import math, numbers
 from dataclasses import dataclass
+from fractions import Fraction
 import numpy as np
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def check_threat(
 # %% ../../nbs/api/attacks/10_threat_models.ipynb #e392cf68
 def _plain_number(value):
     "A number of numpy as Python's own, so that equal budgets are written alike; other things as they are"
-    if isinstance(value, numbers.Rational) and not isinstance(value, int): return float(value)
+    if isinstance(value, Fraction): return float(value)
     return value.item() if isinstance(value, np.generic) else value
 
 def _check_eps(threat, most=math.inf):
