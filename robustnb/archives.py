@@ -40,7 +40,7 @@ def open_zip(
     path,        # Zip file
 ):               # The open `zipfile.ZipFile`, closed at the end of the block
     "An open zip file, or an error that names it."
-    path = Path(path).expanduser()
+    path = check_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"`path` must be a zip file of images; there is none at {path}.")
     try:

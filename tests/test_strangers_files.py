@@ -132,7 +132,7 @@ def test_attacks_of_foolbox_take_images_as_they_come():
     assert not expected.equal(x)
     assert attack(net, x.clone().requires_grad_(), y, rn.Linf(3/255)).equal(expected)
     with torch.inference_mode():
-        assert attack(net, x.clone(), y, rn.Linf(3/255)).equal(expected)
+        assert attack(net, x.clone(), y.clone(), rn.Linf(3/255)).equal(expected)
 
 
 def test_fractions_are_budgets():

@@ -56,7 +56,6 @@ def _start(attack, bounded, x, y):
 def _attacked(attack, model, x, y, eps, seed):
     "What foolbox's attack answers; images without a starting point come back unchanged."
     bounded = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
-    x = x.detach()
     out = x.clone()
     options = dict(epsilon=eps) if isinstance(attack, FixedEpsilonAttack) else {}
     with _lent(model, x, seed):
@@ -76,16 +75,19 @@ def _stretched(attack, threat, x, found):
         yield torch.where(inside, image, threat.project(x, image.clamp(0, 1)))
 
 # %% ../../nbs/api/attacks/85_adapters.ipynb #3fa5f1c3
+@torch.inference_mode(False)
 def _best_of(candidates, model, x, y, generator, alone):
     "For each image that is right, the candidate with the largest margin, if that is larger than its own"
+    x = outside_inference(x.detach())
+    y = outside_inference(y)
     left, logits = is_correct(model, x, y)
-    out = x.detach().clone()
+    out = x.clone()
     own = image_generators(generator, x)
     best = margin(logits, y)
     if not len(left): return out
     for i in left.split(1 if alone else len(left)):
         seed = torch.randint(2**62, (), generator=own[i[0]]).item()
-        for image in candidates(i, seed):
+        for image in candidates(x[i], y[i], seed):
             height = margin(is_correct(model, image, y[i])[1], y[i])
             better = height > best[i]
             out[i[better]] = image[better]
@@ -114,12 +116,10 @@ def from_foolbox(
             raise TypeError("`threat` must be a budget in the norm of the attack, "
                             f"{attack.distance}; got {threat}. Choose the attack of foolbox for "
                             "this norm, or one that looks for the nearest wrong image.")
-        def candidates(i, seed):
-            found = _attacked(attack, model, x[i].contiguous(), y[i], threat.eps, seed)
-            return _stretched(attack, threat, x[i], found)
-        with torch.inference_mode(False):
-            x, y = outside_inference(x.detach()), outside_inference(y)
-            return _best_of(candidates, model, x, y, generator, alone)
+        def candidates(x, y, seed):
+            found = _attacked(attack, model, x.contiguous(), y, threat.eps, seed)
+            return _stretched(attack, threat, x, found)
+        return _best_of(candidates, model, x, y, generator, alone)
     return adapted
 
 # %% ../../nbs/api/attacks/85_adapters.ipynb #28cb8ff5
@@ -135,14 +135,12 @@ def from_torchattacks(
                         "model already.")
     def adapted(model, x, y, threat, generator=None):
         model = check_attack(model, x, y, threat)
-        def candidates(i, seed):
+        def candidates(x, y, seed):
             with _lent(model, x, seed):
-                found = make(model, threat.eps)(x[i].detach().contiguous(), y[i]).detach().to(x)
-            inside = threat.allows(x[i], found).view(-1, 1, 1, 1)
-            yield torch.where(inside, found, threat.project(x[i], found.clamp(0, 1)))
-        with torch.inference_mode(False):
-            x, y = outside_inference(x.detach()), outside_inference(y)
-            return _best_of(candidates, model, x, y, generator, alone)
+                found = make(model, threat.eps)(x.contiguous(), y).detach().to(x)
+            inside = threat.allows(x, found).view(-1, 1, 1, 1)
+            yield torch.where(inside, found, threat.project(x, found.clamp(0, 1)))
+        return _best_of(candidates, model, x, y, generator, alone)
     return adapted
 
 # %% ../../nbs/api/attacks/85_adapters.ipynb #137ee817

@@ -18,7 +18,8 @@ from ..metrics import wilson
 from ..attacks.gradient import check_attack
 from ..attacks.rejection import refused
 from ..attacks.standard import CascadeResult
-from .robust_accuracy import _check_crafted, _question, _same_question, worst_case
+from .robust_accuracy import (
+    _check_crafted, _no_floats, _question, _same_question, worst_case)
 
 # %% ../../nbs/api/evaluation/50_publishing.ipynb #20386f5b
 def _right(model, x, y):
@@ -34,10 +35,8 @@ def _verdict(model, x, y, x_adv, threat, what):
         got = tuple(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
         raise ValueError(f"{what} must hold one image for each of `x`, in its order, of shape "
                          f"{tuple(x.shape)}; got {got}.")
-    if not x_adv.is_floating_point() or x_adv.isnan().any():
-        got = x_adv.dtype if not x_adv.is_floating_point() else 'NaN'
-        raise ValueError(f"{what} must hold pixels in [0, 1] as floats; got {got}. Divide 8-bit images by "
-                         "255.")
+    if wrong := _no_floats(x_adv):
+        raise ValueError(f"{what} must hold floats in [0, 1]; got {wrong}.")
     x_adv = x_adv.to(x)
     outside = (~threat.allows(x, x_adv)).nonzero().flatten()
     if len(outside):

@@ -51,7 +51,9 @@ def test_an_image_wrong_from_the_start_is_not_robust_whatever_the_file_holds(tmp
 
 @pytest.mark.parametrize('change, words', (
     (lambda x: x-.12, 'are outside, the first is image 0'), (lambda x: x[:9], 'one image for each'),
-    (lambda x: x.flip(0), 'are outside'), (lambda x: x.numpy(), 'got ndarray')))
+    (lambda x: x.flip(0), 'are outside'), (lambda x: x.numpy(), 'got ndarray'),
+    (lambda x: (255*x).byte(), 'must hold floats in .0, 1.; got torch.uint8, which may be divided by 255'),
+    (lambda x: x*torch.nan, 'must hold floats in .0, 1.; got NaN')))
 def test_other_images_are_refused_and_nothing_is_written(tmp_path, change, words):
     net, x, y, _ = case()
     with pytest.raises(ValueError, match=words):
@@ -190,3 +192,12 @@ def test_logits_that_are_no_numbers_prove_nothing(tmp_path):
     told = save_adversarial(tmp_path/'a.pt', Broken().eval(), x, y, x_adv, Linf(1.))
     assert 0 < y.sum() < len(y)
     assert told['clean_accuracy'] == 1 and told['robust_accuracy'] == 0
+
+
+def test_crafting_leaves_the_images_of_the_caller(tmp_path):
+    net, x, y, _ = case()
+    before = x.clone()
+    def darken(model, x, y, threat, *, generator=None): return x.sub_(.2).clamp_(0, 1)
+    with pytest.raises(ValueError, match="attack 'attack' left its threat model"):
+        craft_adversarial(net, x, y, darken, threat, tmp_path/'run')
+    assert x.equal(before) and not any((tmp_path/'run').glob('*.pt'))
