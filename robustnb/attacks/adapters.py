@@ -15,7 +15,7 @@ from foolbox.attacks.gradient_descent_base import BaseGradientDescent
 import numpy as np
 import torch
 from torch import nn, Tensor
-from ..core import image_generators, outside_inference
+from ..core import image_generators
 from .threat_models import L0, L1, L2, Linf
 from .gradient import check_attack, is_correct, margin
 
@@ -78,8 +78,7 @@ def _stretched(attack, threat, x, found):
 @torch.inference_mode(False)
 def _best_of(candidates, model, x, y, generator, alone):
     "For each image that is right, the candidate with the largest margin, if that is larger than its own"
-    x = outside_inference(x.detach())
-    y = outside_inference(y)
+    x = x.detach()
     left, logits = is_correct(model, x, y)
     out = x.clone()
     own = image_generators(generator, x)
