@@ -12,6 +12,7 @@ import errno, io, json, math, os, warnings, zipfile
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from PIL import Image, ImageOps
 import numpy as np
@@ -185,7 +186,8 @@ def split_data(
     seed:int,          # Which images go where
 )->tuple:              # Two image sets without a common image, each in the order of `data`
     "Divide the images of every class in the same proportion."
-    if not 0 < fraction < 1: raise ValueError(f"`fraction` must lie inside (0, 1); got {fraction}.")
+    if not (isinstance(fraction, Real) and 0 < fraction < 1):
+        raise ValueError(f"`fraction` must lie inside (0, 1); got {fraction!r}.")
     y = check_set(data).y
     order = np.random.default_rng(subseed(seed, 'split')).permutation(len(y))
     order = order[np.argsort(y[order], kind='stable')]
@@ -271,7 +273,7 @@ def _short_names(images, split, source):
                          f"{' and '.join(map(repr, by_depth.values()))}.")
     depth = next(iter(by_depth))
     tops = {o.split('/')[0] for o in images}
-    strip = len(tops) == 1 and depth == (2 if split is None else 3)
+    strip = len(tops) == 1 and (depth == 3 or depth == 2 and split is None)
     short = {o: o.split('/', 1)[1] if strip else o for o in images}
     depth -= strip
     if depth not in (1, 2):
@@ -344,9 +346,9 @@ def _check_fit(size, channels, crop_pct):
         raise ValueError(f"`size` must be at least 1 pixel, a whole number; got {size!r}.")
     if channels not in (1, 3):
         raise ValueError(f"`channels` must be 1 (grey) or 3 (red, green, blue); got {channels!r}.")
-    if not 0 < crop_pct <= 1 or size is None and crop_pct != 1:
+    if not (isinstance(crop_pct, Real) and 0 < crop_pct <= 1) or size is None and crop_pct != 1:
         raise ValueError("`crop_pct` must lie in (0, 1], and be 1 where no `size` is given; got "
-                         f"{crop_pct} with size {size}.")
+                         f"{crop_pct!r} with size {size}.")
 
 def _fit(image, size, crop_pct):
     "The centre of a picture whose shorter side was brought to size/crop_pct"

@@ -8,6 +8,7 @@ __all__ = ['accuracy', 'wilson', 'paired_difference', 'bootstrap', 'mae', 'r2', 
 # %% ../nbs/api/30_metrics.ipynb #2063faa4
 from statistics import NormalDist
 import numpy as np
+from .core import numpy_generator
 
 # %% ../nbs/api/30_metrics.ipynb #80d9b6bc
 def _column(a, name):
@@ -109,7 +110,7 @@ def bootstrap(
                          f"{[o.shape for o in columns]}.")
     if not n >= 100: raise ValueError(f"`n` must be at least 100 draws; got {n}.")
     _z(level)
-    rng = np.random.default_rng(seed)
+    rng = numpy_generator(seed)
     size = len(columns[0])
     value = float(fn(*columns))
     draws = (rng.integers(size, size=size) for _ in range(n))

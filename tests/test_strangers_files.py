@@ -1,5 +1,6 @@
 "What people keep, put together and give away: copies in files, several pools, folders of their own"
 import os
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,17 +13,24 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.nn.utils import prune
+from torchvision import transforms
 
 import robustnb as rn
 from robustnb.attacks.adapters import from_foolbox
+from robustnb.augmentation.transforms import from_torchvision
+from robustnb.commands.command_line import main
+from robustnb.commands.curation import build_set_command
 from robustnb.commands.evaluation import evaluate_command
 from robustnb.commands.train import train_command
-from robustnb.curation.hidden import load_hidden, proxy_networks, rank_training_sets, score_training_sets
+from robustnb.curation.hidden import (
+    hidden_set, load_hidden, proxy_networks, rank_training_sets, score_training_sets)
 from robustnb.curation.training_sets import concatenate_sets, unchanged
 from robustnb.files import check_folder
+from robustnb.metrics import bootstrap
 from robustnb.quant.checkpoints import load_quantized, save_quantized
-from robustnb.quant.export import check_export, export_onnx
+from robustnb.quant.export import check_export, export_onnx, run_onnx
 from robustnb.quant.mixed_precision import quantize_mixed, weight_noise
+from robustnb.quant.ptq import calibrate
 from robustnb.quant.reconstruction import adaround
 from robustnb.quant.targets import runs_in_integers
 
@@ -217,3 +225,86 @@ def test_boxes_may_answer_with_arrays():
     assert said(torch.Tensor.numpy).equal(said(lambda o: o))
     with pytest.raises(ValueError, match='`targets` must be descriptors .*in a tensor.*got ndarray'):
         rn.bandit_descriptor(lambda x: x.flatten(1) @ weight, x, np.zeros((2, 1, 8)), rn.SSIM(.9))
+
+
+def test_a_calibration_is_that_of_the_weights_it_was_made_from():
+    net = network()
+    ranges = calibrate(net, pictures())
+    copy = rn.quantize(net, 'INT8', ranges)
+    with torch.no_grad(): net[0].weight.mul_(2)
+    with pytest.raises(ValueError, match='`images` must be the `Calibration` of the weights as they are'):
+        rn.quantize(net, 'INT8', ranges)
+    with torch.no_grad(): net[0].weight.div_(2)
+    assert rn.quantize(net, 'INT8', ranges)(pictures()).equal(copy(pictures()))
+
+
+def test_a_network_that_answers_with_a_record_can_be_exported(tmp_path):
+    @dataclass
+    class Answer: logits: torch.Tensor
+    class Recorded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+        def forward(self, x): return Answer(self.net(x))
+    net = Recorded().eval()
+    export_onnx(net, tmp_path/'net.onnx', (3, 16, 16))
+    assert torch.allclose(run_onnx(tmp_path/'net.onnx', pictures()), net(pictures()).logits, atol=1e-6)
+
+
+def test_a_folder_around_splits_is_told_apart_from_a_class(tmp_path):
+    root = files(tmp_path/'set', [f'all/{s}/{c}/1.png' for s in ('train', 'val') for c in ('ant', 'bee')])
+    assert rn.load_data(root, 'val').classes == ('ant', 'bee')
+    with pytest.raises(ValueError, match='`split` must name one of the splits of .*train.*val'):
+        rn.load_data(root)
+    with pytest.raises(ValueError, match="`crop_pct` must lie in .* got '.5' with size 16"):
+        rn.load_data(root, 'val', 16, crop_pct='.5')
+    with pytest.raises(ValueError, match=r"`fraction` must lie inside \(0, 1\); got 'a'"):
+        rn.load_splits(Path(root)/'all'/'val', fraction='a')
+
+
+def test_networks_of_other_classes_make_no_training_set(tmp_path):
+    birds = ['auk', 'emu', 'owl']
+    pool(birds, 30).save(tmp_path/'birds')
+    for name, classes in (('turned', birds[::-1]), ('other', ['ant', 'bee', 'fly'])):
+        net = rn.build_model('AlexNet', 3, .0625)
+        net.classes = tuple(classes)
+        rn.save_model(net, tmp_path/name/'weights.pt')
+    build = lambda *names: build_set_command(
+        'clean', ','.join(str(tmp_path/o/'weights.pt') for o in names), str(tmp_path/'birds'), n=6,
+        out=str(tmp_path/'made'))
+    with pytest.raises(SystemExit, match='auk'): build('other')
+    with pytest.raises(SystemExit, match="same classes; turned/weights has 'owl', 'emu', 'auk', other/weights 'ant'"):
+        build('turned', 'other')
+    assert not (tmp_path/'made').exists()
+    build('turned')
+    made = rn.load_data(tmp_path/'made')
+    assert made.classes == ('owl', 'emu', 'auk')
+    before = rn.load_data(tmp_path/'birds')
+    class_of = {o.tobytes(): before.classes[k] for o, k in zip(before.images, before.y)}
+    assert all(class_of[o.tobytes()] == made.classes[k] for o, k in zip(made.images, made.y))
+
+
+def test_seeds_of_intervals_may_be_negative():
+    values = np.random.default_rng(0).random(40)
+    draw = lambda seed: bootstrap(np.mean, values, seed=seed)
+    assert draw(-1) == draw(-1) != draw(1)
+    assert draw(3)[0] == values.mean()
+
+
+def test_tensors_need_no_transform_to_tensors():
+    to_tensor = transforms.Compose([transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+    with pytest.raises(ValueError, match='Leave `ToTensor` and `PILToTensor` out'):
+        from_torchvision(to_tensor)(pictures(), torch.eye(8), torch.Generator())
+
+
+def test_surrogates_have_names():
+    with pytest.raises(TypeError, match='`models` must be a dict with the name of each network'):
+        hidden_set(pool(['cat', 'dog']), [network()], n=10)
+
+
+def test_nothing_is_asked_twice(capsys):
+    with pytest.raises(SystemExit, match="`attacks` must not name one twice; got 'fgsm,FGSM'"):
+        evaluate_command('timm:resnet18', attacks='fgsm,FGSM')
+    with pytest.raises(SystemExit):
+        main(['assess', 'timm:resnet18', '--images', 'a', '--images', 'b'])
+    assert '--images is given twice: a and b.' in capsys.readouterr().err

@@ -490,10 +490,11 @@ def from_torchvision(
         try:
             return _as_pixels(transform(image))
         except (TypeError, RuntimeError) as e:
-            raise ValueError(
-                f"`transform` must take a uint8 image {tuple(image.shape)}; {describe(transform)} does not "
-                f"({e}). Put `v2.ToDtype(torch.float32, scale=True)` before it; leave `v2.Normalize` out: "
-                "the model normalises.") from e
+            way = ("Put `v2.ToDtype(torch.float32, scale=True)` before it; leave `v2.Normalize` out: the model "
+                   "normalises.")
+            if 'PIL' in str(e): way = "Leave `ToTensor` and `PILToTensor` out: the image is a tensor already."
+            raise ValueError(f"`transform` must take a uint8 image {tuple(image.shape)}; "
+                             f"{describe(transform)} does not ({e}). {way}") from e
     def transformed(x, y, generator):
         images = torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2)
         with global_seeds(int(torch.randint(2**62, (), generator=generator))):

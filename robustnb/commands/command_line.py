@@ -148,6 +148,13 @@ _TITLES = dict(named_model='the model', unlabelled_images='images', labelled_ima
                hidden_source='images', on_device='device', rows_to_assess='what to deploy',
                mark_advice='what to deploy')
 
+class _Once(argparse.Action):
+    "Keeps a value; a second one is refused"
+    def __call__(self, parser, given, value, option=None):
+        if hasattr(given, self.dest):
+            parser.error(f'{option} is given twice: {getattr(given, self.dest)} and {value}.')
+        setattr(given, self.dest, value)
+
 def _add(group, name, kind, default, text):
     "One option"
     flag = f"--{name.replace('_', '-')}"
@@ -155,7 +162,7 @@ def _add(group, name, kind, default, text):
     if kind is bool: return group.add_argument(flag, action='store_true', **how)
     if default not in (_REQUIRED, '', 0) or default == 0 and name == 'seed':
         how['help'] = f'{text} (default: {default})'
-    group.add_argument(flag, type=kind, metavar=name.upper(), **how)
+    group.add_argument(flag, type=kind, metavar=name.upper(), action=_Once, **how)
 
 def _add_to_every(group):
     "What every command takes"

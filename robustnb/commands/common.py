@@ -101,6 +101,12 @@ def _one_of(word, known, name):
     hint = f" Did you mean {next(o for o in known if o.lower() == near[0])}?" if near else ''
     raise ValueError(f"`{name}` must be one of {', '.join(known)}; got {word!r}.{hint}")
 
+def _chosen(text, known, name):
+    "Those of the known names that stand between the commas, none twice"
+    found = [_one_of(o, known, name) for o in _listed(text, name)]
+    if len({*found}) < len(found): raise ValueError(f"`{name}` must not name one twice; got {text!r}.")
+    return found
+
 def _specs(formats):
     "Specifications by their names; a format that is named twice is refused, however it is spelled"
     specs = [quant_spec(o) for o in _listed(formats, 'formats')]

@@ -8,9 +8,10 @@ __all__ = ['build_set_command', 'validate_set_command', 'score_set_command']
 # %% ../../nbs/api/commands/60_curation.ipynb #5bbcc578
 import time
 from pathlib import Path
-from ..core import check_count
+from ..core import check_count, some_of
 from ..files import manifest, save_json
 from ..data import load_npy
+from ..images import match_classes
 from ..curation.training_sets import build_training_set, load_training_set, set_card, summary
 from ..curation.contest import default_config, validate_set, write_config
 from ..curation.hidden import (
@@ -21,6 +22,15 @@ from .common import (
     _print_verdicts, _write, hidden_source, labelled_images, named_model, pool_split)
 
 # %% ../../nbs/api/commands/60_curation.ipynb #8bcaa177
+def _as_named(nets, pool):
+    "The pool with its labels in the order of the networks' classes, which must be the same in all"
+    named = [(getattr(o, 'classes', None), getattr(o, 'n_classes', None)) for o in nets.values()]
+    for name, (classes, n) in zip(nets, named):
+        if (classes, n) != named[0]:
+            raise ValueError(f"`model` must be networks of the same classes; {next(iter(nets))} has "
+                             f"{some_of(named[0][0] or [named[0][1]])}, {name} {some_of(classes or [n])}.")
+    return match_classes(pool, *named[0])
+
 @_command
 def build_set_command(
     plan:str,              # One of the published sets, e.g. lyx3911, kanra, tenth
@@ -42,7 +52,7 @@ def build_set_command(
     out = Path(out)
     nets = _opened_by_name(model, **opening)
     sources = published_mixture(plan, nets, teacher=nets[next(iter(nets))], effort=effort)
-    pool = _images(data, pool_split(**read), opening.get('size') or None)
+    pool = _as_named(nets, _images(data, pool_split(**read), opening.get('size') or None))
     made = build_training_set(pool, **sources, n=n, seed=seed)
     made.save(out)
     write_config(default_config(2), out/'config.py')

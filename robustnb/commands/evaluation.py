@@ -19,8 +19,7 @@ from ..attacks.standard import cascade
 from ..evaluation.robust_accuracy import evaluate, summarize
 from ..evaluation.checks import red_flags
 from .common import (
-    _command, _continue, _given, _listed, _mark_model, _mark_of, _one_of, _write,
-    labelled_images, named_model)
+    _chosen, _command, _continue, _given, _mark_model, _mark_of, _write, labelled_images, named_model)
 from .transfer import _once, _threat
 
 # %% ../../nbs/api/commands/35_evaluation.ipynb #6eaf0006
@@ -75,7 +74,7 @@ def evaluate_command(
     started = time.time()
     opening, labelled = _given(given, named_model, labelled_images)
     out = Path(out)
-    names = [_one_of(o, _ATTACKS, 'attacks') for o in _listed(attacks, 'attacks')]
+    names = _chosen(attacks, _ATTACKS, 'attacks')
     threat = _threat(norm, eps)
     net = named_model(model, **opening)
     test = labelled_images(net, n, seed, **labelled)

@@ -16,9 +16,8 @@ from ..quant.formats import all_formats
 from ..attacks.threat_models import Linf
 from ..transfer.study import job_attacks, measure_one
 from .common import (
-    _command, _given, _listed, _mark_model, _mark_of, _numbers, _one_of, _opened_by_name, _specs, _split_of,
-    _write,
-    labelled_images, named_model, unlabelled_images)
+    _chosen, _command, _given, _listed, _mark_model, _mark_of, _numbers, _opened_by_name, _specs, _split_of,
+    _write, labelled_images, named_model, unlabelled_images)
 
 # %% ../../nbs/api/commands/50_sweep.ipynb #801037c5
 def _number(text):
@@ -148,7 +147,7 @@ def sweep_command(
     place = _place(where)
     same = _pairs(measure, 'measure')
     _check_jobs(same, measure, seeds)
-    names = [_one_of(o, job_attacks, 'attacks') for o in _listed(attacks, 'attacks')]
+    names = _chosen(attacks, job_attacks, 'attacks')
     nets, words = _job_words(model, **opening)
     data = _where_it_is(labelled.get('test', ''))
     words |= _split_words(data, _where_it_is(free.get('images', '')))

@@ -72,6 +72,9 @@ def families(
     effort:float=1,      # Share of the attack steps, above 0
 )->dict:                 # Family -> list of transforms
     "What is done to the hidden images."
+    if not isinstance(models, dict):
+        raise TypeError("`models` must be a dict with the name of each network, `{'vgg': net}`; got "
+                        f"{type(models).__name__}.")
     if not models: raise ValueError("`models` must hold at least one network; got none.")
     if not effort > 0: raise ValueError(f"`effort` must be above 0; got {effort}.")
     k = lambda steps: max(1, round(effort*steps))

@@ -29,7 +29,7 @@ from ..attacks.standard import cascade
 from .selection import (
     among, balanced, by_entropy, hardest_version, most_misclassified, second_highest, succeeded)
 from .training_sets import (
-    attacked, build_training_set, concatenate_sets, TrainingSet, unchanged)
+    _versions, attacked, build_training_set, concatenate_sets, TrainingSet, unchanged)
 
 # %% ../../nbs/api/curation/50_published.ipynb #531f7aeb
 def towards_random(
@@ -61,18 +61,22 @@ def summed(
 
 # %% ../../nbs/api/curation/50_published.ipynb #5be1a0d3
 def relabeled(
-    sources:dict,       # Name -> transform, or list of them, as for `build_training_set`
+    sources:dict,       # Name -> transform, list of them, or pair (pool, one of these)
     change:Callable,    # Transform of labels, such as `partial(label_smoothing, alpha=.1)`
 )->dict:                # The same names; the history still names the network attacked
     "Sources whose rows get other labels afterwards."
     def after(transform):
         both = chain(transform, change)
+        both.relabels = True
         if hasattr(transform, 'model'):
             both.model = transform.model
             both.surrogate = transform.surrogate
         return both
-    return {name: [after(t) for t in (source if isinstance(source, list) else [source])]
-            for name, source in sources.items()}
+    def all_after(source):
+        own_pool, transforms = _versions(source, None)
+        changed = [after(t) for t in transforms]
+        return changed if own_pool is None else (own_pool, changed)
+    return {name: all_after(source) for name, source in sources.items()}
 
 # %% ../../nbs/api/curation/50_published.ipynb #ecfb4892
 def _on(nets, attack, threat):

@@ -228,7 +228,7 @@ def _made(order, pool, image, version, first):
         for k, s in enumerate(progress(batches(len(at), order.batch_size), said)):
             w = at[s]
             x = to_float(pool.images[image[w]])
-            y = torch.from_numpy(pool.labels[image[w]])
+            y = asked = torch.from_numpy(pool.labels[image[w]])
             seen = x
             generator = make_generator(order.seed, order.name, v, first+k)
             with global_seeds(generator.initial_seed()):
@@ -237,7 +237,8 @@ def _made(order, pool, image, version, first):
             images[w] = to_uint8(x)
             labels[w] = y.numpy()
             if model is not None:
-                success[w] = (predict(model, to_float(images[w])).argmax(1) != y.argmax(1)).numpy()
+                true = (asked if getattr(transform, 'relabels', False) else y).argmax(1)
+                success[w] = (predict(model, to_float(images[w])).argmax(1) != true).numpy()
     described = np.array([describe(t) for t in order.versions], object)
     surrogate = np.array([getattr(t, 'surrogate', '') for t in order.versions], object)
     return images, labels, pd.DataFrame(dict(

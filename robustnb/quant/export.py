@@ -18,7 +18,7 @@ from torch import fx, nn, Tensor
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils import skip_init
 from ..core import check_model
-from ..contract import predict
+from ..contract import open_model, predict
 from ..files import atomic_path
 from ..models.wrapping import Normalize
 from ..models.plain import PaddedConv2d
@@ -629,11 +629,21 @@ def _shaped(model, spec, shape):
     raise ValueError(f"`model` must have finite weights; {bad[0]} has values that are not "
                      f"({len(bad)} such tensors). Did its training diverge?")
 
+def _answering_with_logits(model, shape):
+    "The model, opened if it answers with something else than a tensor"
+    like = next(model.parameters(), torch.zeros(()))
+    try:
+        with torch.no_grad(): answer = model(like.new_zeros(2, *shape))
+    except Exception:
+        return model            # `_shaped` says why
+    return model if isinstance(answer, Tensor) else open_model(model, like.new_zeros(2, *shape))
+
 def _translate(model, shape):
     "What a folded copy of `model` computes, its format if it has one, and the shape of its logits."
     check_model(model)
     rounded = any(isinstance(m, FakeQuantize) for m in model.modules())
     spec = getattr(model, 'spec', None) if rounded else None
+    model = _answering_with_logits(model, shape)
     graph = _shaped(model, spec, shape)
     weights = _weight_formats(model, spec)
     small = all(f.kind == 'INT' and f.bits <= 8 for f in weights)

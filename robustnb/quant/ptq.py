@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn, Tensor
 from ..core import batches, check_images, images_at_a_time
 from ..contract import open_model, smallest_batch
+from ..files import fingerprint
 from ..models.graph import calls, check_finite, fold_batchnorm, image_nodes, image_preparation
 from ..models.graph import keep_facts, stored_tensors, trace
 from .formats import choose_scale, fake_quantize, memory_order, quant_spec, QuantSpec
@@ -162,6 +163,9 @@ class Calibration:
     model:nn.Module      # The model it was made from
     graph:fx.GraphModule # The model folded, attention opened, nothing rounded
     values:dict          # Node -> extremes and a sample of its values
+    weights:str          # What the weights of the model were, by their `fingerprint`
+
+def _weights_mark(model): return fingerprint(*model.state_dict().values())
 
 @torch.inference_mode(False)
 @torch.no_grad()
@@ -188,7 +192,7 @@ def calibrate(
         some = some.expand(max(len(some), least), -1, -1, -1) if len(some) == 1 else some
         watch.run(some.contiguous(memory_format=torch.channels_last))
     values = {name: torch.cat(watch.seen.pop(name)) for name in [*watch.seen]}
-    return Calibration(model, q, values)
+    return Calibration(model, q, values, _weights_mark(model))
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #38979904
 class FakeQuantize(nn.Module):
@@ -299,6 +303,9 @@ def quantize(
     if seen.model is not model:
         raise ValueError("`images` must be images, or the `Calibration` of this very `model`; got that "
                          "of another. Call `calibrate(model, images)`.")
+    if seen is images and seen.weights != _weights_mark(model):
+        raise ValueError("`images` must be the `Calibration` of the weights as they are; they have changed "
+                         "since. Call `calibrate(model, images)` again.")
     q = copy.deepcopy(seen.graph)
     of_image = image_nodes(q)
     opaque = tuple(n.name for n in q.graph.nodes if n in of_image and _hides(n, q))

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from ..core import numpy_generator
 from ..files import explain_errors
 from .prediction import prediction_interval
 
@@ -77,7 +78,7 @@ def _left_out(f, cap, loss, models, keep):
 def _bootstrap_errors(f, cap, loss, models, resamples, seed):
     "Errors in log-odds on the models that each sample of the models (with replacement) leaves out; whose"
     names = tuple(dict.fromkeys(models))
-    rng = np.random.default_rng(seed)
+    rng = numpy_generator(seed)
     errors = []
     whose = []
     for _ in range(resamples):

@@ -8,7 +8,7 @@ import torch
 from helpers_curation import Brightness, nets, pool, seeded
 from robustnb.attacks.gradient import fgsm
 from robustnb.attacks.threat_models import Linf
-from robustnb.augmentation.soft_labels import label_smoothing
+from robustnb.augmentation.soft_labels import label_smoothing, teacher_labels
 from robustnb.curation import published as P
 from robustnb.curation.published import (
     published_mixture, published_names, simulated_training, towards_random)
@@ -78,3 +78,14 @@ def test_relabeled_sources_keep_images_and_the_network_attacked():
     assert (soft.rows.surrogate == 'corner').all()
     assert (soft.rows.success == plain.rows.success).all()
     assert np.allclose(soft.labels, .5*plain.labels + .25*(1-plain.labels))
+
+
+def test_a_teacher_that_is_fooled_does_not_hide_that_an_attack_succeeded():
+    net = nets[0]
+    fooled = attacked(fgsm, net, Linf(.3), 'corner')
+    taught = P.relabeled(dict(fooled=(pool, [fooled])), partial(teacher_labels, models=net))
+    plain, made = (build_training_set(pool, o, dict(fooled=1.), 30)
+                   for o in (dict(fooled=(pool, [fooled])), taught))
+    assert plain.rows.success.sum() > 3
+    assert (made.rows.success == plain.rows.success).all()
+    assert (made.images == plain.images).all() and not np.allclose(made.labels, plain.labels)
