@@ -273,7 +273,7 @@ def test_networks_of_other_classes_make_no_training_set(tmp_path):
         'clean', ','.join(str(tmp_path/o/'weights.pt') for o in names), str(tmp_path/'birds'), n=6,
         out=str(tmp_path/'made'))
     with pytest.raises(SystemExit, match='auk'): build('other')
-    with pytest.raises(SystemExit, match="same classes; turned/weights has 'owl', 'emu', 'auk', other/weights 'ant'"):
+    with pytest.raises(SystemExit, match="turned/weights has 'owl', 'emu', 'auk', other/weights 'ant'"):
         build('turned', 'other')
     assert not (tmp_path/'made').exists()
     build('turned')

@@ -490,9 +490,10 @@ def from_torchvision(
         try:
             return _as_pixels(transform(image))
         except (TypeError, RuntimeError) as e:
-            way = ("Put `v2.ToDtype(torch.float32, scale=True)` before it; leave `v2.Normalize` out: the model "
-                   "normalises.")
-            if 'PIL' in str(e): way = "Leave `ToTensor` and `PILToTensor` out: the image is a tensor already."
+            way = ("Put `v2.ToDtype(torch.float32, scale=True)` before it; leave `v2.Normalize` out: "
+                   "the model normalises.")
+            if 'PIL' in str(e):
+                way = "Leave `ToTensor` and `PILToTensor` out: the image is a tensor already."
             raise ValueError(f"`transform` must take a uint8 image {tuple(image.shape)}; "
                              f"{describe(transform)} does not ({e}). {way}") from e
     def transformed(x, y, generator):

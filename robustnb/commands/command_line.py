@@ -136,6 +136,13 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         ways = ' '.join(o.metavar for o in actions if not o.option_strings)
         return f"usage: {self._prog} {ways}{' ' if ways else ''}[options]\n\n"
 
+class _Once(argparse.Action):
+    "Keeps a value; a second one is refused"
+    def __call__(self, parser, given, value, option=None):
+        if hasattr(given, self.dest):
+            parser.error(f'{option} is given twice: {getattr(given, self.dest)} and {value}.')
+        setattr(given, self.dest, value)
+
 def _dashed(word):
     "An option with dashes, as in the help"
     if not word.startswith('--'): return word
@@ -147,13 +154,6 @@ _TITLES = dict(named_model='the model', unlabelled_images='images', labelled_ima
                known_accuracy='the model', training_images='images', pool_split='images',
                hidden_source='images', on_device='device', rows_to_assess='what to deploy',
                mark_advice='what to deploy')
-
-class _Once(argparse.Action):
-    "Keeps a value; a second one is refused"
-    def __call__(self, parser, given, value, option=None):
-        if hasattr(given, self.dest):
-            parser.error(f'{option} is given twice: {getattr(given, self.dest)} and {value}.')
-        setattr(given, self.dest, value)
 
 def _add(group, name, kind, default, text):
     "One option"

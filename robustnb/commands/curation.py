@@ -21,7 +21,7 @@ from .common import (
     _command, _continue, _given, _images, _listed, _mark_model, _mark_of, _opened_by_name,
     _print_verdicts, _write, hidden_source, labelled_images, named_model, pool_split)
 
-# %% ../../nbs/api/commands/60_curation.ipynb #8bcaa177
+# %% ../../nbs/api/commands/60_curation.ipynb #8bcaa176
 def _as_named(nets, pool):
     "The pool with its labels in the order of the networks' classes, which must be the same in all"
     named = [(getattr(o, 'classes', None), getattr(o, 'n_classes', None)) for o in nets.values()]
@@ -31,6 +31,7 @@ def _as_named(nets, pool):
                              f"{some_of(named[0][0] or [named[0][1]])}, {name} {some_of(classes or [n])}.")
     return match_classes(pool, *named[0])
 
+# %% ../../nbs/api/commands/60_curation.ipynb #8bcaa177
 @_command
 def build_set_command(
     plan:str,              # One of the published sets, e.g. lyx3911, kanra, tenth

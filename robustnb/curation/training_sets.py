@@ -227,9 +227,8 @@ def _made(order, pool, image, version, first):
         said = f'{order.name} {v+1}/{len(order.versions)}'
         for k, s in enumerate(progress(batches(len(at), order.batch_size), said)):
             w = at[s]
-            x = to_float(pool.images[image[w]])
+            x = seen = to_float(pool.images[image[w]])
             y = asked = torch.from_numpy(pool.labels[image[w]])
-            seen = x
             generator = make_generator(order.seed, order.name, v, first+k)
             with global_seeds(generator.initial_seed()):
                 x, y, drawn[w] = apply_noted(transform, x, y, generator, image[w])

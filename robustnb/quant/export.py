@@ -608,6 +608,14 @@ def _weight_formats(model, spec):
     single = {number_format(f) for f in getattr(model, 'layer_formats', {}).values()}
     return single or ({spec.weights} if spec else set())
 
+def _answering_with_logits(model, shape):
+    "The model, opened if it answers with something else than a tensor"
+    like = next(model.parameters(), torch.zeros(()))
+    try:
+        with torch.no_grad(): answer = model(like.new_zeros(2, *shape))
+    except Exception:
+        return model            # `_shaped` says why
+    return model if isinstance(answer, Tensor) else open_model(model, like.new_zeros(2, *shape))
 
 # %% ../../nbs/api/quant/80_export.ipynb #f0409b70
 def _shaped(model, spec, shape):
@@ -628,15 +636,6 @@ def _shaped(model, spec, shape):
     if not bad: return graph
     raise ValueError(f"`model` must have finite weights; {bad[0]} has values that are not "
                      f"({len(bad)} such tensors). Did its training diverge?")
-
-def _answering_with_logits(model, shape):
-    "The model, opened if it answers with something else than a tensor"
-    like = next(model.parameters(), torch.zeros(()))
-    try:
-        with torch.no_grad(): answer = model(like.new_zeros(2, *shape))
-    except Exception:
-        return model            # `_shaped` says why
-    return model if isinstance(answer, Tensor) else open_model(model, like.new_zeros(2, *shape))
 
 def _translate(model, shape):
     "What a folded copy of `model` computes, its format if it has one, and the shape of its logits."
