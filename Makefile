@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 # N: notebooks, or files of unit tests, at a time, with one thread each. FLAGS: cells to run that are normally left out, e.g. FLAGS=slow. NB: notebooks for `make nbs`.
+# QUICK=1: without the tests marked slow and the notebooks of tools/slowest.json.
 N      ?= 2
 FLAGS  ?=
 NB     ?=
+QUICK  ?=
 
 export PATH := $(abspath $(BIN)):$(PATH)
 unexport PYTHONPATH PYTHONHOME
@@ -37,10 +39,10 @@ test: $(VENV)/.dev       ## test the notebooks, then run the unit tests, and cou
 	@rc=0; $(MAKE) --no-print-directory nbtest || rc=1; $(MAKE) --no-print-directory unit || rc=1; exit $$rc
 
 nbtest: $(VENV)/.dev     ## test the notebooks only: they run, and show what is saved in them
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python tools/nbtest.py --n_workers $(N) --flags "$(FLAGS)"
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python tools/nbtest.py --n_workers $(N) --flags "$(FLAGS)" $(if $(QUICK),--quick)
 
 unit: $(VENV)/.dev       ## run the unit tests only
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(N) --dist loadfile --durations 20
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(N) --dist loadfile --durations 20 $(if $(QUICK),-m 'not slow')
 
 kernels: $(VENV)/.dev    ## run every notebook as a user does: all cells, in a fresh Jupyter kernel of its own
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} ROBUSTNB_NOTEBOOKS=all $(BIN)/python -m pytest -n $(N) tests/test_notebooks.py

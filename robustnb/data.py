@@ -551,21 +551,21 @@ def _cifar(name, split, root, download):
 # %% ../nbs/api/20_data.ipynb #7da973b8
 def _refuse_size(size, own, source):
     "Raise if images that are kept as arrays are wanted at another size"
-    if size not in (None, own):
-        raise ValueError(f"`size` cannot be changed for {source}, whose images have {own} pixels; "
+    if size is not None and own != (size, size):
+        raise ValueError(f"`size` cannot be changed for {source}, whose images have {own[0]}x{own[1]} pixels; "
                          f"got {size}. Leave it out.")
 
 def _ready_made(source, split, size, root, download):
     "A set that is kept as arrays: by its name, or a folder with data.npy"
     if source == 'digits': return digits(split or 'all', 32 if size is None else size)
     if source in ('cifar10', 'cifar100'):
-        _refuse_size(size, 32, source)
+        _refuse_size(size, (32, 32), source)
         return (cifar10 if source == 'cifar10' else cifar100)(split, root, download)
     if split is not None:
         raise ValueError(f"`split` must be None for a folder with data.npy; got {split!r} "
                          f"for {source}. Give the folder of that split.")
     data = load_npy(source)
-    _refuse_size(size, data.images.shape[1], source)
+    _refuse_size(size, data.images.shape[1:3], source)
     return data
 
 # %% ../nbs/api/20_data.ipynb #8165d24a

@@ -84,3 +84,10 @@ def test_readme_follows_the_index():
     from readme import readme
     assert (root/'README.md').read_text(encoding='utf-8') == readme(), (
         "README.md is out of step: run 'make readme'")
+
+
+def test_what_takes_long_still_exists():
+    for name in json.loads((root/'tests'/'slow.json').read_text()):
+        file, _, test = name.partition('::')
+        assert not test or f'def {test.partition("[")[0]}(' in (root/file).read_text(encoding='utf-8'), name
+    assert all((root/o).is_file() for o in json.loads((root/'tools'/'slowest.json').read_text()))

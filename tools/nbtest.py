@@ -88,6 +88,7 @@ def main(
     flags:str='',           # Flags whose cells run too, for example "slow"
     n_workers:int=2,        # Notebooks at a time
     timeout:int=600,        # Seconds that a notebook may take
+    quick:bool=False,       # Whether those that start first are left out
     keep_times:bool=False,  # Write which notebooks are the slowest: they start first from now on
 ):
     "Test notebooks and print the counts"
@@ -95,6 +96,7 @@ def main(
     if not files: sys.exit(f'No notebook found in {path or get_config().nbs_path}')
     slowest = json.loads(SLOWEST.read_text())
     files.sort(key=lambda f: -slowest.get(name(f), 0))
+    if quick: files = [f for f in files if name(f) not in slowest]
     seconds = {}
     failed = 0
     for file, done, took, said in forked(lambda o: test(o, flags), files, n_workers, timeout):
