@@ -471,6 +471,9 @@ def test_load_data_says_what_it_accepts(tmp_path):
         load_data(tmp_path/'pair', size=8)
     with pytest.raises(ValueError, match='`size` cannot be changed'):
         load_data('cifar10', 'test', size=8)
+    ImageSet(np.zeros((4, 8, 12, 3), np.uint8), [0, 1, 0, 1], 2).save(tmp_path/'wide')
+    with pytest.raises(ValueError, match='whose images have 8x12 pixels; got 8'):
+        load_data(tmp_path/'wide', size=8)
 
 @pytest.mark.parametrize('around', ['', 'photos/'])
 @pytest.mark.parametrize('test', ['test', 'val', 'valid', 'validation'])

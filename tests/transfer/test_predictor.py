@@ -95,6 +95,7 @@ def test_same_seed_same_interval_and_two_models_are_enough():
     c = fit_predictor(rows, ('change',), 'loss', 9, 1)[0]
     assert a == b
     assert a.spread > 0
+    assert fit_predictor(rows, ('change',), 'loss', 9, -1)[0].spread > 0
     assert replace(c, spread=0) == replace(a, spread=0)
     with pytest.raises(ValueError, match='at least 2 models'):
         fit_predictor(rows[rows.model == 'a'], ('change',), 'loss')
