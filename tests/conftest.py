@@ -30,7 +30,7 @@ seconds = Counter()
 
 
 def pytest_addoption(parser):
-    parser.addoption('--keep-times', action='store_true', help='write tests/slow.json from this run of all tests')
+    parser.addoption('--keep-times', action='store_true', help='write tests/slow.json, in a run of all tests')
 
 
 def pytest_runtest_logreport(report):
