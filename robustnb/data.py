@@ -552,8 +552,8 @@ def _cifar(name, split, root, download):
 def _refuse_size(size, own, source):
     "Raise if images that are kept as arrays are wanted at another size"
     if size is not None and own != (size, size):
-        raise ValueError(f"`size` cannot be changed for {source}, whose images have {own[0]}x{own[1]} pixels; "
-                         f"got {size}. Leave it out.")
+        raise ValueError(f"`size` cannot be changed for {source}, whose images have {own[0]}x{own[1]} "
+                         f"pixels; got {size}. Leave it out.")
 
 def _ready_made(source, split, size, root, download):
     "A set that is kept as arrays: by its name, or a folder with data.npy"
