@@ -12,7 +12,7 @@ from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbrun import execute, forked, is_skipped, read
 
-SLOWEST = Path(__file__).with_name('slowest.json')  # seconds of the notebooks that start first
+SLOWEST = Path(__file__).with_name('slowest.json')  # seconds of the notebooks that start first, over 15
 RELATIVE = .05          # tolerances of numbers: another processor adds in another order
 ABSOLUTE = .02
 FREE = {'times', 'varies'}                          # marks of cells whose numbers are not compared
@@ -88,7 +88,7 @@ def main(
     flags:str='',           # Flags whose cells run too, for example "slow"
     n_workers:int=2,        # Notebooks at a time
     timeout:int=600,        # Seconds that a notebook may take
-    quick:bool=False,       # Whether those that start first are left out
+    quick:bool=False,       # Whether those that take longest are left out
     keep_times:bool=False,  # Write which notebooks are the slowest: they start first from now on
 ):
     "Test notebooks and print the counts"
@@ -105,7 +105,7 @@ def main(
         print(f'{"passed" if done else "FAILED"} {took:6.1f} s  {name(file)}', flush=True)
         if not done: print(said, flush=True)
     if keep_times:
-        slowest = dict(sorted(seconds.items(), key=lambda o: -o[1])[:12])
+        slowest = {k: v for k, v in sorted(seconds.items(), key=lambda o: -o[1]) if v > 15}
         SLOWEST.write_text(json.dumps(slowest, indent=1) + '\n')
     cells = [c for f in files for c in read(f).cells if c.cell_type == 'code' and c.source.strip()]
     left = sum(is_skipped(c, flags) for c in cells)
