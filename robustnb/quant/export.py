@@ -609,13 +609,14 @@ def _weight_formats(model, spec):
     return single or ({spec.weights} if spec else set())
 
 def _answering_with_logits(model, shape):
-    "The model, opened if it answers with something else than a tensor"
+    "The model, opened if it answers with a dictionary or a record"
     like = next(model.parameters(), torch.zeros(()))
     try:
         with torch.no_grad(): answer = model(like.new_zeros(2, *shape))
     except Exception:
         return model            # `_shaped` says why
-    return model if isinstance(answer, Tensor) else open_model(model, like.new_zeros(2, *shape))
+    plain = isinstance(answer, (Tensor, tuple, list))
+    return model if plain else open_model(model, like.new_zeros(2, *shape))
 
 # %% ../../nbs/api/quant/80_export.ipynb #f0409b70
 def _shaped(model, spec, shape):
