@@ -8,9 +8,11 @@ __all__ = ['gradients', 'climb', 'walk', 'apgd', 'apgd_targeted']
 # %% ../../nbs/api/attacks/40_adaptive_pgd.ipynb #3feacdd9
 import math
 from collections.abc import Callable
+from dataclasses import replace
 import torch
 from torch import nn, Tensor
 from ..core import batches, check_count, images_at_a_time
+from .threat_models import L1
 from .gradient import (
     _image_losses, _logits_for, check_attack, cross_entropy, dlr_to, is_correct, loss_and_grad, margin)
 
@@ -95,16 +97,8 @@ def _remember(s, value, grad, first):
                     best_loss=torch.where(better, value, s['best_loss']))
 
 # %% ../../nbs/api/attacks/40_adaptive_pgd.ipynb #54d8787b
-def climb(
-    look:Callable,     # From `gradients`
-    x:Tensor,          # Clean images (N,C,H,W)
-    y:Tensor,          # True labels (N,), or true and wanted labels (N,2) for a targeted loss
-    threat,            # Threat model
-    start:Tensor,      # Where to start, allowed images like `x`
-    steps:int,         # Iterations, >= 0
-    judge:Callable|None=None, # (images, true labels) -> has each fallen (M,)? None believes the logits
-)->tuple:              # Images (N,C,H,W), fallen or with the largest margin met; that margin; fallen (N,)
-    "Climb the loss by Auto-PGD's schedule; each image leaves when it has fallen."
+def _climb(look, x, y, threat, start, steps, judge):
+    "`climb` in one ball"
     windows = _windows(steps)
     nearest = _Nearest(start)
     s = dict(id=torch.arange(len(x), device=x.device), x=x, y=y, now=start, old=start,
@@ -120,6 +114,31 @@ def climb(
             s = _halve(s, windows[i])
         s = _move(s, threat, i == 0)
     return nearest.found()
+
+# %% ../../nbs/api/attacks/40_adaptive_pgd.ipynb #54d8787c
+def _from_outside(look, x, y, threat, start, steps):
+    "Where two larger balls lead, brought back into the ball of `threat`, and the iterations that are left"
+    outside = round(.3*steps)
+    if outside < 2: return start, steps
+    stay = lambda images, labels: torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    for times in (3, 2):
+        ball = replace(threat, eps=times*threat.eps)
+        start = _climb(look, x, y, ball, ball.project(x, start), outside-1, stay)[0]
+    return threat.project(x, start), steps - 2*outside
+
+def climb(
+    look:Callable,     # From `gradients`
+    x:Tensor,          # Clean images (N,C,H,W)
+    y:Tensor,          # True labels (N,), or true and wanted labels (N,2) for a targeted loss
+    threat,            # Threat model
+    start:Tensor,      # Where to start, allowed images like `x`
+    steps:int,         # Iterations, >= 0
+    judge:Callable|None=None, # (images, true labels) -> has each fallen (M,)? None believes the logits
+)->tuple:              # Images (N,C,H,W), fallen or with the largest margin met; that margin; fallen (N,)
+    "Climb the loss by Auto-PGD's schedule; each image leaves when it has fallen."
+    if isinstance(threat, L1):
+        start, steps = _from_outside(look, x, y, threat, start, steps)
+    return _climb(look, x, y, threat, start, steps, judge)
 
 # %% ../../nbs/api/attacks/40_adaptive_pgd.ipynb #7a1c40e2
 def _one(grad): return grad/grad.flatten(1).abs().mean(1).clamp_min(1e-30).view(-1, 1, 1, 1)

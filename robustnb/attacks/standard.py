@@ -147,9 +147,11 @@ def _walked(s, rows, model, start, steps, wanted=None, search=None, loss=margin)
     "Walk, or `search`, towards the classes `wanted` if there are any; how many of `rows` fall?"
     loss = loss if wanted is None else margin_to
     labels = s.y[rows] if wanted is None else torch.stack([s.y[rows], wanted], 1)
-    pace = 12 if isinstance(s.threat, L1) else 1    # sparse steps need more
+    if isinstance(s.threat, L1):      # sparse steps need more, and most from outside
+        search = search or (walk if steps <= 5 else climb)
+        steps *= 12 if search is walk else 6
     found, height, fallen = (search or walk)(s.look(model, loss), s.x[rows], labels, s.threat, start,
-                                             pace*steps, s.judge)
+                                             steps, s.judge)
     s.keep(rows, found, height, fallen)
     return int(fallen.sum())
 
@@ -167,6 +169,13 @@ def _wave(s, stage, within, walk_from, need_of=_need):
         if walk_from(rows[order]) < .1*len(order): break
     s.note(stage, int(asked.sum()))
     return s.stages[-1]['fallen']/max(int(asked.sum()), 1)
+
+def _long(s, model):
+    "The second step; from the image where steps are sparse"
+    if isinstance(s.threat, L1):
+        _wave(s, 'long', 1, lambda rows: _walked(s, rows, model, s.x[rows], 50, loss=cross_entropy))
+    else:
+        _wave(s, 'long', .25, lambda rows: _walked(s, rows, model, s.out[rows], 20))
 
 # %% ../../nbs/api/attacks/90_standard.ipynb #e542611b
 def _nearest_classes(s, rows, model, most):
@@ -319,7 +328,7 @@ def run_cascade(
             asked = len(s.left)
             _walked(s, s.left, fast, s.x[s.left], 5)
             s.note('quick', asked)
-            _wave(s, 'long', .25, lambda rows: _walked(s, rows, fast, s.out[rows], 20))
+            _long(s, fast)
             _finish(s, exact, targets, generator)
             if targets > 0 and _coarse(model):
                 _wave(s, 'Auto-PGD of a coarse copy', .08,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustnb.attacks.adaptive_pgd import apgd, apgd_targeted, climb, gradients, walk
+from robustnb.attacks.adaptive_pgd import _climb, apgd, apgd_targeted, climb, gradients, walk
 from robustnb.attacks.gradient import cross_entropy, dlr, dlr_to, margin, margin_to
 from robustnb.core import make_generator
 from robustnb.attacks.threat_models import L1, L2, Linf
@@ -250,3 +250,41 @@ def test_ratios_need_enough_classes():
     with pytest.raises(ValueError, match='at least 4 classes; this one has 3. Use `margin`'):
         apgd_targeted(model, x, y, Linf(.1))
     assert Linf(.1).allows(x, apgd(model, x, y, Linf(.1), loss=dlr, steps=3)).all()
+
+
+def l1_length(d): return d.flatten(1).abs().sum(1)
+
+
+def test_sparse_steps_come_from_two_larger_balls():
+    model = make_net()
+    x, y = make_batch(n=6, model=model)
+    seen = []
+    def look(now, labels, wanted=True):
+        seen.append((now.clone(), wanted))
+        return gradients(model, cross_entropy)(now, labels, wanted)
+    never = lambda images, labels: torch.zeros(len(images), dtype=torch.bool)
+    climb(look, x, y, L1(1.), x, 20, never)
+    lengths = torch.stack([l1_length(o-x).max() for o, _ in seen])
+    assert len(seen) == 20 + 1 and sum(wanted for _, wanted in seen) == 20 - 2
+    assert 2 < lengths[:6].max() <= 3.001 and 1 < lengths[6:12].max() <= 2.001
+    assert lengths[12:].max() <= 1.001
+    # what comes first in a ball is the nearest of the larger one, brought back
+    with torch.no_grad():
+        height = torch.stack([margin(model(o), y) for o, _ in seen[:6]])
+    nearest = torch.stack([o for o, _ in seen[:6]])[height.argmax(0), torch.arange(6)]
+    assert torch.equal(seen[6][0], L1(2.).project(x, nearest))
+    few = []
+    climb(lambda *a, **kw: (few.append(a[0]), look(*a, **kw))[1], x, y, L1(1.), x, 4, never)
+    assert max(l1_length(o-x).max() for o in few) <= 1.001, 'four iterations are too few for three balls'
+
+
+def test_from_outside_more_images_fall_than_from_within():
+    model = make_net()
+    x, y = make_batch(n=200, model=model)
+    stand = lambda found: int((model(found).argmax(1) == y).sum())
+    for eps, fewer in ((.8, 5), (1.6, 1)):
+        outside = climb(gradients(model, cross_entropy), x, y, L1(eps), x, 30)[0]
+        within = _climb(gradients(model, cross_entropy), x, y, L1(eps), x, 30, None)[0]
+        assert L1(eps).allows(x, outside).all()
+        assert stand(outside) <= stand(within) - fewer
+    assert torch.equal(*(f(gradients(model, margin), x, y, L2(.3), x, 10, None)[0] for f in (climb, _climb)))
