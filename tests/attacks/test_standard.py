@@ -94,6 +94,23 @@ def test_sparse_steps_are_twelve_for_one():
     assert five_steps(Linf(1e-3), 1., 0) == (0, 5)
 
 
+def gradients_of(stage, threat):
+    "Gradients that a stage asks for where nothing falls"
+    net, x, y = sparse_border(1.001, 0)
+    s = standard._Search(net, x, y, threat, 1)
+    stage(s, net)
+    return s.backward
+
+
+def test_longer_searches_of_sparse_steps_come_from_outside():
+    "Two gradients less: the larger balls end with a look"
+    ten = lambda s, net: standard._walked(s, s.left, net, s.x, 10)
+    assert gradients_of(ten, L1(8.)) == 6*10 - 2
+    assert gradients_of(ten, Linf(1e-3)) == 10
+    assert gradients_of(standard._long, L1(8.)) == 6*50 - 2
+    assert gradients_of(standard._long, Linf(1e-3)) == 20
+
+
 def test_the_cascade_asks_for_a_fraction_of_the_gradients(trained, monkeypatch):
     net, x, y = trained
     def gradients_of(attack):
