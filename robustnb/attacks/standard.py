@@ -149,7 +149,7 @@ def _walked(s, rows, model, start, steps, wanted=None, search=None, loss=margin)
     labels = s.y[rows] if wanted is None else torch.stack([s.y[rows], wanted], 1)
     if isinstance(s.threat, L1):      # sparse steps need more, and most from outside
         search = search or (walk if steps <= 5 else climb)
-        steps *= 12 if search is walk else 6
+        steps *= 12 if search is walk else 10
     found, height, fallen = (search or walk)(s.look(model, loss), s.x[rows], labels, s.threat, start,
                                              steps, s.judge)
     s.keep(rows, found, height, fallen)
@@ -173,7 +173,7 @@ def _wave(s, stage, within, walk_from, need_of=_need):
 def _long(s, model):
     "The second step; from the image where steps are sparse"
     if isinstance(s.threat, L1):
-        _wave(s, 'long', 1, lambda rows: _walked(s, rows, model, s.x[rows], 50, loss=cross_entropy))
+        _wave(s, 'long', 1, lambda rows: _walked(s, rows, model, s.x[rows], 30, loss=cross_entropy))
     else:
         _wave(s, 'long', .25, lambda rows: _walked(s, rows, model, s.out[rows], 20))
 

@@ -105,9 +105,9 @@ def gradients_of(stage, threat):
 def test_longer_searches_of_sparse_steps_come_from_outside():
     "Two gradients less: the larger balls end with a look"
     ten = lambda s, net: standard._walked(s, s.left, net, s.x, 10)
-    assert gradients_of(ten, L1(8.)) == 6*10 - 2
+    assert gradients_of(ten, L1(8.)) == 10*10 - 2
     assert gradients_of(ten, Linf(1e-3)) == 10
-    assert gradients_of(standard._long, L1(8.)) == 6*50 - 2
+    assert gradients_of(standard._long, L1(8.)) == 10*30 - 2
     assert gradients_of(standard._long, Linf(1e-3)) == 20
 
 
