@@ -13,7 +13,8 @@ point, on the cross-entropy and on the logit ratio from random points, 50 toward
 classes, and 1,000 queries of Square. Which of them found what the cascade missed stands in `found_by`. A row
 per network and threat, in results/attacks_union.csv; rows that are there are not measured again. `passes` are
 images through the network, forward and backward, for each image given. Settings were chosen on c10_resnet20_a
-and its INT4 copy at Linf 1/255; all other rows judge them.
+and its INT4 copy at Linf 1/255, those of L1 on c10_resnet8_m and zoo:ResNet_18-cifar10-adversarial; all other
+rows judge them.
 """
 import argparse, json, sys, time
 from pathlib import Path
@@ -37,7 +38,8 @@ from robustnb.quant.ptq import quantize
 
 asked = ('c10_resnet20_a,linf_1 c10_resnet20_a:INT4,linf_1 c10_resnet20_a,l2_.1 c10_resnet26_k,linf_1 '
          'c100_resnet20_k,linf_1 c10_resnet26_k:INT4,linf_1 c10_resnet20_a:INT8,linf_1 '
-         'c10_resnet20_a:FLOAT4,linf_1 c10_resnet8_m,linf_2')
+         'c10_resnet20_a:FLOAT4,linf_1 c10_resnet8_m,linf_2 c10_resnet8_m,l1_2 '
+         'zoo:ResNet_18-cifar10-adversarial,l1_12 zoo:AlexNet_BN-cifar10-adversarial,l1_12')
 
 
 def threat_of(text):

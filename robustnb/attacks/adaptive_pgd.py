@@ -179,7 +179,7 @@ def apgd(
     steps:int=100,              # Iterations, >= 0
     loss:Callable=cross_entropy, # (logits, y) -> loss per image: `cross_entropy`, `dlr` or `margin`
 )->Tensor:                      # Images like `x`, allowed by `threat`
-    "Auto-PGD (Croce and Hein 2020, arXiv:2003.01690)."
+    "Auto-PGD (Croce and Hein 2020, arXiv:2003.01690; for L1 2021, arXiv:2103.01208)."
     model = check_attack(model, x, y, threat)
     x = x.detach()
     check_count(steps, 'steps', least=0)
