@@ -76,6 +76,8 @@ def _tell(rows, failed, out):
               + rows.groupby('format', sort=False)[columns].mean().mul(100).round(1).to_string()
               + '\n')
     print(f'{len(rows)-len(failed)} of {len(rows)} jobs done; rows: {out}/sweep.csv')
+    if 'images' in rows and (rows.images == rows.data).all():
+        print(f'{rows.data[0]} is not divided: the images that test also calibrate. Give others by --images.')
     for r in failed.to_dict('records'):
         print(f"failed: {r['model']} {r['format']} {r['attack']} seed {r['seed']}: {r['error']}")
 

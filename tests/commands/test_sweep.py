@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from robustnb.attacks.gradient import fgsm
 from robustnb.attacks.threat_models import Linf
@@ -143,3 +144,19 @@ def test_a_command_with_failures_names_them(tmp_path, capsys):
     settings = (Path(__file__).parents[2]/'settings.ini').read_text()
     assert 'slurm_requirements' in settings
     assert 'accelerate_requirements' in settings
+
+
+def test_images_that_test_and_calibrate_are_named(tmp_path, capsys):
+    said = 'is not divided: the images that test also calibrate. Give others by --images.'
+    save_model(build_model('AlexNet', 2, .0625), tmp_path/'net.pt')
+    rng = np.random.default_rng(0)
+    for folder in ('flat', 'cut/train', 'cut/test'):
+        for k in range(24):
+            path = tmp_path/folder/'ab'[k % 2]/f'{k}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    for test, images, doubted in (('flat', '', True), ('cut', '', False), ('flat', 'cut', False)):
+        given = dict(images=str(tmp_path/images)) if images else {}
+        sweep_cli.sweep_command(str(tmp_path/'net.pt'), 'INT8', 'fgsm', where='1', test=str(tmp_path/test),
+                                out=str(tmp_path/f'out {test} {images}'), measure='n=8', **given)
+        assert (said in capsys.readouterr().out) == doubted
