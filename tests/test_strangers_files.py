@@ -275,8 +275,12 @@ def test_networks_of_other_classes_make_no_training_set(tmp_path):
     with pytest.raises(SystemExit, match='auk'): build('other')
     with pytest.raises(SystemExit, match="turned/weights has 'owl', 'emu', 'auk', other/weights 'ant'"):
         build('turned', 'other')
+    rn.save_model(rn.build_model('AlexNet', 4, .0625), tmp_path/'four'/'weights.pt')
+    with pytest.raises(SystemExit, match='same classes; turned/weights has .* four/weights 4'):
+        build('turned', 'four')
     assert not (tmp_path/'made').exists()
-    build('turned')
+    rn.save_model(rn.build_model('AlexNet', 3, .0625), tmp_path/'nameless'/'weights.pt')
+    build('nameless', 'turned')
     made = rn.load_data(tmp_path/'made')
     assert made.classes == ('owl', 'emu', 'auk')
     before = rn.load_data(tmp_path/'birds')

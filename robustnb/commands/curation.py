@@ -23,13 +23,15 @@ from .common import (
 
 # %% ../../nbs/api/commands/60_curation.ipynb #8bcaa176
 def _as_named(nets, pool):
-    "The pool with its labels in the order of the networks' classes, which must be the same in all"
-    named = [(getattr(o, 'classes', None), getattr(o, 'n_classes', None)) for o in nets.values()]
-    for name, (classes, n) in zip(nets, named):
-        if (classes, n) != named[0]:
-            raise ValueError(f"`model` must be networks of the same classes; {next(iter(nets))} has "
-                             f"{some_of(named[0][0] or [named[0][1]])}, {name} {some_of(classes or [n])}.")
-    return match_classes(pool, *named[0])
+    "The pool with its labels in the order of the networks' classes, the same in all that name them"
+    told = {k: (getattr(o, 'classes', None), getattr(o, 'n_classes', None)) for k, o in nets.items()}
+    first = max(told, key=lambda k: bool(told[k][0]))
+    names, count = told[first]
+    for name, (classes, n) in told.items():
+        if n != count or classes and classes != names:
+            raise ValueError(f"`model` must be networks of the same classes; {first} has "
+                             f"{some_of(names or [count])}, {name} {some_of(classes or [n])}.")
+    return match_classes(pool, names, count)
 
 # %% ../../nbs/api/commands/60_curation.ipynb #8bcaa177
 @_command
