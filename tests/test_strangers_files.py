@@ -2,6 +2,7 @@
 import os
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import foolbox
@@ -19,12 +20,15 @@ import robustnb as rn
 from robustnb.attacks.adapters import from_foolbox
 from robustnb.augmentation.transforms import from_torchvision
 from robustnb.commands.command_line import main
-from robustnb.commands.curation import build_set_command
+from robustnb.commands.curation import build_set_command, score_set_command
 from robustnb.commands.evaluation import evaluate_command
 from robustnb.commands.train import train_command
 from robustnb.curation.hidden import (
     hidden_set, load_hidden, proxy_networks, rank_training_sets, score_training_sets)
+from robustnb.curation.published import published_mixture
+from robustnb.curation.recipe import builder_sources
 from robustnb.curation.training_sets import concatenate_sets, unchanged
+from robustnb.curation.unseen import unseen_families
 from robustnb.files import check_folder
 from robustnb.metrics import bootstrap
 from robustnb.quant.checkpoints import load_quantized, save_quantized
@@ -278,6 +282,9 @@ def test_networks_of_other_classes_make_no_training_set(tmp_path):
     rn.save_model(rn.build_model('AlexNet', 4, .0625), tmp_path/'four'/'weights.pt')
     with pytest.raises(SystemExit, match='same classes; turned/weights has .* four/weights 4'):
         build('turned', 'four')
+    two = ','.join(str(tmp_path/o/'weights.pt') for o in ('four', 'turned'))
+    with pytest.raises(SystemExit, match='same classes; turned/weights has .* four/weights 4'):
+        score_set_command(str(tmp_path/'birds'), two, test=str(tmp_path/'birds'), out=str(tmp_path/'made'))
     assert not (tmp_path/'made').exists()
     rn.save_model(rn.build_model('AlexNet', 3, .0625), tmp_path/'nameless'/'weights.pt')
     build('nameless', 'turned')
@@ -301,9 +308,13 @@ def test_tensors_need_no_transform_to_tensors():
         from_torchvision(to_tensor)(pictures(), torch.eye(8), torch.Generator())
 
 
-def test_surrogates_have_names():
-    with pytest.raises(TypeError, match='`models` must be a dict with the name of each network'):
-        hidden_set(pool(['cat', 'dog']), [network()], n=10)
+@pytest.mark.parametrize('name, use', (
+    ('models', lambda nets: hidden_set(pool(['cat', 'dog']), nets, n=10)), ('models', unseen_families),
+    ('nets', builder_sources), ('nets', partial(published_mixture, 'lyx3911'))))
+def test_networks_have_names(name, use):
+    with pytest.raises(TypeError, match=f'`{name}` must be a dict with the name of each network.*got list'):
+        use([network()])
+    with pytest.raises(ValueError, match=f'`{name}` must hold at least one network'): use({})
 
 
 def test_nothing_is_asked_twice(capsys):

@@ -86,12 +86,17 @@ def _write(table, path):
         table.to_csv(tmp, index=False)
 
 # %% ../../nbs/api/commands/10_common.ipynb #f01de202
+def _different(items, text, name):
+    "The items; raise if one stands there twice, by what it is called"
+    if len({*map(str, items)}) < len(items):
+        raise ValueError(f"`{name}` must not name one twice; got {text!r}.")
+    return items
+
 def _listed(text, name):
     "The items between the commas; at least one, none twice"
     items = [o.strip() for o in text.split(',') if o.strip()]
     if not items: raise ValueError(f"`{name}` must name at least one, separated by commas; got {text!r}.")
-    if len(set(items)) < len(items): raise ValueError(f"`{name}` must not name one twice; got {text!r}.")
-    return items
+    return _different(items, text, name)
 
 def _one_of(word, known, name):
     "That of the known names which was meant, in whatever case it was typed"
@@ -103,16 +108,12 @@ def _one_of(word, known, name):
 
 def _chosen(text, known, name):
     "Those of the known names that stand between the commas, none twice"
-    found = [_one_of(o, known, name) for o in _listed(text, name)]
-    if len({*found}) < len(found): raise ValueError(f"`{name}` must not name one twice; got {text!r}.")
-    return found
+    return _different([_one_of(o, known, name) for o in _listed(text, name)], text, name)
 
 def _specs(formats):
     "Specifications by their names; a format that is named twice is refused, however it is spelled"
     specs = [quant_spec(o) for o in _listed(formats, 'formats')]
-    if len({*map(str, specs)}) < len(specs):
-        raise ValueError(f"`formats` must not name one twice; got {formats!r}.")
-    return {str(s): s for s in specs}
+    return {str(s): s for s in _different(specs, formats, 'formats')}
 
 # %% ../../nbs/api/commands/10_common.ipynb #f01de204
 def _continue(out, question):

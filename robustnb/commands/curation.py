@@ -22,8 +22,8 @@ from .common import (
     _print_verdicts, _write, hidden_source, labelled_images, named_model, pool_split)
 
 # %% ../../nbs/api/commands/60_curation.ipynb #8bcaa176
-def _as_named(nets, pool):
-    "The pool with its labels in the order of the networks' classes, the same in all that name them"
+def _same_classes(nets):
+    "One of the networks that names its classes, if any does; raise unless all have the same ones"
     told = {k: (getattr(o, 'classes', None), getattr(o, 'n_classes', None)) for k, o in nets.items()}
     first = max(told, key=lambda k: bool(told[k][0]))
     names, count = told[first]
@@ -31,7 +31,7 @@ def _as_named(nets, pool):
         if n != count or classes and classes != names:
             raise ValueError(f"`model` must be networks of the same classes; {first} has "
                              f"{some_of(names or [count])}, {name} {some_of(classes or [n])}.")
-    return match_classes(pool, names, count)
+    return nets[first]
 
 # %% ../../nbs/api/commands/60_curation.ipynb #8bcaa177
 @_command
@@ -55,7 +55,9 @@ def build_set_command(
     out = Path(out)
     nets = _opened_by_name(model, **opening)
     sources = published_mixture(plan, nets, teacher=nets[next(iter(nets))], effort=effort)
-    pool = _as_named(nets, _images(data, pool_split(**read), opening.get('size') or None))
+    net = _same_classes(nets)
+    pool = _images(data, pool_split(**read), opening.get('size') or None)
+    pool = match_classes(pool, net.classes, net.n_classes)
     made = build_training_set(pool, **sources, n=n, seed=seed)
     made.save(out)
     write_config(default_config(2), out/'config.py')
@@ -103,7 +105,7 @@ def _hidden_images(out, model, n, source, opening, labelled, classes):
         raise ValueError("`model` must name networks that tamper with the hidden images, or `hidden` "
                          "images of your own.")
     nets = _opened_by_name(model, **opening)
-    pool = labelled_images(next(iter(nets.values())), 2**31, 0, **labelled)
+    pool = labelled_images(_same_classes(nets), 2**31, 0, **labelled)
     return _made_hidden(out, nets, pool, n), [*nets]
 
 # %% ../../nbs/api/commands/60_curation.ipynb #f73303c0

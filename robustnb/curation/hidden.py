@@ -30,8 +30,9 @@ from ..attacks.minimum_norm import carlini_wagner, deepfool
 from ..attacks.score_based import one_pixel, square
 from ..attacks.transferable import di_fgsm, mi_fgsm, ti_fgsm, vmi_fgsm
 from ..attacks.perceptual import advdrop, wasserstein
-from .training_sets import (
-    attacked, build_training_set, concatenate_sets, load_training_set, TrainingSet, unchanged)
+from robustnb.curation.training_sets import (
+    _check_networks, attacked, build_training_set, concatenate_sets, load_training_set, TrainingSet,
+    unchanged)
 from .contest import contest_network, contest_train, default_config
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #af5709dc
@@ -72,11 +73,7 @@ def families(
     effort:float=1,      # Share of the attack steps, above 0
 )->dict:                 # Family -> list of transforms
     "What is done to the hidden images."
-    if not isinstance(models, dict):
-        raise TypeError("`models` must be a dict with the name of each network, `{'vgg': net}`; got "
-                        f"{type(models).__name__}.")
-    if not models: raise ValueError("`models` must hold at least one network; got none.")
-    if not effort > 0: raise ValueError(f"`effort` must be above 0; got {effort}.")
+    _check_networks(models, 'models', effort)
     k = lambda steps: max(1, round(effort*steps))
     linf = [fgsm, partial(pgd, steps=k(20)), partial(pgd, steps=k(40)),
             *(partial(a, steps=k(10)) for a in (mi_fgsm, di_fgsm, ti_fgsm, vmi_fgsm)),

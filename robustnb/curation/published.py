@@ -29,7 +29,7 @@ from ..attacks.standard import cascade
 from .selection import (
     among, balanced, by_entropy, hardest_version, most_misclassified, second_highest, succeeded)
 from .training_sets import (
-    _versions, attacked, build_training_set, concatenate_sets, TrainingSet, unchanged)
+    _check_networks, _versions, attacked, build_training_set, concatenate_sets, TrainingSet, unchanged)
 
 # %% ../../nbs/api/curation/50_published.ipynb #531f7aeb
 def towards_random(
@@ -225,8 +225,7 @@ def published_mixture(
     "A published training set as a plan."
     if name not in published_names:
         raise ValueError(f"`name` must be one of {', '.join(published_names)}; got {name!r}.")
-    if not nets: raise ValueError("`nets` must hold at least one network; got none.")
-    if not effort > 0: raise ValueError(f"`effort` must be above 0; got {effort}.")
+    _check_networks(nets, 'nets', effort)
     if name == 'lyx3911_distilled' and teacher is None:
         raise ValueError(f"`teacher` must be given for {name!r}.")
     if name == 'lyx3911_generated' and generated is None:

@@ -16,7 +16,7 @@ from ..attacks.gradient import pgd
 from ..attacks.threat_models import L2, Linf
 from ..attacks.transferable import mi_fgsm
 from .published import relabeled
-from .training_sets import attacked, unchanged
+from .training_sets import _check_networks, attacked, unchanged
 from .unseen import held_out_corruptions
 
 # %% ../../nbs/api/curation/70_recipe.ipynb #40a5dc28
@@ -25,8 +25,7 @@ def builder_sources(
     effort:float=1,   # Share of the attack steps, above 0
 )->dict:              # Name -> transform or list of them
     "What training sets are mixed of here; nothing of `unseen_families`."
-    if not nets: raise ValueError("`nets` must hold at least one network; got none.")
-    if not effort > 0: raise ValueError(f"`effort` must be above 0; got {effort}.")
+    _check_networks(nets, 'nets', effort)
     k = lambda steps: max(1, round(effort*steps))
     on = lambda attack, *threats: [attacked(attack, net, t, name) for t in threats
                                    for name, net in nets.items()]

@@ -89,6 +89,14 @@ def attacked(
     adversarial.said = ('attacked', attack, adversarial.surrogate, repr(threat)) + ('stop=True',)*stop
     return adversarial
 
+def _check_networks(nets, name, effort):
+    "Raise unless there are networks by their names and a share of the attack steps"
+    if not isinstance(nets, dict):
+        raise TypeError(f"`{name}` must be a dict with the name of each network, `{{'vgg': net}}`; got "
+                        f"{type(nets).__name__}.")
+    if not nets: raise ValueError(f"`{name}` must hold at least one network; got none.")
+    if not effort > 0: raise ValueError(f"`effort` must be above 0; got {effort}.")
+
 def unchanged(
     x,      # Images (N,C,H,W)
     y,      # Soft labels (N,K)

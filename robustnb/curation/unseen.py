@@ -26,7 +26,7 @@ from ..attacks.score_based import one_pixel
 from ..attacks.transferable import mi_fgsm
 from ..attacks.perceptual import advdrop, wasserstein
 from .training_sets import (
-    _versions, attacked, build_training_set, TrainingSet, unchanged)
+    _check_networks, _versions, attacked, build_training_set, TrainingSet, unchanged)
 from .hidden import families
 
 # %% ../../nbs/api/curation/42_unseen.ipynb #ca4fe721
@@ -195,8 +195,7 @@ def unseen_families(
     effort:float=1,      # Share of the attack steps, above 0
 )->dict:                 # Family -> list of transforms
     "Kinds of damage that no source of a training set may use."
-    if not models: raise ValueError("`models` must hold at least one network; got none.")
-    if not effort > 0: raise ValueError(f"`effort` must be above 0; got {effort}.")
+    _check_networks(models, 'models', effort)
     tv = from_torchvision
     return dict(
         geometry=[tv(v2.RandomRotation(30)), tv(v2.RandomPerspective(.5, 1)),

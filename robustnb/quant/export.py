@@ -643,7 +643,7 @@ def _translate(model, shape):
     check_model(model)
     rounded = any(isinstance(m, FakeQuantize) for m in model.modules())
     spec = getattr(model, 'spec', None) if rounded else None
-    model = _answering_with_logits(model, shape)
+    if spec is None: model = _answering_with_logits(model, shape)
     graph = _shaped(model, spec, shape)
     weights = _weight_formats(model, spec)
     small = all(f.kind == 'INT' and f.bits <= 8 for f in weights)

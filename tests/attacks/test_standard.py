@@ -81,34 +81,28 @@ def test_sparse_steps_find_all_that_the_long_way_finds():
     assert not survives(net, found, y[fell]).any()
 
 
-def five_steps(threat, share, seed):
-    "Whether an image falls at a border at `share` of what L1 of 8 gains; gradients asked for"
+def at_a_border(stage, threat, share=1.001, seed=0):
+    "What a stage finds where the border is at `share` of what L1 of 8 gains; the gradients that it asks for"
     net, x, y = sparse_border(share, seed)
     s = standard._Search(net, x, y, threat, 1)
-    return standard._walked(s, s.left, net, x, 5), s.backward
+    return stage(s, net), s.backward
+
+
+def iterations(n): return lambda s, net: standard._walked(s, s.left, net, s.x, n)
 
 
 def test_sparse_steps_are_twelve_for_one():
-    assert all(five_steps(L1(8.), .985, seed)[0] for seed in (1, 3))
-    assert five_steps(L1(8.), 1.001, 0) == (0, 60)
-    assert five_steps(Linf(1e-3), 1., 0) == (0, 5)
-
-
-def gradients_of(stage, threat):
-    "Gradients that a stage asks for where nothing falls"
-    net, x, y = sparse_border(1.001, 0)
-    s = standard._Search(net, x, y, threat, 1)
-    stage(s, net)
-    return s.backward
+    assert all(at_a_border(iterations(5), L1(8.), .985, seed)[0] for seed in (1, 3))
+    assert at_a_border(iterations(5), L1(8.), 1.001, 0) == (0, 60)
+    assert at_a_border(iterations(5), Linf(1e-3), 1., 0) == (0, 5)
 
 
 def test_longer_searches_of_sparse_steps_come_from_outside():
     "Two gradients less: the larger balls end with a look"
-    ten = lambda s, net: standard._walked(s, s.left, net, s.x, 10)
-    assert gradients_of(ten, L1(8.)) == 10*10 - 2
-    assert gradients_of(ten, Linf(1e-3)) == 10
-    assert gradients_of(standard._long, L1(8.)) == 10*30 - 2
-    assert gradients_of(standard._long, Linf(1e-3)) == 20
+    assert at_a_border(iterations(10), L1(8.))[1] == 10*10 - 2
+    assert at_a_border(iterations(10), Linf(1e-3))[1] == 10
+    assert at_a_border(standard._long, L1(8.))[1] == 10*30 - 2
+    assert at_a_border(standard._long, Linf(1e-3))[1] == 20
 
 
 def test_the_cascade_asks_for_a_fraction_of_the_gradients(trained, monkeypatch):

@@ -136,7 +136,10 @@ def test_a_command_with_failures_names_them(tmp_path, capsys):
                          dict(model='a.pt', format='INT4', attack='pgd', seed=1,
                               status='failed', error='OSError: gone')])
     sweep_cli._tell(rows, rows[rows.status == 'failed'], tmp_path)
-    assert 'failed: a.pt INT4 pgd seed 1: OSError: gone' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 'failed: a.pt INT4 pgd seed 1: OSError: gone' in said and 'not divided' not in said
+    sweep_cli._tell(rows.assign(data='photos', images='photos'), rows[:0], tmp_path)
+    assert 'photos is not divided: the images that test also calibrate' in capsys.readouterr().out
     assert (sweep_cli._place(''), sweep_cli._place('3'),
             sweep_cli._place('mem_gb=1.5,slurm_partition=gpu')) == (
                 dict(workers=None), dict(workers=3),
