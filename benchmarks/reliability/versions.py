@@ -4,8 +4,8 @@ pass its unit tests?
     python benchmarks/reliability/versions.py
     python benchmarks/reliability/versions.py "python3.12 torch==2.9.1 numpy<2" --tests tests/test_core.py
 
-Without arguments python3.10 to python3.13 must be on the path; it takes about 40 minutes and 6 GB
-at a time. Each argument is an interpreter and what pip is to hold. Every one gets a clone and a
+Without arguments python3.10 to python3.13 must be on the path; it takes about two hours and 6 GB
+at a time, with `--quick` half as long: without the tests that are marked slow. Each argument is an interpreter and what pip is to hold. Every one gets a clone and a
 virtual environment of its own, which are deleted afterwards. Left out are the tests of the project
 itself: they need the tools of its developers, who keep to one version of each. Rows go to
 results/versions.csv with a manifest beside them.
@@ -28,8 +28,8 @@ of_the_project = ('browser', 'docs_check', 'house', 'lines', 'nbtest', 'notebook
 named = ('torch', 'torchvision', 'numpy', 'fastcore', 'pandas', 'timm', 'onnxruntime')
 
 
-def measure(wanted, tests, folder):
-    "A row: what was installed, and how it did"
+def measure(wanted, chosen, folder):
+    "A row: what was installed, and how it did; `chosen` is what pytest is told"
     python, *held = wanted.split()
     clone = folder/'clone'
     env = folder/'env'
@@ -50,8 +50,7 @@ def measure(wanted, tests, folder):
     demo_seconds = time.monotonic()-start
     start = time.monotonic()
     run = said(env/'bin/python', '-m', 'pytest', '-rfE', '-p', 'no:cacheprovider', '-n', '2',
-               '--dist', 'loadfile',
-               *(tests or [f'--ignore=tests/test_{o}.py' for o in of_the_project]))
+               '--dist', 'loadfile', *chosen)
     passed, failures = map(int,
                            re.findall(r'unit tests: (\d+) passed, (\d+) failed', run.stdout)[-1])
     failed = re.findall(r'^(?:FAILED|ERROR) (\S+)', run.stdout, re.M)
@@ -68,12 +67,16 @@ if __name__ == '__main__':
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('sets', nargs='*', default=sets)
     p.add_argument('--tests', nargs='*', help='what pytest is given; all but those of the project')
+    p.add_argument('--quick', action='store_true', help='leave out the tests that are marked slow')
     p.add_argument('--out', type=Path, default=root/'results/versions.csv')
     args = p.parse_args()
+    chosen = args.tests or [f'--ignore=tests/test_{o}.py' for o in of_the_project]
+    if args.quick:
+        chosen += ['-m', 'not slow']
     rows = []
     for wanted in args.sets:
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure(wanted, args.tests, Path(folder)))
+            rows.append(measure(wanted, chosen, Path(folder)))
         pd.DataFrame(rows).to_csv(args.out, index=False)
     save_json(manifest(), args.out.with_suffix('.json'))
     print(pd.DataFrame(rows).T.to_string())
