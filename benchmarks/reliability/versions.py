@@ -5,9 +5,10 @@ pass its unit tests?
     python benchmarks/reliability/versions.py "python3.12 torch==2.9.1 numpy<2" --tests tests/test_core.py
 
 Without arguments python3.10 to python3.13 must be on the path; it takes about two hours and 6 GB
-at a time, with `--quick` half as long: without the tests that are marked slow. Each argument is an interpreter and what pip is to hold. Every one gets a clone and a
-virtual environment of its own, which are deleted afterwards. Left out are the tests of the project
-itself: they need the tools of its developers, who keep to one version of each. Rows go to
+at a time, with `--quick`, which leaves out the tests that are marked slow, half as long. Each
+argument is an interpreter and what pip is to hold. Every one gets a clone and a virtual environment
+of its own, which are deleted afterwards. Left out are the tests of the project itself: they need
+the tools of its developers, who keep to one version of each. Rows go to
 results/versions.csv with a manifest beside them.
 """
 import argparse, os, re, subprocess, tempfile, time

@@ -96,6 +96,10 @@ def _best_of(candidates, model, x, y, generator, alone):
 # %% ../../nbs/api/attacks/85_adapters.ipynb #20b08ddc
 _norms = {Linf: foolbox.distances.linf, L2: foolbox.distances.l2, L1: foolbox.distances.l1}
 
+# what some of foolbox's attacks need beside an image and its label
+_needs = {foolbox.attacks.GenAttack: 'a wanted class', foolbox.attacks.DatasetAttack: 'other images',
+          foolbox.attacks.BinarizationRefinementAttack: 'wrong images to start from'}
+
 def from_foolbox(
     attack,                # A configured attack, e.g. `foolbox.attacks.LinfPGD(steps=10, random_start=False)`
     # Attack each image alone? None does so unless the attack is gradient descent without a random start
@@ -107,6 +111,10 @@ def from_foolbox(
         raise TypeError("`attack` must be a configured foolbox attack that changes pixel values, e.g. "
                         f"`foolbox.attacks.LinfPGD()`; got {attack!r}. "
                         "Instead of its `repeat` use `restarts`.")
+    for kind, needs in _needs.items():
+        if isinstance(attack, kind):
+            raise TypeError("`attack` must need nothing but images and their labels; "
+                            f"{type(attack).__name__} also needs {needs}.")
     if alone is None:
         alone = not (isinstance(attack, BaseGradientDescent) and not attack.random_start)
     def adapted(model, x, y, threat, generator=None):

@@ -316,6 +316,9 @@ def test_wrong_use_is_refused(use):
     (lambda *a: from_foolbox(fa.LinfPGD), 'must be a configured foolbox attack'),
     (lambda *a: from_foolbox(fa.LinfPGD().repeat(2)), 'use `restarts`'),
     (lambda *a: from_foolbox(fa.SpatialAttack()), 'changes pixel values'),
+    (lambda *a: from_foolbox(fa.GenAttack()), 'GenAttack also needs a wanted class'),
+    (lambda *a: from_foolbox(fa.BinarizationRefinementAttack()), 'needs wrong images'),
+    (lambda *a: from_foolbox(fa.DatasetAttack()), 'DatasetAttack also needs other images'),
     (lambda *a: hop_skip_jump(*a, L1(3.)), 'must be Linf or L2'),
     (lambda *a: brendel_bethge(*a, SSIM(.9)), 'must be Linf, L2, L1 or L0')))
 def test_wrong_settings_are_refused(call, words):
