@@ -230,10 +230,15 @@ def _needs_pairs(model, two, layout, where, logits, random):
     return False
 
 # %% ../nbs/api/02_contract.ipynb #7ad9651f
+def _two(x):
+    "The first image and the next one that differs; a pale negative where there is none"
+    other = next((o for o in x[1:] if not torch.equal(o, x[0])), 1-x[0]/2)
+    return torch.stack([x[0], other])
+
 @torch.no_grad()
 def _manner(model, x):
     "Ask about two images, and look at the answer"
-    two = (x[:2] if len(x) > 1 else torch.cat([x, x.flip(3)])).detach().to(_device(model, x))
+    two = _two(x).detach().to(_device(model, x))
     with uncounted(), torch.random.fork_rng(devices=[two.device] if two.is_cuda else []):
         said, given, contiguous = _first_answer(model, two)
         where = _where(said)
@@ -248,10 +253,14 @@ def _manner(model, x):
     changed = not torch.equal(given, two)
     return _Manner(where, contiguous, changed, raw.ndim > 2, raw.dtype != x.dtype, random, pairs)
 
+def _flags(module):
+    "Its settings that are plain values: a change may change its answers"
+    return [v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)) and k[0] != '_']
+
 def _kind(model, x):
     "What of the images, the weights and the parts decides how a model is asked"
     like = next(model.parameters(), x)
-    parts = tuple(map(id, model.modules()))
+    parts = tuple((id(m), *_flags(m)) for m in model.modules())
     return tuple(x.shape[1:]), x.dtype, like.dtype, like.device, parts
 
 def _known_manner(model, x):
@@ -260,6 +269,7 @@ def _known_manner(model, x):
     known = _manners.setdefault(model, {})
     kind = _kind(model, x)
     if kind not in known:
+        if len(known) > 50: known.clear()    # its settings change with every question
         known[kind] = _manner(bare, x)
     return bare, known[kind]
 

@@ -317,6 +317,45 @@ def test_a_model_that_was_changed_is_asked_again():
         predict(model, x)
 
 
+class Switched(nn.Module):
+    "A linear network with settings"
+    def __init__(self):
+        super().__init__()
+        self.net = small()
+        self.sigma = 0.
+        self.soft = False
+    def forward(self, x):
+        logits = self.net(x)
+        logits = logits + self.sigma*torch.randn_like(logits)
+        return logits.softmax(1) if self.soft else logits
+
+
+def test_a_model_whose_settings_were_changed_is_asked_again():
+    x = images()
+    net = Switched().eval()
+    assert not answers_at_random(net, x)
+    net.sigma = .5
+    assert answers_at_random(net, x)
+    with pytest.raises(ValueError, match='answers are random'):
+        check_repeatable(net, x)
+    net.sigma = 0.
+    assert not answers_at_random(net, x)
+    net.soft = True
+    with pytest.raises(ValueError, match='probabilities'):
+        predict(net, x)
+
+
+@pytest.mark.parametrize('first', (lambda x: x[:1], lambda x: 0*x[:1]))
+def test_equal_images_in_front_do_not_hide_that_an_answer_changes_with_the_batch(first):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.Flatten(), nn.Linear(192, 5)).eval()
+    shown = images()*torch.linspace(.2, 1, 8).view(-1, 1, 1, 1)
+    alike = first(shown)
+    for x in (torch.cat([alike, alike, shown]), alike):
+        with pytest.raises(ValueError, match='must answer each image by itself'):
+            predict(net, x)
+
+
 def test_a_sigmoid_is_refused_once_it_saturates():
     x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.Sigmoid()).eval()
