@@ -254,8 +254,8 @@ def _manner(model, x):
     return _Manner(where, contiguous, changed, raw.ndim > 2, raw.dtype != x.dtype, random, pairs)
 
 def _flags(module):
-    "Its settings that are plain values: a change may change its answers"
-    return [v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)) and k[0] != '_']
+    "Its settings, which may change its answers; whole numbers often count its questions"
+    return [v for k, v in vars(module).items() if type(v) in (bool, float, str) and k[0] != '_']
 
 def _kind(model, x):
     "What of the images, the weights and the parts decides how a model is asked"

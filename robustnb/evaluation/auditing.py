@@ -17,7 +17,7 @@ from ..contract import check_repeatable
 from ..files import fingerprint
 from ..attacks.gradient import check_attack, is_correct
 from ..attacks.standard import autoattack
-from .robust_accuracy import _check_attacks, _check_crafted
+from .robust_accuracy import _check_attacks, _check_crafted, _unharmed
 
 # %% ../../nbs/api/evaluation/40_auditing.ipynb #bcc944e4
 def _check_counts(survivors, sampled, fallen, confidence):
@@ -129,8 +129,9 @@ def audit(
     drawn = left[order[:n].to(left.device)].sort().values
     fallen = drawn[:0]
     if len(drawn):
-        again = (attack or autoattack)(model, x[drawn].detach(), y[drawn], threat,
-                                       generator=make_generator(0, 'full evaluation'))
+        with _unharmed(model, 'attack'):
+            again = (attack or autoattack)(model, x[drawn].detach(), y[drawn], threat,
+                                           generator=make_generator(0, 'full evaluation'))
         _check_crafted(model, x[drawn], again, threat, 'attack')
         fallen = drawn[~stands(again.to(x), y[drawn])]
     return Audit(len(x), len(left), tuple(drawn.tolist()), tuple(fallen.tolist()), confidence)

@@ -12,14 +12,14 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 from ..core import batches, make_generator, progress
-from ..contract import predict
+from ..contract import check_repeatable, predict
 from ..files import load_state, save_state
 from ..metrics import wilson
 from ..attacks.gradient import check_attack
 from ..attacks.rejection import refused
 from ..attacks.standard import CascadeResult
 from .robust_accuracy import (
-    _check_crafted, _no_floats, _question, _same_question, worst_case)
+    _check_crafted, _no_floats, _question, _same_question, _unharmed, worst_case)
 
 # %% ../../nbs/api/evaluation/50_publishing.ipynb #20386f5b
 def _right(model, x, y):
@@ -30,7 +30,7 @@ def _right(model, x, y):
 
 def _verdict(model, x, y, x_adv, threat, what):
     "How many stand, if these images may be judged"
-    check_attack(model, x, y, threat)
+    check_repeatable(check_attack(model, x, y, threat), x)
     if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape:
         got = tuple(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
         raise ValueError(f"{what} must hold one image for each of `x`, in its order, of shape "
@@ -106,7 +106,8 @@ def craft_adversarial(
         if not file.exists():
             xs = x[rows].detach().to(device)
             ys = y[rows].to(device)
-            found = attack(asked, xs.clone(), ys, threat, generator=make_generator(seed, rows.start))
+            with _unharmed(asked, 'attack'):
+                found = attack(asked, xs.clone(), ys, threat, generator=make_generator(seed, rows.start))
             _check_crafted(asked, xs, found, threat, 'attack')
             save_state(dict(x_adv=found.detach().cpu()), file)
         made.append(load_state(file)['x_adv'])

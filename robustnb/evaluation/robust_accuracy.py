@@ -104,6 +104,25 @@ def _drawing(at_random, seed, device):
         torch.manual_seed(seed)
         yield
 
+def _same(a, b): return torch.equal(a, b) or bool(((a == b) | a.isnan() & b.isnan()).all())
+
+@contextmanager
+def _unharmed(model, name):
+    "Raise if what runs inside changes weights or statistics of a model; they are put back"
+    statistics = [(k, v) for k, v in model.named_buffers() if 'running_' in k]
+    kept = [(k, v, v.detach().clone()) for k, v in [*model.named_parameters(), *statistics]]
+    try:
+        yield
+    finally:
+        changed = [(k, v, was) for k, v, was in kept if not _same(v.detach(), was)]
+        with torch.no_grad():
+            for _, v, was in changed:
+                v.copy_(was)
+    if changed:
+        raise ValueError(f"attack {name!r} must leave the model as it was; it changed "
+                         f"{changed[0][0]}. Let it call no `model.train()` and no optimiser over the model's "
+                         "parameters, or work on a copy.")
+
 def _crafted(attack, model, x, y, threat, generator):
     "What the attack returns, and what it cost for an image; it may write into the images that it is given"
     x = x.detach()
@@ -299,7 +318,8 @@ def evaluate(
             xs = x[left[s]].to(device, memory_format=torch.channels_last)
             ys = y[left[s]].to(device)
             with _drawing(at_random, subseed(seed, name, int(left[s][0])), device):
-                x_adv, cost = _crafted(attack, asked, xs, ys, threat, make_generator(seed, name))
+                with _unharmed(asked, name):
+                    x_adv, cost = _crafted(attack, asked, xs, ys, threat, make_generator(seed, name))
                 rows = _judge(asked, xs, x_adv, ys, threat, name, left[s]).assign(**cost)
             if save is not None:
                 _write_rows(rows, Path(save)/f'{k}_{left[s][0]:07d}.csv', question)
@@ -372,7 +392,7 @@ def compare(
     a:pd.DataFrame,       # Rows of `evaluate`
     b:pd.DataFrame,       # Rows of `evaluate` on the same images under the same threat model
 )->pd.DataFrame:          # attack, n, accuracy_a, accuracy_b, difference (a minus b), lo, hi (fractions, 95%)
-    "Paired differences of accuracy, attack by attack and for the worst of each."
+    "Paired differences of accuracy, attack by attack and for the worst of those that both tables hold."
     for rows, name in ((a, 'a'), (b, 'b')):
         _check_table(rows, name, 'image', 'attack', 'correct', 'label', 'threat')
         _check_one_threat(rows, name)
@@ -387,10 +407,14 @@ def compare(
         raise ValueError("`a` and `b` must hold the same images, with the same labels, under "
                          f"the same threat model; their {differ} differ. Evaluate both on the "
                          "same `x`, `y` and `threat`.")
-    one = lambda o, name: (worst_case(o) if name == 'worst'
+    both = [*dict.fromkeys(k for k in a.attack if k in set(b.attack))]
+    if not both:
+        raise ValueError("`a` and `b` must hold an attack in common, or both the rows called 'clean'; got "
+                         f"{[*a.attack.unique()]} and {[*b.attack.unique()]}.")
+    one = lambda o, name: (worst_case(o[o.attack.isin(both)]) if name == 'worst'
                            else o[o.attack == name]).correct.to_numpy()
     lines = []
-    for name in [*dict.fromkeys(k for k in a.attack if k in set(b.attack)), 'worst']:
+    for name in [*both, 'worst']:
         right = one(a, name)
         other = one(b, name)
         lines.append((name, len(right), right.mean(), other.mean(),

@@ -8,6 +8,7 @@ from robustnb.attacks.gradient import fgsm, pgd
 from robustnb.attacks.standard import CascadeResult
 from robustnb.attacks.threat_models import Linf
 from robustnb.contract import count_passes
+from robustnb.core import make_generator
 from robustnb.evaluation.publishing import (
     accuracy_by_passes, check_adversarial, craft_adversarial, per_class, save_adversarial)
 from robustnb.evaluation.robust_accuracy import evaluate
@@ -201,3 +202,16 @@ def test_crafting_leaves_the_images_of_the_caller(tmp_path):
     with pytest.raises(ValueError, match="attack 'attack' left its threat model"):
         craft_adversarial(net, x, y, darken, threat, tmp_path/'run')
     assert x.equal(before) and not any((tmp_path/'run').glob('*.pt'))
+
+
+def test_a_network_that_answers_at_random_proves_nothing(tmp_path):
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
+        def forward(self, x): return self.net(x) + torch.randn(len(x), 4)
+    x = torch.rand(6, 3, 4, 4, generator=make_generator(0))
+    torch.save(x, tmp_path/'adv.pt')
+    for ask in (check_adversarial, lambda path, *a: save_adversarial(path, *a[:3], x, a[3])):
+        with pytest.raises(ValueError, match='answers are random'):
+            ask(tmp_path/'adv.pt', Noisy().eval(), x, torch.zeros(6).long(), Linf(8/255))

@@ -18,8 +18,10 @@ from robustnb.attacks.score_based import square
 from robustnb.attacks.standard import cascade
 from robustnb.contract import predict
 from robustnb.core import draw, image_generators, make_generator
+from robustnb.evaluation.auditing import audit
+from robustnb.evaluation.publishing import craft_adversarial
 from robustnb.evaluation.robust_accuracy import (
-    AttackHelped, compare, transfer_attack, on_8bit_images, evaluate, plot_curve, quantized_attacks,
+    _unharmed, AttackHelped, compare, transfer_attack, on_8bit_images, evaluate, plot_curve, quantized_attacks,
     robustness_curve, summarize, worst_case)
 from robustnb.metrics import paired_difference, wilson
 from robustnb.attacks.threat_models import L2, Linf
@@ -248,7 +250,10 @@ def test_comparisons_by_hand():
     assert t.loc['clean'].tolist() == [4, .75, 1, *paired_difference([1, 1, 1, 0], [1]*4)]
     assert t.difference['clean'] == -.25
     assert t.loc['a'].tolist() == [4, .5, 0, *paired_difference([0, 1, 1, 0], [0]*4)]
-    assert t.loc['worst'].tolist() == [4, .25, 0, *paired_difference([0, 0, 1, 0], [0]*4)]
+    assert t.loc['worst'].tolist() == t.loc['a'].tolist(), 'b was tried on one of them alone'
+    assert compare(b, a).accuracy_b.tolist() == t.accuracy_a.tolist()
+    with pytest.raises(ValueError, match='must hold an attack in common'):
+        compare(a[a.attack == 'b'], a[a.attack == 'a'])
     for seed in range(3):
         assert compare(a, a.assign(correct=[True, True, False]*4).sample(
             frac=1,
@@ -288,6 +293,46 @@ def test_attacks_that_cheat_are_named(name):
     words = f"attack '{name}' left its threat model Linf.*Return `threat.project"
     with pytest.raises(ValueError, match=words):
         evaluate(model, x.clamp_min(.5), y, {name: bad_attacks[name]}, threat)
+
+
+def normed():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(75, 4)).eval()
+    net[0].running_var.fill_(.3)
+    return net
+
+
+def trains(model, x, y, threat, *, generator=None):
+    model.train()
+    model(x)
+    model.eval()
+    return x
+
+
+def learns(model, x, y, threat, *, generator=None):
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    return x
+
+
+@pytest.mark.parametrize('attack, changed', ((trains, 'running_mean'), (learns, 'weight')))
+@pytest.mark.parametrize('ask', (
+    lambda net, attack, folder: evaluate(net, x, y, dict(odd=attack), threat),
+    lambda net, attack, folder: robustness_curve(net, x, y, attack, [threat]),
+    lambda net, attack, folder: audit(net, x, net(x).argmax(1), x, threat, attack=attack),
+    lambda net, attack, folder: craft_adversarial(net, x, y, attack, threat, folder/'parts')))
+def test_an_attack_that_changes_the_model_is_named_and_the_model_put_back(ask, attack, changed, tmp_path):
+    net = normed()
+    before = {k: v.clone() for k, v in net.state_dict().items() if 'tracked' not in k}
+    with pytest.raises(ValueError, match=f'must leave the model as it was; it changed .*{changed}'):
+        ask(net, attack, tmp_path)
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
+
+
+def test_weights_that_are_no_numbers_are_not_said_to_have_changed():
+    net = normed()
+    net[0].running_mean[0] = torch.nan
+    with _unharmed(net, 'odd'): pass
 
 
 @pytest.mark.parametrize('out, said', ((x*float('nan'), 'NaN'),
