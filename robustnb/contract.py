@@ -253,6 +253,7 @@ def _manner(model, x):
     changed = not torch.equal(given, two)
     return _Manner(where, contiguous, changed, raw.ndim > 2, raw.dtype != x.dtype, random, pairs)
 
+# %% ../nbs/api/02_contract.ipynb #3a3a017b
 def _flags(module):
     "Its settings, which may change its answers; whole numbers often count its questions"
     return [v for k, v in vars(module).items() if type(v) in (bool, float, str) and k[0] != '_']

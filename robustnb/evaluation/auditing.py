@@ -105,6 +105,7 @@ def _check_results(x, x_adv, threat):
         raise ValueError(f"`x_adv` must stay inside {threat}; {len(outside)} of {len(x)} images do not, "
                          f"the first is number {int(outside[0])}. Use `threat.project(x, x_adv)`.")
 
+# %% ../../nbs/api/evaluation/40_auditing.ipynb #150c7cfc
 def audit(
     model:nn.Module,      # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,             # Clean images (N,C,H,W), float, pixels in [0,1]

@@ -123,6 +123,7 @@ def _unharmed(model, name):
                          f"{changed[0][0]}. Let it call no `model.train()` and no optimiser over the model's "
                          "parameters, or work on a copy.")
 
+# %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #20246f83
 def _crafted(attack, model, x, y, threat, generator):
     "What the attack returns, and what it cost for an image; it may write into the images that it is given"
     x = x.detach()
@@ -317,9 +318,8 @@ def evaluate(
         for s in progress(batches(len(left), size if batch_size is None else batch_size), name):
             xs = x[left[s]].to(device, memory_format=torch.channels_last)
             ys = y[left[s]].to(device)
-            with _drawing(at_random, subseed(seed, name, int(left[s][0])), device):
-                with _unharmed(asked, name):
-                    x_adv, cost = _crafted(attack, asked, xs, ys, threat, make_generator(seed, name))
+            with _unharmed(asked, name), _drawing(at_random, subseed(seed, name, int(left[s][0])), device):
+                x_adv, cost = _crafted(attack, asked, xs, ys, threat, make_generator(seed, name))
                 rows = _judge(asked, xs, x_adv, ys, threat, name, left[s]).assign(**cost)
             if save is not None:
                 _write_rows(rows, Path(save)/f'{k}_{left[s][0]:07d}.csv', question)

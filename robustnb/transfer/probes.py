@@ -12,6 +12,7 @@ from torch import nn, Tensor
 from ..core import check_count, check_images, to_float, to_uint8
 from ..contract import open_model, predict
 from ..files import explain_errors, load_state, save_state
+from ..models.graph import check_finite
 from .generator import _side, energy, generate, Generator, train_generator
 from .crops import (
     _parts_of, _seen_in_parts, foreseen_leads, leads, move_crops, natural_crops)
@@ -29,11 +30,14 @@ def _unusual(model, x):
 
 def _crops(model, shape, channels, seed):
     "Natural crops, the same moved, and what a reader should know of them"
-    opened = open_model(model)
+    opened = check_finite(open_model(model))
     channels = channels or getattr(opened, 'channels', 3)
     if channels not in (1, 3):
         raise ValueError(f"`model` must take 1 or 3 channels to be shown crops, not {channels}: give images.")
     dtype = next((p.dtype for p in opened.parameters() if p.is_floating_point()), torch.float32)
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"`model` must be float32 or float64; got {dtype}. Convert it with "
+                        "`model.float()`, and its images with `x.float()`.")
     natural = natural_crops(_how_many(max(shape)), max(shape), channels, seed)
     natural = natural[:, :, :shape[0], :shape[1]].to(dtype).contiguous()
     moved = to_float(to_uint8(move_crops(model, natural).float())).to(dtype)

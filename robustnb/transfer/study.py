@@ -66,10 +66,15 @@ def _attacked(study, model, x, labels, attack):
         warnings.simplefilter('ignore', AttackHelped)
         return _rows_attacked(study, model, x, labels, attack)
 
+def _to_attack(study, n):
+    "Which of `n` images are attacked: evenly, as images often lie class by class"
+    return torch.linspace(0, n-1, min(n, study.attacked or n)).round().long()
+
 def _rows_attacked(study, model, x, labels, attack):
     "The same, with warnings"
-    x = x[:study.attacked]
-    labels = labels[:study.attacked]
+    rows = _to_attack(study, len(x))
+    x = x[rows]
+    labels = labels[rows]
     threats = study.threats
     seed = study.seed
     if not threats: return []
@@ -126,7 +131,8 @@ def _flips_attacked(before, after):
 
 def _robust_expected(study, before, after):
     "The law for photographs under attack: certainty of those that the copy holds, over that of all survivors"
-    certain = granted(study.answers, study.sharpness)[:study.attacked].max(1).values.numpy()
+    rows = _to_attack(study, len(study.answers))
+    certain = granted(study.answers, study.sharpness)[rows].max(1).values.numpy()
     stood, stands = (worst_case(o).correct.to_numpy() for o in (before, after))
     loss = 1 - certain[stands].sum()/certain[stood].sum() if stood.sum() >= 20 else np.nan
     return dict(expected_robust_loss=float(loss), survivors=int(stood.sum()))
@@ -529,7 +535,7 @@ class Study(_Answers):
     threats:tuple
     test:ImageSet|None=None     # Labelled images: adds measured losses
     attack:Callable=cascade     # On the original, then on each copy; crops see 10 steps of PGD
-    attacked:int|None=None      # Probes and test images to attack, the first ones, >= 1; None is all
+    attacked:int|None=None      # Probes and test images to attack, evenly chosen, >= 1; None is all
     seed:int=0                  # Random starts
     accuracy:float|None=None    # Of the original, where it is known: sharpens the predicted losses
     began:float=field(default_factory=time.time, init=False, repr=False) # When it was made, seconds
@@ -571,7 +577,7 @@ def assess(
     threat=Linf(1/255),          # Threat model of the robust accuracy; None is the accuracy alone, sooner
     test:ImageSet|None=None,     # Labelled images: adds measured losses
     unlabelled:Tensor|Probes|None=None, # Real images (N,C,H,W) without labels, or `Probes`; None takes crops
-    n:int=500,                   # Real images to probe with at most, >= 1
+    n:int=500,                   # Real images to probe with at most, drawn from those given, >= 1
     accuracy:float|None=None,    # Of the original, where it is known
     seed:int=0,                  # Everything random
 )->Report:                       # Tables, figures, page
@@ -584,7 +590,8 @@ def assess(
     if unlabelled is None:
         probes = Probes.crops(model, seed=seed)
     elif not isinstance(unlabelled, Probes):
-        probes = Probes.of(check_images(unlabelled, 'unlabelled')[:n], model=model, seed=seed)
+        order = torch.randperm(len(unlabelled), generator=make_generator(seed, 'photographs'))
+        probes = Probes.of(check_images(unlabelled, 'unlabelled')[order[:n]], model=model, seed=seed)
     return Study(model, probes, threats, test, seed=seed, accuracy=accuracy).assess(wanted)
 
 # %% ../../nbs/api/transfer/60_study.ipynb #e9bb9f43
@@ -611,7 +618,23 @@ def _to_calibrate(model, images, data, seed):
     return pool[chosen.numpy()].x
 
 # %% ../../nbs/api/transfer/60_study.ipynb #e9bb9f44
+def _written(*paths):
+    "When the files at these places were last written, and their sizes"
+    found = [o for p in paths if p for o in (Path(p), *sorted(Path(p).rglob('*'))) if o.is_file()]
+    return tuple((str(o), o.stat().st_mtime_ns, o.stat().st_size) for o in found)
+
 @lru_cache(1)
+def _study_of(written, attack, seed, data, n, eps, images, **opening):
+    "The study of these files as they are"
+    split = opening.pop('split', 'test') or None
+    net = _opened(**opening)
+    test = match_classes(_read(net, data, split), net.classes, net.n_classes)
+    if len(test) > n:
+        test = subset(test, n, seed=0)
+    probes = Probes.of(_to_calibrate(net, images, data, seed))
+    return Study(net, probes, (Linf(eps),), test, job_attacks[attack], seed=seed)
+
+# %% ../../nbs/api/transfer/60_study.ipynb #3c149563
 def study_of(
     model:str,            # Network, as `load_model` names it, or a file of `robustnb train`
     attack:str='cascade', # fgsm, pgd (10 steps), apgd (100 steps) or cascade
@@ -628,13 +651,8 @@ def study_of(
     if attack not in job_attacks:
         raise ValueError(f"`attack` must be one of {', '.join(job_attacks)}; got {attack!r}.")
     n = check_count(n)
-    split = opening.pop('split', 'test') or None
-    net = _opened(model, **opening)
-    test = match_classes(_read(net, data, split), net.classes, net.n_classes)
-    if len(test) > n:
-        test = subset(test, n, seed=0)
-    probes = Probes.of(_to_calibrate(net, images, data, seed))
-    return Study(net, probes, (Linf(eps),), test, job_attacks[attack], seed=seed)
+    written = _written(model, data, images, opening.get('weights'))
+    return _study_of(written, attack, seed, data, n, eps, images, model=model, **opening)
 
 # %% ../../nbs/api/transfer/60_study.ipynb #52926c15
 def measure_one(

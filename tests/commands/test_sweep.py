@@ -36,6 +36,16 @@ def weights(tmp_path_factory):
     return str(path)
 
 
+def test_a_file_that_was_written_anew_is_read_anew(weights, tmp_path):
+    path = tmp_path/'net.pt'
+    made = []
+    for net in (build_model('AlexNet_BN', 10, .125), load_model(weights)):
+        save_model(net.eval(), path)
+        made.append(measure_one(str(path), 'INT8', 'fgsm', n=40)['original_accuracy'])
+        assert study_of(str(path), 'fgsm', n=40) is study_of(str(path), 'fgsm', n=40)
+    assert made[0] < .3 and made[1] > .5
+
+
 def test_one_job(weights):
     row = measure_one(weights, 'INT4', 'fgsm', seed=3, n=80, eps=4/255)
     model = load_model(weights)

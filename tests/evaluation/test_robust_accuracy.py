@@ -21,8 +21,8 @@ from robustnb.core import draw, image_generators, make_generator
 from robustnb.evaluation.auditing import audit
 from robustnb.evaluation.publishing import craft_adversarial
 from robustnb.evaluation.robust_accuracy import (
-    _unharmed, AttackHelped, compare, transfer_attack, on_8bit_images, evaluate, plot_curve, quantized_attacks,
-    robustness_curve, summarize, worst_case)
+    _unharmed, AttackHelped, compare, transfer_attack, on_8bit_images, evaluate, plot_curve,
+    quantized_attacks, robustness_curve, summarize, worst_case)
 from robustnb.metrics import paired_difference, wilson
 from robustnb.attacks.threat_models import L2, Linf
 
@@ -332,7 +332,8 @@ def test_an_attack_that_changes_the_model_is_named_and_the_model_put_back(ask, a
 def test_weights_that_are_no_numbers_are_not_said_to_have_changed():
     net = normed()
     net[0].running_mean[0] = torch.nan
-    with _unharmed(net, 'odd'): pass
+    with _unharmed(net, 'odd'):
+        pass
 
 
 @pytest.mark.parametrize('out, said', ((x*float('nan'), 'NaN'),

@@ -1,5 +1,5 @@
 "The Study: each part once, the same answers one by one and together; losses counted by hand."
-import json, re
+import copy, json, re
 from functools import partial
 from types import SimpleNamespace
 
@@ -134,13 +134,13 @@ def judged(correct):
 
 
 def test_survivors_count_by_their_certainty():
-    "Twenty stand of the first thirty that are attacked; their copy holds those that are worth least"
-    logits = torch.zeros(40, 3)
-    logits[:, 0] = torch.linspace(3, .1, 40)**2
+    "Twenty stand of the thirty that are attacked; their copy holds those that are worth least"
+    logits = torch.zeros(59, 3)
+    logits[:, 0] = torch.linspace(3, .1, 59)**2
     study = SimpleNamespace(answers=logits, sharpness=.7, attacked=30)
     stood = np.arange(30) < 20
     stands = stood & (np.arange(30) >= 12)
-    p = granted(logits, .7).max(1).values
+    p = granted(logits, .7)[::2].max(1).values
     found = module._robust_expected(study, judged(stood), judged(stands))
     assert found == dict(expected_robust_loss=pytest.approx(1 - (p[12:20].sum()/p[:20].sum()).item()),
                          survivors=20)
@@ -201,18 +201,20 @@ def test_several_budgets_agree_with_each_alone(net, probes, labelled):
 
 def test_several_budgets_are_those_of_robustness_curve(net, probes, labelled):
     study = Study(net, probes, budgets, labelled, quick, attacked=50, seed=2)
-    x = labelled.x[:50]
-    y = torch.as_tensor(labelled.y)[:50]
+    every = torch.linspace(0, len(labelled)-1, 50).round().long()
+    x = labelled.x[every]
+    y = torch.as_tensor(labelled.y)[every]
     curve = robustness_curve(net, x, y, transfer_attack(net, quick), list(budgets), seed=2)
     by_eps = curve.groupby('eps').correct.mean()
     found = [o['robust_accuracy'] for o in study.original]
     assert found == pytest.approx([by_eps[t.eps] for t in budgets])
 
 
-def test_only_the_first_images_are_attacked(net, probes, labelled):
+def test_images_are_attacked_from_the_first_to_the_last(net, probes, labelled):
     study = Study(net, probes, budgets[1:2], labelled, quick, attacked=30)
     all_of_them = Study(net, probes, budgets[1:2], labelled, quick)
-    few = Study(net, Probes.of(probes.x[:30]), budgets[1:2], labelled[:30], quick)
+    some = [torch.linspace(0, len(o)-1, 30).round().long() for o in (probes.x, labelled)]
+    few = Study(net, Probes.of(probes.x[some[0]]), budgets[1:2], labelled[some[1].numpy()], quick)
     assert study.original[0]['accuracy'] == all_of_them.original[0]['accuracy'] == .8
     assert study.original[0]['robust_accuracy'] == few.original[0]['robust_accuracy']
     assert study.original[0]['survivors_among_probes'] == few.original[0]['survivors_among_probes']
@@ -330,7 +332,8 @@ def test_assess_is_a_study_in_a_loop(net, probes, labelled, monkeypatch):
         return SimpleNamespace(x_adv=quick(model, x, y, threat, generator))
     monkeypatch.setattr(standard, 'run_cascade', short)
     report = assess(net, 'INT8,INT3', budgets[1], labelled, probes.x, n=40, seed=5)
-    study = Study(net, Probes.of(probes.x[:40], model=net, seed=5), budgets[1:2], labelled, seed=5)
+    drawn = probes.x[torch.randperm(60, generator=make_generator(5, 'photographs'))[:40]]
+    study = Study(net, Probes.of(drawn, model=net, seed=5), budgets[1:2], labelled, seed=5)
     rows = study.rows('INT8') + study.rows('INT3')
     layers = pd.concat([study.layers(f) for f in ('INT8', 'INT3')], ignore_index=True)
     expected = study.report(rows, layers)
@@ -461,3 +464,29 @@ def test_classes_of_the_test_set_are_those_of_the_model_by_name():
         Study(net, probes, (Linf(1/255),), test)
     net.classes = None
     assert Study(net, probes, (Linf(1/255),), test).test.matched == 'by position'
+
+
+def test_photographs_are_drawn_from_all_that_are_given(net, monkeypatch):
+    "Folders are read class by class: the first ones would be of the first classes"
+    asked = []
+    def kept(images, **kw):
+        asked.append(images)
+        return Probes(images, 'images')
+    monkeypatch.setattr(module.Probes, 'of', staticmethod(kept))
+    x = torch.linspace(0, 1, 400).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
+    assess(net, ['INT8'], None, unlabelled=x, n=100)
+    assess(net, ['INT8'], None, unlabelled=x)
+    few, every = asked
+    assert len(few) == 100 and few[:, 0, 0, 0].unique().shape == (100,) and .4 < few.mean() < .6
+    assert torch.equal(every.sort(0).values, x) and .4 < every[:50].mean() < .6
+
+
+@pytest.mark.parametrize('broken, error, words', (
+    (lambda net: net.half(), TypeError, 'must be float32 or float64; got torch.float16.*model.float'),
+    (lambda net: nn.init.constant_(net[-1].weight, torch.nan), ValueError, 'must have finite weights')))
+def test_few_photographs_do_not_hide_what_is_wrong_with_a_network(net, broken, error, words):
+    model = copy.deepcopy(net)
+    broken(model)
+    x = torch.rand(20, 3, 8, 8).to(next(model.parameters()).dtype)
+    with pytest.raises(error, match=words):
+        assess(model, ['INT8'], None, unlabelled=x)
