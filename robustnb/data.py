@@ -382,7 +382,7 @@ def decode_image(
         if im.width*im.height > _MAX_PIXELS:
             raise ValueError(f"{im.width}x{im.height} pixels, over the limit of {_MAX_PIXELS}")
         if im.mode[0] in 'IF': raise ValueError(f"mode {im.mode}, more than 8 bits a pixel")
-        if im.format in ('TIFF', 'WEBP') and getattr(im, 'n_frames', 1) > 1:
+        if im.format in ('TIFF', 'WEBP', 'PNG') and getattr(im, 'n_frames', 1) > 1:
             raise ValueError(f"{im.n_frames} pictures in one file")
         if size:
             enough = 2*math.floor(size/crop_pct)

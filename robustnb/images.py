@@ -6,7 +6,7 @@
 __all__ = ['load_images', 'match_classes']
 
 # %% ../nbs/api/25_images.ipynb #261381eb
-import copy, difflib, io, re, zipfile
+import copy, difflib, io, re, unicodedata, zipfile
 from functools import partial
 from PIL import Image
 import numpy as np
@@ -80,7 +80,9 @@ def load_images(
 # %% ../nbs/api/25_images.ipynb #8f7ab1e9
 _WNID = re.compile(r'n\d{8}')
 
-def _plain_name(name): return ' '.join(re.sub(r'[\s_-]+', ' ', name).casefold().split())
+def _plain_name(name):
+    "Without case and marks; letters with accents as one sign, which macOS writes as two"
+    return ' '.join(re.sub(r'[\s_-]+', ' ', unicodedata.normalize('NFC', name)).casefold().split())
 
 def _aliases(name):
     "What else a class of ImageNet is called: its number, and each of its words"
@@ -101,6 +103,10 @@ def _place_of(name, classes):
 def _numbers_of(names, n):
     "Class numbers in [0, n) that the names are; None if they are not"
     numbers = [int(o) if o.isascii() and o.isdigit() else -1 for o in names]
+    if 1 < len(numbers) < n and sorted(numbers) == [*range(1, len(numbers)+1)]:
+        raise ValueError(f"`classes` must be given: the folders 1 to {len(numbers)} may count the {n} "
+                         "classes of the model from 0 or from 1. Give the names of the folders in the order of the "
+                         "model, '0,1,...' or '1,2,...', or rename the folders.")
     return numbers if all(0 <= o < n for o in numbers) and len({*numbers}) == len(names) else None
 
 def _refuse(lost, data, classes):

@@ -180,3 +180,22 @@ def test_a_model_without_names():
     assert match_classes(some('a', 'b'), n_classes=2).matched == 'by position'
     assert match_classes(some('a', 'b'), ('b', 'a')).matched == 'by name'
     assert match_classes(digits('test', 8), n_classes=10).y.tolist() == digits('test', 8).y.tolist()
+
+
+@pytest.mark.parametrize('classes', (None, [f'c{i}' for i in range(10)]))
+def test_folders_that_may_count_from_nought_or_from_one(classes):
+    ask = lambda *folders: match_classes(some(*folders), classes, 10)
+    with pytest.raises(ValueError, match='the folders 1 to 9 may count the 10 classes .* from 0 or from 1'):
+        ask(*map(str, range(1, 10)))
+    with pytest.raises(ValueError, match='the folders 1 to 2 may count'):
+        ask('1', '2')
+    assert ask('0', '1').y.tolist() == [0, 1]
+    assert ask('3', '5').y.tolist() == [3, 5]
+    for names, y in ((range(10), [1, 2]), (range(1, 11), [0, 1])):
+        assert match_classes(some('1', '2'), [*map(str, names)]).y.tolist() == y
+
+
+def test_an_accent_is_the_same_in_one_sign_or_two():
+    names = 'caf\u00e9', 'cafe\u0301'
+    for mine, theirs in (names, names[::-1]):
+        assert match_classes(some('bar', mine), (theirs, 'bar')).y.tolist() == [1, 0]

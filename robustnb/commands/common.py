@@ -17,6 +17,7 @@ import torch
 from torch import nn, Tensor
 from ..core import check_count, pick_device, subseed, to_uint8
 from ..files import atomic_path, fingerprint, save_json
+from ..questions import cache_key
 from ..data import ImageSet, load_data, load_splits, subset
 from ..images import load_images, match_classes
 from ..models.zoo import build_model, model_names
@@ -195,8 +196,10 @@ def _one_size(net):
     raise ValueError("`size` must be given: the model does not say the height and width of its images.")
 
 def _mark_model(net):
-    "A short name for what a model computes: its construction, its weights, its normalisation"
-    return fingerprint(str(net), *(v for pair in net.state_dict().items() for v in pair))
+    "A short name for what a model computes: its construction, its code, its weights, its normalisation"
+    kinds = dict.fromkeys(type(m) for m in net.modules() if not isinstance(m, torch.fx.GraphModule))
+    code = cache_key(*kinds, arg='model', files=True)
+    return fingerprint(str(net), code, *(v for pair in net.state_dict().items() for v in pair))
 
 # %% ../../nbs/api/commands/10_common.ipynb #69b0edc3
 def _opened_by_name(model, weights='', untrained=False, **given):

@@ -39,7 +39,7 @@ def _norm_layer(scale, shift, mean, var, eps, flat=False):
 # %% ../../nbs/api/models/37_exchange.ipynb #e55306c4
 _F = {o: getattr(F, o) for o in '''
       relu relu6 hardtanh silu gelu hardswish hardsigmoid leaky_relu softplus mish selu celu
-      adaptive_avg_pool2d adaptive_max_pool2d max_pool2d avg_pool2d scaled_dot_product_attention pad
+      adaptive_avg_pool2d max_pool2d avg_pool2d scaled_dot_product_attention pad
       pixel_shuffle log_softmax softmax normalize prelu'''.split()}
 _T = {o: getattr(torch, o) for o in '''
       sigmoid tanh flatten mean sum amax amin cat stack matmul bmm pow exp log sqrt rsqrt abs neg erf
@@ -148,7 +148,9 @@ def _first(x, *args, **kwargs):
     "What changes nothing in evaluation mode"
     return x
 
-_other = dict(slice=_sliced, sym_size=lambda x, *dim: x.size(*dim))
+def _pooled(x, size): return F.adaptive_max_pool2d(x, size, return_indices=True)
+
+_other = dict(slice=_sliced, sym_size=lambda x, *dim: x.size(*dim), adaptive_max_pool2d=_pooled)
 _other |= dict.fromkeys(('dropout', 'feature_dropout', 'alias', 'detach', 'lift_fresh_copy', 'detach_copy',
                          '_assert_tensor_metadata'), _first)
 

@@ -92,7 +92,9 @@ def describe_misfits(
              if k not in own and not _known(k) and not _is_statistic(k)]
     shape = [f"{k} {tuple(state[k].shape)} instead of {tuple(v.shape)}" for k, v in own.items()
              if k in state and state[k].shape != v.shape]
-    lists = (('other shapes', shape), ('missing', lost), ('unexpected', extra))
+    kind = [f"{k} {state[k].dtype} instead of {v.dtype}" for k, v in own.items()
+            if k in state and v.is_floating_point() and not state[k].is_floating_point()]
+    lists = (('other shapes', shape), ('other kinds', kind), ('missing', lost), ('unexpected', extra))
     return '; '.join(f"{len(v)} {k}: {', '.join(v[:2])}{', ...' if v[2:] else ''}" for k, v in lists if v)
 
 _statistic = re.compile(r'(?:^|\.)norm\w*\.(?:new_)?(mean|std)$')

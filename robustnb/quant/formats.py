@@ -240,7 +240,8 @@ def choose_scale(
     if rule not in _rules: raise ValueError("`rule` must be 'minmax', 'percentile' or 'mse'; got "
                                             f"{rule!r}.")
     x = _check_dtype(x)
-    rows = x.detach().flatten(1) if per_channel else x.detach().reshape(1, -1)
+    if not x.numel(): raise ValueError(f"`x` must hold values; got none, shape {tuple(x.shape)}.")
+    rows = x.detach().reshape(len(x) if per_channel else 1, -1)
     low, high = rows.aminmax(dim=1, keepdim=True)
     most = torch.maximum(high, -low)
     if not most.isfinite().all():
@@ -249,7 +250,8 @@ def choose_scale(
     if rule == 'percentile':
         inner = rows.abs().kthvalue(math.ceil(.999*rows.shape[1]), 1, keepdim=True).values
         most = torch.where(inner > 0, inner, most)
-    scale = torch.where(most > 0, most, torch.ones_like(most)) / fmt.top(signed)
+    alive = most[most > 0]      # channels of zeros take the finest scale: it is the unit of their bias
+    scale = torch.where(most > 0, most, alive.min() if len(alive) else 1.) / fmt.top(signed)
     if rule == 'mse':
         scale = _least_error(rows, scale, fmt, signed)
     return scale.view(-1, *[1]*(x.ndim-1)) if per_channel else scale.reshape([1]*x.ndim)

@@ -54,11 +54,11 @@ def target_table(
 
 # %% ../../nbs/api/quant/90_targets.ipynb #2ff2e89a
 def kilobytes(
-    size:str,         # A size such as '300kB', '0.3 MB' or '300', which is in kB
+    size:str,         # A size such as '300kB', '0.3 MB', '300000 B' or '300', which is in kB
 )->float:             # In 1000 bytes, > 0
     "A budget as it is typed."
-    found = re.fullmatch(r'(\d+\.?\d*|\.\d+)\s*(k|m|g)?b?', str(size).strip().lower())
-    value = float(found[1])*dict(k=1, m=1e3, g=1e6)[found[2] or 'k'] if found else 0
+    found = re.fullmatch(r'(\d+\.?\d*|\.\d+)\s*(b|[kmg]b?)?', str(size).strip().lower())
+    value = float(found[1])*dict(b=1e-3, k=1, m=1e3, g=1e6)[(found[2] or 'k')[0]] if found else 0
     if 0 < value < math.inf: return value
     raise ValueError(f"`budget` must be a size above 0 such as 300kB or 0.3MB; got {size!r}.")
 

@@ -52,6 +52,8 @@ def known_sharpness(
     if not (isinstance(accuracy, Real) and 1/l.shape[1] < accuracy < 1):
         raise ValueError(f"`accuracy` must be a share above chance, 1/{l.shape[1]}, and below 1; "
                          f"got {accuracy!r}.")
+    if not l.any():
+        raise ValueError("`logits` must tell classes apart; each image has the same for all of them.")
     low, high = .01, 1000.
     for _ in range(50):
         middle = (low*high)**.5

@@ -196,6 +196,19 @@ def predict_losses(
 # %% ../../nbs/api/transfer/30_predictor.ipynb #b9dbd50d
 _reads = dict(loss=('flips', 'noise'), robust_loss=('flips', 'noise', 'activation_noise'))
 
+def _check_measured(rows, columns):
+    "Raise unless these are the numbers of an assessment"
+    ranges = dict(n_classes=(2, np.inf), flips=(0, 1)) | {k: (-np.inf, 1) for k in columns if 'loss' in k}
+    for name in columns[2:]:
+        values = pd.to_numeric(rows[name], errors='coerce')
+        low, high = ranges.get(name, (0, np.finfo('float32').max))
+        known = rows[name].notna() if name != 'n_classes' else True
+        wrong = rows[known & ~values.between(low, high)]
+        if len(wrong):
+            row = wrong.iloc[0]
+            raise ValueError(f"`rows` must hold numbers from {low:g} to {high:g} as {name}; {row.format} of "
+                             f"{row.model} has {row[name]!r}. Losses and flips are shares, not per cent.")
+
 def fit_predictors(
     # model, format, n_classes, what `Study.change` gives, measured_loss, measured_robust_loss; any
     # number of budgets
@@ -211,6 +224,7 @@ def fit_predictors(
         raise ValueError("`rows` must have the columns of an assessment with a test set; "
                          f"{', '.join(short)} are missing. Use `assess(model, test=...)` with a threat "
                          "model.")
+    _check_measured(rows, needed)
     predictors = {}
     left_out = {}
     for name, features in _reads.items():

@@ -9,6 +9,7 @@ __all__ = ['plot_losses', 'Report']
 import html, json, textwrap
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -247,6 +248,7 @@ class Report:
         "Write the page and its tables, each completely or not at all."
         with atomic_path(path) as tmp:
             tmp.write_text(_page(self), encoding='utf-8')
+        stem = Path(path).with_suffix('') if Path(path).suffix.lower() == '.html' else path
         for name in ('table', 'layers'):
-            with atomic_path(str(path).removesuffix('.html') + f'_{name}.csv') as tmp:
+            with atomic_path(f'{stem}_{name}.csv') as tmp:
                 getattr(self, name).to_csv(tmp, index=False)

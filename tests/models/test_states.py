@@ -75,3 +75,10 @@ def test_settings_beside_the_weights_are_read_and_code_is_not(tmp_path):
         load_state(tmp_path/'a.pt')
     save_state(own, tmp_path/'a.pt')
     assert fitting_state(load_state(tmp_path/'a.pt'), net, 'a.pt')[0].keys() == own.keys()
+
+
+@pytest.mark.parametrize('other', (torch.int8, torch.uint8, torch.complex64))
+def test_weights_of_another_kind_are_refused(other):
+    state = {k: v.to(other) if v.ndim > 1 else v for k, v in own.items()}
+    with pytest.raises(ValueError, match=f'2 other kinds: 0.weight {other} instead of torch.float32, 3.weight'):
+        fitting_state(state, net, 'w.pt')

@@ -364,3 +364,19 @@ def test_among_many_values_the_search_tries_fewer_scales_and_finds_nearly_the_sa
     assert (quick <= error(steps.round()-1)*(1+1e-5)).all(), 'better than both its neighbours'
     assert (quick <= error(steps.round()+1)*(1+1e-5)).all(), 'better than both its neighbours'
     assert name == 'INT8' or {0, 1, 2, 3} == set((steps.round() % 4).int().tolist())
+
+
+@pytest.mark.parametrize('rule', ('mse', 'minmax', 'percentile'))
+def test_channels_of_zeros_take_the_finest_scale(rule):
+    x = torch.tensor([[0., 0], [.5, -1], [4, 2]])
+    scale = choose_scale(x, number_format('INT4'), rule, per_channel=True).flatten()
+    assert scale[0] <= scale[1] < scale[2] and scale[0] > .15*scale[1]
+    assert choose_scale(torch.zeros(3, 2), number_format('INT4'), rule, per_channel=True).unique().numel() == 1
+
+
+def test_scales_of_a_list_and_of_nothing():
+    x = torch.tensor([.5, -2.])
+    found = choose_scale(x, number_format('INT8'), 'minmax', per_channel=True)
+    torch.testing.assert_close(found, x.abs()/127)
+    with pytest.raises(ValueError, match='`x` must hold values; got none'):
+        choose_scale(torch.empty(0), number_format('INT8'))

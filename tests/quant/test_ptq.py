@@ -893,3 +893,13 @@ def test_complex_weights_count_and_are_named():
     q = quantize(Fourier().eval(), 'INT8', images(4, 8))
     assert q.left_float == ('w',)
     assert model_bytes(q, 8) == 8*3*8*5 + 192*4 + 4*4
+
+
+def test_the_bias_of_a_channel_of_zeros_is_rounded_as_finely_as_the_others():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(128, 4)).eval()
+    with torch.no_grad():
+        net[2].weight[1::2] = 0
+    x = torch.rand(30, 3, 4, 4)
+    off = (quantize(net, 'INT2', x).get_parameter('2.bias') - net[2].bias).abs()
+    assert off[1::2].max() <= off[::2].max()

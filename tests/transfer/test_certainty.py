@@ -160,3 +160,8 @@ def test_one_pixel_cannot_be_shifted():
 def test_shifted_answers_must_fit(moved):
     with pytest.raises(ValueError, match=r'`moved` must be .* of the shape of `logits`, \(5, 4\)'):
         foreseen_accuracy(torch.randn(5, 4), moved)
+
+
+def test_logits_that_are_all_the_same_have_no_sharpness():
+    with pytest.raises(ValueError, match='`logits` must tell classes apart'):
+        known_sharpness(torch.zeros(10, 5), .5)
