@@ -105,8 +105,8 @@ def _numbers_of(names, n):
     numbers = [int(o) if o.isascii() and o.isdigit() else -1 for o in names]
     if 1 < len(numbers) < n and sorted(numbers) == [*range(1, len(numbers)+1)]:
         raise ValueError(f"`classes` must be given: the folders 1 to {len(numbers)} may count the {n} "
-                         "classes of the model from 0 or from 1. Give the names of the folders in the order of the "
-                         "model, '0,1,...' or '1,2,...', or rename the folders.")
+                         "classes of the model from 0 or from 1. Give the names of the folders in the "
+                         "order of the model, '0,1,...' or '1,2,...', or rename the folders.")
     return numbers if all(0 <= o < n for o in numbers) and len({*numbers}) == len(names) else None
 
 def _refuse(lost, data, classes):

@@ -80,5 +80,6 @@ def test_settings_beside_the_weights_are_read_and_code_is_not(tmp_path):
 @pytest.mark.parametrize('other', (torch.int8, torch.uint8, torch.complex64))
 def test_weights_of_another_kind_are_refused(other):
     state = {k: v.to(other) if v.ndim > 1 else v for k, v in own.items()}
-    with pytest.raises(ValueError, match=f'2 other kinds: 0.weight {other} instead of torch.float32, 3.weight'):
+    said = f'2 other kinds: 0.weight {other} instead of torch.float32, 3.weight'
+    with pytest.raises(ValueError, match=said):
         fitting_state(state, net, 'w.pt')

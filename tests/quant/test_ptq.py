@@ -897,7 +897,8 @@ def test_complex_weights_count_and_are_named():
 
 def test_the_bias_of_a_channel_of_zeros_is_rounded_as_finely_as_the_others():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(128, 4)).eval()
+    layers = nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(128, 4)
+    net = nn.Sequential(*layers).eval()
     with torch.no_grad():
         net[2].weight[1::2] = 0
     x = torch.rand(30, 3, 4, 4)

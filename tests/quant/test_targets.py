@@ -83,7 +83,8 @@ def test_targets_by_name():
 
 
 @pytest.mark.parametrize('typed, kb', [('300kB', 300), ('0.3MB', 300), ('300', 300), (' 1.5 mb', 1500),
-                                       ('.25M', 250), ('2GB', 2e6), ('12k', 12), ('300B', .3), ('45000 b', 45)])
+                                       ('.25M', 250), ('2GB', 2e6), ('12k', 12), ('300B', .3),
+                                       ('45000 b', 45)])
 def test_sizes_as_they_are_typed(typed, kb): assert kilobytes(typed) == pytest.approx(kb)
 
 

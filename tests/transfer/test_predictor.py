@@ -165,8 +165,8 @@ def test_each_row_is_predicted_by_what_is_known_of_it():
     ('flips', -.1, 'from 0 to 1 as flips'), ('n_classes', 1, 'from 2 to inf as n_classes'),
     ('n_classes', np.nan, 'as n_classes'), ('noise', np.inf, 'as noise'), ('noise', '0,322', "has '0,322'")))
 def test_tables_that_were_edited_by_hand_are_looked_at(column, value, said):
-    rows = pd.DataFrame(dict(model=np.repeat([*'abc'], 2), format=[*'uv']*3, n_classes=10., flips=.1, noise=.2,
-                             activation_noise=.1, measured_loss=.1, measured_robust_loss=.2))
+    rows = pd.DataFrame(dict(model=np.repeat([*'abc'], 2), format=[*'uv']*3, n_classes=10., flips=.1,
+                             noise=.2, activation_noise=.1, measured_loss=.1, measured_robust_loss=.2))
     rows[column] = rows[column].astype(object)
     rows.loc[3, column] = value
     with pytest.raises(ValueError, match=said):
