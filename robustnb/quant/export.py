@@ -255,12 +255,12 @@ def _max_pool(w, node, m, x):
 def _avg_pool(w, node, m, x):
     if m.divisor_override:
         _refuse(node, 'AvgPool2d', 'has a divisor of its own')
-    windows = _windows(m)
-    counted = m.count_include_pad and any(windows['pads'])
-    if counted and m.ceil_mode and w.integer:
+    counted = m.count_include_pad and any(_two(m.padding))
+    rooms = zip(_shape(node.all_input_nodes[0])[2:], *map(_two, (m.padding, m.kernel_size, m.stride)))
+    if counted and w.integer and m.ceil_mode and any((n + 2*p - k) % s for n, p, k, s in rooms):
         _refuse(node, 'AvgPool2d', 'has windows that reach beyond a padding that counts, whose means are '
                                    'wrong in the integers of ONNX Runtime')
-    w.keep(node, w.op('AveragePool', node.name, x, count_include_pad=int(counted), **windows))
+    w.keep(node, w.op('AveragePool', node.name, x, count_include_pad=int(counted), **_windows(m)))
 
 # %% ../../nbs/api/quant/80_export.ipynb #33b5b930
 def _batchnorm(w, node, m, x):
@@ -376,7 +376,7 @@ def _shares(m, shape, d):
     "What each place along dimension `d` of maps of that shape gives to each place of what `m` makes of them"
     n = shape[d]
     one = torch.eye(n).view(1, n, *(n if i == d else 1 for i in range(2, len(shape))))
-    return m(one.expand(1, n, *shape[2:]).contiguous())[0].movedim(d-1, 1).flatten(2)[..., 0]
+    return m(one.expand(1, n, *shape[2:]).contiguous())[0].movedim(d-1, 1)[..., None].flatten(2)[..., 0]
 
 def _resample(w, node, m, x):
     "Rows, then columns: picked where each has one source, else a product with the shares of all"
@@ -637,7 +637,7 @@ def _check_call(w, node, before):
     if layer and len(node.args)+len(node.kwargs) > 1:
         _refuse(node, layer, 'is called with more than its input')
     given, kind = (getattr(n.meta['tensor_meta'], 'dtype', None) if n else None for n in (before, node))
-    if kind not in (torch.float32, torch.float64, given):
+    if kind not in (torch.float32, torch.float64, given, None):
         _refuse(node, layer or _name(node.target), f'computes in {kind}')
 
 def _write(w, node):
@@ -664,7 +664,7 @@ def _layer(w, node, m, x):
     usual = _batchnorm if type(m).forward is nn.BatchNorm2d.forward else None
     write = _layers.get(type(m), usual)
     if write is None: _refuse(node, type(m).__name__)
-    if type(m).__name__.endswith('Pool2d') and len(_shape(node)) != 4:
+    if type(m).__name__.endswith('Pool2d') and len(_shape(node.all_input_nodes[0])) != 4:
         _refuse(node, type(m).__name__, 'pools maps without channels')
     write(w, node, m, x)
 
