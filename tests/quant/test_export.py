@@ -558,7 +558,7 @@ usual |= {
     'softplus function': call(lambda a: F.softplus(a, 3.)),
     'softmax of no dimension': layers(nn.Softmax()),
     'softmax function': call(lambda a: F.softmax(a)),
-    'scale': layers(nn.Upsample(scale_factor=1.7)),
+    'scale': layers(nn.Upsample(scale_factor=1.3)),
     'two scales': resize(scale_factor=(1.3, .6)),
     'fewer places': layers(nn.Upsample(size=(4, 5))),
     'linear scale': resize(scale_factor=.6, mode='bilinear'),
