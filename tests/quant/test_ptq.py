@@ -537,7 +537,7 @@ def test_every_computed_tensor_is_rounded_once_and_nothing_else():
             assert [u.name for u in n.users] == ['reshape']
 
 
-class Padded(nn.Module):
+class Framed(nn.Module):
     "A convolution, what pads it, and a linear layer"
     def __init__(self, pad):
         super().__init__()
@@ -559,7 +559,7 @@ pads = {'number': (lambda x: F.pad(x, (1, 2, 0, 1), value=-2.), True),
 def test_a_number_to_pad_with_lies_on_the_levels(name):
     "Zeros do on any, and pools pass over infinite ones; another number is rounded with the map around it"
     pad, rounded = pads[name]
-    net = seeded(lambda: Padded(pad))
+    net = seeded(lambda: Framed(pad))
     x = images(8)
     assert len(quantization_points(fold_batchnorm(net, x))) == 2 + rounded
     q = quantize(net, 'INT4', x)
