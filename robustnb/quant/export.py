@@ -34,6 +34,23 @@ def _need(name):
     except ImportError as e:
         raise ImportError(f"Exporting needs the package {name}: pip install 'robustnb[export]'") from e
 
+def _writings(value):
+    "How often a tensor, or each of a tuple, was written into"
+    if isinstance(value, (tuple, list)): return [_writings(v) for v in value]
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+
+def _place(value): return isinstance(value, Tensor) and (value.data_ptr(), value.shape, value.stride())
+
+class _Shapes(ShapeProp):
+    "Runs a graph for the shape of each tensor, and for what is read after a call has written into it"
+    def run_node(self, node):
+        seen = {n: _writings(v) for n, v in self.env.items()}
+        out = super().run_node(node)
+        past = self.user_to_last_uses.get(node, ())
+        later = [n for n in seen if n not in past and _writings(self.env[n]) != seen[n]]
+        node.meta['written'] = {n: _place(self.env[n]) == _place(out) for n in later}
+        return out
+
 # %% ../../nbs/api/quant/80_export.ipynb #ac4718f0
 class _Writer:
     """An ONNX graph in the making: its nodes and constants, and for each node of `graph` the name and the
@@ -624,7 +641,7 @@ def _layer_of(w, node):
     "The layer that a node calls, or that its function is with these arguments; None if there is none"
     if node.op == 'call_module': return w.graph.get_submodule(node.target)
     if node.target not in _calls: return None
-    given = {k: v for k, v in node.kwargs.items() if k != 'input'}
+    given = {k: v for k, v in node.kwargs.items() if k not in ('input', 'inplace')}
     rest, given = fx.node.map_arg((node.args[1:], given), lambda n: w.held.get(n, n))
     free = []
     fx.node.map_arg((rest, given), free.append)
@@ -650,15 +667,7 @@ def _write(w, node):
     before = next(iter(node.all_input_nodes), None)
     _check_call(w, node, before)
     x = w.name.get(before)
-    if m is None:
-        _function(w, node, x)
-    else:
-        _layer(w, node, m, x)
-    if getattr(m, 'inplace', False) or node.target in (operator.iadd, operator.imul):
-        w.name[before], w.grid[before] = w.name[node], w.grid[node]
-
-def _layer(w, node, m, x):
-    "Append what the layer `m` computes."
+    if m is None: return _function(w, node, x)
     if m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m):
         _refuse(node, type(m).__name__, 'has a hook or a `forward` of its own, which a file cannot hold')
     usual = _batchnorm if type(m).forward is nn.BatchNorm2d.forward else None
@@ -667,6 +676,13 @@ def _layer(w, node, m, x):
     if type(m).__name__.endswith('Pool2d') and len(_shape(node.all_input_nodes[0])) != 4:
         _refuse(node, type(m).__name__, 'pools maps without channels')
     write(w, node, m, x)
+
+def _step(w, node):
+    "Append a node if it computes a tensor; what it writes into has that value from then on"
+    if 'tensor_meta' in node.meta: _write(w, node)
+    for written, whole in node.meta['written'].items():
+        if not whole: _refuse(node, 'in place', 'writes into a tensor of which another view is read later')
+        w.name[written], w.grid[written] = w.name[node], w.grid[node]
 
 # %% ../../nbs/api/quant/80_export.ipynb #3b014bd6
 def _says(spec, writer):
@@ -710,10 +726,10 @@ def _shaped(model, spec, shape):
         graph = copy.deepcopy(model) if spec else _open_attention(fold_batchnorm(model))
         graph = graph.cpu().float()
         with torch.no_grad(), redirect_stderr(io.StringIO()):    # ShapeProp prints what it raises
-            ShapeProp(graph).propagate(images)
+            _Shapes(graph).propagate(images)
             for node in graph.graph.nodes:
                 node.meta['other_shape'] = getattr(node.meta.get('tensor_meta'), 'shape', ())
-            ShapeProp(graph).propagate(images[:2])
+            _Shapes(graph).propagate(images[:2])
     except (RuntimeError, ValueError) as e:
         raise ValueError("`shape` must be the channels, height and width of images that `model` takes; got "
                          f"{shape!r}. It says: {e.__cause__ or e}") from e
@@ -737,8 +753,8 @@ def _translate(model, shape):
             w.keep(node, 'images')
         elif node.op == 'output':
             logits = node.args[0]
-        elif 'tensor_meta' in node.meta:
-            _write(w, node)
+        else:
+            _step(w, node)
     if not isinstance(logits, fx.Node):
         raise TypeError(f"`model` must return one tensor of logits; got a {type(logits).__name__} of them.")
     w.op('Identity', 'logits', w.name[logits])
