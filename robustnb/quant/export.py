@@ -23,8 +23,8 @@ from ..files import atomic_path
 from ..models.wrapping import Normalize
 from ..models.plain import PaddedConv2d
 from ..models.graph import fold_batchnorm
-from .formats import number_format
-from .ptq import FakeQuantize, _attend, _open_attention, _scores
+from .formats import _nearest, number_format
+from .ptq import FakeQuantize, _attend, _off_levels, _open_attention, _scores
 
 # %% ../../nbs/api/quant/80_export.ipynb #a7fe4444
 def _need(name):
@@ -33,6 +33,23 @@ def _need(name):
         return importlib.import_module(name)
     except ImportError as e:
         raise ImportError(f"Exporting needs the package {name}: pip install 'robustnb[export]'") from e
+
+def _writings(value):
+    "How often a tensor, or each of a tuple, was written into"
+    if isinstance(value, (tuple, list)): return [_writings(v) for v in value]
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+
+def _place(value): return isinstance(value, Tensor) and (value.data_ptr(), value.shape, value.stride())
+
+class _Shapes(ShapeProp):
+    "Runs a graph for the shape of each tensor, and for what is read after a call has written into it"
+    def run_node(self, node):
+        seen = {n: _writings(v) for n, v in self.env.items()}
+        out = super().run_node(node)
+        past = self.user_to_last_uses.get(node, ())
+        later = [n for n in seen if n not in past and _writings(self.env[n]) != seen[n]]
+        node.meta['written'] = {n: _place(self.env[n]) == _place(out) for n in later}
+        return out
 
 # %% ../../nbs/api/quant/80_export.ipynb #ac4718f0
 class _Writer:
@@ -122,12 +139,17 @@ def _round_in_float(w, base, x, rounding):
     top = fmt.top(rounding.signed)
     scale = w.const(f'{base}.scale', rounding.scale)
     const = lambda value: w.const(f'{base}.c{next(n)}', value)
-    op = lambda kind, *a: w.op(kind, f'{base}.{next(n)}', *a)
+    op = lambda kind, *a, **k: w.op(kind, f'{base}.{next(n)}', *a, **k)
     ends = [const(-top if rounding.signed else 0.), const(top)]
     v = op('Div', x, scale)
     if fmt.kind == 'INT': return op('Mul', op('Clip', op('Round', v), *ends), scale)
-    mantissa = 0 if fmt.kind == 'POT' else fmt.mantissa
     v = op('Clip', v, *ends)
+    if fmt.kind == 'APOT':
+        table = _nearest(fmt, torch.float32, torch.device('cpu'))
+        halves = op('Cast', op('Mul', v, const(2.**(1-fmt.lowest))), to=w.onnx.TensorProto.INT32)
+        place = op('Add', halves, w.const(f'{base}.middle', len(table)//2, np.int32))
+        return op('Mul', op('Gather', const(table), place), scale)
+    mantissa = 0 if fmt.kind == 'POT' else fmt.mantissa
     c = op('Mul', v, const(2.**(23-mantissa)+1))
     normal = op('Sub', c, op('Sub', c, v))
     large = const(1.5*2**23*2.**(fmt.lowest-mantissa))
@@ -149,7 +171,7 @@ def _two(value): return [int(o) for o in (value
                                           if isinstance(value, (tuple, list)) else (value, value))]
 
 def _refuse(node, what, why='is not known'):
-    known = ', '.join(sorted({k.__name__ for k in _layers if k is not FakeQuantize}))
+    known = ', '.join(sorted({k.__name__ for k in _layers} - {'FakeQuantize', '_Resize'}))
     raise TypeError(f"`model` must consist of operators that can be written; {node.name} ({what}) "
                     f"{why}. Known are sums, products, concatenations, means, reshaping, "
                     f"attention, and {known}. Replace it, or export the full-precision model with "
@@ -250,19 +272,12 @@ def _max_pool(w, node, m, x):
 def _avg_pool(w, node, m, x):
     if m.divisor_override:
         _refuse(node, 'AvgPool2d', 'has a divisor of its own')
-    w.keep(node, w.op('AveragePool', node.name, x, count_include_pad=int(m.count_include_pad),
-                      **_windows(m)))
-
-def _adaptive_pool(w, node, m, x):
-    size = _shape(node.all_input_nodes[0])[2:]
-    out = _shape(node)[2:]
-    if out == (1, 1): return w.keep(node, w.op('GlobalAveragePool', node.name, x))
-    if any(a % b for a, b in zip(size, out)):
-        high, wide = (F.adaptive_avg_pool1d(torch.eye(n)[None], o)[0] for n, o in zip(size, out))
-        rows = w.op('MatMul', f'{node.name}.rows', w.const(f'{node.name}.high', high.T), x)
-        return w.keep(node, w.op('MatMul', node.name, rows, w.const(f'{node.name}.wide', wide)))
-    window = [a//b for a, b in zip(size, out)]
-    w.keep(node, w.op('AveragePool', node.name, x, kernel_shape=window, strides=window))
+    counted = m.count_include_pad and any(_two(m.padding))
+    rooms = zip(_shape(node.all_input_nodes[0])[2:], *map(_two, (m.padding, m.kernel_size, m.stride)))
+    if counted and w.integer and m.ceil_mode and any((n + 2*p - k) % s for n, p, k, s in rooms):
+        _refuse(node, 'AvgPool2d', 'has windows that reach beyond a padding that counts, whose means are '
+                                   'wrong in the integers of ONNX Runtime')
+    w.keep(node, w.op('AveragePool', node.name, x, count_include_pad=int(counted), **_windows(m)))
 
 # %% ../../nbs/api/quant/80_export.ipynb #33b5b930
 def _batchnorm(w, node, m, x):
@@ -337,60 +352,103 @@ def _gelu(w, node, m, x):
         gate = op('Erf', op('Mul', x, const(.5**.5)))
     w.keep(node, op('Mul', op('Mul', x, op('Add', gate, const(1.))), const(.5)))
 
+def _softplus(w, node, m, x):
+    beta = w.const(f'{node.name}.beta', m.beta)
+    steep = w.op('Mul', f'{node.name}.steep', x, beta)
+    soft = w.op('Div', f'{node.name}.soft', w.op('Softplus', f'{node.name}.plain', steep), beta)
+    far = w.op('Greater', f'{node.name}.far', steep, w.const(f'{node.name}.threshold', m.threshold))
+    w.keep(node, w.op('Where', node.name, far, x, soft))
+
+def _softmax(w, node, m, x):
+    rank = len(_shape(node))
+    usual = 0 if rank in (0, 1, 3) else 1      # torch's, where no dimension is given
+    axis = (usual if m.dim is None else m.dim) % rank
+    if _free(node)[axis] == -1: _refuse(node, 'Softmax', 'mixes the images of a batch')
+    w.keep(node, w.op('Softmax', node.name, x, axis=axis))
+
 def _prelu(w, node, m, x):
     slope = m.weight.detach().view(-1, *[1]*(len(_shape(node))-2))
     w.keep(node, w.op('PRelu', node.name, x, w.const(f'{node.name}.slope', slope)))
 
-def _upsample(w, node, m, x):
-    ways = dict(nearest=('nearest', 'asymmetric'), bilinear=('linear', 'half_pixel'),
-                bicubic=('cubic', 'half_pixel'))
-    if m.mode not in ways:
-        _refuse(node, 'Upsample', f'works by {m.mode!r}')
-    mode, place = ways[m.mode]
-    sizes = zip(_shape(node.all_input_nodes[0])[2:], _shape(node)[2:])
-    ratio = [np.nextafter(np.float32(b/a), np.float32(np.inf)) if b % a else b/a for a, b in sizes]
-    scales = w.const(f'{node.name}.scales', [1, 1, *ratio])
-    w.keep(node, w.op('Resize', node.name, x, '', scales, mode=mode, nearest_mode='floor',
-                      cubic_coeff_a=-.75,
-                      coordinate_transformation_mode='align_corners' if m.align_corners else place))
-
 def _pad(w, node, m, x):
-    left, right, top, bottom = m.padding
-    pads = w.const(f'{node.name}.pads', (0, 0, top, left, 0, 0, bottom, right), np.int64)
-    w.move(node, w.op('Pad', node.name, x, pads, w.const(f'{node.name}.value', float(m.value))))
+    before = node.all_input_nodes[0]
+    others = [0]*(len(_shape(node))-len(m.padding)//2)
+    first = [*others, *m.padding[-2::-2]]
+    last = [*others, *m.padding[::-2]]
+    if any(n == -1 and (a or b) for n, a, b in zip(_free(before), first, last)):
+        _refuse(node, 'padding', 'adds images to a batch')
+    pads = w.const(f'{node.name}.pads', [*first, *last], np.int64)
+    value = w.op('Pad', node.name, x, pads, w.const(f'{node.name}.value', float(m.value)))
+    return w.keep(node, value) if _off_levels(m.value) else w.move(node, value)
+
+# %% ../../nbs/api/quant/80_export.ipynb #3db6f3ba
+class _Resize(nn.Module):
+    "`F.interpolate` with its arguments, as a layer"
+    def __init__(self, *args, **given):
+        super().__init__()
+        self.given = args, given
+    def forward(self, x): return F.interpolate(x, *self.given[0], **self.given[1])
+
+def _shares(m, shape, d):
+    "What each place along dimension `d` of maps of that shape gives to each place of what `m` makes of them"
+    n = shape[d]
+    one = torch.eye(n).view(1, n, *(n if i == d else 1 for i in range(2, len(shape))))
+    return m(one.expand(1, n, *shape[2:]).contiguous())[0].movedim(d-1, 1)[..., None].flatten(2)[..., 0]
+
+def _resample(w, node, m, x):
+    "Rows, then columns: picked where each has one source, else a product with the shares of all"
+    shape = _shape(node.all_input_nodes[0])
+    if len(shape) > 4: _refuse(node, type(m).__name__, 'resizes volumes')
+    for d in range(2, len(shape)):
+        shares = _shares(m, shape, d)
+        name = f'{node.name}.{d}'
+        if (shares.amax(0) == 1).all():
+            x = w.op('Gather', name, x, w.const(f'{name}.places', shares.argmax(0), np.int64), axis=d)
+        elif d == len(shape)-1:
+            x = w.op('MatMul', name, x, w.const(f'{name}.shares', shares))
+        else:
+            x = w.op('MatMul', name, w.const(f'{name}.shares', shares.T), x)
+    w.keep(node, x)
+
+def _adaptive_pool(w, node, m, x):
+    size = _shape(node.all_input_nodes[0])[2:]
+    out = _shape(node)[2:]
+    if out == (1, 1): return w.keep(node, w.op('GlobalAveragePool', node.name, x))
+    if any(a % b for a, b in zip(size, out)): return _resample(w, node, m, x)
+    window = [a//b for a, b in zip(size, out)]
+    w.keep(node, w.op('AveragePool', node.name, x, kernel_shape=window, strides=window))
 
 # %% ../../nbs/api/quant/80_export.ipynb #0a2a703f
 _layers = {
     FakeQuantize: _fake_quantize, Normalize: _normalize, nn.Conv2d: _conv, nn.Linear: _linear,
     nn.BatchNorm2d: _batchnorm, nn.BatchNorm1d: _batchnorm, PaddedConv2d: _conv,
     nn.ConvTranspose2d: _conv_transposed, nn.LayerNorm: _layer_norm, nn.GroupNorm: _group_norm,
-    nn.GELU: _gelu, nn.PReLU: _prelu, nn.Upsample: _upsample, nn.ZeroPad2d: _pad,
+    nn.GELU: _gelu, nn.PReLU: _prelu, nn.Upsample: _resample, _Resize: _resample, nn.ZeroPad2d: _pad,
     nn.ConstantPad2d: _pad, nn.ReLU: _clip, nn.ReLU6: _clip, nn.Hardtanh: _clip,
     nn.MaxPool2d: _max_pool, nn.AvgPool2d: _avg_pool, nn.AdaptiveAvgPool2d: _adaptive_pool,
     nn.Dropout: _nothing, nn.Dropout2d: _nothing, nn.Identity: _nothing, nn.Flatten: _flatten, nn.SiLU: _silu,
-    nn.Softmax: _plain('Softmax', axis=lambda m: m.dim), nn.ELU: _plain('Elu',
-                                                                        alpha=lambda m: m.alpha),
-    nn.Sigmoid: _plain('Sigmoid'), nn.Softplus: _plain('Softplus'), nn.Mish: _mish,
+    nn.Softmax: _softmax, nn.ELU: _plain('Elu', alpha=lambda m: m.alpha),
+    nn.Sigmoid: _plain('Sigmoid'), nn.Softplus: _softplus, nn.Mish: _mish,
     nn.Tanh: _plain('Tanh'), nn.Hardswish: _plain('HardSwish'),
     nn.Hardsigmoid: _plain('HardSigmoid', alpha=1/6, beta=.5),
     nn.LeakyReLU: _plain('LeakyRelu', alpha=lambda m: m.negative_slope)}
 
 # %% ../../nbs/api/quant/80_export.ipynb #4adad0ae
 def _clamp(min=None, max=None):
-    return nn.Hardtanh(-math.inf if min is None else min, math.inf if max is None else max)
+    layer = nn.Hardtanh()
+    layer.min_val = -math.inf if min is None else min
+    layer.max_val = math.inf if max is None else max
+    return layer
 
 def _max(kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
     return nn.MaxPool2d(kernel_size, stride, padding, dilation, return_indices, ceil_mode)
 
 def _drop(p=.5, training=True, inplace=False): return nn.Dropout(p).train(training)
 
-def _softmax(dim=None, _stacklevel=3, dtype=None): return nn.Softmax(dim)
-
-def _resize(size=None, scale_factor=None, mode='nearest', align_corners=None, **rest):
-    return nn.Upsample(size, scale_factor, mode, align_corners)
+def _shared(dim=None, _stacklevel=3, dtype=None): return nn.Softmax(dim)
 
 def _around(pad, mode='constant', value=None):
-    return nn.ConstantPad2d(pad, value or 0.) if mode == 'constant' and len(pad) == 4 else None
+    return nn.ConstantPad2d(pad, value or 0.) if mode == 'constant' else None
 
 def _filled(layer, weight, bias):
     "`layer` with these tensors"
@@ -407,7 +465,6 @@ def _maps(weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
                       dilation, groups)
     return _filled(layer, weight, bias)
 
-# %% ../../nbs/api/quant/80_export.ipynb #d56a7866
 def _last(normalized_shape, weight=None, bias=None, eps=1e-5):
     return _filled(nn.LayerNorm(normalized_shape, eps), weight, bias)
 
@@ -415,19 +472,20 @@ def _grouped(num_groups, weight=None, bias=None, eps=1e-5):
     return _filled(nn.GroupNorm(num_groups, num_groups, eps), weight, bias)
 
 def _sloped(weight): return _filled(nn.PReLU(), weight, None)
+
+# %% ../../nbs/api/quant/80_export.ipynb #3ad8edb1
 _calls = {F.relu: nn.ReLU, torch.relu: nn.ReLU, 'relu': nn.ReLU, F.relu6: nn.ReLU6,
           F.hardtanh: nn.Hardtanh, torch.clamp: _clamp, 'clamp': _clamp, F.max_pool2d: _max,
           F.avg_pool2d: nn.AvgPool2d, F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
           F.dropout: _drop, F.gelu: nn.GELU, F.elu: nn.ELU, F.mish: nn.Mish,
-          F.softmax: _softmax, torch.softmax: _softmax, 'softmax': _softmax,
-          F.interpolate: _resize, F.pad: _around,
+          F.softmax: _shared, torch.softmax: _shared, 'softmax': _shared, F.softplus: nn.Softplus,
+          F.interpolate: _Resize, F.pad: _around,
           F.linear: _rows, F.conv2d: _maps, F.layer_norm: _last, F.group_norm: _grouped, F.prelu: _sloped,
           torch.matmul: _columns, operator.matmul: _columns, 'matmul': _columns,
           torch.tanh: nn.Tanh, 'tanh': nn.Tanh, F.silu: nn.SiLU,
           torch.sigmoid: nn.Sigmoid, 'sigmoid': nn.Sigmoid, F.hardswish: nn.Hardswish,
           F.hardsigmoid: nn.Hardsigmoid, F.leaky_relu: nn.LeakyReLU}
 
-# %% ../../nbs/api/quant/80_export.ipynb #3ad8edb1
 _pairs = {operator.add: 'Add', operator.iadd: 'Add', torch.add: 'Add', 'add': 'Add', 'add_': 'Add',
           operator.mul: 'Mul', operator.imul: 'Mul', torch.mul: 'Mul', 'mul': 'Mul',
           operator.sub: 'Sub', torch.sub: 'Sub', 'sub': 'Sub',
@@ -462,9 +520,9 @@ def _mean(w, node, x):
 def _turn(w, node, x):
     "Dimensions in another order"
     rank = len(_shape(node))
-    given = node.args[1] if len(node.args) == 2 and isinstance(node.args[1],
-                                                               (tuple, list)) else node.args[1:]
-    given = [d % rank for d in (given or node.kwargs.values() or (0, 1))]
+    given = [*node.args[1:], *node.kwargs.values()] or [0, 1]
+    given = given[0] if isinstance(given[0], (tuple, list)) else given
+    given = [d % rank for d in given]
     order = list(range(rank))
     if len(given) == 2 != rank or 'transpose' in str(node.target):
         order[given[0]], order[given[1]] = given[1], given[0]
@@ -472,44 +530,43 @@ def _turn(w, node, x):
         order = given
     w.move(node, w.op('Transpose', node.name, x, perm=order))
 
-# %% ../../nbs/api/quant/80_export.ipynb #59442fbe
 _end = 2**62
 
-def _slice(w, node, x, cuts):
+def _slice(w, name, x, cuts):
     "`x` from start to end along each dimension in `cuts`, which holds dimension -> (start, end)"
     if not cuts: return x
     rows = zip(*((d, a, b) for d, (a, b) in cuts.items()))
-    axes, starts, ends = (w.const(f'{node.name}.{k}', v, np.int64)
+    axes, starts, ends = (w.const(f'{name}.{k}', v, np.int64)
                           for k, v in zip(('axes', 'from', 'till'), rows))
-    return w.op('Slice', f'{node.name}.part', x, starts, ends, axes)
+    return w.op('Slice', f'{name}.part', x, starts, ends, axes)
 
-def _item(w, node, x):
-    "An item of what a call returned, or a part of a tensor"
-    source, index = node.args
-    if source.target in _parts:
-        metas = source.meta['tensor_meta']
-        unbound = 'unbind' in str(source.target)
-        rank = len(_shape(source.all_input_nodes[0]))
-        dim = _argument(source, 'dim', 1 if unbound else 2, 0) % rank
-        sizes = [1 if unbound else m.shape[dim] for m in metas]
-        index %= len(sizes)
-        x = _slice(w, node, x, {dim: (sum(sizes[:index]), sum(sizes[:index+1]))})
-        return w.move(node, _reshape(w, node, x) if unbound else x)
-    index = index if isinstance(index, tuple) else (index,)
-    known = all(i is None or type(i) is int or isinstance(i, slice) and i.step in (None, 1)
-                for i in index)
-    if not known: _refuse(node, 'an index')
-    cuts = {}
-    for d, i in enumerate(i for i in index if i is not None):
-        if type(i) is int:
-            cuts[d] = i, i+1 if i != -1 else _end
-        elif i != slice(None):
-            cuts[d] = i.start or 0, _end if i.stop is None else i.stop
-    if 0 in cuts: _refuse(node, 'an index', 'picks images out of a batch')
-    x = _slice(w, node, x, cuts)
-    w.move(node, x if all(isinstance(i, slice) for i in index) else _reshape(w, node, x))
+# %% ../../nbs/api/quant/80_export.ipynb #59442fbf
+def _pieces(node):
+    "The call that cuts a tensor into parts, and the numbers of those in `node`, or of the one that it is"
+    if node.target in _parts: return node, range(len(node.meta['tensor_meta']))
+    call, numbers = _pieces(node.args[0])
+    return call, numbers[node.args[1]]
 
-# %% ../../nbs/api/quant/80_export.ipynb #ae215f75
+def _piece(w, name, call, number):
+    "One part of what `call` cuts a tensor into"
+    unbound = 'unbind' in str(call.target)
+    before = call.all_input_nodes[0]
+    dim = _argument(call, 'dim', 1 if unbound else 2, 0) % len(_shape(before))
+    if _free(before)[dim] == -1: _refuse(call, _name(call.target), 'picks images out of a batch')
+    sizes = [1 if unbound else m.shape[dim] for m in call.meta['tensor_meta']]
+    part = _slice(w, name, w.name[call], {dim: (sum(sizes[:number]), sum(sizes[:number+1]))})
+    if not unbound: return part
+    return w.op('Squeeze', f'{name}.bare', part, w.const(f'{name}.dim', [dim], np.int64))
+
+def _tensors(w, node, given):
+    "Names of the tensors in a list, or in a tuple that some call returned"
+    if not isinstance(given, fx.Node): return [w.name[o] for o in given]
+    call, numbers = _pieces(given)
+    names = [f'{node.name}.{k}' for k in numbers]
+    parts = [_piece(w, name, call, k) for name, k in zip(names, numbers)]
+    grid = w.grid[given]
+    return [w.pair(name, part, grid) for name, part in zip(names, parts)] if grid else parts
+
 def _expand(w, node, x):
     "Copies along dimensions of size one, among them one for each image"
     batch = w.op('Shape', f'{node.name}.images', 'images', start=0, end=1)
@@ -517,6 +574,27 @@ def _expand(w, node, x):
              for i, n in enumerate(_free(node))]
     shape = w.op('Concat', f'{node.name}.shape', *sizes, axis=0)
     w.move(node, w.op('Expand', node.name, x, shape))
+
+# %% ../../nbs/api/quant/80_export.ipynb #59442fbe
+def _item(w, node, x):
+    "An item of what a call returned, or a part of a tensor"
+    source, index = node.args
+    if not hasattr(source.meta['tensor_meta'], 'shape'):
+        call, found = _pieces(node)
+        return w.same(node) if isinstance(found, range) else w.move(node, _piece(w, node.name, call, found))
+    index = index if isinstance(index, tuple) else (index,)
+    bounds = [o for i in index for o in ((i.start, i.stop) if isinstance(i, slice) else (i,))]
+    steps = {i.step for i in index if isinstance(i, slice)}
+    if {type(o) for o in bounds} - {int, type(None)} or steps - {None, 1}: _refuse(node, 'an index')
+    cuts = {}
+    for d, i in enumerate(i for i in index if i is not None):
+        if type(i) is int:
+            cuts[d] = i, i+1 if i != -1 else _end
+        elif i != slice(None):
+            cuts[d] = i.start or 0, _end if i.stop is None else i.stop
+    if any(_free(source)[d] == -1 for d in cuts): _refuse(node, 'an index', 'picks images out of a batch')
+    x = _slice(w, node.name, x, cuts)
+    w.move(node, x if all(isinstance(i, slice) for i in index) else _reshape(w, node, x))
 
 def _products(w, node, x):
     "Products of queries and keys, and the softmax of what a mask leaves of them"
@@ -540,8 +618,8 @@ def _products(w, node, x):
 def _function(w, node, x):
     "Functions and methods that are no layers."
     target = node.target
-    odd = {'alpha', 'out', 'rounding_mode'} & node.kwargs.keys()
-    if target in _pairs and not odd:
+    plain = len(node.args) == 2 - len(node.kwargs) and node.kwargs.keys() <= {'other'}
+    if target in _pairs and plain:
         ends = [w.name[o] if isinstance(o, fx.Node) else w.const(f'{node.name}.number', o)
                 for o in (node.args[0], _argument(node, 'other', 1))]
         return w.keep(node, w.op(_pairs[target], node.name, *ends))
@@ -555,19 +633,29 @@ def _function(w, node, x):
     if target in (torch.cat, torch.concat):
         axis = _argument(node, 'dim', 1, 0) % len(_shape(node))
         if _free(node)[axis] != -1:
-            parts = [w.name[o] for o in _argument(node, 'tensors', 0)]
+            parts = _tensors(w, node, _argument(node, 'tensors', 0))
             return w.keep(node, w.op('Concat', node.name, *parts, axis=axis))
     _refuse(node, _name(target))
 
-# %% ../../nbs/api/quant/80_export.ipynb #c5e9b237
 def _layer_of(w, node):
     "The layer that a node calls, or that its function is with these arguments; None if there is none"
     if node.op == 'call_module': return w.graph.get_submodule(node.target)
     if node.target not in _calls: return None
     given = {k: v for k, v in node.kwargs.items() if k not in ('input', 'inplace')}
     rest, given = fx.node.map_arg((node.args[1:], given), lambda n: w.held.get(n, n))
-    free = [v for v in (*rest, *given.values()) if isinstance(v, fx.Node)]
+    free = []
+    fx.node.map_arg((rest, given), free.append)
     return None if free else _calls[node.target](*rest, **given)
+
+# %% ../../nbs/api/quant/80_export.ipynb #c5e9b238
+def _check_call(w, node, before):
+    "Refuse a call that says more than its operator would"
+    layer = type(w.graph.get_submodule(node.target)).__name__ if node.op == 'call_module' else None
+    if layer and len(node.args)+len(node.kwargs) > 1:
+        _refuse(node, layer, 'is called with more than its input')
+    given, kind = (getattr(n.meta['tensor_meta'], 'dtype', None) if n else None for n in (before, node))
+    if kind not in (torch.float32, torch.float64, given, None):
+        _refuse(node, layer or _name(node.target), f'computes in {kind}')
 
 def _write(w, node):
     "Append what `node` computes."
@@ -576,13 +664,25 @@ def _write(w, node):
         kind = np.bool_ if w.held[node].dtype == torch.bool else np.float32
         return w.keep(node, w.const(f'{node.name}.held', w.held[node], kind))
     m = _layer_of(w, node)
-    x = w.name[node.all_input_nodes[0]] if node.all_input_nodes else None
+    before = next(iter(node.all_input_nodes), None)
+    _check_call(w, node, before)
+    x = w.name.get(before)
     if m is None: return _function(w, node, x)
     if m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m):
         _refuse(node, type(m).__name__, 'has a hook or a `forward` of its own, which a file cannot hold')
-    if type(m) not in _layers and not isinstance(m, nn.BatchNorm2d):
-        _refuse(node, type(m).__name__)
-    _layers.get(type(m), _batchnorm)(w, node, m, x)
+    usual = _batchnorm if type(m).forward is nn.BatchNorm2d.forward else None
+    write = _layers.get(type(m), usual)
+    if write is None: _refuse(node, type(m).__name__)
+    if type(m).__name__.endswith('Pool2d') and len(_shape(node.all_input_nodes[0])) != 4:
+        _refuse(node, type(m).__name__, 'pools maps without channels')
+    write(w, node, m, x)
+
+def _step(w, node):
+    "Append a node if it computes a tensor; what it writes into has that value from then on"
+    if 'tensor_meta' in node.meta: _write(w, node)
+    for written, whole in node.meta['written'].items():
+        if not whole: _refuse(node, 'in place', 'writes into a tensor of which another view is read later')
+        w.name[written], w.grid[written] = w.name[node], w.grid[node]
 
 # %% ../../nbs/api/quant/80_export.ipynb #3b014bd6
 def _says(spec, writer):
@@ -626,10 +726,10 @@ def _shaped(model, spec, shape):
         graph = copy.deepcopy(model) if spec else _open_attention(fold_batchnorm(model))
         graph = graph.cpu().float()
         with torch.no_grad(), redirect_stderr(io.StringIO()):    # ShapeProp prints what it raises
-            ShapeProp(graph).propagate(images)
+            _Shapes(graph).propagate(images)
             for node in graph.graph.nodes:
                 node.meta['other_shape'] = getattr(node.meta.get('tensor_meta'), 'shape', ())
-            ShapeProp(graph).propagate(images[:2])
+            _Shapes(graph).propagate(images[:2])
     except (RuntimeError, ValueError) as e:
         raise ValueError("`shape` must be the channels, height and width of images that `model` takes; got "
                          f"{shape!r}. It says: {e.__cause__ or e}") from e
@@ -653,8 +753,8 @@ def _translate(model, shape):
             w.keep(node, 'images')
         elif node.op == 'output':
             logits = node.args[0]
-        elif 'tensor_meta' in node.meta:
-            _write(w, node)
+        else:
+            _step(w, node)
     if not isinstance(logits, fx.Node):
         raise TypeError(f"`model` must return one tensor of logits; got a {type(logits).__name__} of them.")
     w.op('Identity', 'logits', w.name[logits])

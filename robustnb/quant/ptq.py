@@ -54,7 +54,7 @@ def _open_attention(model):
 _clips = (nn.ReLU, nn.ReLU6, nn.Hardtanh, F.relu, F.relu6, F.hardtanh, torch.relu, torch.clamp,
           'relu', 'clamp')
 _moves = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout2d, nn.Identity,
-          nn.Flatten, nn.Unflatten, nn.ZeroPad2d, nn.Dropout1d, nn.Dropout3d,
+          nn.Flatten, nn.Unflatten, nn.modules.padding._ConstantPadNd, nn.Dropout1d, nn.Dropout3d,
           nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d,
           nn.ReplicationPad2d, nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
           nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, F.max_pool2d, F.adaptive_max_pool2d,
@@ -65,8 +65,19 @@ _moves = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout2d, nn.Ident
           'flatten', 'view', 'reshape', 'permute', 'transpose', 'contiguous', 'unsqueeze', 'squeeze',
           'chunk', 'split', 'unbind', 'unflatten', 'expand', 'roll', 'size', 'dim')
 
+def _off_levels(value):
+    "May a number to pad with lie beside the levels? Zero does not, and pools pass over what is infinite"
+    return bool(value) and math.isfinite(value)
+
+def _pads_off_levels(node, model):
+    if calls(node, model, (F.pad,)):
+        return _off_levels(node.kwargs.get('value', node.args[3] if len(node.args) > 3 else None))
+    padded = calls(node, model, (nn.modules.padding._ConstantPadNd,))
+    return padded and _off_levels(model.get_submodule(node.target).value)
+
 def _only_moves(node, model):
     "Does `node` call what only moves values? torchvision's stochastic depth is known by its name"
+    if _pads_off_levels(node, model): return False
     return calls(node, model, _moves) or getattr(node.target, '__name__',
                                                  None) == 'stochastic_depth'
 

@@ -149,7 +149,8 @@ def test_bytes_do_not_saturate(tmp_path):
 
 
 names = ('INT2', 'INT4', 'INT8', 'INT12', 'POT2', 'POT4', 'POT6', 'POT8', 'FLOAT3',
-         'FLOAT4_E1', 'FLOAT6', 'FLOAT8_E1', 'FLOAT8_E6', 'FP8_E4M3', 'FP8_E5M2')
+         'FLOAT4_E1', 'FLOAT6', 'FLOAT8_E1', 'FLOAT8_E6', 'FP8_E4M3', 'FP8_E5M2',
+         'APOT3', 'APOT4', 'APOT5', 'APOT8')
 
 
 @pytest.mark.parametrize('signed', (True, False), ids=('signed', 'unsigned'))
@@ -184,7 +185,8 @@ def test_rounding_in_float(name, signed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'name', ('INT4', 'INT12', 'POT4', 'POT8/POT8', 'FLOAT4', 'FP8', 'INT8/INT4', 'INT12/INT8'))
+    'name', ('INT4', 'INT12', 'POT4', 'POT8/POT8', 'FLOAT4', 'FP8', 'INT8/INT4', 'INT12/INT8', 'APOT4/APOT4',
+             'INT8/APOT4'))
 def test_formats_without_an_engine(name, tmp_path):
     "The file computes in the format, in float, and says so"
     x = images(32, 8)
@@ -503,6 +505,18 @@ class Calls(nn.Module):
     def forward(self, x): return self.f(self.conv(x))
 
 
+class Twice(nn.Module):
+    "A transposed convolution that is told its size, which only its call holds"
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(3, 4, 3, 2, 1)
+    def forward(self, x): return self.up(x, output_size=(16, 16))
+
+
+class Bent(nn.BatchNorm2d):
+    def forward(self, x): return super().forward(x).relu()
+
+
 class Odd(nn.Conv2d):
     def forward(self, x): return super().forward(x)*x.mean()
 
@@ -536,6 +550,39 @@ usual = dict(pool=lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d
              up=lambda: nn.Sequential(nn.Conv2d(3, 4, 3),
                                       nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2), nn.ELU()),
              tokens=Mixed)
+layers = lambda *after: lambda: nn.Sequential(nn.Conv2d(3, 4, 3), *copy.deepcopy(after))
+resize = lambda *size, **how: lambda: Calls(lambda a: F.interpolate(a, *size, **how))
+call = lambda f: lambda: Calls(f)
+usual |= {
+    'softplus': layers(nn.Softplus(2., .5), nn.Conv2d(4, 4, 1)),
+    'softplus function': call(lambda a: F.softplus(a, 3.)),
+    'softmax of no dimension': layers(nn.Softmax()),
+    'softmax function': call(lambda a: F.softmax(a)),
+    'scale': layers(nn.Upsample(scale_factor=1.3)),
+    'two scales': resize(scale_factor=(1.3, .6)),
+    'fewer places': layers(nn.Upsample(size=(4, 5))),
+    'linear scale': resize(scale_factor=.6, mode='bilinear'),
+    'scale anew': resize(scale_factor=.6, mode='bilinear', recompute_scale_factor=True),
+    'corners': resize((5, 11), mode='bicubic', align_corners=True),
+    'cubic': resize(scale_factor=1.7, mode='bicubic'),
+    'exact': resize((5, 11), mode='nearest-exact'),
+    'area': layers(nn.Upsample(scale_factor=1.5, mode='area')),
+    'antialias': resize((5, 3), mode='bilinear', antialias=True),
+    'resized rows': call(lambda a: F.interpolate(a.flatten(2), scale_factor=.7, mode='linear')),
+    'pad with a number': call(lambda a: F.pad(a, (1, 2, 0, 1), value=-2.)),
+    'pad layer': layers(nn.ConstantPad2d(1, 3.)),
+    'pad less': call(lambda a: F.pad(a, (-1, 2, 0, -1))),
+    'pad channels': call(lambda a: F.pad(a, (0, 0, 0, 0, 1, 2))),
+    'pad for a pool': call(lambda a: F.max_pool2d(F.pad(a, (0, 1, 0, 1), value=-math.inf), 2)),
+    'parts turned round': call(lambda a: torch.cat(a.split([1, 3], 1)[::-1], 1)),
+    'some parts': call(lambda a: torch.cat(a.chunk(4, 1)[1:], 1)),
+    'one part of some': call(lambda a: a.chunk(4, 1)[1:][-1]*2),
+    'every second': call(lambda a: torch.cat(a.unbind(1)[::2], 1)),
+    'item behind a turn': call(lambda a: a.permute(1, 0, 2, 3)[0]*2),
+    'turn by name': call(lambda a: a.permute(dims=(0, 2, 3, 1)).transpose(1, dim1=2)),
+    'clamp to one value': call(lambda a: a.clamp(.3, .1)),
+    'written into': call(lambda a: F.elu(a, .4, inplace=True) + a),
+    'mean up to the edge': layers(nn.AvgPool2d(4, 4, ceil_mode=True))}
 
 
 @pytest.mark.parametrize('name', usual)
@@ -543,7 +590,8 @@ def test_usual_layers_are_written(name, tmp_path):
     x = images(16, 8)
     net = seeded(lambda: usual[name]() if name == 'tokens' else nn.Sequential(
         usual[name](), nn.Flatten(), nn.LazyLinear(6)))
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         net(x[:1])
     export_onnx(net, tmp_path/'float.onnx', (3, 8, 8))
     whole = predict(net, x)
@@ -565,9 +613,20 @@ def test_usual_layers_are_written(name, tmp_path):
     (Calls(lambda a: F.avg_pool2d(a, 2, divisor_override=3)), 'has a divisor of its own'),
     (nn.MaxPool2d(2, return_indices=True), 'returns places'),
     (nn.Conv2d(3, 4, 3, padding=1, padding_mode='reflect'), "pads with 'reflect'"),
-    (nn.Upsample(scale_factor=2, mode='area'), "works by 'area'"), (nn.Softshrink(),
-                                                                    r'\(Softshrink\) is not known'),
-    (Odd(3, 4, 3), r'\(Odd\) is not known')))
+    (Calls(lambda a: torch.add(a, 2, a)), r'\(add\) is not known'),
+    (Calls(lambda a: a.softmax(0)), 'mixes the images'),
+    (Calls(lambda a: F.softmax(a.flatten(2))), 'mixes the images'),
+    (Calls(lambda a: a.softmax(1, dtype=torch.float16)), 'computes in torch.float16'),
+    (Calls(lambda a: (9*a).to(torch.int32)), 'computes in torch.int32'),
+    (Calls(lambda a: F.pad(a, [0]*6 + [1, 0])), 'adds images to a batch'),
+    (Calls(lambda a: a.chunk(2)[0]), 'picks images'),
+    (Calls(lambda a: a.permute(1, 0, 2, 3)[:, :1]), 'picks images'),
+    (Calls(lambda a: a[:, :a.shape[1]//2]), 'an index'),
+    (Calls(lambda a: F.max_pool2d(a.flatten(2), 2)), 'pools maps without channels'),
+    (Calls(lambda a: F.relu(a.flatten(2), inplace=True) + a.flatten(2)), 'another view is read later'),
+    (Calls(lambda a: a.view(-1, 4, 64).add_(1.)*a.flatten(2)), 'another view is read later'),
+    (Twice(), 'is called with more than its input'), (Bent(3), r'\(Bent\) is not known'),
+    (nn.Softshrink(), r'\(Softshrink\) is not known'), (Odd(3, 4, 3), r'\(Odd\) is not known')))
 def test_refused_by_name(net, text, tmp_path):
     (tmp_path/'m.onnx').write_text('what was there')
     with pytest.raises(TypeError, match=text) as e:
@@ -577,6 +636,17 @@ def test_refused_by_name(net, text, tmp_path):
     assert 'FakeQuantize' not in str(e.value)
     assert (tmp_path/'m.onnx').read_text() == 'what was there'
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_means_beyond_a_padding_are_refused_in_integers(tmp_path):
+    "ONNX Runtime divides by the places of the whole window there; in float it does what torch does"
+    x = images(16, 8)
+    net = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+                                       nn.Flatten(), nn.Linear(100, 6)))
+    export_onnx(net, tmp_path/'m.onnx', (3, 8, 8))
+    torch.testing.assert_close(run_onnx(tmp_path/'m.onnx', x), predict(net, x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match='reach beyond a padding that counts'):
+        export_onnx(quantize(net, 'INT8', x), tmp_path/'m.onnx', (3, 8, 8))
 
 
 def test_errors(tmp_path):

@@ -537,6 +537,40 @@ def test_every_computed_tensor_is_rounded_once_and_nothing_else():
             assert [u.name for u in n.users] == ['reshape']
 
 
+class Framed(nn.Module):
+    "A convolution, what pads it, and a linear layer"
+    def __init__(self, pad):
+        super().__init__()
+        self.conv, self.pad, self.fc = nn.Conv2d(3, 4, 3), pad, nn.LazyLinear(5)
+    def forward(self, x): return self.fc(self.pad(self.conv(x)).flatten(1))
+
+
+passed_over = lambda x: F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-math.inf), 2)
+pads = {'number': (lambda x: F.pad(x, (1, 2, 0, 1), value=-2.), True),
+        'number by place': (lambda x: F.pad(x, (1, 2, 0, 1), 'constant', .3), True),
+        'layer': (nn.ConstantPad2d(1, .3), True),
+        'zeros': (lambda x: F.pad(x, (1, 2, 0, 1)), False),
+        'layer of zeros': (nn.ConstantPad2d(1, 0.), False), 'zero layer': (nn.ZeroPad2d(1), False),
+        'mirror': (lambda x: F.pad(x, (1, 1, 1, 1), 'reflect'), False),
+        'infinite': (passed_over, False)}
+
+
+@pytest.mark.parametrize('name', pads)
+def test_a_number_to_pad_with_lies_on_the_levels(name):
+    "Zeros do on any, and pools pass over infinite ones; another number is rounded with the map around it"
+    pad, rounded = pads[name]
+    net = seeded(lambda: Framed(pad))
+    x = images(8)
+    assert len(quantization_points(fold_batchnorm(net, x))) == 2 + rounded
+    q = quantize(net, 'INT4', x)
+    fc = next(n for n in q.graph.nodes if n.target == 'fc')
+    seen = []
+    q.fc.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    q(x)
+    steps = seen[0]/q.get_submodule(source(fc.args[0], q).target).scale
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
+
+
 def test_calibration_reads_all_images_and_only_the_extremes_matter_to_minmax():
     model = small()
     x = .4 + .2*images(250)
