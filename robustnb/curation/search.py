@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 import numpy as np
 import pandas as pd
-from ..core import check_count, subseed
+from ..core import check_count, some_of, subseed
 from ..data import ImageSet
 from .selection import among, balanced, everything, is_wrong, most_misclassified
 from .training_sets import (
@@ -116,6 +116,7 @@ def random_mixtures(
     return {f'random {i+1}': {name: float(v/d.sum()) for name, v in zip(names, d) if v}
             for i, d in enumerate(draws)}
 
+# %% ../../nbs/api/curation/60_search.ipynb #d4c10b03
 def successive_halving(
     # Name -> proportions; or an `ImageSet` that is ready, such as a baseline, and races as it is
     plans:dict,
@@ -134,7 +135,11 @@ def successive_halving(
     for i, level in enumerate(levels):
         sets = {k: p if isinstance(p := plans[k], ImageSet) else build(p) for k in left}
         _refuse_sizes(sets)
-        table = rank_training_sets(level(sets), slices)
+        rows = level(sets)
+        if odd := set(sets) ^ set(rows['set']):
+            raise ValueError("`levels` must return rows of the sets they are given, of all and no others; "
+                             f"those of level {i+1} differ in {some_of(sorted(odd))}. Score every set.")
+        table = rank_training_sets(rows, slices)
         parts.append(table.reset_index(names='plan').assign(level=i+1))
         left = table.index[:max(1, round(keep*len(table)))].tolist()
     return pd.concat(parts, ignore_index=True)

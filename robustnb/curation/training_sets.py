@@ -147,9 +147,9 @@ def load_training_set(
         raise FileNotFoundError("`folder` must hold provenance.csv beside the images; there "
                                 f"is none in {folder}. Without a history, use `load_npy`.")
     with explain_errors(path, 'the provenance.csv of `TrainingSet.save`'):
-        return TrainingSet(data.images, data.labels, data.classes,
-                           pd.read_csv(path, keep_default_na=False, na_values={'success': ['']},
-                                       dtype=dict.fromkeys(('source', 'family', 'slice', 'kind'), str)))
+        rows = pd.read_csv(path, keep_default_na=False, na_values=dict(success=[''], severity=['']),
+                           dtype=dict.fromkeys(('source', 'family', 'slice', 'kind'), str))
+        return TrainingSet(data.images, data.labels, data.classes, rows)
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #4c746635
 def _least_used(image, used):

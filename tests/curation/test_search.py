@@ -99,6 +99,12 @@ def test_halving_by_another_slice():
     assert table.plan.iloc[-3:].tolist() == ['p0', 'p1', 'p2']
 
 
+def test_levels_must_score_every_set():
+    for change in (lambda sets: dict([*sets.items()][1:]), lambda sets: sets | dict(other=[0])):
+        with pytest.raises(ValueError, match='`levels` must.*level 1 differ in .(p0|other)'):
+            successive_halving(plans, ninths, [lambda sets: count_ninths(change(sets))]*2)
+
+
 def test_a_baseline_races_as_it_is():
     built = []
     def build(plan):
