@@ -68,6 +68,24 @@ def test_mining_queries_the_networks_of_the_round_before():
     assert log.all_wrong.iloc[1] <= log.any_wrong.iloc[1]
 
 
+def test_mining_uses_the_pool_evenly():
+    fit = lambda data, seed: nets
+    made, _ = mine_errors(pool, [unchanged], 45, fit, rounds=5, candidates=3)
+    assert made.rows['image'].is_unique
+    again, _ = mine_errors(pool, [unchanged], 45, fit, rounds=5, candidates=3)
+    assert made.rows.equals(again.rows)
+    with pytest.raises(ValueError, match='`rounds` must be at most the 3 images wanted; got 4'):
+        mine_errors(pool, [unchanged], 3, fit, rounds=4)
+
+
+@pytest.mark.parametrize('sources', (2, 99, 100, 300, 1000))
+@pytest.mark.parametrize('concentration', (.5, 1000.))
+def test_random_mixtures_are_whole(sources, concentration):
+    for mixture in random_mixtures([f's{i}' for i in range(sources)], 20, 0, concentration).values():
+        assert np.isclose(sum(mixture.values()), 1)
+        assert min(mixture.values()) > 0
+
+
 def ninths(proportions):
     "A stand-in for a training set of nine images: the ninths of source a"
     return [round(9*proportions['a'])]*9
