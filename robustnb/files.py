@@ -252,16 +252,16 @@ def fingerprint(
 
 # %% ../nbs/api/05_files.ipynb #21f8e7df
 def checkpoint_mark(
-    model:nn.Module,     # Network; its names and shapes count, not its weights
+    model:nn.Module,     # Network that the run begins with; its names, shapes and weights count
     images:np.ndarray,   # Training images
     labels:np.ndarray,   # Their labels
     recipe,              # Settings, told apart by their `repr`
     seed:int,            # Seed of the run
-)->dict:                 # Name -> what must be equal: network, recipe, seed, images
+)->dict:                 # Name -> what must be equal: network, recipe, seed, images, weights
     "What a checkpoint must agree with before a run may continue from it."
     shapes = [(k, tuple(v.shape)) for k, v in model.state_dict().items()]
     return dict(network=fingerprint(shapes), recipe=repr(recipe), seed=int(seed),
-                images=fingerprint(images, labels))
+                images=fingerprint(images, labels), weights=fingerprint(*model.state_dict().values()))
 
 def resume_state(
     path,            # Checkpoint, a file of `save_state` with its mark under 'mark'
@@ -276,7 +276,7 @@ def resume_state(
         raise ValueError(f"`checkpoint` must be a training checkpoint of `train`; {path} is "
                          "something else. Choose another path, or load finished weights with "
                          "`load_model`.")
-    found = state.get('mark', {})
+    found = dict(weights=mark.get('weights')) | state.get('mark', {})    # older files do not say them
     for k, want in mark.items():
         if found.get(k) != want:
             raise ValueError(f"`checkpoint` belongs to another run: its {k} is "

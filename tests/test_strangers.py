@@ -167,7 +167,7 @@ def score(**other):
     (lambda: build(batch_size=2.), '`batch_size` must be a whole number, at least 1; got 2.0'),
     (lambda: score(sets=[POOL()]), '`sets` must be a dict from names to sets; got list'),
     (lambda: score(sets=dict(a=POOL().x)), r"`sets\['a'\]` must be an ImageSet.*got Tensor"),
-    (lambda: score(hidden=POOL()), '`hidden` must be a set with families.*got ImageSet'),
+    (lambda: score(hidden=POOL()), '`hidden` must be a set whose rows have a `family`.*got ImageSet'),
     (lambda: score(seeds=3), r'`seeds` must be a list of seeds; got 3. Use `range\(3\)`'),
     (lambda: score(networks=dict(a=Small())),
      "`networks` must hold functions of a seed.*'a' is a network itself"),

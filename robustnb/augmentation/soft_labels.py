@@ -13,6 +13,13 @@ from ..contract import predict
 from .history import note
 
 # %% ../../nbs/api/augmentation/30_soft_labels.ipynb #550d9027
+def _check_labels(x, y):
+    "Raise unless `y` has a row of weights for each image"
+    if isinstance(y, Tensor) and y.is_floating_point() and y.ndim == 2 and len(y) == len(x): return
+    got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+    raise ValueError(f"`y` must be soft labels, floats (N,K), a row for each of {len(x)} images; got {got}. "
+                     "Of class numbers make them by `torch.nn.functional.one_hot(y, K).float()`.")
+
 def label_smoothing(
     x:Tensor,                         # Images (N,C,H,W), passed on
     y:Tensor,                         # Soft labels (N,K)
@@ -20,13 +27,14 @@ def label_smoothing(
     alpha:float=.1,                   # Fraction that leaves each class for the others, in [0,1]
 )->tuple:                             # Images and labels
     "Label smoothing (Szegedy et al. 2016, arXiv:1512.00567)."
+    _check_labels(x, y)
     if not 0 <= alpha <= 1: raise ValueError(f"`alpha` must be in [0, 1]; got {alpha}.")
     return x, (1-alpha)*y + alpha*(1-y)/(y.shape[1]-1)
 
 # %% ../../nbs/api/augmentation/30_soft_labels.ipynb #843149ec
 def _portions(n, alpha, generator):
     "Fractions drawn from Beta(alpha, alpha) with the numbers of `generator`"
-    if not alpha > 0: raise ValueError(f"`alpha` must be above 0; got {alpha}.")
+    if not 0 < alpha < np.inf: raise ValueError(f"`alpha` must be above 0 and finite; got {alpha}.")
     rng = torch.randint(2**62, (), generator=generator).item()
     return torch.from_numpy(np.random.default_rng(rng).beta(alpha, alpha, n)).float()
 
@@ -37,6 +45,7 @@ def mixup(
     alpha:float=1.,              # Proportions come from Beta(alpha, alpha); small means nearly pure images
 )->tuple:                        # Images and labels
     "Mixup (Zhang et al. 2018, arXiv:1710.09412)."
+    _check_labels(x, y)
     own = _portions(len(x), alpha, generator)
     other = torch.randperm(len(x), generator=generator)
     note(partner=other, weight=own)
@@ -50,6 +59,7 @@ def cutmix(
     alpha:float=1.,              # Areas come from Beta(alpha, alpha)
 )->tuple:                        # Images and labels
     "CutMix (Yun et al. 2019, arXiv:1905.04899)."
+    _check_labels(x, y)
     n, _, h, w = x.shape
     other = torch.randperm(len(x), generator=generator)
     side = (1-_portions(n, alpha, generator)).sqrt()
@@ -72,6 +82,7 @@ def teacher_labels(
     agree:bool=False,            # Change only rows whose class all teachers confirm
 )->tuple:                        # Images and labels
     "Labels from networks (Hinton et al. 2015, arXiv:1503.02531; Papernot et al. 2016, arXiv:1511.04508)."
+    _check_labels(x, y)
     models = [models] if isinstance(models, torch.nn.Module) else list(models)
     if not models: raise ValueError("`models` must hold at least one classifier; got none.")
     if not temperature > 0: raise ValueError(f"`temperature` must be above 0; got {temperature}.")

@@ -314,7 +314,8 @@ def affine(
     move = _draw(shift, 2*n, generator, 'shift').view(n, 2, 1)
     note(shift=move)
     if not (size > 0).all(): raise ValueError(f"`scale` must be above 0; got {scale!r}.")
-    sines = [angle.cos(), -angle.sin(), angle.sin(), angle.cos()]
+    h, w = x.shape[2:]
+    sines = [angle.cos(), -angle.sin()*(h/w), angle.sin()*(w/h), angle.cos()]    # both sides are 2 long
     turn = torch.stack(sines, 1).view(n, 2, 2)/size.view(n, 1, 1)
     maps = torch.cat([turn, -turn@(2*move)], 2).to(x)
     grid = F.affine_grid(maps, list(x.shape), align_corners=False)

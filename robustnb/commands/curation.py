@@ -6,7 +6,7 @@
 __all__ = ['build_set_command', 'validate_set_command', 'score_set_command']
 
 # %% ../../nbs/api/commands/60_curation.ipynb #5bbcc578
-import time
+import shutil, time
 from pathlib import Path
 from ..core import check_count, some_of
 from ..files import manifest, save_json
@@ -47,6 +47,8 @@ def build_set_command(
 ):
     """Build a published training set.
 
+    A run that was killed goes on with the next source.
+
     Example:
 
         robustnb build-set lyx3911 runs/resnet/weights.pt,runs/vgg/weights.pt --out submission"""
@@ -58,8 +60,9 @@ def build_set_command(
     net = _same_classes(nets)
     pool = _images(data, pool_split(**read), opening.get('size') or None)
     pool = match_classes(pool, net.classes, net.n_classes)
-    made = build_training_set(pool, **sources, n=n, seed=seed)
+    made = build_training_set(pool, **sources, n=n, seed=seed, folder=out/'sources')
     made.save(out)
+    shutil.rmtree(out/'sources')
     write_config(default_config(2), out/'config.py')
     set_card(made, out/'card.html', plan, f'{n} images from {len(pool)} of {data}, seed {seed}')
     facts = dict(plan=plan, data=str(data), split=pool_split(**read), n=n, effort=effort, networks=list(nets),
@@ -89,8 +92,9 @@ def _made_hidden(out, nets, pool, n):
     made_with = {k: _mark_model(v) for k, v in nets.items()}
     _continue(out, dict(surrogates=made_with, images=_mark_of(pool), n=n))
     if (out/'hidden'/'data.npy').exists(): return load_training_set(out/'hidden')
-    hidden = hidden_set(pool, nets, n)
+    hidden = hidden_set(pool, nets, n, folder=out/'families')
     hidden.save(out/'hidden')
+    shutil.rmtree(out/'families')
     return hidden
 
 def _hidden_images(out, model, n, source, opening, labelled, classes):

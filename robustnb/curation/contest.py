@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core import fast_bf16, make_generator, memory_layout, pick_device, progress, subseed
 from ..files import (
-    atomic_path, checkpoint_mark, fingerprint, load_state, resume_state, save_state)
+    atomic_path, checkpoint_mark, load_state, resume_state, save_state)
 from ..archives import MAX_IMAGES, open_members, read_array, verdict_row
 from ..models.wrapping import Normalized
 from ..models.blocks import conv_layers, joined, resnet
@@ -576,8 +576,7 @@ def _mark(model, images, labels, config, seed):
     """What a checkpoint must agree with; the number of epochs is free, as nothing before the end
     depends on it"""
     settings = repr(sorted((k, v) for k, v in config.items() if k != 'epochs'))
-    weights = fingerprint(*model.state_dict().values())
-    return checkpoint_mark(model, images, labels, settings, seed) | dict(weights=weights)
+    return checkpoint_mark(model, images, labels, settings, seed)
 
 def _restore(checkpoint, mark, epochs, model, optimizer, scheduler, device):
     "The history in a checkpoint of this run; network, optimiser and scheduler are set to its state"

@@ -7,14 +7,14 @@ __all__ = ['hidden_mixture', 'families', 'hidden_set', 'proxy_networks', 'count_
            'rank_training_sets', 'compare_sets', 'load_hidden']
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #8402ddf8
-import itertools
+import itertools, re
 from functools import partial
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import t
-from ..core import batches, check_count, subseed, to_float
+from ..core import batches, check_count, some_of, subseed, to_float
 from ..contract import predict
 from ..files import atomic_path, check_folder, check_path
 from ..questions import cache_key
@@ -130,18 +130,32 @@ def _parts(rows):
     "The columns that say which part of a hidden set an image belongs to"
     return [o for o in ('family', 'kind', 'severity', 'slice') if o in rows]
 
+def _check_named(rows, argument, *columns):
+    "Raise unless no row lacks what it is counted by"
+    for name in columns:
+        lost = int((rows[name].isna() | rows[name].eq('')).sum()) if name in rows else 0
+        if lost:
+            raise ValueError(f"`{argument}` must have a `{name}` in every row, as rows are counted by it; "
+                             f"{lost} of {len(rows)} have none. Give them one.")
+
+def _check_hidden(hidden):
+    "Raise unless each image has a family and a slice, and a kind where there are kinds"
+    if not (hasattr(hidden, 'rows') and {'family', 'slice'} <= set(hidden.rows)):
+        raise TypeError("`hidden` must be a set whose rows have a `family` and a `slice`; got "
+                        f"{hidden!r}. Make it with `hidden_set`, `held_out_set` or `load_hidden`.")
+    _check_named(hidden.rows, 'hidden.rows', 'family', 'kind', 'slice')
+
 def count_correct(
     model,                # Classifier in eval mode
     hidden:TrainingSet,   # From `hidden_set`, `held_out_set` or `load_hidden`
     # One row for each family and slice: `family`, `slice`, `n`, `correct`; `kind` and `severity` where known
 )->pd.DataFrame:
     "How many hidden images of each family a network gets right."
-    if not (hasattr(hidden, 'rows') and {'family', 'slice'} <= set(hidden.rows)):
-        raise TypeError("`hidden` must be a set whose rows have a `family` and a `slice`; got "
-                        f"{hidden!r}. Make it with `hidden_set`, `held_out_set` or `load_hidden`.")
+    _check_hidden(hidden)
     answers = [predict(model, to_float(hidden.images[s])).argmax(1) for s in batches(len(hidden), 5000)]
     right = torch.cat(answers).numpy() == hidden.y
-    by_family = hidden.rows.assign(right=right).groupby(_parts(hidden.rows), as_index=False)
+    parts = _parts(hidden.rows)
+    by_family = hidden.rows.assign(right=right).groupby(parts, as_index=False, dropna=False)
     return by_family.agg(n=('right', 'size'), correct=('right', 'sum'))
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #1cd0a63e
@@ -174,9 +188,7 @@ def _check_scoring(sets, hidden, networks, config, seeds):
                          "from `proxy_networks`.")
     for name, data in sets.items():
         check_set(data, f'sets[{name!r}]')
-    if not isinstance(hidden, TrainingSet):
-        raise TypeError("`hidden` must be a set with families, from `hidden_set`, `held_out_set` or "
-                        f"`load_hidden`; got {type(hidden).__name__}.")
+    _check_hidden(hidden)
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #1757ed27
 def score_training_sets(
@@ -199,7 +211,7 @@ def score_training_sets(
     parts = []
     for (name, seed, network), key in zip(jobs, keys):
         data = sets[name]
-        run = folder and Path(folder)/f'{name}-{network}-{seed}-{key}'
+        run = folder and Path(folder)/re.sub(r'[^\w ,+=().-]', '-', f'{name}-{network}-{seed}-{key}')
         if run and (run/'answers.csv').exists():
             rows = pd.read_csv(run/'answers.csv', keep_default_na=False, na_values=dict(severity=['']),
                                dtype=dict.fromkeys(('slice', 'family', 'kind'), str))
@@ -230,26 +242,49 @@ def _weighed(each, weights):
                          f"all 0; got {weights}.")
     return each[list(weights)] @ (pd.Series(weights)/sum(weights.values()))
 
+# %% ../../nbs/api/curation/40_hidden.ipynb #d4c10b01
+_run = ['set', 'model', 'seed']
+
+def _told(run): return '{} with {} and seed {}'.format(*run)
+
+def _check_counts(rows):
+    "Raise unless all runs were counted on the same images"
+    counts = rows.groupby([*_run, 'family', 'slice'])['n'].sum().unstack(['family', 'slice'], fill_value=0)
+    if len(odd := counts[(counts != counts.iloc[0]).any(axis=1)]):
+        part = (odd.iloc[0] != counts.iloc[0]).idxmax()
+        raise ValueError(f"`rows` must count the same images in every run; of {' '.join(part)}, "
+                         f"{_told(counts.index[0])} has {counts[part].iloc[0]}, {_told(odd.index[0])} has "
+                         f"{odd[part].iloc[0]}. Score the sets on the same hidden images.")
+
+def _check_runs(rows):
+    "Raise unless every set was scored with the same networks and seeds"
+    each = rows.groupby(_run).size().unstack('set')
+    if lost := [_told((o, *run)) for o in each for run in each.index[each[o].isna()]]:
+        raise ValueError("`rows` must hold the same networks and seeds for every set; it lacks "
+                         f"{some_of(lost)}. Train what is missing, or leave it out for all.")
+
 def _of_slices(rows, slices):
     "The rows of the slices"
     found = rows[rows['slice'].isin([slices] if isinstance(slices, str) else list(slices))]
     if not len(found):
         raise ValueError(f"`slices` must name slices of the rows; got {slices!r}. There are: "
                          f"{', '.join(sorted(rows['slice'].unique()))}.")
+    _check_named(found, 'rows', *_run, 'family', 'kind')
+    _check_counts(found)
     return found
 
+# %% ../../nbs/api/curation/40_hidden.ipynb #d4c10b02
 def _damaged(rows):
     "The rows of families that are seen or unseen; all of them where nobody says"
     return rows[rows.kind != 'clean'] if 'kind' in rows else rows
 
 def _runs(rows, weights=None):
     "What each run is worth: `score`; where kinds are known also `seen` and `unseen`, means over families"
-    run = ['set', 'model', 'seed']
     if 'kind' in rows and weights is None:
-        sides = _accuracy(_damaged(rows), run + ['kind', 'family']).groupby(run + ['kind']).mean().unstack()
+        sides = _accuracy(_damaged(rows), _run + ['kind', 'family']).groupby(_run + ['kind']).mean().unstack()
         return sides.assign(score=sides.mean(axis=1))
-    if weights is None: return _accuracy(rows, run).to_frame('score')
-    return _weighed(_accuracy(rows, run + ['family']).unstack(), weights).to_frame('score')
+    if weights is None: return _accuracy(rows, _run).to_frame('score')
+    return _weighed(_accuracy(rows, _run + ['family']).unstack(), weights).to_frame('score')
 
 # %% ../../nbs/api/curation/40_hidden.ipynb #7ffe6b71
 def rank_training_sets(
@@ -263,6 +298,7 @@ def rank_training_sets(
 )->pd.DataFrame:
     "What each training set is worth: mean accuracy of the networks over the hidden images."
     rows = _of_slices(rows, slices)
+    _check_runs(rows)
     runs = _runs(rows, weights)
     score = runs.score.groupby(['set', 'seed']).mean().groupby('set')
     each = _accuracy(rows, ['set', 'family']).unstack()
@@ -285,8 +321,7 @@ def compare_sets(
 )->pd.DataFrame:
     "How much better one training set is than another, paired over networks and seeds."
     rows = _of_slices(rows, slices)
-    run = ['set', 'model', 'seed']
-    each = _accuracy(rows, run + ['family']).unstack()
+    each = _accuracy(rows, _run + ['family']).unstack()
     worst = each[_damaged(rows).family.unique()].min(axis=1)
     what = _runs(rows).assign(clean=each.get('clean'), worst=worst).dropna(axis=1, how='all')
     lost = [o for o in (a, b) if o not in what.index.get_level_values('set')]

@@ -55,8 +55,6 @@ def summed(
         b, _ = second(x, y, generator)
         return (a + b - x).clamp(0, 1), labels
     both.said = 'summed', first, second
-    both.model = getattr(first, 'model', None)
-    both.surrogate = getattr(first, 'surrogate', '')
     return both
 
 # %% ../../nbs/api/curation/50_published.ipynb #5be1a0d3
@@ -68,9 +66,6 @@ def relabeled(
     def after(transform):
         both = chain(transform, change)
         both.relabels = True
-        if hasattr(transform, 'model'):
-            both.model = transform.model
-            both.surrogate = transform.surrogate
         return both
     def all_after(source):
         own_pool, transforms = _versions(source, None)

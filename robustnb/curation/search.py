@@ -10,11 +10,12 @@ from collections.abc import Callable
 from functools import partial
 import numpy as np
 import pandas as pd
-from ..core import check_count, subseed
-from ..data import ImageSet
+from ..core import check_count, some_of, subseed
+from ..data import check_set, ImageSet
 from .selection import among, balanced, everything, is_wrong, most_misclassified
-from .training_sets import (
-    _least_used, apportion, build_training_set, concatenate_sets, TrainingSet)
+from robustnb.curation.training_sets import (
+    _check_plan, _filled, _least_used, _Order, _together, apportion, build_training_set, concatenate_sets,
+    TrainingSet)
 from .hidden import rank_training_sets
 
 # %% ../../nbs/api/curation/60_search.ipynb #9b7b3091
@@ -66,6 +67,13 @@ def _refuse_sizes(sets):
                          f"got {', '.join(f'{k} {n}' for k, n in sizes.items())}.")
 
 # %% ../../nbs/api/curation/60_search.ipynb #83588ec6
+def _mined(pool, versions, n, policy, used, name, seed):
+    "One source, built as if those before it had used each photograph so often; these uses are counted"
+    made = _filled(_Order(name, versions, n, policy, seed, 1000), pool, used)
+    np.add.at(used, made[2]['image'].to_numpy(), 1)
+    return _together([made], pool.classes, seed)
+
+# %% ../../nbs/api/curation/60_search.ipynb #d4c10b05
 def mine_errors(
     pool:ImageSet,       # Clean images
     versions:list,       # Transforms, such as the fifteen corruptions
@@ -79,7 +87,11 @@ def mine_errors(
 )->tuple:
     "What the networks get wrong, in rounds."
     check_count(rounds, 'rounds')
+    check_set(pool, 'pool')
     if not len(versions): raise ValueError("`versions` must hold at least one transform; got none.")
+    _check_plan(dict(versions=list(versions)), dict(versions=1.), n, everything)
+    if rounds > n: raise ValueError(f"`rounds` must be at most the {n} images wanted; got {rounds}.")
+    used = np.zeros(len(pool), int)
     parts = []
     log = []
     for i, q in apportion({i: 1/rounds for i in range(rounds)}, n).items():
@@ -93,10 +105,8 @@ def mine_errors(
             policy = balanced(partial(most_misclassified, models=models))
             return policy(images, labels, rows, n, generator)
 
-        name = f'round {i+1}'
-        parts.append(build_training_set(pool, {name: list(versions)}, {name: 1.}, q,
-                                        among(candidates, hardest if models else balanced(everything)),
-                                        seed+i))
+        policy = among(candidates, hardest if models else balanced(everything))
+        parts.append(_mined(pool, list(versions), q, policy, used, f'round {i+1}', seed+i))
         log.append(dict(round=i+1, images=sum(map(len, parts))) | notes)
     return concatenate_sets(parts), pd.DataFrame(log)
 
@@ -108,14 +118,15 @@ def random_mixtures(
     concentration:float=.5, # Of the Dirichlet distribution; below 1 a mixture is made of few sources
 )->dict:                # Name of the mixture -> proportions
     "Random proportions of the sources."
-    if not (len(names) and concentration > 0):
-        raise ValueError("`names` must hold at least one source and `concentration` be above 0; got "
-                         f"{len(names)} and {concentration}.")
+    if not (len(names) and 0 < concentration < np.inf):
+        raise ValueError("`names` must hold at least one source and `concentration` be above 0 and finite; "
+                         f"got {len(names)} and {concentration}.")
     rng = np.random.default_rng(subseed(seed, 'shares'))
-    draws = rng.dirichlet([concentration]*len(names), k).round(2)
+    draws = rng.dirichlet([concentration]*len(names), k).round(max(2, len(str(len(names)))))
     return {f'random {i+1}': {name: float(v/d.sum()) for name, v in zip(names, d) if v}
             for i, d in enumerate(draws)}
 
+# %% ../../nbs/api/curation/60_search.ipynb #d4c10b03
 def successive_halving(
     # Name -> proportions; or an `ImageSet` that is ready, such as a baseline, and races as it is
     plans:dict,
@@ -134,7 +145,11 @@ def successive_halving(
     for i, level in enumerate(levels):
         sets = {k: p if isinstance(p := plans[k], ImageSet) else build(p) for k in left}
         _refuse_sizes(sets)
-        table = rank_training_sets(level(sets), slices)
+        rows = level(sets)
+        if odd := set(sets) ^ set(rows['set']):
+            raise ValueError("`levels` must return rows of the sets they are given, of all and no others; "
+                             f"those of level {i+1} differ in {some_of(sorted(odd))}. Score every set.")
+        table = rank_training_sets(rows, slices)
         parts.append(table.reset_index(names='plan').assign(level=i+1))
         left = table.index[:max(1, round(keep*len(table)))].tolist()
     return pd.concat(parts, ignore_index=True)

@@ -41,7 +41,9 @@ _copies = WeakKeyDictionary()    # network -> what it was, and the copies made o
 def _search_copies(model, x, y):
     """The copy of `model` to attack, and the exact one, both as it now is; the model itself where a copy
     would mislead"""
-    state = fingerprint(x.device, tuple(x.shape[1:]), *model.state_dict().values())
+    settings = [(name, k, v) for name, part in model.named_modules() for k, v in vars(part).items()
+                if isinstance(v, (bool, float, str))]
+    state = fingerprint(x.device, tuple(x.shape[1:]), settings, *model.state_dict().values())
     if _copies.get(model, [None])[0] != state:
         opened = open_model(model, x)
         random = answers_at_random(opened, x)      # a copy would freeze what is drawn
@@ -112,7 +114,7 @@ class TrainingSet(ImageSet):
         images:np.ndarray,   # Images (N,H,W,C), uint8
         labels:np.ndarray,   # Soft labels (N,K)
         classes,             # Class names, or their number
-        # One row for each image: `source`, `image`, `transform`, `surrogate`, `success`, `drawn`
+        # One row for each image: `source`, `image`, `transform`, `surrogate`, `success`, `known`, `drawn`
         rows:pd.DataFrame,
     ):
         super().__init__(images, labels, classes)
@@ -147,9 +149,10 @@ def load_training_set(
         raise FileNotFoundError("`folder` must hold provenance.csv beside the images; there "
                                 f"is none in {folder}. Without a history, use `load_npy`.")
     with explain_errors(path, 'the provenance.csv of `TrainingSet.save`'):
-        return TrainingSet(data.images, data.labels, data.classes,
-                           pd.read_csv(path, keep_default_na=False, na_values={'success': ['']},
-                                       dtype=dict.fromkeys(('source', 'family', 'slice', 'kind'), str)))
+        rows = pd.read_csv(path, keep_default_na=False,
+                           na_values=dict.fromkeys(('success', 'known', 'severity'), ['']),
+                           dtype=dict.fromkeys(('source', 'family', 'slice', 'kind'), str))
+        return TrainingSet(data.images, data.labels, data.classes, rows)
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #4c746635
 def _least_used(image, used):
@@ -167,20 +170,25 @@ def _interleaved(y, K, rng):
         rank[order[y[order] == k]] = np.arange((y == k).sum())
     return order[np.lexsort((rng.permutation(K)[y[order]], rank[order]))]
 
-def _alike(data, classes):
-    "The images with their labels in the order of these classes, which must be the same ones"
-    if data.classes == classes: return data
-    if sorted(data.classes) == sorted(classes): return match_classes(data, classes)
-    raise ValueError("the pools of all sources, and all parts of a set, must have the same classes; got "
-                     f"{some_of(classes)} and {some_of(data.classes)}. Bring them to one list with "
-                     "`match_classes`.")
+def _alike(data, first, whose):
+    "The images, labels in the order of those of `first`, which must have the same classes and shape"
+    rule = "the pools of all sources, and all parts of a set, must have"
+    shape, other = first.images.shape[1:], data.images.shape[1:]
+    if shape != other:
+        raise ValueError(f"{rule} images of one shape (H,W,C); got {shape}, and {other} in {whose}. Cut or "
+                         "resize them before.")
+    if data.classes == first.classes: return data
+    if sorted(data.classes) == sorted(first.classes): return match_classes(data, first.classes)
+    raise ValueError(f"{rule} the same classes; got {some_of(first.classes)} and {some_of(data.classes)} in "
+                     f"{whose}. Bring them to one list with `match_classes`.")
 
-def _versions(source, pool):
+# %% ../../nbs/api/curation/20_training_sets.ipynb #d4c10b06
+def _versions(source, pool, name=''):
     "The pool of a source and its transforms"
     own_pool = isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], ImageSet)
     if own_pool:
         own, source = source
-        pool = own if pool is None else _alike(own, pool.classes)
+        pool = own if pool is None else _alike(own, pool, f'source {name!r}')
     return pool, list(source) if isinstance(source, (list, tuple)) else [source]
 
 def _assigned(m, pool, V, each, used, rng):
@@ -204,6 +212,24 @@ class _Order:
     seed:int
     batch_size:int
 
+def _is_right(model, images, y):
+    return (predict(model, to_float(images)).argmax(1) == y.argmax(1)).numpy()
+
+def _attacks_in(transform):
+    "The attacks of which a transform is made, also inside `chain` and the like"
+    while isinstance(transform, partial):
+        transform = transform.func
+    if getattr(transform, 'model', None) is not None: return [transform]
+    return [a for o in getattr(transform, 'said', ()) if callable(o) for a in _attacks_in(o)]
+
+def _attacked_by(transform):
+    "The network that a transform attacks, None for none or several; and the names of all"
+    attacks = _attacks_in(transform)
+    models = list({id(a.model): a.model for a in attacks}.values())
+    names = dict.fromkeys(getattr(a, 'surrogate', '') for a in attacks)
+    return models[0] if len(models) == 1 else None, ' + '.join(names)
+
+# %% ../../nbs/api/curation/20_training_sets.ipynb #d4c10b04
 def _check_made(x, y, images, K):
     "Raise unless a transform has returned images like those it was given, and a row of labels for each"
     if not isinstance(x, Tensor) or x.shape != images.shape:
@@ -227,15 +253,16 @@ def _made(order, pool, image, version, first):
     "Candidates of one source, of which there are `first` before: images, labels, rows"
     images = np.empty((len(image), *pool.images.shape[1:]), np.uint8)
     labels = np.empty((len(image), len(pool.classes)), np.float32)
-    success = np.full(len(image), None)
+    success, known = np.full((2, len(image)), None)
     drawn = np.full(len(image), '', object)
     for v, transform in enumerate(order.versions):
         at = np.flatnonzero(version == v)
-        model = getattr(transform, 'model', None)
+        model = _attacked_by(transform)[0]
         said = f'{order.name} {v+1}/{len(order.versions)}'
         for k, s in enumerate(progress(batches(len(at), order.batch_size), said)):
             w = at[s]
-            x = seen = to_float(pool.images[image[w]])
+            photographs = pool.images[image[w]]
+            x = seen = to_float(photographs)
             y = asked = torch.from_numpy(pool.labels[image[w]])
             generator = make_generator(order.seed, order.name, v, first+k)
             with global_seeds(generator.initial_seed()):
@@ -244,14 +271,16 @@ def _made(order, pool, image, version, first):
             images[w] = to_uint8(x)
             labels[w] = y.numpy()
             if model is not None:
-                true = (asked if getattr(transform, 'relabels', False) else y).argmax(1)
-                success[w] = (predict(model, to_float(images[w])).argmax(1) != true).numpy()
+                true = asked if getattr(transform, 'relabels', False) else y
+                success[w] = ~_is_right(model, images[w], true)
+                known[w] = _is_right(model, photographs, asked)
     described = np.array([describe(t) for t in order.versions], object)
-    surrogate = np.array([getattr(t, 'surrogate', '') for t in order.versions], object)
+    surrogate = np.array([_attacked_by(t)[1] for t in order.versions], object)
     return images, labels, pd.DataFrame(dict(
         source=order.name, image=image, transform=described[version],
-        surrogate=surrogate[version], success=success, drawn=drawn))
+        surrogate=surrogate[version], success=success, known=known, drawn=drawn))
 
+# %% ../../nbs/api/curation/20_training_sets.ipynb #d4c10b07
 def _named_made(order, *args):
     "`_made`; an error names the source"
     try:
@@ -305,8 +334,15 @@ def _kept(folder, order, pool, used):
         save_state(dict(images=images, labels=labels, rows=rows), path)
     with explain_errors(path, 'a source kept by `build_training_set`'):
         state = load_state(path)
-        rows = pd.DataFrame(state['rows']).astype(dict(success=object))
+        rows = pd.DataFrame(state['rows']).astype(dict(success=object, known=object))
         return state['images'].numpy(), state['labels'].numpy(), rows
+
+def _together(parts, classes, seed):
+    "One set in mixed order of what sources delivered"
+    images, labels, rows = zip(*parts)
+    order = np.random.default_rng(subseed(seed, 'mix')).permutation(sum(map(len, rows)))
+    return TrainingSet(np.concatenate(images)[order], np.concatenate(labels)[order],
+                       classes, pd.concat(rows, ignore_index=True).iloc[order])
 
 def _plain(o):
     "Arrays and tables as `save_state` keeps them"
@@ -378,7 +414,7 @@ def build_training_set(
     _check_plan(sources, proportions, n, select)
     batch_size = check_count(batch_size, 'batch_size')
     folder = check_folder(folder, 'folder')
-    plan = {k: _versions(sources[k], pool) for k in proportions}
+    plan = {k: _versions(sources[k], pool, k) for k in proportions}
     used = {}
     parts = []
     for name, q in apportion(proportions, n).items():
@@ -389,14 +425,11 @@ def build_training_set(
         order = _Order(name, versions, q, policy, seed, batch_size)
         parts.append(_kept(folder, order, own, counts))
         np.add.at(counts, parts[-1][2]['image'].to_numpy(), 1)
-    images, labels, rows = zip(*parts)
-    order = np.random.default_rng(subseed(seed, 'mix')).permutation(n)
-    return TrainingSet(np.concatenate(images)[order], np.concatenate(labels)[order],
-                       pool.classes, pd.concat(rows, ignore_index=True).iloc[order])
+    return _together(parts, pool.classes, seed)
 
 # %% ../../nbs/api/curation/20_training_sets.ipynb #d0f76f11
 def concatenate_sets(
-    parts,              # `TrainingSet`s with the same classes
+    parts,              # `TrainingSet`s with the same classes and shape of images
 )->TrainingSet:         # All their images, in this order
     "One set from several."
     parts = [parts] if isinstance(parts, ImageSet) else list(parts)
@@ -404,7 +437,7 @@ def concatenate_sets(
     if odd := [p for p in parts if not isinstance(p, TrainingSet)]:
         raise TypeError(f"`parts` must be sets with a history; got {type(odd[0]).__name__}. "
                         "`build_training_set` makes them, with `unchanged` if nothing is to change.")
-    parts = [_alike(p, parts[0].classes) for p in parts]
+    parts = [_alike(p, parts[0], f'part {i+1}') for i, p in enumerate(parts)]
     images = np.concatenate([p.images for p in parts])
     labels = np.concatenate([p.labels for p in parts])
     return TrainingSet(images, labels, parts[0].classes, pd.concat([p.rows for p in parts]))
@@ -451,11 +484,13 @@ def contact_sheet(
 
 def summary(
     data:TrainingSet,   # A set with its history
-)->pd.DataFrame:        # One row for each source
+    # One row for each source; `attack_success` is that on the photographs which the network knew
+)->pd.DataFrame:
     "What is inside: images, different source images, labels, success of attacks."
     _check_history(data)
     top = data.labels.max(1)
-    rows = data.rows.assign(top=top, hard=top > .999)
+    met = data.rows.get('known', data.rows.success.notna()) == True
+    rows = data.rows.assign(top=top, hard=top > .999, success=data.rows.success.where(met))
     different = lambda at: len({o.tobytes() for o in data.images[at.index]})
     return rows.groupby('source').agg(
         images=('image', 'size'), fraction=('image', lambda o: len(o)/len(rows)),

@@ -1,4 +1,6 @@
 "Soft labels by hand: smoothing, mixtures of two images, the opinions of teachers; bad input."
+from functools import partial
+
 import pytest
 import torch
 
@@ -68,3 +70,17 @@ def test_teachers_by_hand():
 def test_bad_labels(job, words):
     with pytest.raises(ValueError, match=words):
         job()
+
+
+@pytest.mark.parametrize('labels', (y.argmax(1), y.argmax(1).float(), y[:39], y.long(), y.tolist(), y[None]))
+@pytest.mark.parametrize('transform', (mixup, cutmix, label_smoothing, partial(
+    teacher_labels, models=Fixed(torch.zeros(10)).eval())))
+def test_labels_must_be_rows(transform, labels):
+    with pytest.raises(ValueError, match='`y` must be soft labels, floats .N,K., .* 40 images; got'):
+        transform(x, labels, seeded())
+
+
+@pytest.mark.parametrize('transform', (mixup, cutmix))
+def test_portions_need_a_finite_alpha(transform):
+    with pytest.raises(ValueError, match='`alpha` must be above 0 and finite; got inf'):
+        transform(x, y, seeded(), alpha=float('inf'))

@@ -200,6 +200,17 @@ def test_scale_enlarges_and_degrees_turn_counter_clockwise():
     assert where(dict(shift=2/17)) == (10, 14)
 
 
+@pytest.mark.parametrize('h, w', ((32, 64), (64, 32), (48, 48)))
+def test_a_turned_bar_keeps_its_sides(h, w):
+    bar = torch.zeros(1, 1, h, w)
+    bar[..., h//2-2:h//2+2, w//2-14:w//2+14] = 1
+    turned = lambda degrees: T.affine(bar, y[:1], seeded(), degrees=degrees, shift=0, scale=1)[0][0, 0]
+    sides = lambda degrees: [len(o.unique()) for o in (turned(degrees) > .5).nonzero().unbind(1)]
+    assert sides(90) == [28, 4]
+    assert sides(45)[0] == sides(45)[1]
+    assert torch.allclose(turned(180), bar[0, 0], atol=1e-4)
+
+
 def test_some_of_takes_each_at_most_once_in_every_order():
     marks = [partial(lambda x, y, g, k: (x*10 + k, y), k=k) for k in (1, 2, 3)]
     start = torch.zeros(3000, 1, 1, 1), torch.ones(3000, 2)

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from robustnb.commands.curation import score_set_command
+from robustnb.commands.curation import build_set_command, score_set_command
+from robustnb.curation import training_sets
 from robustnb.data import load_data
 from robustnb.models.zoo import build_model
 from robustnb.models.loading import save_model
@@ -46,6 +47,26 @@ def test_scores_of_one_folder_are_on_the_same_hidden_images(tmp_path):
         with pytest.raises(SystemExit, match=said):
             score(str(tmp_path/'a'), **given | dict(out=str(tmp_path/'none')))
         assert not (tmp_path/'none').exists(), 'before hidden images are made'
+
+
+def test_a_killed_building_goes_on(tmp_path, monkeypatch):
+    save_model(build_model('AlexNet_BN', 10, .0625, seed=0), tmp_path/'weights.pt')
+    build = lambda out: build_set_command('noise', str(tmp_path/'weights.pt'), 'digits', n=20, out=str(out))
+    saved = []
+    def save(*args, whole=training_sets.save_state):
+        whole(*args)
+        saved.append(args)
+        if len(saved) == 1: raise KeyboardInterrupt
+    monkeypatch.setattr(training_sets, 'save_state', save)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        build(tmp_path/'made')
+    assert len([*(tmp_path/'made'/'sources').iterdir()]) == 1
+    build(tmp_path/'made')
+    assert len(saved) == 2, 'the first source was found again'
+    build(tmp_path/'whole')
+    assert not (tmp_path/'made'/'sources').exists()
+    for name in ('data.npy', 'label.npy', 'provenance.csv'):
+        assert (tmp_path/'made'/name).read_bytes() == (tmp_path/'whole'/name).read_bytes()
 
 
 def test_hidden_images_of_ones_own(tmp_path):

@@ -11,7 +11,7 @@ from helpers_curation import Brightness, nets, pool, probabilities
 from robustnb.attacks.gradient import dlr
 from robustnb.attacks.threat_models import L2, Linf
 from robustnb.curation import hidden as H
-from robustnb.curation.training_sets import TrainingSet
+from robustnb.curation.training_sets import concatenate_sets, TrainingSet
 
 
 def counts_table(right):
@@ -211,6 +211,57 @@ def test_pairs_are_runs_of_the_same_network_and_seed():
     assert np.allclose(gain.loc[:, ['difference', 'low', 'high']], .05)
     fewer = rows[~((rows.set == 'a') & (rows.seed == 2))]
     assert (H.compare_sets(fewer, 'b', 'a', 'final').runs == 4).all()
+
+
+@pytest.mark.parametrize('lost, said', (
+    (dict(set='b', model='v', seed=1), 'networks and seeds for every set; it lacks .b with v and seed 1'),
+    (dict(set='a', seed=0), "it lacks 'a with u and seed 0', 'a with v and seed 0'. Train"),
+    (dict(set='b', family='noise'), 'of noise public_a, a with u and seed 0 has 10, b with u and .* has 0'),
+    (dict(set='b', family='clean', seed=0), 'of clean public_a, a with u and seed 0 has 10')))
+def test_sets_are_ranked_over_the_same_runs_and_images(lost, said):
+    rows = counts_table(lambda s, m, k, f, c: 5)
+    kept = rows[~rows[[*lost]].eq(lost).all(axis=1)]
+    with pytest.raises(ValueError, match=said):
+        H.rank_training_sets(kept, 'public_a')
+    if 'family' in lost:
+        with pytest.raises(ValueError, match=said):
+            H.compare_sets(kept, 'a', 'b', 'public_a')
+
+
+def test_every_image_is_counted_and_none_without_a_family():
+    part = lambda **k: TrainingSet(pool.images[:20], pool.labels[:20], 3,
+                                   pd.DataFrame(dict(slice='final', image=range(20)) | k))
+    known = [part(family='fog', severity=1), part(family='clean')]
+    table = H.count_correct(nets[0], concatenate_sets(known))
+    assert table.n.tolist() == [20, 20]
+    assert table.family.tolist() == ['clean', 'fog']
+    table = table.assign(set='a', model='u', seed=0)
+    assert len(H.rank_training_sets(table, 'final')) == 1
+    for other in (part(family=None), part(), part(family='fog', kind='seen'), part(family='')):
+        odd = concatenate_sets([*known, other])
+        arguments = dict(sets=dict(a=pool), networks=dict(net=lambda seed: 1/0), config=dict(net={}))
+        for count in (lambda: H.count_correct(nets[0], odd),
+                      lambda: H.score_training_sets(hidden=odd, **arguments)):
+            with pytest.raises(ValueError, match='`hidden.rows` must have a `(family|kind)` in every row'):
+                count()
+    with pytest.raises(ValueError, match='`rows` must have a `family` in every row.*; 1 of 2'):
+        H.rank_training_sets(table.assign(family=['fog', None]), 'final')
+
+
+def test_a_missing_severity_stays_missing_in_files(tmp_path):
+    rows = pd.DataFrame(dict(slice='final', image=range(20), family='fog', severity=[1, np.nan]*10))
+    TrainingSet(pool.images[:20], pool.labels[:20], 3, rows).save(tmp_path)
+    assert H.load_hidden(tmp_path).rows.severity.equals(rows.severity)
+
+
+@pytest.mark.parametrize('name', ('../out', '/tmp/out', 'a/b', '..'))
+def test_runs_stay_in_their_folder(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(H, 'contest_train', lambda *a, **k: (nets[0], None))
+    rows = pd.DataFrame(dict(family='clean', slice='final', image=0), index=range(90))
+    hidden = TrainingSet(pool.images, pool.labels, 3, rows)
+    H.score_training_sets({name: pool}, hidden, {name: lambda seed: Brightness()}, {name: {}}, (0,),
+                          tmp_path/'runs')
+    assert len([*tmp_path.glob('runs/*/answers.csv')]) == len([*tmp_path.rglob('answers.csv')]) == 1
 
 
 def test_without_kinds_every_image_counts_alike():

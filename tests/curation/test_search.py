@@ -68,6 +68,24 @@ def test_mining_queries_the_networks_of_the_round_before():
     assert log.all_wrong.iloc[1] <= log.any_wrong.iloc[1]
 
 
+def test_mining_uses_the_pool_evenly():
+    fit = lambda data, seed: nets
+    made, _ = mine_errors(pool, [unchanged], 45, fit, rounds=5, candidates=3)
+    assert made.rows['image'].is_unique
+    again, _ = mine_errors(pool, [unchanged], 45, fit, rounds=5, candidates=3)
+    assert made.rows.equals(again.rows)
+    with pytest.raises(ValueError, match='`rounds` must be at most the 3 images wanted; got 4'):
+        mine_errors(pool, [unchanged], 3, fit, rounds=4)
+
+
+@pytest.mark.parametrize('sources', (2, 99, 100, 300, 1000))
+@pytest.mark.parametrize('concentration', (.5, 1000.))
+def test_random_mixtures_are_whole(sources, concentration):
+    for mixture in random_mixtures([f's{i}' for i in range(sources)], 20, 0, concentration).values():
+        assert np.isclose(sum(mixture.values()), 1)
+        assert min(mixture.values()) > 0
+
+
 def ninths(proportions):
     "A stand-in for a training set of nine images: the ninths of source a"
     return [round(9*proportions['a'])]*9
@@ -97,6 +115,12 @@ def test_halving_by_hand():
 def test_halving_by_another_slice():
     table = successive_halving(plans, ninths, [count_ninths]*2, keep=.3, slices=('final',))
     assert table.plan.iloc[-3:].tolist() == ['p0', 'p1', 'p2']
+
+
+def test_levels_must_score_every_set():
+    for change in (lambda sets: dict([*sets.items()][1:]), lambda sets: sets | dict(other=[0])):
+        with pytest.raises(ValueError, match='`levels` must.*level 1 differ in .(p0|other)'):
+            successive_halving(plans, ninths, [lambda sets: count_ninths(change(sets))]*2)
 
 
 def test_a_baseline_races_as_it_is():

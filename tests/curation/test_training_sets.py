@@ -1,4 +1,5 @@
 "Training sets are built, cut, saved and read: by hand on images small enough to check"
+import copy
 import inspect
 import random
 from functools import partial
@@ -19,8 +20,9 @@ from robustnb.curation.selection import among, balanced, everything, misclassifi
 from robustnb.curation.training_sets import (
     apportion, attacked, build_training_set, concatenate_sets, contact_sheet,
     corruption_table, load_training_set, set_card,
-    summary, unchanged)
+    summary, TrainingSet, unchanged)
 from robustnb.curation.hidden import hidden_set
+from robustnb.curation.published import summed
 from robustnb.curation.search import build_bank
 from robustnb.curation.unseen import held_out_set
 from robustnb.data import ImageSet
@@ -133,6 +135,79 @@ def test_plans_that_cannot_be_built(change, words):
                                   proportions=dict(clean=1.), n=30) | change)
 
 
+@pytest.mark.parametrize('cut', (np.s_[:, :4, :4], np.s_[..., :1]))
+def test_pools_of_other_shapes_are_refused_before_any_work(cut):
+    made = []
+    def costly(x, y, generator):
+        made.append(len(x))
+        return x, y
+    other = ImageSet(pool.images[cut], pool.y, 3)
+    with pytest.raises(ValueError, match='images of one shape .H,W,C.; got .8, 8, 3., and .* in source .b.'):
+        build_training_set(pool, dict(a=costly, b=(other, costly)), dict(a=.5, b=.5), 60)
+    four = ImageSet(pool.images, pool.y, 4)
+    with pytest.raises(ValueError, match='the same classes; .* in source .b.'):
+        build_training_set(pool, dict(a=costly, b=(four, costly)), dict(a=.5, b=.5))
+    assert not made
+    parts = [build_training_set(o, dict(a=unchanged), dict(a=1.), 9) for o in (pool, other)]
+    with pytest.raises(ValueError, match='images of one shape .* in part 2'):
+        concatenate_sets(parts)
+
+
+def through(wrap, *nets, threat=Linf(.2)):
+    "A set whose one source attacks these networks inside something else"
+    return build_training_set(pool, dict(a=wrap(*(attacked(fgsm, o, threat, f'net{i}')
+                                                  for i, o in enumerate(nets)))), dict(a=1.), 60)
+
+
+@pytest.mark.parametrize('wrap', (
+    lambda a: chain(partial(gaussian_noise, sigma=.01), a), partial(sometimes, 1.), one_of, partial,
+    lambda a: chain(sometimes(1., one_of(a)), partial(gaussian_noise, sigma=.01)),
+    lambda a: summed(partial(gaussian_noise, sigma=.01), a)))
+def test_the_network_attacked_is_known_through_what_is_around_the_attack(wrap):
+    made = through(wrap, nets[0])
+    right = lambda images, y: probabilities(images).argmax(1) == y
+    assert (made.rows.success.astype(bool) == ~right(made.images, made.y)).all()
+    assert made.rows.success.any()
+    at = made.rows['image']
+    assert (made.rows.known.astype(bool) == right(pool.images[at], pool.y[at])).all()
+    assert (made.rows.surrogate == 'net0').all()
+
+
+def test_of_several_networks_in_one_transform_nothing_is_said():
+    made = through(chain, *nets)
+    assert made.rows.success.isna().all()
+    assert (made.rows.surrogate == 'net0 + net1').all()
+    assert not through(chain, nets[0], nets[0]).rows.success.isna().any()
+
+
+def test_attacks_succeed_on_photographs_that_were_known():
+    "Images that the network got wrong before are nobody's success"
+    still = through(chain, nets[0], threat=Linf(0.))
+    assert still.rows.success.any()
+    assert summary(still).attack_success['a'] == 0
+    known = still[still.rows.known.astype(bool).to_numpy()]
+    assert summary(known).attack_success['a'] == 0
+    unknown = still[~still.rows.known.astype(bool).to_numpy()]
+    assert np.isnan(summary(unknown).attack_success['a'])
+    older = TrainingSet(still.images, still.labels, 3, still.rows.drop(columns='known'))
+    assert summary(older).attack_success['a'] == older.rows.success.mean()
+
+
+def test_a_switch_of_the_network_changes_the_copy_that_is_attacked():
+    class Flip(torch.nn.Sequential):
+        flip = False
+        def forward(self, x): return -super().forward(x) if self.flip else super().forward(x)
+    model = Flip(torch.nn.Flatten(), torch.nn.Linear(192, 3)).eval()
+    fresh = copy.deepcopy(model)
+    fresh.flip = True
+    source = attacked(fgsm, model, Linf(.2))
+    made = lambda f: build_training_set(pool, dict(a=f), dict(a=1.), 30).images
+    before = made(source)
+    model.flip = True
+    assert (made(source) != before).any()
+    assert (made(source) == made(attacked(fgsm, fresh, Linf(.2)))).all()
+
+
 @pytest.fixture
 def fooled():
     sources = dict(clean=unchanged, fooled=attacked(fgsm, nets[0], Linf(.2)))
@@ -156,7 +231,8 @@ def test_sets_are_read_as_they_were_saved(fooled, tmp_path):
     assert success(again) == success(fooled)
     table = summary(again)
     successes = fooled.rows.success[fooled.rows.source == 'fooled']
-    assert table.attack_success['fooled'] == successes.mean()
+    known = fooled.rows.known[fooled.rows.source == 'fooled'].astype(bool)
+    assert table.attack_success['fooled'] == successes[known].mean()
     assert np.isnan(table.attack_success['clean'])
     assert table.fraction.to_dict() == dict(clean=.5, fooled=.5)
 

@@ -178,7 +178,8 @@ others = dict(
     network=lambda r, m, d, s: (r, build_model('AlexNet_BN', width=.125), d, s),
     recipe=lambda r, m, d, s: (Recipe(flip=False, batch_size=16, lr=.03).shortened(1), m, d, s),
     images=lambda r, m, d, s: (r, m, ImageSet(255-d.images, d.labels, d.classes), s),
-    seed=lambda r, m, d, s: (r, m, d, 4))
+    seed=lambda r, m, d, s: (r, m, d, 4),
+    weights=lambda r, m, d, s: (r, build_model('AlexNet_BN', width=.0625, seed=2), d, s))
 
 
 @pytest.mark.parametrize('what', others)
