@@ -20,6 +20,8 @@ from torch.fx.graph import inplace_methods
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from ..contract import (
     answers_at_random, memory_format, open_model, smallest_batch, uncounted, unwrap)
 from .wrapping import Normalize
@@ -684,16 +686,32 @@ def _folded(name, layer, bn):
     return new
 
 # %% ../../nbs/api/models/50_graph.ipynb #a3286dc6
+class _Dtypes(TorchDispatchMode):
+    "Keeps the kinds of numbers that a network computes with, also where it changes them on its way"
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.found.update(t.dtype for t in tree_leaves(out) if isinstance(t, Tensor))
+        return out
+
+_rounding = {torch.float16: .01, torch.bfloat16: .05}    # what rounding changes, of the largest answer
+
 @torch.no_grad()
 def _check_followed(model, graph, x):
     "Raise if a graph answers otherwise than the model that it was made from"
     if answers_at_random(model, x): return
     like = next((t for t in (*graph.parameters(), *graph.buffers()) if t.is_floating_point()), x)
-    two = (x[:2] if len(x) > 1 else torch.cat([x, x])).to(like.device)
+    some = (x[:4] if len(x) > 1 else torch.cat([x, x])).to(like.device)
     with uncounted():
-        said = model(two)
-        off = (graph(two)-said).abs().nan_to_num().amax()
-    if off <= .1*said.nan_to_num().abs().amax(): return
+        with _Dtypes() as kinds:
+            said = model(some)
+        off = (graph(some)-said).abs().nan_to_num().amax()
+    said = said.nan_to_num().float()
+    exact = 1e-3 if some.is_cuda else 1e-5      # TF32 there
+    share = max(_rounding.get(d, exact) for d in (said.dtype, *kinds.found))
+    if off <= max(1e-3*said.std(0).mean(), share*said.abs().amax()): return
     raise TypeError("`model` must be traceable by torch.fx; its graph answers otherwise, by up to "
                     f"{off.item():.2g} in a logit. Does its `forward` ask `isinstance(x, Tensor)`, or read "
                     "what an earlier call left behind? Write it without.")
@@ -709,6 +727,8 @@ def fold_batchnorm(
     "Batch normalisation merged into the layer before it (Jacob et al. 2017, arXiv:1712.05877)."
     opened = unwrap(model) if x is None else open_model(model, x)
     folded = trace(opened)
+    if x is not None:
+        _check_followed(opened, folded, x)
     modules = dict(folded.named_modules())
     nodes = list(folded.graph.nodes)
     uses = Counter(n.target for n in nodes if n.op == 'call_module')
@@ -725,8 +745,6 @@ def fold_batchnorm(
         folded.graph.erase_node(node)
     folded.delete_all_unused_submodules()
     folded.recompile()
-    if x is not None:
-        _check_followed(opened, folded, x)
     if x is None or smallest_batch(opened) > 1: return folded
     only = memory_format(opened) == torch.contiguous_format     # torch.save writes no memory format
     return keep_facts(folded, opened=x.dtype, contiguous_only=only)

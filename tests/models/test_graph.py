@@ -286,6 +286,40 @@ def test_a_graph_that_answers_otherwise_is_refused():
         fold_batchnorm(net, x)
 
 
+class Slightly(nn.Module):
+    "What it does depends a little on what it is given"
+    def __init__(self, asks=True, inner=None):
+        super().__init__()
+        self.a, self.attention, self.head = nn.Conv2d(3, 8, 3), nn.MultiheadAttention(8, 2), nn.Linear(8, 5)
+        self.asks, self.inner = asks, inner
+
+    def forward(self, x):
+        y = self.a(x).relu().flatten(2).transpose(1, 2)
+        y = y + self.attention(y, y, y)[0]
+        if self.asks and isinstance(x, torch.Tensor): y = y*.97
+        if self.inner is None: return self.head(y.mean(1))
+        with torch.autocast('cpu', self.inner):
+            return self.head(self.attention(y, y, y)[0].mean(1)).float()
+
+
+def test_a_graph_that_answers_a_little_otherwise_is_refused():
+    torch.manual_seed(0)
+    net = Slightly().eval()
+    x = images(8, 8)
+    assert same(trace(net)(x), net(x), .05), 'less than a tenth of the largest logit'
+    with pytest.raises(TypeError, match='its graph answers otherwise'):
+        fold_batchnorm(net, x)
+
+
+@pytest.mark.parametrize('weights, inner', (
+    (torch.float16, None), (torch.bfloat16, None), (torch.float64, None), (torch.float32, torch.bfloat16),
+    (torch.float32, None)))
+def test_what_rounding_changes_is_no_other_answer(weights, inner):
+    torch.manual_seed(0)
+    net = Slightly(False, inner).to(weights).eval()
+    fold_batchnorm(net, images(8, 8).to(weights))
+
+
 def _two_names(y):
     z = y
     z += 1.
