@@ -101,6 +101,12 @@ def _alike(a, b):
 def _noise(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
+_scales = 1., 1e-3, 10., 1000.
+
+def _agree(a, b, x):
+    "Do two functions answer alike about `x`, and about inputs that are much smaller and much larger?"
+    return all(_alike(_answer(a, s*x), _answer(b, s*x)) for s in _scales)
+
 def _trial(m):
     "A copy of `m` for trials, in float32 on the CPU; None if its numbers are elsewhere (meta) or none"
     state = [t for t in (*m.parameters(), *m.buffers()) if t.is_floating_point()]
@@ -118,20 +124,21 @@ class _ChannelNorm(nn.BatchNorm2d):
         if input.ndim < 2:
             raise ValueError(f"`input` must have a dimension 1; got {tuple(input.shape)}.")
 
+_far = 1024.     # a power of two, which rounds nothing
+
 def _affine(m, channels):
     "Scale and shift (C,) if `m` computes `scale*x + shift` in each channel of maps, else None"
     height = next(h for h in (3, 4, 5) if h != channels)
     width = next(w for w in (5, 6, 7) if w != channels)
     shape = (2, channels, height, width)
     shift = _answer(m, torch.zeros(shape))
-    ones = _answer(m, torch.ones(shape))
-    if shift is None or ones is None or not shift.shape == ones.shape == shape: return None
+    far = _answer(m, torch.full(shape, _far))
+    if shift is None or far is None or not shift.shape == far.shape == shape: return None
     shift = shift[0, :, 0, 0]
-    scale = ones[0, :, 0, 0]-shift
-    for more in (0, 2):
-        x = 3*_noise(2, channels, height+more, width+2*more)
-        if not _alike(_answer(m, x), x*scale.view(-1, 1, 1) + shift.view(-1, 1, 1)): return None
-    return scale, shift
+    scale = (far[0, :, 0, 0]-shift)/_far
+    line = lambda x: x*scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+    maps = [_noise(2, channels, height+more, width+2*more) for more in (0, 2)]
+    return (scale, shift) if all(_agree(m, line, x) for x in maps) else None
 
 def _channels(m):
     "The only length of the vectors that `m` itself holds; None if it holds matrices or several lengths"
@@ -178,7 +185,7 @@ def _as_norm(m):
     acts = small if len(small) > 1 else [('act', small[0][1])]
     made = nn.Sequential(OrderedDict(norm=bn, **dict(acts)))
     x = _noise(2, bn.num_features, 4, 6)
-    return made if _alike(_answer(_trial(made), x), _answer(whole, x)) else None
+    return made if _agree(_trial(made), whole, x) else None
 
 # %% ../../nbs/api/models/45_plain.ipynb #8bd0fbee
 def _as_normalize(m):
@@ -193,7 +200,7 @@ def _as_normalize(m):
     x = _noise(2, new.mean.shape[1], 4, 6).abs()
     like = next(m.buffers(), torch.zeros(()))
     trial = _trial(m)
-    return _as(new, like) if trial is not None and _alike(_answer(trial, x), new(x)) else None
+    return _as(new, like) if trial is not None and _agree(trial, new, x) else None
 
 # %% ../../nbs/api/models/45_plain.ipynb #67d14da6
 class PaddedConv2d(nn.Conv2d):
@@ -274,7 +281,7 @@ def _listen(trial, x):
 def _as_convolution(m):
     "The plain convolution that computes what `m` does, a class derived from one; None if there is none"
     trial = _trial(m)
-    inputs = [_noise(2, m.in_channels, *size) for size in _sizes(m)]
+    inputs = [s*_noise(2, m.in_channels, *size) for s, size in zip(_scales, _sizes(m))]
     heard = [_listen(trial, x) for x in inputs] if trial is not None else [None]
     if None in heard: return None
     _, weight, bias, how, pads = heard[0]
@@ -301,15 +308,15 @@ def _as_linear(m):
     if bias is None or bias.ndim != 2: return None
     rows = []
     for part in torch.eye(m.in_features).split(1024):
-        out = _answer(trial, part)
+        out = _answer(trial, _far*part)
         if out is None or out.shape != (len(part), bias.shape[1]): return None
-        rows.append(out-bias)
+        rows.append((out-bias)/_far)
     new = nn.Linear(m.in_features, bias.shape[1], bool(bias.any()) or m.bias is not None)
     new.weight.copy_(torch.cat(rows).T)
     if new.bias is not None:
         new.bias.copy_(bias[0])
     x = _noise(5, m.in_features)
-    return new if _alike(_answer(trial, x), new(x)) else None
+    return new if _agree(trial, new, x) else None
 
 def _as_layer(m):
     "A plain layer with the very weight of `m` where that is what it computes with, else baked"
@@ -337,16 +344,18 @@ def scales_with_weight(
     if trial is None or isinstance(layer, _transposed): return False
     linear = isinstance(layer, nn.Linear)
     x = _noise(2, layer.in_features) if linear else _noise(2, layer.in_channels, *_sizes(layer)[0])
+    answers = lambda: [_answer(trial, s*x) for s in _scales]
+    before = whole = answers()
+    shift = torch.zeros(())
     if trial.bias is not None:
-        whole = _answer(trial, x)
         trial.bias.zero_()
         shift = layer.bias.float().cpu().view(-1, *[1]*(x.ndim-2))
-        if whole is None or not _alike(whole - shift, _answer(trial, x)): return False
-    before = _answer(trial, x)
+        before = answers()
+    if any(o is None for o in before): return False
+    if not all(_alike(a, b + shift) for a, b in zip(whole, before)): return False
     factors = _noise(len(layer.weight))*2 + .1
     trial.weight.mul_(factors.view(-1, *[1]*(layer.weight.ndim-1)))
-    return before is not None and _alike(_answer(trial, x),
-                                         before*factors.view(-1, *[1]*(x.ndim-2)))
+    return all(_alike(a, b*factors.view(-1, *[1]*(x.ndim-2))) for a, b in zip(answers(), before))
 
 # %% ../../nbs/api/models/45_plain.ipynb #66b58ef1
 def _linear(weight, bias):

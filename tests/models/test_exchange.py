@@ -200,6 +200,21 @@ def test_what_is_misread_is_an_error_and_no_network(tmp_path, monkeypatch):
         read_exported(tmp_path/'net.pt2')
 
 
+def test_what_is_misread_by_a_little_is_an_error_too(tmp_path, monkeypatch):
+    from robustnb.models import exchange
+    path = onnx_file(tmp_path/'net.onnx', 13, ('Relu', ['c'], 'm', {}))
+    engine(path, images(2, 8))
+    monkeypatch.setitem(exchange._operations, 'Relu', lambda at, said, x: at.layer(nn.LeakyReLU(2e-3), x))
+    with pytest.raises(ValueError, match='answers otherwise, by up to'):
+        read_onnx(path)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
+    torch.export.save(torch.export.export(net, (images(2, 8),), dynamic_shapes=any_batch), tmp_path/'net.pt2')
+    monkeypatch.setitem(exchange._F, 'relu', lambda x: torch.nn.functional.leaky_relu(x, 2e-3))
+    with pytest.raises(ValueError, match='answers otherwise, by up to'):
+        read_exported(tmp_path/'net.pt2')
+
+
 class Casts(nn.Module):
     "Sixteen grey levels, by way of whole numbers"
     def __init__(self):

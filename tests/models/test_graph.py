@@ -286,6 +286,138 @@ def test_a_graph_that_answers_otherwise_is_refused():
         fold_batchnorm(net, x)
 
 
+class Slightly(nn.Module):
+    "What it does depends a little on what it is given"
+    def __init__(self, asks=True, inner=None):
+        super().__init__()
+        self.a, self.attention, self.head = nn.Conv2d(3, 8, 3), nn.MultiheadAttention(8, 2), nn.Linear(8, 5)
+        self.asks, self.inner = asks, inner
+
+    def forward(self, x):
+        y = self.a(x).relu().flatten(2).transpose(1, 2)
+        y = y + self.attention(y, y, y)[0]
+        if self.asks and isinstance(x, torch.Tensor): y = y*.97
+        if self.inner is None: return self.head(y.mean(1))
+        with torch.autocast('cpu', self.inner):
+            return self.head(self.attention(y, y, y)[0].mean(1)).float()
+
+
+def test_a_graph_that_answers_a_little_otherwise_is_refused():
+    torch.manual_seed(0)
+    net = Slightly().eval()
+    x = images(8, 8)
+    assert same(trace(net)(x), net(x), .05), 'less than a tenth of the largest logit'
+    with pytest.raises(TypeError, match='its graph answers otherwise'):
+        fold_batchnorm(net, x)
+
+
+@pytest.mark.parametrize('weights, inner', (
+    (torch.float16, None), (torch.bfloat16, None), (torch.float64, None), (torch.float32, torch.bfloat16),
+    (torch.float32, None)))
+def test_what_rounding_changes_is_no_other_answer(weights, inner):
+    torch.manual_seed(0)
+    net = Slightly(False, inner).to(weights).eval()
+    fold_batchnorm(net, images(8, 8).to(weights))
+
+
+def _two_names(y):
+    z = y
+    z += 1.
+    return y
+
+
+def _sizes_are_no_tensors(y):
+    n = k = y.shape[1]
+    n += 1
+    return y*k + n
+
+
+def _chunks(y):
+    a, b = y.chunk(2, 1)
+    a.relu_(), b.mul_(2)
+    return torch.cat([a, b], 1)
+
+
+def _rows_first(y):
+    rows = y.flatten(2)
+    rows.relu_()
+    return rows.view(y.shape[0], 4, -1, 1)
+
+
+F = nn.functional
+followed = dict(
+    function=lambda y: (F.relu(y, inplace=True), y)[1], place=lambda y: (F.leaky_relu(y, .1, True), y)[1],
+    torch_relu=lambda y: (torch.relu_(y), y)[1], named=lambda y: (F.hardtanh_(y, -.1, .1), y)[1],
+    clamp=lambda y: (torch.clamp_(y, 0., .1), y)[1], method=lambda y: (y.relu_().mul_(2.), y)[1],
+    out=lambda y: (torch.mul(y, .3, out=y), y)[1], read_again=lambda y: F.relu(y, inplace=True).mul_(.3) + y,
+    new=lambda y: y*torch.empty_like(y).fill_(.5), alias=_two_names, number=_sizes_are_no_tensors,
+    chunks=_chunks, rows=_rows_first)
+
+
+class Between(nn.Module):
+    "A network with a step between two layers"
+    def __init__(self, step):
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 5)
+        self.relu, self.step = nn.ReLU(inplace=True), step
+        self.register_buffer('seen', torch.zeros(4))
+
+    def forward(self, x):
+        y = self.a(x)
+        self.relu(y)
+        y = self.b(y)
+        self.relu(y)
+        y = self.step(y - .1)
+        self.seen.copy_(y.mean((0, 2, 3)))
+        return self.head(y.mean((2, 3)))
+
+
+@pytest.mark.parametrize('how', followed)
+@torch.no_grad()
+def test_a_statement_that_writes_is_followed(how):
+    torch.manual_seed(0)
+    net = Between(followed[how]).eval()
+    x = images()
+    for graph in (trace(net), fold_batchnorm(net), trace(torch.export.export(net, (x,)).module())):
+        assert torch.allclose(graph(x), net(x), atol=1e-6)
+
+
+refused = dict(
+    view=lambda y: (y.flatten(2), y.relu_())[0].unsqueeze(3), data=lambda y: (y.data.mul_(2.), y)[1],
+    part=lambda y: (y[:, :2].mul_(3.), y)[1], before=lambda y: (y[:, :2], y.mul_(3.))[0].repeat(1, 2, 1, 1),
+    more=lambda y: (y.unsqueeze(1).mul_(2.), y)[1], less=lambda y: (y.squeeze().clamp_(0, .1), y)[1],
+    zero=lambda y: (y.zero_(), y)[1])
+
+
+@pytest.mark.parametrize('how', refused)
+def test_a_write_that_another_name_reads_is_refused_with_its_line(how):
+    net = Between(refused[how]).eval()
+    with pytest.raises(TypeError, match=r'line \d+ of test_graph.py is not: `\w+_` writes into'):
+        trace(net)
+
+
+class Remembers(Between):
+    "Its answer depends on its last answer"
+    def forward(self, x):
+        y = self.a(x).mean((2, 3)) + self.seen
+        self.seen.copy_(y.mean(0))
+        return self.head(y)
+
+
+class Assigns(Between):
+    def forward(self, x):
+        y = self.a(x)
+        y.data = y.data*2
+        return self.head(y.mean((2, 3)))
+
+
+def test_what_a_call_leaves_for_the_next_is_refused():
+    with pytest.raises(TypeError, match='as an earlier call left it'):
+        trace(Remembers(torch.relu).eval())
+    with pytest.raises(TypeError, match='assignment to `data`'):
+        trace(Assigns(torch.relu).eval())
+
+
 def test_complex_weights_are_stored_tensors():
     stored = stored_tensors(trace(Fourier().eval()))
     assert {k: v.role for k, v in stored.items()} == {

@@ -245,3 +245,59 @@ def test_transposed_convolutions_fold_and_give_rows():
 def test_torchscript_is_refused_with_the_way_out():
     with pytest.raises(TypeError, match='TorchScript.*ONNX'):
         trace(torch.jit.trace(small(), images()))
+
+
+class Bounded(nn.Module):
+    "A layer whose input or answer is clipped, by class and limit"
+    def __init__(self, kind, *shape, before=float('inf'), behind=float('inf')):
+        super().__init__()
+        self.layer = type('Bounded', (kind,), dict(forward=lambda m, x: kind.forward(
+            m, x.clamp(-before, before)).clamp(-behind, behind)))(*shape)
+
+    def forward(self, x): return self.layer(x)
+
+
+class Tanh(nn.Module):
+    "In proportion to its input as long as that is small"
+    def __init__(self, n, gain):
+        super().__init__()
+        self.register_buffer('gain', torch.full((n, 1, 1), gain))
+    def forward(self, x): return (x*self.gain).tanh()
+
+
+class Shrunk(nn.Linear):
+    "Takes what is near zero for zero"
+    def forward(self, x): return super().forward(F.hardshrink(x, .01))
+
+
+@pytest.mark.parametrize('net', (
+    Bounded(nn.Conv2d, 6, 6, 3, before=6.), Bounded(nn.Conv2d, 6, 6, 3, behind=40.), Tanh(6, 1e-3),
+    Bounded(nn.Linear, 6, 6, before=8.), Bounded(nn.Linear, 6, 6, behind=30.), Shrunk(6, 6),
+    Bounded(nn.BatchNorm2d, 6, behind=30.)))
+@torch.no_grad()
+def test_what_saturates_or_shrinks_is_no_plain_layer(net):
+    rows = any(isinstance(m, nn.Linear) for m in net.modules())
+    x = torch.randn(4, 6) if rows else torch.randn(4, 6, 9, 9)
+    net = nn.Sequential(net).eval()
+    plain = plain_layers(net)
+    assert all(torch.equal(plain(s*x), net(s*x)) for s in (1e-3, 1, 100))
+    assert type(getattr(plain[0], 'layer', plain[0])) is type(getattr(net[0], 'layer', net[0]))
+
+
+def test_a_layer_that_clips_its_answer_is_not_in_proportion_to_its_weight():
+    assert not scales_with_weight(Bounded(nn.Conv2d, 6, 6, 3, behind=40.).layer)
+    assert not scales_with_weight(Bounded(nn.Linear, 6, 6, behind=40.).layer)
+    assert scales_with_weight(Bounded(nn.Linear, 6, 6, before=8.).layer)
+    for bias in (True, False):
+        assert scales_with_weight(type('Own', (nn.Conv2d,), dict(
+            forward=lambda m, x: nn.Conv2d.forward(m, x.flip(3))))(6, 6, 3, bias=bias))
+
+
+@torch.no_grad()
+def test_the_shift_of_a_large_statistic_hides_no_scale():
+    bn = nn.BatchNorm2d(6).eval()
+    bn.running_mean.fill_(3e4)
+    bn.running_var.fill_(1e4)
+    new = plain_layers(nn.Sequential(frozen(bn)))[0]
+    assert isinstance(new, nn.BatchNorm2d)
+    assert torch.equal(new.running_mean, bn.running_mean)

@@ -210,3 +210,29 @@ def test_equalization_refuses_what_it_cannot_do():
     assert cross_layer_equalization(plain).equalized == ()
     assert torch.equal(predict(cross_layer_equalization(plain), images()), predict(plain, images()))
     assert not any(isinstance(m, FakeQuantize) for m in cross_layer_equalization(small()).modules())
+
+
+class Statements(nn.Module):
+    "The usual network of two layers, whose activations write into what they are given"
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 10)
+
+    def forward(self, x):
+        y = self.a(x)
+        nn.functional.relu(y, inplace=True)
+        y = self.b(y)
+        nn.functional.relu(y, inplace=True)
+        return self.head(y.mean((2, 3)))
+
+
+def test_activations_whose_answer_is_not_kept_are_kept():
+    torch.manual_seed(0)
+    net = Statements().eval()
+    x = images(20)
+    said = predict(net, x)
+    spread = said.std(0).mean()
+    e = cross_layer_equalization(net)
+    assert len(e.equalized) == 1
+    assert (predict(e, x) - said).abs().max() < 1e-3*spread
+    assert (predict(quantize(net, 'INT16', x), x) - said).abs().max() < .05*spread
