@@ -131,8 +131,7 @@ _hints = {'torchscript': "TorchScript (torch.jit), whose layers cannot be taken 
 
 def _data_types():
     "Types that hold data only, beside those that torch allows itself"
-    numpy = np._core if hasattr(np, '_core') else np.core
-    made = {numpy.multiarray.scalar: 'scalar', numpy.multiarray._reconstruct: '_reconstruct'}
+    made = {np.float64(0).__reduce__()[0]: 'scalar', np.empty(0).__reduce__()[0]: '_reconstruct'}
     names = [(f, f'{place}.multiarray.{name}') for f, name in made.items()
              for place in ('numpy.core', 'numpy._core')]
     kinds = [type(np.dtype(o)) for o in ('?', 'i1', 'i2', 'i4', 'i8', 'u1', 'f2', 'f4', 'f8')]
