@@ -17,7 +17,7 @@ import torch
 from torch import nn, Tensor
 from ..core import image_generators
 from .threat_models import L0, L1, L2, Linf
-from .gradient import check_attack, is_correct, margin
+from .gradient import _height, check_attack, is_correct
 
 # %% ../../nbs/api/attacks/85_adapters.ipynb #f7679783
 @contextmanager
@@ -82,13 +82,13 @@ def _best_of(candidates, model, x, y, generator, alone):
     left, logits = is_correct(model, x, y)
     out = x.clone()
     own = image_generators(generator, x)
-    best = margin(logits, y)
+    best = _height(logits, y)
     if not len(left): return out
     for i in left.split(1 if alone else len(left)):
         seed = torch.randint(2**62, (), generator=own[i[0]]).item()
         for image in candidates(x[i], y[i], seed):
-            height = margin(is_correct(model, image, y[i])[1], y[i])
-            better = height > best[i]
+            height = _height(is_correct(model, image, y[i])[1], y[i])
+            better = (height > best[i]) & image.isfinite().flatten(1).all(1)
             out[i[better]] = image[better]
             best[i[better]] = height[better]
     return out
