@@ -15,7 +15,7 @@ from foolbox.attacks.gradient_descent_base import BaseGradientDescent
 import numpy as np
 import torch
 from torch import nn, Tensor
-from ..core import image_generators
+from ..core import check_count, image_generators
 from .threat_models import L0, L1, L2, Linf
 from .gradient import _height, check_attack, is_correct
 
@@ -173,6 +173,7 @@ def hop_skip_jump(
     if not isinstance(threat, (Linf, L2)):
         raise TypeError(f"`threat` must be Linf or L2 for `hop_skip_jump`; got {threat}. Use "
                         "`pointwise` or `random_search`, which take any threat model.")
+    check_count(steps, 'steps', least=0)
     constraint = 'linf' if isinstance(threat, Linf) else 'l2'
     jump = foolbox.attacks.HopSkipJumpAttack(steps=steps, constraint=constraint)
     return from_foolbox(jump)(model, x, y, threat, generator)
@@ -191,5 +192,6 @@ def brendel_bethge(
     if type(threat) not in kinds:
         raise TypeError(f"`threat` must be Linf, L2, L1 or L0 for `brendel_bethge`; got {threat}. Use "
                         "`pointwise` or `random_search`, which take any threat model.")
+    check_count(steps, 'steps', least=0)
     kind = getattr(foolbox.attacks, f'{kinds[type(threat)]}BrendelBethgeAttack')
     return from_foolbox(kind(steps=steps))(model, x, y, threat, generator)

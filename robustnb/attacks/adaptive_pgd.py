@@ -204,9 +204,8 @@ def apgd_targeted(
     "Targeted Auto-PGD (Croce and Hein 2020, arXiv:2003.01690)."
     model = check_attack(model, x, y, threat)
     x = x.detach()
-    if not (steps >= 0 and targets >= 1):
-        raise ValueError("`steps` must not be negative and `targets` at least 1; got "
-                         f"{steps} and {targets}.")
+    check_count(steps, 'steps', least=0)
+    check_count(targets, 'targets')
     out = x.clone()
     left, logits = is_correct(model, x, y)
     wrong = logits[left].scatter(1, y[left, None], -torch.inf)

@@ -322,6 +322,9 @@ def restarts(
     n:int,             # How often to start, >= 1
 )->Callable:           # An attack with the same contract
     "The best of `n` attempts, image by image."
+    if not callable(attack):
+        raise TypeError("`attack` must be a function (model, x, y, threat, *, generator) -> x_adv, such as "
+                        f"`pgd`; got {attack!r}.")
     check_count(n)
     @torch.no_grad()
     def repeated(model, x, y, threat, generator=None):

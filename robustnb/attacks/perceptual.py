@@ -191,8 +191,7 @@ def recolor(
     loss:Callable=margin,  # (logits, y) -> loss per image
 )->Tensor:                 # Images like `x`, allowed by `threat`, in which equal colours stay equal
     "The same change for all pixels of a colour (Laidlaw and Feizi 2019, arXiv:1906.00001)."
-    if not (isinstance(knots, int) and knots >= 2):
-        raise ValueError(f"`knots` must be a whole number, at least 2; got {knots!r}.")
+    check_count(knots, 'knots', least=2)
     def form(x):
         hats = _hats(x, knots)
         reach = threat.eps/threat.distance(torch.zeros_like(x), torch.ones_like(x)).view(-1, 1, 1)

@@ -228,9 +228,8 @@ def one_pixel(
     if not isinstance(threat, L0):
         raise TypeError(f"`threat` must be L0 for `one_pixel`, e.g. `L0(1)`; got {threat}. "
                         "Use `square` or `random_search` for other threat models.")
-    if not (population >= 3 and generations >= 0):
-        raise ValueError("`population` must be at least 3 and `generations` not negative; got "
-                         f"{population} and {generations}.")
+    check_count(population, 'population', least=3)
+    check_count(generations, 'generations', least=0)
     left, logits = is_correct(model, x, y)
     out = x.detach().clone()
     clean = _height(logits, y)
