@@ -15,9 +15,9 @@ from foolbox.attacks.gradient_descent_base import BaseGradientDescent
 import numpy as np
 import torch
 from torch import nn, Tensor
-from ..core import image_generators
+from ..core import check_count, image_generators
 from .threat_models import L0, L1, L2, Linf
-from .gradient import check_attack, is_correct, margin
+from .gradient import _height, check_attack, is_correct
 
 # %% ../../nbs/api/attacks/85_adapters.ipynb #f7679783
 @contextmanager
@@ -82,13 +82,13 @@ def _best_of(candidates, model, x, y, generator, alone):
     left, logits = is_correct(model, x, y)
     out = x.clone()
     own = image_generators(generator, x)
-    best = margin(logits, y)
+    best = _height(logits, y)
     if not len(left): return out
     for i in left.split(1 if alone else len(left)):
         seed = torch.randint(2**62, (), generator=own[i[0]]).item()
         for image in candidates(x[i], y[i], seed):
-            height = margin(is_correct(model, image, y[i])[1], y[i])
-            better = height > best[i]
+            height = _height(is_correct(model, image, y[i])[1], y[i])
+            better = (height > best[i]) & image.isfinite().flatten(1).all(1)
             out[i[better]] = image[better]
             best[i[better]] = height[better]
     return out
@@ -173,6 +173,7 @@ def hop_skip_jump(
     if not isinstance(threat, (Linf, L2)):
         raise TypeError(f"`threat` must be Linf or L2 for `hop_skip_jump`; got {threat}. Use "
                         "`pointwise` or `random_search`, which take any threat model.")
+    check_count(steps, 'steps', least=0)
     constraint = 'linf' if isinstance(threat, Linf) else 'l2'
     jump = foolbox.attacks.HopSkipJumpAttack(steps=steps, constraint=constraint)
     return from_foolbox(jump)(model, x, y, threat, generator)
@@ -191,5 +192,6 @@ def brendel_bethge(
     if type(threat) not in kinds:
         raise TypeError(f"`threat` must be Linf, L2, L1 or L0 for `brendel_bethge`; got {threat}. Use "
                         "`pointwise` or `random_search`, which take any threat model.")
+    check_count(steps, 'steps', least=0)
     kind = getattr(foolbox.attacks, f'{kinds[type(threat)]}BrendelBethgeAttack')
     return from_foolbox(kind(steps=steps))(model, x, y, threat, generator)

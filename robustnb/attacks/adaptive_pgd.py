@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from ..core import batches, check_count, images_at_a_time
 from .threat_models import L1
 from .gradient import (
-    _image_losses, _logits_for, check_attack, cross_entropy, dlr_to, is_correct, loss_and_grad, margin)
+    _height, _image_losses, _logits_for, check_attack, cross_entropy, dlr_to, is_correct, loss_and_grad)
 
 # %% ../../nbs/api/attacks/40_adaptive_pgd.ipynb #91e09b95
 def gradients(
@@ -45,7 +45,7 @@ class _Nearest:
     def see(self, ids, now, y, logits, judge):
         "Keep what is nearer than before; tell who has fallen. Logits that are no numbers are no defence"
         true = y.flatten(1)[:, 0] if y.ndim > 1 else y
-        height = margin(logits, true).to(now.dtype).nan_to_num(torch.inf, torch.inf, -torch.inf)
+        height = _height(logits, true).to(now.dtype)
         gone = height > 0
         if judge is not None and gone.any():
             gone[gone.clone()] = judge(now[gone], true[gone])
@@ -204,9 +204,8 @@ def apgd_targeted(
     "Targeted Auto-PGD (Croce and Hein 2020, arXiv:2003.01690)."
     model = check_attack(model, x, y, threat)
     x = x.detach()
-    if not (steps >= 0 and targets >= 1):
-        raise ValueError("`steps` must not be negative and `targets` at least 1; got "
-                         f"{steps} and {targets}.")
+    check_count(steps, 'steps', least=0)
+    check_count(targets, 'targets')
     out = x.clone()
     left, logits = is_correct(model, x, y)
     wrong = logits[left].scatter(1, y[left, None], -torch.inf)

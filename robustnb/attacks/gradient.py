@@ -36,9 +36,13 @@ def margin(
     true = F.one_hot(y, logits.shape[1]).bool()
     return logits.masked_fill(true, -torch.inf).amax(1) - logits[true]
 
+def _height(logits, y):
+    "How far an image has got (N,): its margin; all the way where logits are no numbers, which is no defence"
+    return margin(logits, y).masked_fill(~logits.isfinite().all(1), torch.inf)
+
 def _stands(logits, y):
     "Is the true class the answer? Among equal logits the first is, as for `argmax`; NaN is no answer"
-    return (margin(logits, y) <= 0) & (logits.argmax(1) == y)
+    return (_height(logits, y) <= 0) & (logits.argmax(1) == y)
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #55389836
 def _top(logits, k):
@@ -318,19 +322,22 @@ def restarts(
     n:int,             # How often to start, >= 1
 )->Callable:           # An attack with the same contract
     "The best of `n` attempts, image by image."
+    if not callable(attack):
+        raise TypeError("`attack` must be a function (model, x, y, threat, *, generator) -> x_adv, such as "
+                        f"`pgd`; got {attack!r}.")
     check_count(n)
     @torch.no_grad()
     def repeated(model, x, y, threat, generator=None):
         model = open_model(model, x)
         generator = generator or make_generator(0)
         best = x.detach().clone()
-        height = margin(is_correct(model, x, y)[1], y)
+        height = _height(is_correct(model, x, y)[1], y)
         seeds = torch.randint(2**62, (n,), generator=generator, device=generator.device)
         for seed in seeds.tolist():
             left = (height <= 0).nonzero().flatten()
             if not len(left): break
             found = attack(model, x[left], y[left], threat, generator=make_generator(seed))
-            value = margin(is_correct(model, found, y[left])[1], y[left])
+            value = _height(is_correct(model, found, y[left])[1], y[left])
             better = value > height[left]
             best[left[better]] = found[better]
             height[left[better]] = value[better]

@@ -10,7 +10,7 @@ import torch
 from torch import nn, Tensor
 from ..core import check_count
 from .threat_models import L1, Linf
-from .gradient import check_attack, loss_and_grad, margin, margin_to, is_correct
+from .gradient import _height, check_attack, loss_and_grad, margin, margin_to, is_correct
 
 # %% ../../nbs/api/attacks/50_minimum_norm.ipynb #175f1193
 def onto_plane(
@@ -54,7 +54,7 @@ def _finish(model, x, y, threat, found):
     "What is inside as it is, what is outside projected, and nothing that is worse than doing nothing."
     inside = (threat.distance(x, found) <= threat.eps).view(-1, 1, 1, 1)
     out = torch.where(inside, found, threat.project(x, found))
-    height = lambda at: margin(is_correct(model, at, y)[1], y)
+    height = lambda at: _height(is_correct(model, at, y)[1], y)
     return torch.where((height(out) > height(x)).view(-1, 1, 1, 1), out, x).detach()
 
 def _check_counts(**counts):
@@ -107,7 +107,7 @@ def _draw_near(model, x, y, found, halvings=12):
     hi = torch.ones_like(lo)
     for _ in range(halvings):
         mid = (lo+hi)/2
-        wrong = (margin(is_correct(model, x + mid*(found-x), y)[1], y) > 0).view(-1, 1, 1, 1)
+        wrong = (_height(is_correct(model, x + mid*(found-x), y)[1], y) > 0).view(-1, 1, 1, 1)
         lo = torch.where(wrong, lo, mid)
         hi = torch.where(wrong, mid, hi)
     return torch.where(hi < 1, x + hi*(found-x), found)
@@ -115,6 +115,7 @@ def _draw_near(model, x, y, found, halvings=12):
 def _along_border(model, x, now, both, threat):
     "Beyond the border of the classes `both`: a mixture of the ways from `now` and from `x` onto it."
     gap, grad, _ = loss_and_grad(model, now, both, margin_to)
+    gap = gap.nan_to_num(0, 0, 0)     # where there is no number there is no gradient either
     step = onto_plane(now, grad, 1e-6-gap, threat)
     home = onto_plane(x, grad, 1e-6-gap - (grad*(x-now)).flatten(1).sum(1), threat)
     near = threat.distance(now, now+step)
@@ -145,7 +146,7 @@ def fab(
             if not len(left): break
             a = x[left]
             b = _along_border(model, a, now[left], torch.stack([y, other], 1)[left], threat)
-            fallen = margin(is_correct(model, b, y[left])[1], y[left]) > 0
+            fallen = _height(is_correct(model, b, y[left])[1], y[left]) > 0
             length = threat.distance(a, b)
             better = fallen & (length < far[left])
             found[left[better]] = b[better]
@@ -170,7 +171,7 @@ def _adam_search(model, x, y, threat, const, steps, lr, confidence):
     for i in range(1, steps+1):
         now = (w.tanh()+1)/2
         _, grad, logits = loss_and_grad(model, now, y, lack)
-        fallen = margin(logits, y) > confidence
+        fallen = _height(logits, y) > confidence
         length = threat.distance(x, now)
         better = fallen & (length < far)
         found[better] = now[better]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core import check_count, outside_inference
 from .threat_models import L1, Linf, shrink_to_sum
-from .gradient import check_attack, is_correct, loss_and_grad, margin
+from .gradient import _height, check_attack, is_correct, loss_and_grad, margin
 
 # %% ../../nbs/api/attacks/80_perceptual.ipynb #2a8a8c04
 @torch.inference_mode(False)
@@ -26,7 +26,7 @@ def _search(model, x, y, threat, loss, steps, form):
     out = x.clone()
     left, logits = is_correct(model, x, y)
     if not len(left): return out
-    height = margin(logits, y)[left]
+    height = _height(logits, y)[left]
     x = x[left]
     y = y[left]
     best = x
@@ -41,7 +41,7 @@ def _search(model, x, y, threat, loss, steps, form):
             now = follow(now.detach(), torch.autograd.grad(image, now, grad)[0], i)
         else:
             logits = is_correct(model, here, y)[1]
-        value = margin(logits, y)
+        value = _height(logits, y)
         best = torch.where((value > height).view(-1, 1, 1, 1), here, best)
         height = torch.maximum(value, height)
     out[left] = best
@@ -191,8 +191,7 @@ def recolor(
     loss:Callable=margin,  # (logits, y) -> loss per image
 )->Tensor:                 # Images like `x`, allowed by `threat`, in which equal colours stay equal
     "The same change for all pixels of a colour (Laidlaw and Feizi 2019, arXiv:1906.00001)."
-    if not (isinstance(knots, int) and knots >= 2):
-        raise ValueError(f"`knots` must be a whole number, at least 2; got {knots!r}.")
+    check_count(knots, 'knots', least=2)
     def form(x):
         hats = _hats(x, knots)
         reach = threat.eps/threat.distance(torch.zeros_like(x), torch.ones_like(x)).view(-1, 1, 1)

@@ -11,7 +11,7 @@ import torch
 from torch import nn, Tensor
 from ..core import batches, check_count, draw, image_generators, make_generator
 from .threat_models import L0, L1, L2, Linf
-from .gradient import _image_losses, check_attack, is_correct, margin
+from .gradient import _height, _image_losses, check_attack, is_correct, margin
 
 # %% ../../nbs/api/attacks/60_score_based.ipynb #71c55b31
 @torch.no_grad()
@@ -28,13 +28,13 @@ def random_search(
     check_count(tries, 'tries')
     left, logits = is_correct(model, x, y)
     out = x.detach().clone()
-    best = margin(logits, y)
+    best = _height(logits, y)
     generator = generator or make_generator(0)
     seeds = torch.randint(2**62, (tries,), generator=generator, device=generator.device)
     for seed in seeds.tolist():
         if not len(left): break
         found = threat.sample(x[left], make_generator(seed))
-        value = margin(is_correct(model, found, y[left])[1], y[left])
+        value = _height(is_correct(model, found, y[left])[1], y[left])
         better = value > best[left]
         out[left[better]] = found[better]
         best[left[better]] = value[better]
@@ -128,7 +128,7 @@ def _search(model, x, y, threat, generator, queries, p, loss):
     "The loop of `square`: images leave it when they fall."
     left, logits = is_correct(model, x, y)
     out = x.detach().clone()
-    clean = margin(logits, y)
+    clean = _height(logits, y)
     own = image_generators(generator, x)
     own = [own[i] for i in left.tolist()]
     s = dict(id=left, x=x[left], y=y[left], best=x[left], height=clean[left],
@@ -143,7 +143,7 @@ def _search(model, x, y, threat, generator, queries, p, loss):
             asked = _propose(threat, s['x'], s['best'], side, s['u'][:, (at-1) % 100])
         logits = is_correct(model, asked, s['y'])[1]
         value = _image_losses(loss, logits, s['y'])
-        height = margin(logits, s['y'])
+        height = _height(logits, s['y'])
         better = (value > s['value']) | (height > 0)
         s |= dict(best=torch.where(better.view(-1, 1, 1, 1), asked, s['best']),
                   value=torch.where(better, value, s['value']),
@@ -198,7 +198,7 @@ def _fitness(model, x, y, genes):
     p = genes.shape[1]
     def margins(s):
         images = paint_pixels(x[s].repeat_interleave(p, 0), genes[s].flatten(0, 1))
-        return margin(model(images), y[s].repeat_interleave(p)).view(-1, p)
+        return _height(model(images), y[s].repeat_interleave(p)).view(-1, p)
     return torch.cat([margins(s) for s in batches(len(x), max(1, 500//p))])
 
 def _challenge(model, s, generation):
@@ -228,12 +228,11 @@ def one_pixel(
     if not isinstance(threat, L0):
         raise TypeError(f"`threat` must be L0 for `one_pixel`, e.g. `L0(1)`; got {threat}. "
                         "Use `square` or `random_search` for other threat models.")
-    if not (population >= 3 and generations >= 0):
-        raise ValueError("`population` must be at least 3 and `generations` not negative; got "
-                         f"{population} and {generations}.")
+    check_count(population, 'population', least=3)
+    check_count(generations, 'generations', least=0)
     left, logits = is_correct(model, x, y)
     out = x.detach().clone()
-    clean = margin(logits, y)
+    clean = _height(logits, y)
     own = image_generators(generator, x)
     own = [own[i] for i in left.tolist()]
     if not own: return out

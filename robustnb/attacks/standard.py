@@ -18,7 +18,7 @@ from ..models.graph import fold_batchnorm
 from ..quant.ptq import FakeQuantize
 from .threat_models import L1, L2, Linf
 from .gradient import (
-    _NotDifferentiable, _stands, check_attack, cross_entropy, full_pgd, is_correct, loss_and_grad,
+    _height, _NotDifferentiable, _stands, check_attack, cross_entropy, full_pgd, is_correct, loss_and_grad,
     margin, margin_to, multi_attack)
 from .adaptive_pgd import apgd, apgd_targeted, climb, gradients, walk
 from .minimum_norm import fab
@@ -107,7 +107,7 @@ class _Search:
         self.batch_size = batch_size
         self.left, self.logits = is_correct(model, x, y, batch_size)
         self.out = x.clone()
-        self.clean = margin(self.logits, y)
+        self.clean = _height(self.logits, y)
         self.height = self.clean.clone()
         self.stages = []
         self.forward = len(x)
@@ -246,7 +246,7 @@ def _ask(s, stage, attack, rows, passes, generator):
     "Another attack on `rows`; `passes` is the most it makes for an image, forward and backward"
     found = attack(s.model, s.x[rows], s.y[rows], s.threat, generator)
     logits = is_correct(s.model, found, s.y[rows], s.batch_size)[1]
-    s.keep(rows, found, margin(logits, s.y[rows]), ~_stands(logits, s.y[rows]))
+    s.keep(rows, found, _height(logits, s.y[rows]), ~_stands(logits, s.y[rows]))
     s.forward += (passes[0]+1)*len(rows)
     s.backward += passes[1]*len(rows)
     s.note(stage, len(rows))

@@ -27,9 +27,9 @@ def _scale(threat, x):
 
 def _follow(gradient, x, threat, steps, decay, ahead=0):
     "Steps along the sum of gradients; `ahead` is 1 to take each where the sum leads next."
-    if not (steps >= 1 and 0 <= decay < float('inf')):
-        raise ValueError("`steps` must be at least 1 and `decay` finite and not negative; got "
-                         f"{steps} and {decay}.")
+    check_count(steps, 'steps')
+    if not 0 <= decay < float('inf'):
+        raise ValueError(f"`decay` must be finite and not negative; got {decay}.")
     now = x
     total = torch.zeros_like(x)
     look = ahead*decay*_scale(threat, x)/steps
@@ -133,8 +133,8 @@ def ti_fgsm(
 )->Tensor:                 # Images like `x`, allowed by `threat`
     "Translation-invariant attack with momentum (Dong et al. 2019, arXiv:1904.02884)."
     gradient = _plain(model, x, y, threat)
-    if not (kernel >= 1 and kernel % 2 == 1):
-        raise ValueError(f"`kernel` must be odd and at least 1; got {kernel}.")
+    if check_count(kernel, 'kernel') % 2 == 0:
+        raise ValueError(f"`kernel` must be odd; got {kernel}.")
     return _follow(_smooth(gradient, kernel), x, threat, steps, decay)
 
 # %% ../../nbs/api/attacks/70_transferable.ipynb #f8e5b78a

@@ -245,7 +245,7 @@ def _attacked(ask, students, plan, x, targets, seed, folder):
     oracle = lambda: BlackBox(ask, plan.queries*_TOGETHER)
     rows = compare_attacks(dict(attack=attack), oracle, x, targets, SSIM(.95 + 2e-6), seed, folder,
                            _TOGETHER)
-    return rows, attacked_images(folder, 'attack')
+    return rows, attacked_images(folder, 'attack')[:len(x)]
 
 # %% ../../nbs/api/commands/70_descriptors.ipynb #5665c727
 @_command
@@ -273,11 +273,11 @@ def attack_descriptors_command(
     ask = _box(box)
     cache = out/f'asked-{_name(box)}.db'
     wanted = _some_pairs(pairs, images, n_pairs, seed)
-    write_pairs(wanted, out/'pairs.csv')
     at = images.at(wanted.sources)
     targets = _wanted_descriptors(ask, images, wanted, cache)
-    folder = out/f"runs-{_name(*files)}"
+    folder = out/f"runs-{_name(box, *files)}-{queries}-{seed}"
     rows, changed = _attacked(ask, nets, plan, images.x[at.ravel()], targets, seed, folder)
+    write_pairs(wanted, out/'pairs.csv')
     write_submission(out/'submission.zip', wanted.files, changed, images.images[at.ravel()],
                      _answers(ask, changed, cache))
     _write(rows, out/'rows.csv')

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core import check_images, check_model, make_generator, progress, round_to_8bit
+from ..core import check_count, check_images, check_model, make_generator, progress, round_to_8bit
 from ..attacks.threat_models import Ball
 from ..attacks.ssim_rule import image_parts, ssim
 from ..attacks.transferable import mean_normalized, resize_matrix
@@ -263,6 +263,7 @@ def target_combinations(
 # %% ../../nbs/api/descriptors/40_attack.ipynb #42877d85
 def _second_place(step, oracle, x, targets, threat, start, students, queries):
     "Its loop: one step a query, another goal after a failure, a step all the same after five"
+    check_count(queries, 'queries')
     kept, best, _ = _begin(oracle, x, targets, threat, students, start)
     students = check_students(students)
     goals = target_combinations(targets)
@@ -337,10 +338,10 @@ class Plan:
     nesterov:bool=False      # Take the gradient where the momentum leads
 
     def __post_init__(self):
-        counts = self.queries >= 2 and self.inner >= 1 and self.refresh >= 0
-        if not (counts and 0 <= self.decay < 1 and 0 <= self.differences < float('inf')):
-            raise ValueError("`queries` must be at least 2, `inner` at least 1, `decay` in "
-                             f"[0, 1), `refresh` and `differences` not negative; got {self}.")
+        for name, least in dict(queries=2, inner=1, refresh=0).items():
+            check_count(getattr(self, name), name, least=least)
+        if not (0 <= self.decay < 1 and 0 <= self.differences < float('inf')):
+            raise ValueError(f"`decay` must be in [0, 1) and `differences` not negative; got {self}.")
         if not 0 < self.length <= 1:
             raise ValueError(f"`length` must be in (0, 1]; got {self.length}.")
 

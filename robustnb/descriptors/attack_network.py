@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core import batches, check_images, make_generator, outside_inference, progress
+from ..core import batches, check_count, check_images, make_generator, outside_inference, progress
 from ..files import save_state
 from ..attacks.threat_models import Ball
 from .blackbox import is_spent
@@ -83,9 +83,9 @@ class LinkNetAttacker(nn.Module):
         seed:int=0,        # Random weights
     ):
         super().__init__()
-        if not (width >= 4 and 0 <= k < math.inf):
-            raise ValueError("`width` must be at least 4 channels and `k` finite and not "
-                             f"negative; got {width} and {k}.")
+        check_count(width, 'width', of=' channels', least=4)
+        if not 0 <= k < math.inf:
+            raise ValueError(f"`k` must be finite and not negative; got {k}.")
         found = len(getattr(encoder, 'stages', ()))
         if encoder is not None and found < 3:
             raise ValueError("`encoder` must have `stages`, at least three modules in a row; got "
@@ -127,10 +127,10 @@ class AttackerRecipe:
     seed:int=0             # Order, pairs and sizes
 
     def __post_init__(self):
-        counts = self.epochs >= 1 and self.batch_size >= 1
-        if not (counts and 0 < self.lr < math.inf and 0 < self.smallest <= 1):
-            raise ValueError("`epochs` and `batch_size` must be at least 1, `lr` positive, "
-                             f"`smallest` in (0, 1]; got {self}.")
+        check_count(self.epochs, 'epochs')
+        check_count(self.batch_size, 'batch_size')
+        if not (0 < self.lr < math.inf and 0 < self.smallest <= 1):
+            raise ValueError(f"`lr` must be positive and `smallest` in (0, 1]; got {self}.")
 
 # %% ../../nbs/api/descriptors/60_attack_network.ipynb #7ead3b0b
 def _mark(attacker, students, sources, target_images, threat, recipe):

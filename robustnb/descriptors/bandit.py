@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core import draw, image_generators
+from ..core import check_count, draw, image_generators
 from ..attacks.score_based import square_side
 from ..attacks.transferable import mean_normalized
 from ..augmentation.transforms import affine
@@ -186,9 +186,8 @@ class Bandit:
     dodge:bool=False         # Away from the targets instead of towards them
 
     def __post_init__(self):
-        if not (self.queries >= 2 and self.learn_every >= 1):
-            raise ValueError("`queries` must be at least 2 and `learn_every` at least 1; "
-                             f"got {self}.")
+        check_count(self.queries, 'queries', least=2)
+        check_count(self.learn_every, 'learn_every')
 
 # %% ../../nbs/api/descriptors/53_bandit.ipynb #522c4f8d
 class _Goal:

@@ -6,7 +6,7 @@
 __all__ = ['descriptor_distance', 'BlackBox', 'is_spent', 'query_distances', 'http_blackbox']
 
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #221fdf45
-import hashlib, http.client, io, numbers, sqlite3, threading, time, urllib.error, warnings
+import hashlib, http.client, io, numbers, sqlite3, threading, time, urllib.error, warnings, zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import nn, Tensor
 from ..core import batches, check_count, check_images, check_model, round_to_8bit, to_uint8
 from ..files import check_path
+from ..questions import cache_key
 
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #507c44a5
 def descriptor_distance(
@@ -130,6 +131,31 @@ class _Cache(_Shared):
                            [(seconds, o, i) for i, o in zip(ids, outcomes)])
             db.executemany('insert or ignore into answers values (?, ?)',
                            [(k, v.numpy().astype('<f4').tobytes()) for k, v in answers.items()])
+
+# %% ../../nbs/api/descriptors/10_blackbox.ipynb #8df8528e
+def _box_mark(box, arg):
+    "What tells a box from another: its `source`, such as an address, or a key for code, values and weights"
+    source = getattr(box, 'source', None)
+    return source if isinstance(source, str) else cache_key(box, arg=arg)
+
+def _claimed(cache, box):
+    "The cache, if it is new, from a time before there were marks, or that of this box"
+    if cache.path is None: return cache
+    try:
+        mark = zlib.crc32(_box_mark(box, 'cache').encode()) % (2**31-1) + 1
+    except ValueError:      # nobody can tell it from another one
+        return cache
+    with cache.writing() as db:
+        known = db.execute('pragma user_version').fetchone()[0]
+        if not known:
+            db.execute(f'pragma user_version={mark}')
+    if known in (0, mark): return cache
+    cache.db.close()
+    raise ValueError(
+        f"`cache` must be a new file, or that of the same box; {cache.path} holds answers of one with "
+        "another address, code or weights. Choose another path. If it is the same box after all, forget "
+        f"the mark: `sqlite3.connect({str(cache.path)!r}).execute('pragma user_version=0')`.")
+
 
 # %% ../../nbs/api/descriptors/10_blackbox.ipynb #6b81f791
 def _seconds(name, value):
@@ -314,7 +340,7 @@ class BlackBox(_Querying):
         self.timeout = None if timeout is None else _seconds('timeout', timeout)
         waits = (self.timeout, getattr(black_box, 'timeout', None))
         self._wait = min((o for o in waits if o is not None), default=None)
-        self._cache = _Cache(cache)
+        self._cache = _claimed(_Cache(cache), black_box)
 
     def __call__(self,
         x:Tensor,     # Images (N,3,H,W), float, pixels in [0,1]; rounded to 8 bits before they are sent
@@ -420,4 +446,5 @@ def http_blackbox(
     def box(x): return np.concatenate([ask(x[s]) for s in batches(len(x), size or len(x))])
     box.timeout = timeout
     box.batch_size = size
+    box.source = url
     return box

@@ -18,22 +18,20 @@ from ..core import (
     batches, check_images, make_generator, progress, some_of, to_float, to_uint8)
 from ..files import load_state, save_state
 from ..metrics import bootstrap
+from ..questions import cache_key
 from ..attacks.ssim_rule import file_ssim
-from .blackbox import descriptor_distance
+from .blackbox import BlackBox, _box_mark, descriptor_distance
 from .students import tensor_digest
 
 # %% ../../nbs/api/descriptors/90_comparison.ipynb #35faa7a4
-def _plain(v):
-    "A setting as text; only its type where the text would differ in another process"
-    plain = isinstance(v, (int, float, str, bool, type(None), tuple, list, dict))
-    return repr(v) if plain and '0x' not in repr(v) else type(v).__name__
-
-def _describe(f):
-    "A function and its plain settings, as text that is the same in another process"
-    if isinstance(f, partial):
-        settings = [f'{k}={_plain(v)}' for k, v in sorted(f.keywords.items())]
-        return f"{_describe(f.func)}({', '.join([*map(_plain, f.args), *settings])})"
-    return getattr(f, '__qualname__', type(f).__name__)
+def _question(attack, make_oracle, threat, seed):
+    "What the rows of an attack depend on besides the images, in words that are the same in every process"
+    key = partial(cache_key, arg='folder')
+    oracle = make_oracle()
+    ours = isinstance(oracle, BlackBox)
+    box = _box_mark(oracle.black_box, 'folder') if ours else key(make_oracle)
+    return dict(attack=key(attack), box=box, budget=oracle.limit if ours else None,
+                threat=[repr(threat), key(threat)], seed=int(seed))
 
 def _judge(name, x, x_adv, targets, threat, make_oracle):
     "Columns of the rows that a fresh oracle gives, and the images (N,H,W,C)"
@@ -68,7 +66,7 @@ def _run_group(name, attack, make_oracle, x, targets, threat, seed):
     return columns | dict(queries=[queries/n]*n, seconds=[seconds/n]*n), changed
 
 # %% ../../nbs/api/descriptors/90_comparison.ipynb #c0786331
-_FORMAT = 'robustnb.verification/1'
+_FORMAT = 'robustnb.verification/2'
 
 def _known(file, mark):
     "What an earlier run has left in `file`, or None"
@@ -76,10 +74,10 @@ def _known(file, mark):
     state = load_state(file)
     ours = isinstance(state, dict) and state.get('format') == _FORMAT
     theirs = state.get('mark', {}) if ours else {}
-    differ = [f"{k} ({theirs.get(k)}, now {v})" for k, v in mark.items() if theirs.get(k) != v]
+    differ = [k for k, v in mark.items() if theirs.get(k) != v]
     if differ:
-        raise ValueError(f"`folder` holds the answer to another question: in {file} differ "
-                         f"{', '.join(differ)}. Take another folder, or delete the file.")
+        raise ValueError(f"`folder` holds the answer to another question: {', '.join(differ)} differ "
+                         f"from {file}. Take another folder, or delete {file.parent}.")
     return state
 
 def _group_of(file, mark, run, groups):
@@ -140,12 +138,13 @@ def compare_attacks(
     slices = batches(len(x), group)
     parts = []
     total = {}
+    marks = {k: _question(v, make_oracle, threat, seed) for k, v in attacks.items()} if folder else {}
     bar = progress([(name, g) for name in attacks for g in range(len(slices))], 'attacks')
     for name, g in bar:
         s = slices[g]
         file = folder and Path(folder)/name/f'{g:05}.pt'
-        mark = dict(attack=_describe(attacks[name]), threat=repr(threat), seed=int(seed),
-                    images=tensor_digest(x[s]), targets=tensor_digest(targets[s]))
+        digests = dict(images=tensor_digest(x[s]), targets=tensor_digest(targets[s]))
+        mark = marks.get(name, {}) | digests
         run = partial(_run_group, name, attacks[name], make_oracle, x[s], targets[s], threat, seed)
         rows = _group_of(file, mark, run, len(slices))['rows']
         images = range(s.start, s.stop)
@@ -171,6 +170,11 @@ def attacked_images(
         raise ValueError(f"`folder` must hold all groups of {name!r}; {len(files)} of "
                          f"{wanted} are finished. Run `compare_attacks` again, it "
                          "goes on from here.")
+    asked = [{k: v for k, v in o['mark'].items() if k not in ('images', 'targets')} for o in states]
+    odd = next((f for f, o in zip(files, asked) if o != asked[0]), None)
+    if odd:
+        raise ValueError(f"`folder` must hold answers to one question; {odd} answers another one than "
+                         f"{files[0]}. Delete {odd.parent}, and run `compare_attacks` again.")
     return torch.cat([o['images'] for o in states]).numpy()
 
 # %% ../../nbs/api/descriptors/90_comparison.ipynb #dc36a690

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core import check_images, to_uint8
 from ..data import check_pixels
+from ..files import fingerprint
 
 # %% ../../nbs/api/descriptors/35_dlib_face.ipynb #34eef47b
 _NAMES = (b'\x01\x05con_4', b'\x01\x07affine_', b'\x01\x04fc_2')   # length and text
@@ -154,7 +155,8 @@ def dlib_box(
 ):                       # Images (N,3,150,150), pixels in [0,1] -> descriptors (N,128)
     "dlib's face network as a black box: the library itself, one face a call."
     dlib = _dlib()
-    net = dlib.face_recognition_model_v1(str(_model(_NETWORK) if path is None else path))
+    path = Path(_model(_NETWORK) if path is None else path)
+    net = dlib.face_recognition_model_v1(str(path))
     def box(x):
         images = to_uint8(check_images(x))
         if images.shape[1:] != (150, 150, 3):
@@ -162,6 +164,7 @@ def dlib_box(
                              f"got {tuple(x.shape)}.")
         said = [np.array(net.compute_face_descriptor(o), np.float32) for o in images]
         return torch.from_numpy(np.stack(said))
+    box.source = f'dlib {fingerprint(path.read_bytes())}'
     return box
 
 def _dlib():

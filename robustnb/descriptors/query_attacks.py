@@ -92,6 +92,7 @@ def pixel_evolution(
 )->Tensor:               # Images like `x`, pixels k/255, allowed by `threat`, never worse than the start
     "One-pixel attack on descriptors by differential evolution (Su et al. 2019, arXiv:1710.08864)."
     check_count(pixels, 'pixels', least=0)
+    check_count(batch, 'batch')
     x, targets, out, _, value = begin_attack(oracle, x, targets, threat, start)
     on = _answered(value)
     if not len(on): return out
@@ -122,8 +123,8 @@ def square_descriptor(
     p:float=.3,           # Share of the image that the first squares cover, in (0,1]
 )->Tensor:               # Images like `x`, pixels k/255, allowed by `threat`, never worse than the start
     "Square attack (Andriushchenko et al. 2020, arXiv:1912.00049) on the distance between descriptors."
-    if not (queries >= 1 and 0 < p <= 1):
-        raise ValueError(f"`queries` must be at least 1 and `p` in (0, 1]; got {queries} and {p}.")
+    check_count(queries, 'queries')
+    if not 0 < p <= 1: raise ValueError(f"`p` must be in (0, 1]; got {p}.")
     x, targets, out, _, value = begin_attack(oracle, x, targets, threat, start)
     on = _answered(value)
     if not len(on): return out
@@ -259,9 +260,9 @@ def nes_descriptor(
     samples:int=10,       # Queries, in pairs, between two steps: even, 2 to 200
 )->Tensor:               # Images like `x`, pixels k/255, allowed by `threat`, never worse than the start
     "Evolution strategies (Ilyas et al. 2018, arXiv:1804.08598) that remember all answers."
-    if not (queries >= 1 and 2 <= samples <= 2*_ROWS and samples % 2 == 0):
-        raise ValueError(f"`queries` must be at least 1 and `samples` even, from 2 to {2*_ROWS}; "
-                         f"got {queries} and {samples}.")
+    check_count(queries, 'queries')
+    if check_count(samples, 'samples', least=2) > 2*_ROWS or samples % 2:
+        raise ValueError(f"`samples` must be even, from 2 to {2*_ROWS}; got {samples}.")
     x, targets, out, d, value = begin_attack(oracle, x, targets, threat, start)
     on = _answered(value)
     if not len(on) or queries < 4: return out

@@ -149,9 +149,13 @@ def fit_ridge(
     if seen.ndim != 2 or len(seen) != len(d):
         raise ValueError("`features` must answer with (N,F), one row for each image; got "
                          f"{tuple(seen.shape)} for {len(d)} images.")
+    deviation = seen.std(0)
+    if not deviation.max() > 0:
+        raise ValueError("`features` must be finite and differ between images; those of the "
+                         f"{len(d)} images do not. Take other images, or other features.")
     student = RidgeStudent(features, seen.shape[1], d.shape[1])
     student.mean = seen.mean(0)
-    student.deviation = seen.std(0).clamp_min(1e-3*seen.std(0).max())
+    student.deviation = deviation.clamp_min(1e-3*deviation.max())
     student.bias = d.mean(0)
     a = ((seen-student.mean)/student.deviation).double()
     b = (d-student.bias).double()

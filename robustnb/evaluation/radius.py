@@ -76,8 +76,7 @@ def first_order_radius(
     as an estimate."""
     model = check_attack(model, x, y)
     like = next(model.parameters(), x)
-    if not others >= 1:
-        raise ValueError(f"`others` must be at least 1; got {others}. 1 is the runner-up alone.")
+    check_count(others, 'others')     # 1 is the runner-up alone
     order = _dual_norm(threat)
     return torch.cat([_radius(model, x[s].to(like.device), y[s].to(like.device), order, box,
                               others) for s in batches(len(x), batch_size)])

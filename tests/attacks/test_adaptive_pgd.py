@@ -236,11 +236,13 @@ def test_what_is_already_wrong_is_left_alone_and_a_constant_cannot_fall():
 
 @pytest.mark.parametrize('call, words',
                          ((partial(apgd, steps=-1), '`steps` must be a whole number, at least 0; got -1'),
-                          (partial(apgd_targeted, targets=0), '`targets` at least 1; got'),
+                          (partial(apgd_targeted, targets=0), '`targets` must be a whole number, at least 1'),
+                          (partial(apgd_targeted, steps=10.), '`steps` must .* got 10.0'),
+                          (partial(apgd_targeted, targets=1.5), '`targets` must .* got 1.5'),
                           (partial(apgd, loss=lambda z, y: z.detach().sum(1)), 'Use `square`')))
 def test_wrong_uses(call, words):
     model = make_net()
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         call(model, *make_batch(model=model), Linf(.1))
 
 

@@ -157,6 +157,8 @@ def test_to_the_end_finds_pgd_inside_partials():
     assert torch.equal(found, full_pgd(model, x, y, threat, steps=7, step_size=.01))
     assert not torch.equal(found, pgd(model, x, y, threat, steps=7, step_size=.01))
     other = restarts(pgd, 2)
+    with pytest.raises(TypeError, match="`attack` must be a function .* got 'pgd'"):
+        restarts('pgd', 2)
     assert to_the_end(other) is other
     crafted = transfer_attack(model, partial(pgd, steps=7, step_size=.01))
     assert torch.equal(crafted(Ten().eval(), x, y, threat), found), 'judged on another model'

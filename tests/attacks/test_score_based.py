@@ -513,8 +513,10 @@ def test_wrong_use_is_refused(name, use):
     (lambda *a: square(*a, Linf(.1), p=float('nan')), 'got nan'),
     (lambda *a: square(*a, Linf(.1), p=1.1), r'`p` must be in \(0, 1\]'),
     (lambda *a: random_search(*a, Linf(.1), tries=0), '`tries` must be a whole number, at least 1; got 0'),
-    (lambda *a: one_pixel(*a, L0(1), population=2), '`population` must be at least 3'),
-    (lambda *a: one_pixel(*a, L0(1), generations=-1), '`generations` not negative; got 100 and -1'),
+    (lambda *a: one_pixel(*a, L0(1), population=2), '`population` must be a whole number, at least 3'),
+    (lambda *a: one_pixel(*a, L0(1), population=10.), 'got 10.0'),
+    (lambda *a: one_pixel(*a, L0(1), generations=-1),
+     '`generations` must be a whole number, at least 0; got -1'),
     (lambda *a: L0(-1), 'at least 0 pixels; got -1'), (lambda *a: L0(1.), 'got 1.0')))
 def test_wrong_settings_are_refused(call, words):
     model = make_net()

@@ -2,19 +2,24 @@
 import copy
 from functools import partial
 
+import foolbox
 import pytest
 import torch
 from torch import nn
 
+from robustnb.attacks.adapters import from_foolbox
 from robustnb.attacks.adaptive_pgd import apgd, apgd_targeted
 from robustnb.attacks import standard
-from robustnb.attacks.gradient import full_pgd, margin, multi_attack, pgd
+from robustnb.attacks.gradient import full_pgd, margin, multi_attack, pgd, restarts
+from robustnb.attacks.minimum_norm import carlini_wagner, deepfool, fab
+from robustnb.attacks.perceptual import advdrop, recolor, wasserstein
+from robustnb.attacks.score_based import one_pixel, random_search, square
 from robustnb.attacks.standard import autoattack, cascade, run_cascade, search_copy
 from robustnb.core import make_generator
 from robustnb.contract import count_passes, predict
 from robustnb.data import digits, subset
 from robustnb.models.blocks import he_init
-from robustnb.attacks.threat_models import L1, L2, Linf
+from robustnb.attacks.threat_models import L0, L1, L2, Linf
 from robustnb.attacks.ssim_rule import SSIM
 from robustnb.models.training import Recipe, train
 from robustnb.quant.ptq import quantize
@@ -391,6 +396,38 @@ def test_answers_that_are_no_numbers_are_no_defence(trained, attack):
     wrong = (predict(fearful, found).argmax(1) != y) | predict(fearful, found).isnan().any(1)
     plain = ~survives(net, attack(net, x, y, threat), y)
     assert wrong.sum() >= plain.sum() - 1
+
+
+class Speechless(nn.Module):
+    "No answer to anything but the images themselves"
+    def __init__(self, net, x, said):
+        super().__init__()
+        self.net, self.x, self.said = net, x, said
+    def forward(self, x):
+        far = (x.flatten(1)[:, None] - self.x.flatten(1)).abs().amax(2).amin(1) > 1e-3
+        return torch.where(far[:, None], self.said, self.net(x))
+
+
+searches = dict(
+    restarts=restarts(partial(pgd, steps=2), 2), random_search=random_search,
+    square=partial(square, queries=9), fab=partial(fab, steps=3), deepfool=partial(deepfool, steps=3),
+    carlini_wagner=partial(carlini_wagner, steps=9), recolor=partial(recolor, steps=3),
+    wasserstein=partial(wasserstein, steps=3), advdrop=partial(advdrop, steps=3),
+    apgd_targeted=partial(apgd_targeted, steps=3), cascade=cascade,
+    foolbox=from_foolbox(foolbox.attacks.LinfFastGradientAttack()),
+    one_pixel=partial(one_pixel, population=5, generations=1))
+
+
+@pytest.mark.parametrize('said', (torch.nan, torch.inf))
+@pytest.mark.parametrize('name', searches)
+def test_where_there_is_no_answer_an_image_has_fallen(trained, name, said):
+    net, x, y = trained
+    x = x[survives(net, x, y)][:4]
+    y = predict(net, x).argmax(1)
+    threat = L0(1) if name == 'one_pixel' else Linf(.1)
+    silent = Speechless(net, x, said).eval()
+    found = searches[name](silent, x, y, threat, generator=make_generator(0))
+    assert not predict(silent, found).isfinite().any()
 
 
 def test_a_random_model_is_judged_by_its_mean(trained):

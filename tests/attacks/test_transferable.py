@@ -245,10 +245,10 @@ def test_wrong_use_is_refused(name, use):
 
 nan = float('nan')
 @pytest.mark.parametrize(
-    'attack, name', [(partial(a, **{k: v}), k) for k, vs in dict(steps=(0, -1, nan), decay=(
+    'attack, name', [(partial(a, **{k: v}), k) for k, vs in dict(steps=(0, -1, nan, 2.5), decay=(
         -.1, nan, float('inf'))).items() for v in vs for a in family.values()]
                     + [(partial(di_fgsm, probability=v), 'probability') for v in (-.1, 1.1, nan)]
-                    + [(partial(ti_fgsm, kernel=v), 'kernel') for v in (0, 4, -1, nan)]
+                    + [(partial(ti_fgsm, kernel=v), 'kernel') for v in (0, 4, -1, nan, 5.)]
                     + [(partial(si_fgsm, copies=v), 'copies') for v in (0, nan)]
                     + [(partial(vmi_fgsm, beta=v), 'beta') for v in (-1., nan, float('inf'))])
 def test_options_out_of_range_are_named(attack, name):

@@ -55,6 +55,7 @@ def questions(monkeypatch):
         def ask(x):
             asked.extend(range(len(x)))
             return answer(x)
+        ask.source = str(name)
         return ask
     monkeypatch.setattr(descriptors, '_box', counting)
     return asked
@@ -221,6 +222,17 @@ def test_a_network_in_a_file_becomes_a_student(teacher, tmp_path):
     student = load_student(tmp_path/'students'/'theirs.pt')
     assert student(torch.rand(1, 3, 30, 30)).shape == (1, 512)
     assert student.features(torch.rand(1, 3, 30, 30)).shape == (1, 48)
+
+
+def test_other_queries_in_one_folder_are_another_attack(teacher, tmp_path):
+    distill(teacher, photos, 'filters', str(tmp_path/'students'), copies=1)
+    run = lambda n, out: attack(teacher, f'{tmp_path}/students/filters.pt', 'digits:test', n_pairs=1,
+                                queries=n, out=str(tmp_path/out))['rows']
+    run(2, 'a')
+    plain = lambda rows: [{k: v for k, v in o.items() if k != 'seconds'} for o in rows]
+    longer = run(6, 'a')
+    assert plain(longer) == plain(run(6, 'b'))
+    assert longer == run(6, 'a')
 
 
 def test_a_report_of_an_attack(teacher, tmp_path):

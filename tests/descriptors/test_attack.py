@@ -499,12 +499,12 @@ def test_bad_input(case, name, change, words):
                       students=args['students'], start=args['start'])
 
 
-@pytest.mark.parametrize('bad', [dict(queries=1), dict(inner=0), dict(decay=1),
+@pytest.mark.parametrize('bad', [dict(queries=1), dict(queries=9.), dict(inner=0), dict(decay=1),
                                  dict(decay=float('nan')), dict(refresh=-1),
                                  dict(differences=-1), dict(differences=float('nan')),
                                  dict(length=0), dict(length=2), dict(length=float('nan'))])
 def test_bad_plans(bad):
-    with pytest.raises(ValueError, match='got'):
+    with pytest.raises((ValueError, TypeError), match='got'):
         Plan(**bad)
 
 

@@ -260,9 +260,9 @@ def test_gains_ask_the_best():
     assert seen[1] > 5*seen[0] > 0
 
 
-@pytest.mark.parametrize('plan', [dict(queries=1), dict(learn_every=0)])
+@pytest.mark.parametrize('plan', [dict(queries=1), dict(queries=9.), dict(learn_every=0)])
 def test_refusals(plan):
-    with pytest.raises(ValueError, match='must be at least'):
+    with pytest.raises((ValueError, TypeError), match='must be a whole number, at least'):
         Bandit(**plan)
     with pytest.raises(ValueError, match='targets'):
         bandit_descriptor(box, x, targets[:2], rule)

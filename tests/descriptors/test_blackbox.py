@@ -1,5 +1,6 @@
 """The counter against a plain list of what the box really saw, boxes that fail in every way, a kill
 in the middle, and servers that lie."""
+import copy
 import io
 import os
 import pickle
@@ -37,6 +38,7 @@ def grey(x): return [o.tobytes() for o in to_uint8(x)]
 
 class Box:
     "Remembers what it was asked; `bad` maps the number of an image to what happens there"
+    source = 'the same box'
     def __init__(self, x=None, **bad):
         self.calls = []
         self.bad = {} if x is None else {grey(x)[int(k[1:])]: v for k, v in bad.items()}
@@ -62,6 +64,11 @@ class Box:
 def fails(error=OSError('no\nroom')):
     def act(): raise error
     return act
+
+
+def called(source, box):
+    box.source = source
+    return box
 
 
 def quiet(*args, **kw):
@@ -493,14 +500,40 @@ def test_the_file_goes_on_where_it_stopped(tmp_path):
     assert box.asked == 2, 'one file, one budget'
     assert second.left == 0, 'one file, one budget'
     assert first.used == 15, 'one file, one budget'
-    third = BlackBox(fails(), 3, cache=path)
+    third = BlackBox(called('the same box', fails()), 3, cache=path)
     assert third.left == 0
     assert torch.equal(third(x), second(x))
     assert BlackBox(Box(), 3).used == 0
-    other = BlackBox(lambda x: torch.ones(len(x), 9), 100, cache=path)
+    other = BlackBox(called('the same box', lambda x: torch.ones(len(x), 9)), 100, cache=path)
     with pytest.raises(ValueError, match='9 numbers after earlier answers of 7.*`cache`'):
         other(images(1, seed=2))
-    assert torch.equal(BlackBox(fails(), 3, cache=path)(x), second(x))
+    assert torch.equal(third(x), second(x))
+
+
+def test_a_cache_of_another_box_is_refused(tmp_path):
+    path = tmp_path/'asked.db'
+    def refused(box):
+        with pytest.raises(ValueError, match=f'`cache` must be .* of the same box; {path} holds'):
+            BlackBox(box, 9, cache=path)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(7)).eval()
+    net(images(1))
+    shifted = lambda by: lambda x: answer(x) + by
+    for one, two in ((net, copy.deepcopy(net)), (shifted(1), shifted(2)),
+                     (http_blackbox('http://a/b'), http_blackbox('http://a/c'))):
+        if one is net:
+            two[1].bias.data += 1
+        BlackBox(one, 9, cache=path)
+        BlackBox(copy.deepcopy(one), 9, cache=path)
+        refused(two)
+        with sqlite3.connect(path) as db:           # as the error says; and as an older version wrote it
+            db.execute('pragma user_version=0')
+        BlackBox(two, 9, cache=path)
+        refused(one)
+        path.unlink()
+    BlackBox(http_blackbox('http://a/b'), 9, cache=path)
+    BlackBox(http_blackbox('http://a/b', timeout=3), 9, cache=path)
+    hidden = torch.jit.trace(net, images(1))        # nobody can tell it from another
+    assert BlackBox(hidden, 9, cache=path).used == 0
 
 
 def test_files_that_are_not_ours(tmp_path):
@@ -568,6 +601,7 @@ def box(x):
         print('now', flush=True)
         time.sleep(60)
     return answer(x)
+box.source = 'the same box'
 BlackBox(box, 100, cache=sys.argv[1], batch_size=2)(images())
 '''
 

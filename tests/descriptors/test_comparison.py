@@ -6,11 +6,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.nn.utils import skip_init
 
 from helpers_submission import box, Counted, entry, Evil, faces, pairs, quiet
 from robustnb.core import make_generator, to_uint8
 from robustnb.attacks.ssim_rule import file_ssim, SSIM
 from robustnb.descriptors import comparison as C
+from robustnb.descriptors.attack import fgvm
+from robustnb.descriptors.bandit import Bandit, bandit_descriptor
+from robustnb.descriptors.blackbox import BlackBox
+from robustnb.descriptors.query_attacks import square_descriptor
 from robustnb.descriptors.comparison import ablation, attack_table, attacked_images, compare_attacks
 
 rng = np.random.default_rng(0)
@@ -65,20 +70,24 @@ def test_rows_say_what_the_attack_did(duel, entry):
     assert not facts(duel(seed=1)).equals(facts(rows))
 
 
-def test_a_killed_comparison_goes_on_and_gives_the_same_rows(duel, tmp_path, entry):
+def test_a_killed_comparison_goes_on_and_gives_the_same_rows(duel, tmp_path, entry, monkeypatch):
     whole = duel()
     asked = []
+    written = []
 
-    def dies(oracle, x, targets, threat, generator=None, calls=asked):
-        if len(calls) == 1:
-            calls.append('killed')
-            raise KeyboardInterrupt
-        return step(oracle, x, targets, threat, generator, calls=calls)
-    dies.__qualname__ = 'the same'
-    run = partial(compare_attacks, dict(nothing=nothing, step=dies), *duel.args[1:], group=4,
+    def logged(oracle, x, targets, threat, generator=None):
+        asked.append(len(x))
+        return step(oracle, x, targets, threat, generator)
+    def dies(*state):
+        if len(written) == 3: raise KeyboardInterrupt
+        written.append(save(*state))
+    run = partial(compare_attacks, dict(nothing=nothing, step=logged), *duel.args[1:], group=4,
                   folder=tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        run()
+    save = C.save_state
+    with monkeypatch.context() as power:
+        power.setattr(C, 'save_state', dies)
+        with pytest.raises(KeyboardInterrupt):
+            run()
     assert sorted(o.relative_to(tmp_path).as_posix() for o in tmp_path.rglob('*')
                   if o.is_file()) == ['nothing/00000.pt', 'nothing/00001.pt', 'step/00000.pt']
     with pytest.raises(ValueError, match='1 of 2 are finished'):
@@ -86,9 +95,9 @@ def test_a_killed_comparison_goes_on_and_gives_the_same_rows(duel, tmp_path, ent
     rows = run()
     # the finished group was not run again
     assert facts(rows).equals(facts(whole))
-    assert asked == [4, 'killed', 2]
+    assert asked == [4, 2, 2]
     seconds = run().seconds
-    assert asked == [4, 'killed', 2]
+    assert asked == [4, 2, 2]
     assert seconds.equals(rows.seconds)
     images = attacked_images(tmp_path, 'step')
     assert images.dtype == np.uint8
@@ -106,11 +115,10 @@ def test_an_answer_to_another_question_is_not_taken(duel, tmp_path, entry):
     run(partial(step, size=.1, calls=None))
     run(partial(step, calls=None, size=.1))
     for change, what in (
-            (dict(a=partial(step, size=.2, calls=None)),
-             r'attack \(step\(calls=None, size=0.1\), now step\(calls=None, size=0.2\)\)'),
-            (dict(seed=1), r'seed \(0, now 1\)'), (dict(threat=SSIM(.8)), 'threat'),
-            (dict(x=x.flip(0)), 'images'), (dict(wanted=wanted+1e-6), 'targets')):
-        with pytest.raises(ValueError, match=f'another question.*{what}'):
+            (dict(a=partial(step, size=.2, calls=None)), 'attack'), (dict(seed=1), 'seed'),
+            (dict(threat=SSIM(.8)), 'threat'), (dict(x=x.flip(0)), 'images'),
+            (dict(wanted=wanted+1e-6), 'targets')):
+        with pytest.raises(ValueError, match=f'another question: {what} differ'):
             run(**{**dict(a=partial(step, size=.1, calls=None)), **change})
     (tmp_path/'a'/'00001.pt').write_bytes(b'damaged')
     with pytest.raises(ValueError, match='00001.pt'):
@@ -121,16 +129,6 @@ def test_an_answer_to_another_question_is_not_taken(duel, tmp_path, entry):
     (tmp_path/'a'/'00001.pt').write_bytes(pickle.dumps(Evil(), 2))
     with pytest.raises(ValueError, match='plain tensors'):
         run(partial(step, size=.1, calls=None))
-
-
-def test_the_text_of_an_attack_is_the_same_in_another_process():
-    with torch.random.fork_rng():
-        net = torch.nn.Linear(2, 2)
-    assert (C._describe(partial(partial(step, size=1), students=net, f=step, names=[net]))
-            == 'step(f=function, names=[Linear(in_features=2, out_features=2, bias=True)], '
-               'size=1, students=Linear)')
-    assert C._describe(net) == 'Linear'
-    assert '0x' not in C._describe(partial(step, calls=[object()]))
 
 
 def test_an_attack_that_cheats_is_caught(duel, entry):
@@ -205,6 +203,44 @@ def test_a_comparison_that_cannot_start_is_refused(duel):
     for bad in ([step], {}):
         with pytest.raises(TypeError, match='dict'):
             start(attacks=bad)
+
+
+def linear(seed):
+    made = torch.nn.Sequential(torch.nn.Flatten(), skip_init(torch.nn.Linear, 864, 4)).eval()
+    for o, name in zip(made.parameters(), ('weight', 'bias')):
+        o.data = torch.randn(o.shape, generator=make_generator(seed, name))
+    return made
+
+
+def plans(n): return partial(bandit_descriptor, plan=Bandit(queries=n))
+def squares(n): return lambda *a, generator=None: square_descriptor(*a, generator, queries=n)
+def followed(net): return partial(fgvm, students=[net], queries=4)
+
+
+@pytest.mark.parametrize('what, was, now', (
+    ('attack', dict(attack=plans(2)), dict(attack=plans(4))),
+    ('attack', dict(attack=squares(2)), dict(attack=squares(3))),
+    ('attack', dict(attack=followed(linear(2))), dict(attack=followed(linear(3)))),
+    ('box', {}, dict(box=linear(1))), ('budget', {}, dict(limit=60))))
+def test_what_the_numbers_depend_on_is_remembered(tmp_path, entry, what, was, now):
+    "Settings in objects and closures, networks in lists, the box and its budget"
+    x = entry[0][:2]
+    wanted = linear(0)(x).detach()[:, None] + 1
+    def run(attack=squares(2), box=linear(0), limit=50):
+        make = lambda: BlackBox(lambda x: box(x).detach(), limit)
+        return compare_attacks(dict(a=attack), make, x, wanted, SSIM(.9), folder=tmp_path)
+    rows = run(**was)
+    assert run(**was).equals(rows)
+    with pytest.raises(ValueError, match=f'another question: {what} differ'):
+        run(**now)
+
+
+def test_images_of_two_questions_are_not_put_together(duel, tmp_path):
+    duel(folder=tmp_path/'a')
+    duel(folder=tmp_path/'b', seed=1)
+    (tmp_path/'b'/'step'/'00001.pt').replace(tmp_path/'a'/'step'/'00001.pt')
+    with pytest.raises(ValueError, match='answers to one question; .*00001.pt answers another'):
+        attacked_images(tmp_path/'a', 'step')
 
 
 # ---- tables

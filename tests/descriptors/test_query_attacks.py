@@ -569,8 +569,9 @@ def test_errors(name):
     with pytest.raises(ValueError, match='shape of `x`'):
         attack(box, x, t, rule, start=x[:2])
     wrong = dict(pixel=[dict(pixels=-1), dict(batch=0)],
-                 square=[dict(queries=0), dict(p=0), dict(p=1.1), dict(p=torch.nan)],
-                 nes=[dict(queries=0), dict(samples=3), dict(samples=0), dict(samples=1000)])[name]
+                 square=[dict(queries=0), dict(queries=9.), dict(p=0), dict(p=1.1), dict(p=torch.nan)],
+                 nes=[dict(queries=0), dict(samples=3), dict(samples=4.), dict(samples=0),
+                      dict(samples=1000)])[name]
     for k in wrong:
-        with pytest.raises(ValueError, match=next(iter(k)) if 'batch' not in k else 'size'):
+        with pytest.raises((ValueError, TypeError), match=f'`{next(iter(k))}` must'):
             attack.func(box, x, t, rule, **k)

@@ -178,6 +178,7 @@ def test_a_descriptor_network_is_a_student_too(tmp_path):
     (lambda d: fit_ridge(Pixels(), faces(5), answers(5), ridge=-1), '`ridge` must be positive'),
     (lambda d: fit_ridge(Pixels(), faces(5), answers(4)), '`descriptors` must have one row'),
     (lambda d: fit_ridge(nn.Identity(), faces(5), answers(5)), '`features` must answer with'),
+    (lambda d: fit_ridge(Pixels(), 0*faces(5), answers(5)), 'differ between images; those of the 5'),
     (lambda d: FileFeatures(d/'net.bin'), '`path` must be a network'),
     (lambda d: FileFeatures(d/'net.onnx', size=0), '`size` must be at least 1'),
     (lambda d: save_student(RidgeStudent(Pixels(), 12, 5), d/'a.pt'), 'FileFeatures')])

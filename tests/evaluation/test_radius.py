@@ -290,8 +290,9 @@ def test_errors_say_what_to_do():
     for threat in ('Linf', SSIM(.1), SSIM, 3, None):
         with pytest.raises(ValueError, match='Linf, L2 or L1'):
             first_order_radius(net, x, y, threat)
-    with pytest.raises(ValueError, match='others'):
-        first_order_radius(net, x, y, others=0)
+    for others in (0, 2.):
+        with pytest.raises((ValueError, TypeError), match=f'`others` must .* got {others}'):
+            first_order_radius(net, x, y, others=others)
     with pytest.raises(ValueError, match='straight-through'):
         first_order_radius(Detached().eval(), x, y)
     with pytest.raises(ValueError, match='finite logits'):
