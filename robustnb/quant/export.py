@@ -34,23 +34,6 @@ def _need(name):
     except ImportError as e:
         raise ImportError(f"Exporting needs the package {name}: pip install 'robustnb[export]'") from e
 
-def _writings(value):
-    "How often a tensor, or each of a tuple, was written into"
-    if isinstance(value, (tuple, list)): return [_writings(v) for v in value]
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
-
-def _place(value): return isinstance(value, Tensor) and (value.data_ptr(), value.shape, value.stride())
-
-class _Shapes(ShapeProp):
-    "Runs a graph for the shape of each tensor, and for what is read after a call has written into it"
-    def run_node(self, node):
-        seen = {n: _writings(v) for n, v in self.env.items()}
-        out = super().run_node(node)
-        past = self.user_to_last_uses.get(node, ())
-        later = [n for n in seen if n not in past and _writings(self.env[n]) != seen[n]]
-        node.meta['written'] = {n: _place(self.env[n]) == _place(out) for n in later}
-        return out
-
 # %% ../../nbs/api/quant/80_export.ipynb #ac4718f0
 class _Writer:
     """An ONNX graph in the making: its nodes and constants, and for each node of `graph` the name and the
@@ -677,13 +660,6 @@ def _write(w, node):
         _refuse(node, type(m).__name__, 'pools maps without channels')
     write(w, node, m, x)
 
-def _step(w, node):
-    "Append a node if it computes a tensor; what it writes into has that value from then on"
-    if 'tensor_meta' in node.meta: _write(w, node)
-    for written, whole in node.meta['written'].items():
-        if not whole: _refuse(node, 'in place', 'writes into a tensor of which another view is read later')
-        w.name[written], w.grid[written] = w.name[node], w.grid[node]
-
 # %% ../../nbs/api/quant/80_export.ipynb #3b014bd6
 def _says(spec, writer):
     "The name of the format, and in words what an engine makes of the file."
@@ -726,10 +702,10 @@ def _shaped(model, spec, shape):
         graph = copy.deepcopy(model) if spec else _open_attention(fold_batchnorm(model))
         graph = graph.cpu().float()
         with torch.no_grad(), redirect_stderr(io.StringIO()):    # ShapeProp prints what it raises
-            _Shapes(graph).propagate(images)
+            ShapeProp(graph).propagate(images)
             for node in graph.graph.nodes:
                 node.meta['other_shape'] = getattr(node.meta.get('tensor_meta'), 'shape', ())
-            _Shapes(graph).propagate(images[:2])
+            ShapeProp(graph).propagate(images[:2])
     except (RuntimeError, ValueError) as e:
         raise ValueError("`shape` must be the channels, height and width of images that `model` takes; got "
                          f"{shape!r}. It says: {e.__cause__ or e}") from e
@@ -753,8 +729,8 @@ def _translate(model, shape):
             w.keep(node, 'images')
         elif node.op == 'output':
             logits = node.args[0]
-        else:
-            _step(w, node)
+        elif 'tensor_meta' in node.meta:
+            _write(w, node)
     if not isinstance(logits, fx.Node):
         raise TypeError(f"`model` must return one tensor of logits; got a {type(logits).__name__} of them.")
     w.op('Identity', 'logits', w.name[logits])
