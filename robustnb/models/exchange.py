@@ -131,7 +131,9 @@ class _Plain(fx.Transformer):
     def call_function(self, target, args, kwargs):
         name = getattr(target, '_opname', getattr(target, '__name__', str(target))).rstrip('_')
         if name in ('to', '_to_copy'): return _cast_as(self.node, args[0])
-        said = list(args) + [None]*10
+        asked = getattr(target, '_schema', None)     # torch 2.6 reads settings back by their names
+        rest = [kwargs.get(o.name) for o in asked.arguments[len(args):]] if asked else []
+        said = [*args, *rest] + [None]*10
         weights = len(args) > 1 and isinstance(args[1], Tensor)
         if name in _layers and (weights or name.endswith('_norm')): return _layers[name](self, *said[:10])
         args = fx.node.map_aggregate(tuple(args), self.attribute)
