@@ -1,10 +1,20 @@
 "What the tests of the models share: images, batch norm that is no identity, closeness of logits"
+import re
+from importlib.metadata import version
+
+import pytest
 import torch
 from torch import nn
 
 from robustnb.core import make_generator
 
 imagenet = dict(mean=(.485, .456, .406), std=(.229, .224, .225))
+
+
+def needs(package, *least):
+    "Skips a test of what releases of a package before this one do otherwise"
+    now = tuple(map(int, re.findall(r'\d+', version(package))[:2]))
+    return pytest.mark.skipif(now < least, reason=f'{package} {version(package)} does it otherwise')
 
 
 def images(n=4, size=32):

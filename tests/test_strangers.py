@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from helpers_models import needs
 import robustnb as rn
 from robustnb.commands.common import _command
 from robustnb.core import ordered_names, pick_device, to_float, to_uint8
@@ -411,6 +412,7 @@ def test_precision_is_named_where_torch_computes_in_another():
         with pytest.raises(TypeError, match='`x` must be float32 or float64.*outside `torch.autocast`'):
             rn.quantize(deep(), 'INT8', pictures())
 
+@needs('torch', 2, 9)
 def test_a_default_device_is_named():
     model, x = deep(), pictures()
     with torch.device('meta'):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers_models import needs
 from robustnb.attacks.adaptive_pgd import apgd
 from robustnb.attacks.gradient import fgsm, multi_attack, margin, pgd
 from robustnb.attacks.score_based import square
@@ -134,7 +135,10 @@ faulty_models = {
 }
 
 
-@pytest.mark.parametrize('fault', faulty_models)
+unlike = {'centred by the batch': needs('torch', 2, 9)}    # a doubt more, about rounding to 8 bits
+
+
+@pytest.mark.parametrize('fault', [pytest.param(o, marks=unlike.get(o, ())) for o in faulty_models])
 def test_faulty_models_turn_their_row(fault, net):
     make, rows = faulty_models[fault]
     found = set(doubts(make(net).eval() if 'mode' not in fault else make(net)))

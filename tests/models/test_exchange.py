@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from helpers_models import images
+from helpers_models import images, needs
 from robustnb.models.exchange import read_exported, read_onnx
 from robustnb.models.loading import load_model
 from robustnb.models.wrapping import model_name
@@ -60,7 +60,7 @@ def write(net, path, form, x):
                               dynamic_axes=dict(x={0: 'n'}))
 
 
-@pytest.mark.parametrize('kind, form', ((Odd, 'pt2'), (Odd, 'onnx'), (Odd, 'old.onnx'),
+@pytest.mark.parametrize('kind, form', (pytest.param(Odd, 'pt2', marks=needs('torch', 2, 9)), (Odd, 'onnx'), (Odd, 'old.onnx'),
                                         (torchvision.models.resnet18, 'old.onnx')))
 def test_the_same_logits_from_layers_that_can_be_rounded(tmp_path, kind, form):
     net = made(kind)
@@ -96,6 +96,7 @@ def test_a_fixed_batch_is_named(tmp_path):
         read_onnx(tmp_path/'a.onnx')
 
 
+@needs('torch', 2, 9)
 def test_formulas_in_a_program_are_not_evaluated(tmp_path):
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 2)).eval()
     path = tmp_path/'a.pt2'
@@ -177,6 +178,7 @@ def test_a_resize_that_torch_does_otherwise_is_refused(tmp_path, how, sizes):
         read_onnx(path)
 
 
+@needs('onnxruntime', 1, 24)
 def test_a_resize_of_some_axes_is_read(tmp_path):
     x = images(3, 8)
     resize = 'Resize', ['c', '', '', 'k'], 'r', dict(mode='linear', axes=[-2, 3])

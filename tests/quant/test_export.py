@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from helpers_models import needs
 from robustnb.quant import export
 from robustnb.core import make_generator
 from robustnb.contract import predict
@@ -585,7 +586,12 @@ usual |= {
     'mean up to the edge': layers(nn.AvgPool2d(4, 4, ceil_mode=True))}
 
 
-@pytest.mark.parametrize('name', usual)
+# torch 2.6 cannot trace a part of a tuple that is joined; the engine of Python 3.10 rounds softmax otherwise
+newer = dict.fromkeys(('parts turned round', 'some parts', 'every second'), needs('torch', 2, 9))
+newer |= dict.fromkeys(('tokens', 'softmax of no dimension'), needs('onnxruntime', 1, 24))
+
+
+@pytest.mark.parametrize('name', [pytest.param(o, marks=newer.get(o, ())) for o in usual])
 def test_usual_layers_are_written(name, tmp_path):
     x = images(16, 8)
     net = seeded(lambda: usual[name]() if name == 'tokens' else nn.Sequential(
@@ -636,6 +642,7 @@ def test_refused_by_name(net, text, tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@needs('onnxruntime', 1, 24)
 def test_means_beyond_a_padding_are_refused_in_integers(tmp_path):
     "ONNX Runtime divides by the places of the whole window there; in float it does what torch does"
     x = images(16, 8)
