@@ -60,7 +60,8 @@ def write(net, path, form, x):
                               dynamic_axes=dict(x={0: 'n'}))
 
 
-@pytest.mark.parametrize('kind, form', (pytest.param(Odd, 'pt2', marks=needs('torch', 2, 9)), (Odd, 'onnx'), (Odd, 'old.onnx'),
+@pytest.mark.parametrize('kind, form', (pytest.param(Odd, 'pt2', marks=needs('torch', 2, 9)),
+                                        (Odd, 'onnx'), (Odd, 'old.onnx'),
                                         (torchvision.models.resnet18, 'old.onnx')))
 def test_the_same_logits_from_layers_that_can_be_rounded(tmp_path, kind, form):
     net = made(kind)
