@@ -199,3 +199,12 @@ def test_an_accent_is_the_same_in_one_sign_or_two():
     names = 'caf\u00e9', 'cafe\u0301'
     for mine, theirs in (names, names[::-1]):
         assert match_classes(some('bar', mine), (theirs, 'bar')).y.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize('kind', ('png', 'webp', 'tiff'))
+def test_a_file_of_several_pictures_is_no_picture(kind, tmp_path):
+    one, two = (Image.new('RGB', (8, 8), (o, 0, 0)) for o in (10, 200))
+    one.save(tmp_path/f'a.{kind}', save_all=True, append_images=[two])
+    with open(tmp_path/f'a.{kind}', 'rb') as f:
+        with pytest.raises(ValueError, match='2 pictures in one file'):
+            decode_image(f)

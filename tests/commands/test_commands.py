@@ -1,5 +1,5 @@
 "The command `robustnb`: its help reads well, its examples can be typed, nothing heavy is imported for it"
-import json, os, re, resource, shlex, subprocess, sys
+import importlib.util, json, os, re, resource, shlex, subprocess, sys
 from configparser import ConfigParser
 from importlib import import_module
 from inspect import signature
@@ -211,3 +211,28 @@ def test_help_for_a_reader_who_has_gone():
     os.close(write)
     assert said.returncode == 0
     assert said.stderr == b''
+
+
+NET = '''
+from torch import nn, ones
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(12, 4)
+        self.f.weight.data = ones(4, 12)
+        self.f.bias.data = ones(4)
+    def forward(self, x): return '''
+
+
+def test_a_network_is_known_by_its_code_too(tmp_path):
+    "A folder with results of a network is not continued with another `forward` of the same layers"
+    marks = []
+    for i, body in enumerate(('self.f(x.flatten(1))', 'self.f(x.flatten(1)).sin()', 'self.f(x.flatten(1))')):
+        (tmp_path/f'nets{i}.py').write_text(NET + body)
+        spec = importlib.util.spec_from_file_location('nets', tmp_path/f'nets{i}.py')
+        module = importlib.util.module_from_spec(spec)
+        sys.modules['nets'] = module
+        spec.loader.exec_module(module)
+        marks.append(common._mark_model(module.Net()))
+    del sys.modules['nets']
+    assert marks[0] == marks[2] != marks[1]

@@ -232,3 +232,11 @@ def test_a_cast_to_whole_numbers_is_read_as_one(tmp_path):
     torch.export.save(torch.export.export(net, (x,), dynamic_shapes=any_batch), tmp_path/'net.pt2')
     assert (read_exported(tmp_path/'net.pt2')[0](x)-net(x)).abs().max() < 1e-6
     assert (net(x)-net.head(x.flatten(1))).abs().max() > 1e-3, 'the case is worth looking at'
+
+
+def test_the_largest_of_a_map_in_a_program(tmp_path):
+    "The program returns places too, and takes the first of both"
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+    write(net, tmp_path/'net.pt2', 'pt2', images(3, 16))
+    x = images(4, 16)
+    assert (read_exported(tmp_path/'net.pt2')[0](x) - net(x)).abs().max() < 1e-5

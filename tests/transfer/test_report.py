@@ -124,6 +124,8 @@ def test_rows_with_an_engine_carry_its_figures(found, tmp_path):
         assert np.isnan(rows[column]['FP8_E4M3'])
     assert rows.float_ms.nunique() == 1
     assert found.facts['engine_threads'] == torch.get_num_threads()
+    found.save(tmp_path/'report.HTML')
+    assert sorted(o.name for o in tmp_path.glob('*.csv')) == ['report_layers.csv', 'report_table.csv']
     found.save(tmp_path/'report.html')
     saved = pd.read_csv(tmp_path/'report_table.csv')
     assert {'file_kb', 'engine_ms', 'float_ms'} <= {*saved.columns}
