@@ -24,8 +24,8 @@ sets = ('python3.10 torch==2.6.0 numpy==1.26.4 fastcore<1.13',
         'python3.13 torch numpy>=2 fastcore<2', 'python3.13 torch==2.6.0 numpy>=2 fastcore>=2')
 beside = ('pytest pytest-xdist hypothesis scikit-image timm onnx onnxscript onnxruntime '
           'submitit accelerate setuptools wheel'.split())
-of_the_project = ('browser', 'docs_check', 'house', 'lines', 'nbtest', 'notebooks', 'release', 'repo',
-                  'rooms')
+of_the_project = ('browser', 'docs_cells', 'docs_check', 'house', 'lines', 'nbtest', 'notebooks',
+                  'release', 'repo', 'rooms')
 named = ('torch', 'torchvision', 'numpy', 'fastcore', 'pandas', 'timm', 'onnxruntime')
 
 
