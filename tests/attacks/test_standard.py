@@ -339,12 +339,12 @@ def test_coarse_copies_are_climbed_once_more(trained, name, climbs):
 def test_a_climb_finds_what_walks_have_missed(trained, monkeypatch):
     net, x, y = trained
     copied = quantize(net, 'INT4', x)
-    walked = run_cascade(copied, x, y, Linf(2/255)).robust_accuracy
+    walked = run_cascade(copied, x, y, Linf(6/255)).robust_accuracy
     def stand_still(look, x, y, threat, start, steps, judge):
         n = len(x)
         return start, torch.full((n,), -torch.inf), torch.zeros(n, dtype=torch.bool)
     monkeypatch.setattr(standard, 'walk', stand_still)
-    seen = run_cascade(copied, x, y, Linf(2/255))
+    seen = run_cascade(copied, x, y, Linf(6/255))
     row = seen.stages.set_index('stage').loc['Auto-PGD of a coarse copy']
     assert row.fallen > 0 and row.backward <= 100*row.asked
     assert walked <= seen.robust_accuracy < (copied(x).argmax(1) == y).float().mean()
