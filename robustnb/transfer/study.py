@@ -590,8 +590,9 @@ def assess(
     if unlabelled is None:
         probes = Probes.crops(model, seed=seed)
     elif not isinstance(unlabelled, Probes):
-        order = torch.randperm(len(unlabelled), generator=make_generator(seed, 'photographs'))
-        probes = Probes.of(check_images(unlabelled, 'unlabelled')[order[:n]], model=model, seed=seed)
+        given = check_images(unlabelled, 'unlabelled')
+        order = torch.randperm(len(given), generator=make_generator(seed, 'photographs'))
+        probes = Probes.of(given[order[:n]], model=model, seed=seed)
     return Study(model, probes, threats, test, seed=seed, accuracy=accuracy).assess(wanted)
 
 # %% ../../nbs/api/transfer/60_study.ipynb #e9bb9f43

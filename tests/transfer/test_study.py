@@ -490,3 +490,9 @@ def test_few_photographs_do_not_hide_what_is_wrong_with_a_network(net, broken, e
     x = torch.rand(20, 3, 8, 8).to(next(model.parameters()).dtype)
     with pytest.raises(error, match=words):
         assess(model, ['INT8'], None, unlabelled=x)
+
+
+@pytest.mark.parametrize('given', (3, 'photographs', [1, 2]))
+def test_what_is_no_images_is_named(net, given):
+    with pytest.raises(TypeError, match='`unlabelled`'):
+        assess(net, ['INT8'], None, unlabelled=given)
