@@ -169,7 +169,8 @@ def _as_batchnorm(m, bare):
         own = getattr(bare, name, None)
         same = isinstance(own, Tensor) and _alike(own.detach().flatten(), value)
         bn.register_parameter(name, nn.Parameter(own.detach().flatten() if same else value))
-    return _as(bn, next(t for t in (*m.parameters(), *m.buffers()) if t.is_floating_point()))
+    like = next((t for t in (*m.parameters(), *m.buffers()) if t.is_floating_point()), x)
+    return _as(bn, like)
 
 def _as_norm(m):
     "Batch normalisation, with the activations of `m` behind it; None if `m` is something else"

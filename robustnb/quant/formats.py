@@ -291,22 +291,26 @@ class QuantSpec:
     def __str__(self):
         usual = NumberFormat('INT', 8) if self.weights.kind in ('POT', 'APOT') else self.weights
         name = str(self.weights) if self.activations == usual else f'{self.weights}/{self.activations}'
-        return name if self.per_channel else f'{name} per tensor'
+        name += '' if self.per_channel else ' per tensor'
+        return name if self.rule == 'mse' else f'{name} {self.rule}'
 
 # %% ../../nbs/api/quant/10_formats.ipynb #c2c8c94e
-def _scales_of(name, per_channel):
-    "The formats of a name, and whether it asks for a scale per channel; `per_channel` where it says nothing"
-    formats, per, rest = ' '.join(name.split()).partition(' ')
-    if not per: return formats, per_channel
-    asked = {'per channel': True, 'per tensor': False}
-    if rest.lower() in asked: return formats, asked[rest.lower()]
-    near = get_close_matches(rest.lower(), asked, 1)
+_scales = {'': None, 'per channel': True, 'per tensor': False}
+
+def _scales_of(name, per_channel, rule):
+    "The formats of a name, and its scales and rule; as given where it says nothing"
+    formats, _, asked = ' '.join(name.split()).partition(' ')
+    known = {f'{scales} {way}'.strip(): (scales, way) for scales in _scales for way in ('', *_rules)}
+    if asked.lower() in known:
+        scales, way = known[asked.lower()]
+        return formats, _scales[scales] if scales else per_channel, way or rule
+    near = get_close_matches(asked.lower(), known, 1)
     hint = f' Did you mean {formats} {near[0]}?' if near else ''
-    raise ValueError(f"`name` must be number formats, and behind them 'per channel' or 'per tensor' at "
-                     f"most; got {name!r}.{hint}")
+    raise ValueError(f"`name` must be number formats, and behind them 'per channel' or 'per tensor', then "
+                     f"{', '.join(map(repr, _rules[:-1]))} or {_rules[-1]!r} at most; got {name!r}.{hint}")
 
 def quant_spec(
-    # 'INT8', 'POT4', 'FLOAT4', 'FP8', weights/activations as in 'INT4/INT8', and 'per tensor' behind them
+    # 'INT8', 'POT4', 'FLOAT4', 'FP8', weights/activations as in 'INT4/INT8', behind them 'per tensor', a rule
     name:str,
     per_channel:bool=True,   # One weight scale per output channel rather than one per layer
     rule:str='mse',          # How scales are chosen: 'mse', 'minmax' or 'percentile'
@@ -315,7 +319,7 @@ def quant_spec(
     if isinstance(name, QuantSpec): return name
     if rule not in _rules: raise ValueError("`rule` must be 'minmax', 'percentile' or 'mse'; got "
                                             f"{rule!r}.")
-    name, per_channel = _scales_of(str(name), per_channel)
+    name, per_channel, rule = _scales_of(str(name), per_channel, rule)
     first, slash, second = name.partition('/')
     weights = number_format(first)
     if slash:

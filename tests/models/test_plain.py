@@ -301,3 +301,20 @@ def test_the_shift_of_a_large_statistic_hides_no_scale():
     new = plain_layers(nn.Sequential(frozen(bn)))[0]
     assert isinstance(new, nn.BatchNorm2d)
     assert torch.equal(new.running_mean, bn.running_mean)
+
+
+class Shifts(nn.Module):
+    "Powers of two by channel, kept as whole numbers"
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('by', torch.tensor([1, 2, 0, 3]))
+
+    def forward(self, x): return x*2.**-self.by.view(-1, 1, 1)
+
+
+def test_channels_scaled_by_whole_numbers_are_read():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), Shifts(), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)).eval()
+    x = torch.rand(2, 3, 8, 8)
+    made = plain_layers(net)
+    assert isinstance(made[1], nn.BatchNorm2d)
+    torch.testing.assert_close(made(x), net(x))

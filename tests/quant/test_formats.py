@@ -106,6 +106,12 @@ def test_short_names():
     assert (str(spec.weights), str(spec.activations), spec.per_channel,
             spec.rule) == ('INT4', 'FP8_E4M3', False, 'minmax')
     assert quant_spec(spec) is spec
+    assert str(spec) == 'INT4/FP8_E4M3 per tensor minmax' and quant_spec(str(spec)) == spec
+    assert quant_spec('INT8 PER Channel  Percentile', False) == quant_spec('INT8', rule='percentile')
+    assert quant_spec('INT8 mse', rule='minmax') == quant_spec('INT8') != quant_spec('INT8', rule='minmax')
+    for odd in ('INT8 minmax per tensor', 'INT8 maxmin', 'INT8 per', 'INT8 mse minmax'):
+        with pytest.raises(ValueError, match=f'got {odd!r}'):
+            quant_spec(odd)
     assert all(str(quant_spec(str(quant_spec(n)))) == str(quant_spec(n))
                for n in (*all_formats(), 'INT4/INT8', 'POT4/POT4', 'APOT4/POT4', 'FP8/INT8'))
 
@@ -328,7 +334,7 @@ def test_no_slower_than_one_fused_call():
 
 def test_weights_alone_take_the_powers_of_two():
     spec = quant_spec('APOT4', rule='percentile')
-    assert (str(spec.activations), str(spec), spec.rule) == ('INT8', 'APOT4', 'percentile')
+    assert (str(spec.activations), str(spec), spec.rule) == ('INT8', 'APOT4 percentile', 'percentile')
     assert str(quant_spec('APOT4/APOT4')) == 'APOT4/APOT4'
     with pytest.raises(ValueError, match="'minmax', 'percentile' or 'mse'; got 'best'"):
         quant_spec('INT8', rule='best')
