@@ -30,7 +30,8 @@ def html(tmp_path_factory):
     table = pd.DataFrame(dict(
         format=['INT8', 'INT4'], n_classes=10, size_kb=[8., 4.], js=[.001, .1], flips=[.01, .2],
         noise=[.001, .2], activation_noise=[.001, .2], robust_flips=[.02, .3],
-        expected_loss=[.002, .2], photographs=100, crops=False, worst_classes=['', 'cat 40%']))
+        expected_loss=[.002, .2], photographs=100, crops=False, presumed_accuracy=.9,
+        worst_classes=['', 'cat 40%']))
     for kind in ('loss', 'robust_loss'):
         for end, s in (('', 1), ('_lo', .5), ('_hi', 2)):
             table[f'measured_{kind}{end}'] = [.01*s, .2*s]

@@ -9,44 +9,47 @@ __all__ = ['prediction_interval', 'PredictedLoss', 'predict_loss']
 from dataclasses import dataclass
 from torch import Tensor
 from .certainty import (
-    expected_class_losses, expected_loss, known_sharpness, typical_sharpness)
+    expected_class_losses, expected_loss, granted, known_sharpness, typical_sharpness)
 from .noise import foreseen_answers
 
 # %% ../../nbs/api/transfer/28_prediction.ipynb #abcc71d9
-# variances over p(1-p), at the 90 % point: of the law, of one photograph, of crops; what is always added
-_law = .008
+# variances over p(1-p), at the 90 % point: of the law where all answers are wrong, of one photograph, of
+# crops; what is always added
+_law = .2
 _photograph = 3.
 _crops = .09
 _always = .005
 
-def _own(photographs):
+def _own(photographs, accuracy):
     "Variance over p(1-p) of what photographs say"
-    return _law + _photograph/photographs
+    return _law*(1-accuracy)**2 + _photograph/photographs
 
-def _variance(photographs, crops):
+def _variance(photographs, crops, accuracy):
     "The same of both readings together"
     if not photographs: return _crops
-    own = _own(photographs)
+    own = _own(photographs, accuracy)
     return own*_crops/(own + _crops) if crops else own
 
-def _weight(loss, other, photographs):
+def _weight(loss, other, photographs, accuracy):
     "What the photographs count for; all the more where the crops say something that they exclude"
     if not photographs: return 0.
     middle = (loss + other)/2
     crops = max(_crops, (loss - other)**2/max(middle*(1-middle), 1e-9))
-    return crops/(_own(photographs) + crops)
+    return crops/(_own(photographs, accuracy) + crops)
 
 def prediction_interval(
     loss:float,        # Predicted share of the accuracy that is lost, in [0,1]
     photographs:int,   # How many unlabelled photographs it was read from; 0 where there were none
     crops:bool=False,  # Whether crops were read too
+    accuracy:float=.8, # Of the original, known or foreseen, in [0,1]
 )->tuple[float, float]: # Lowest and highest loss
     "The 90 % interval of a predicted loss."
-    if not 0 <= loss <= 1: raise ValueError(f"`loss` must be a share in [0, 1]; got {loss}.")
+    for name, share in dict(loss=loss, accuracy=accuracy).items():
+        if not 0 <= share <= 1: raise ValueError(f"`{name}` must be a share in [0, 1]; got {share}.")
     if not (photographs >= 1 or crops):
         raise ValueError("`photographs` must be at least 1 where no crops were read; got "
                          f"{photographs}.")
-    half = _always + (_variance(photographs, crops)*loss*(1-loss))**.5
+    half = _always + (_variance(photographs, crops, accuracy)*loss*(1-loss))**.5
     return max(loss-half, -_always), min(loss+half, 1.)
 
 # %% ../../nbs/api/transfer/28_prediction.ipynb #09b8b50f
@@ -59,9 +62,10 @@ class PredictedLoss:
     by_class:Tensor  # (K,) the same for each class; NaN where no answer is expected
 
 def _read(answers, accuracy):
-    "Loss, losses of the classes"
+    "Loss, losses of the classes, the accuracy that the original grants itself"
     sharpness = typical_sharpness if accuracy is None else known_sharpness(answers[0], accuracy)
-    return expected_loss(*answers, sharpness)[0], expected_class_losses(*answers, sharpness)
+    certain = granted(answers[0], sharpness).max(1).values.mean().item()
+    return expected_loss(*answers, sharpness)[0], expected_class_losses(*answers, sharpness), certain
 
 def predict_loss(
     # Logits (N,K) of the original and of its copy on unlabelled photographs; None if there are none
@@ -77,11 +81,11 @@ def predict_loss(
     if photographs is None and natural is None:
         raise ValueError("`photographs` or both `natural` and `moved` must be given; got none.")
     n = 0 if photographs is None else len(photographs[0])
-    loss, by_class = _read(photographs, accuracy) if n else (0., 0.)
+    loss, by_class, certain = _read(photographs, accuracy) if n else (0., 0., 0.)
     if natural is not None:
-        other, others = _read(foreseen_answers(natural, moved, seed=seed), accuracy)
-        weight = _weight(loss, other, n)
+        other, others, _ = _read(foreseen_answers(natural, moved, seed=seed), accuracy)
+        weight = _weight(loss, other, n, certain)
         loss = weight*loss + (1-weight)*other
         by_class = weight*by_class + (1-weight)*others
-    lo, hi = prediction_interval(min(max(loss, 0.), 1.), n, natural is not None)
+    lo, hi = prediction_interval(min(max(loss, 0.), 1.), n, natural is not None, certain)
     return PredictedLoss(loss, lo, hi, by_class)

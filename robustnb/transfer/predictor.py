@@ -148,19 +148,20 @@ def _fitted(table, name, predictor):
     found = predictor.predict(table)
     return table.assign(**{f'predicted_{name}{end}': found[c] for end, c in columns.items()})
 
-def _intervals(losses, photographs, crops):
+def _intervals(losses, photographs, crops, accuracy):
     "Lower and upper ends for each loss"
-    ends = [prediction_interval(min(max(p, 0), 1), int(n), bool(c))
-            for p, n, c in zip(losses, photographs, crops)]
+    ends = [prediction_interval(min(max(p, 0), 1), int(n), bool(c), a)
+            for p, n, c, a in zip(losses, photographs, crops, accuracy)]
     return np.array(ends).reshape(-1, 2).T
 
 def _by_law(table):
     "The table with the expected loss and its interval"
-    short = [c for c in ('expected_loss', 'photographs', 'crops') if c not in table]
+    short = [c for c in ('expected_loss', 'photographs', 'crops', 'presumed_accuracy') if c not in table]
     if short:
         raise ValueError("`table` must have the columns of `Study.change`; "
                          f"{', '.join(short)} are missing. Assess again, or give predictors of your own.")
-    lo, hi = _intervals(table.expected_loss, table.photographs, table.crops)
+    accuracy = table.presumed_accuracy.fillna(0.)       # crops alone are read without it
+    lo, hi = _intervals(table.expected_loss, table.photographs, table.crops, accuracy)
     return table.assign(predicted_loss=table.expected_loss, predicted_loss_lo=lo, predicted_loss_hi=hi)
 
 def _robust_by_law(table):
@@ -171,7 +172,7 @@ def _robust_by_law(table):
     few = table.survivors.notna() & ~known
     table.loc[few, [f'predicted_robust_loss{end}' for end in ('', '_lo', '_hi')]] = np.nan
     loss = table.expected_robust_loss[known]
-    lo, hi = _intervals(loss, table.survivors[known], np.zeros(len(loss)))
+    lo, hi = _intervals(loss, table.survivors[known], np.zeros(len(loss)), table.presumed_accuracy[known])
     found = {'': loss, '_lo': np.minimum(lo, loss), '_hi': hi, '_outside': False}
     for end, values in found.items():
         table.loc[known, f'predicted_robust_loss{end}'] = values

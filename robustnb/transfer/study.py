@@ -112,8 +112,9 @@ def _drift(study, copy):
     "What a copy does to the probes under no attack"
     copied = predict(copy, study.probes.x)
     expected = _expected(study, copy, copied)
+    presumed = np.nan if study.presumed_accuracy is None else study.presumed_accuracy
     read = dict(expected_loss=expected.loss, photographs=len(copied)*study.probes.real,
-                crops=study.probes.natural is not None,
+                crops=study.probes.natural is not None, presumed_accuracy=presumed,
                 worst_classes=_worst_classes(study, expected.by_class))
     change = output_change(study.answers, copied)
     noise = noise_sum(study.ranges.graph, copy, study.probes.x[:100])

@@ -16,7 +16,8 @@ def test_photographs_alone_are_the_law():
     found = predict_loss(pair())
     assert found.loss == expected_loss(*pair())[0]
     assert torch.equal(found.by_class, expected_class_losses(*pair()))
-    assert (found.lo, found.hi) == prediction_interval(found.loss, 300)
+    certain = granted(pair()[0]).max(1).values.mean().item()
+    assert (found.lo, found.hi) == prediction_interval(found.loss, 300, accuracy=certain)
 
 
 def test_crops_alone_are_the_law_on_foreseen_answers():
@@ -32,7 +33,8 @@ def test_the_weight_is_that_of_inverse_variances(size):
     middle = (one.loss + other.loss)/2
     apart = (one.loss - other.loss)**2/(middle*(1-middle))
     assert (apart > .12) == (size == 5), 'the case is worth looking at'
-    weights = torch.tensor([1/(.008 + 3/40), 1/max(.09, apart)]).double()
+    certain = granted(pair(40)[0]).max(1).values.mean()
+    weights = torch.tensor([1/(.2*(1-certain)**2 + 3/40), 1/max(.09, apart)]).double()
     weights /= weights.sum()
     mixed = predict_loss(pair(40), *crops)
     assert mixed.loss == pytest.approx(weights @ torch.tensor([one.loss, other.loss]).double())
@@ -40,10 +42,14 @@ def test_the_weight_is_that_of_inverse_variances(size):
 
 
 def test_intervals_by_hand():
-    "Half of the width is .005 and the root of p(1-p) times .008 + 3/n, .09 of crops, or both in parallel"
+    """Half of the width is .005 and the root of p(1-p) times .2(1-A)^2 + 3/n, .09 of crops, or both in
+    parallel"""
     half = lambda *which: [prediction_interval(.3, *which)[1] - .3, .3 - prediction_interval(.3, *which)[0]]
     for which, variance in (((100,), .038), ((100, True), 1/(1/.038 + 1/.09)), ((0, True), .09)):
         assert half(*which) == pytest.approx(2*[.005 + (variance*.21)**.5])
+    lo, hi = prediction_interval(.3, 100, accuracy=.4)
+    assert hi - lo == pytest.approx(2*(.005 + (.102*.21)**.5))
+    assert prediction_interval(.3, 0, True, .4) == prediction_interval(.3, 0, True)
     assert prediction_interval(0., 100) == (-.005, .005)
     assert prediction_interval(.99, 2) == (pytest.approx(.985 - (1.508*.0099)**.5), 1.)
 
@@ -52,6 +58,7 @@ def test_the_known_accuracy_sets_the_sharpness():
     s = known_sharpness(pair()[0], .7)
     found = predict_loss(pair(), accuracy=.7)
     assert found.loss == expected_loss(*pair(), s)[0]
+    assert (found.lo, found.hi) == pytest.approx(prediction_interval(found.loss, 300, accuracy=.7))
     assert torch.equal(found.by_class, expected_class_losses(*pair(), s))
 
 
@@ -80,6 +87,7 @@ def test_the_interval_holds_what_sampling_does():
     (lambda: predict_loss(), '`photographs` or both'),
     (lambda: predict_loss(pair(), pair()), 'given together'),
     (lambda: prediction_interval(1.2, 10), r'share in \[0, 1\]; got 1.2'),
+    (lambda: prediction_interval(.2, 10, accuracy=90), r'`accuracy` must be a share in \[0, 1\]; got 90'),
     (lambda: prediction_interval(.2, 0), 'at least 1 where no crops')])
 def test_errors(call, words):
     with pytest.raises(ValueError, match=words): call()

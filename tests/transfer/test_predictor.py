@@ -143,17 +143,18 @@ def test_each_row_is_predicted_by_what_is_known_of_it():
     survivors none; crops that of the fitted predictor"""
     table = pd.DataFrame(dict(
         n_classes=10, flips=.1, noise=.5, activation_noise=.2, expected_loss=[.1, .2, .3, .4],
-        crops=[0, 0, 1, 1], photographs=[100, 100, 300, 0], expected_robust_loss=[.25, -.1, np.nan, np.nan],
+        crops=[0, 0, 1, 1], photographs=[100, 100, 300, 0], presumed_accuracy=[.9, .5, .7, np.nan], expected_robust_loss=[.25, -.1, np.nan, np.nan],
         survivors=[40, 30, 19, np.nan]))
     found = predict_losses(table)
     for row in found.itertuples():
-        ends = prediction_interval(row.expected_loss, row.photographs, bool(row.crops))
+        accuracy = dict(accuracy=row.presumed_accuracy) if row.photographs else {}
+        ends = prediction_interval(row.expected_loss, row.photographs, bool(row.crops), **accuracy)
         said = row.predicted_loss, row.predicted_loss_lo, row.predicted_loss_hi
         assert said == (row.expected_loss, *ends)
     robust = [f'predicted_robust_loss{o}' for o in ('', '_lo', '_hi', '_outside')]
     fitted = load_predictor('robust_loss').predict(table)
-    assert found[robust].iloc[0].tolist() == [.25, *prediction_interval(.25, 40), False]
-    assert found[robust].iloc[1].tolist() == [-.1, -.1, prediction_interval(0., 30)[1], False]
+    assert found[robust].iloc[0].tolist() == [.25, *prediction_interval(.25, 40, accuracy=.9), False]
+    assert found[robust].iloc[1].tolist() == [-.1, -.1, prediction_interval(0., 30, accuracy=.5)[1], False]
     assert found[robust[:3]].iloc[2].isna().all()
     assert found[robust].iloc[3].tolist() == fitted[['predicted', 'lo', 'hi', 'outside']].iloc[3].tolist()
     with pytest.raises(ValueError, match='`table` must have the columns .* photographs are missing'):
