@@ -240,6 +240,19 @@ def test_grey_becomes_three_channels(tmp_path):
     back = load_zip(pack(tmp_path/'a.zip', {f'{k}/0.pgm': encode(grey, 'PPM') for k in 'ab'}))
     np.testing.assert_array_equal(back.images[1], grey[..., None].repeat(3, -1))
 
+@pytest.mark.parametrize('held', (1, 3))
+def test_arrays_come_in_the_channels_that_are_asked_for(tmp_path, held):
+    data = random_set(channels=held)
+    np.save(tmp_path/'data.npy', data.images)
+    np.save(tmp_path/'label.npy', data.labels)
+    as_held, grey, colour = (load_data(tmp_path, channels=o).images for o in (None, 1, 3))
+    np.testing.assert_array_equal(as_held, data.images)
+    np.testing.assert_array_equal(colour, data.images.repeat(3//held, -1))
+    if held == 1:
+        return np.testing.assert_array_equal(grey, data.images)
+    by_hand = data.images @ np.array([.299, .587, .114])
+    assert abs(grey[..., 0] - by_hand).max() <= 1
+
 def test_sizes(tmp_path):
     files = {f'{k}/0.png': encode(np.full((s, s, 3), 90, np.uint8))
              for k,s in (('a', 8), ('b', 16))}
