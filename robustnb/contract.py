@@ -381,12 +381,13 @@ def predict(
     model:nn.Module,        # Classifier: images (N,C,H,W) in [0,1] -> logits (N,K); in eval mode
     x:Tensor,               # Images (N,C,H,W), float, pixels in [0,1]; not changed
     batch_size:int|None=None, # Images at a time; None goes by their size, see `images_at_a_time`
-)->Tensor:                  # Logits (N,K), float32, on the CPU
+)->Tensor:                  # Logits (N,K), float32, or float64 as the images are, on the CPU
     "The model's answers, one row per image."
     check_images(x)
     model = open_model(model, x)
     device = _device(model, x)
+    wide = torch.promote_types(x.dtype, torch.float32)
     def logits(images):
-        return model(images.to(device).contiguous(memory_format=torch.channels_last))
+        return model(images.to(device).contiguous(memory_format=torch.channels_last)).to('cpu', wide)
     size = images_at_a_time(x, device) if batch_size is None else batch_size
-    return torch.cat([logits(x[s]).float().cpu() for s in batches(len(x), size)])
+    return torch.cat([logits(x[s]) for s in batches(len(x), size)])

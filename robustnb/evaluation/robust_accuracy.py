@@ -170,7 +170,7 @@ def _judge(model, x, x_adv, y, threat, name, images):
         _check_crafted(model, x, x_adv, threat, name)
         x_adv = x_adv.to(x)
     size = images_at_a_time(x, x.device)
-    logits = torch.cat([model(x_adv[s]).float().cpu() for s in batches(len(x), size)])
+    logits = torch.cat([model(x_adv[s]).cpu() for s in batches(len(x), size)])
     y = y.cpu()
     known = logits.isfinite().all(1)
     bad = images[(~known).numpy()]
@@ -182,8 +182,8 @@ def _judge(model, x, x_adv, y, threat, name, images):
     return pd.DataFrame(dict(
         image=images, attack=name, threat=repr(threat) if name != 'clean' else 'none',
         label=y.numpy(), prediction=prediction.numpy(), correct=((prediction == y) | away).numpy(),
-        margin=-margin(logits, y).masked_fill(~known, torch.inf).numpy(),
-        confidence=logits.softmax(1).amax(1).masked_fill(~known, 0).numpy(),
+        margin=-margin(logits, y).masked_fill(~known, torch.inf).float().numpy(),
+        confidence=logits.softmax(1).amax(1).masked_fill(~known, 0).float().numpy(),
         distance=threat.distance(x, x_adv).float().cpu().numpy()))
 
 # %% ../../nbs/api/evaluation/10_robust_accuracy.ipynb #d0b700c4

@@ -1,0 +1,37 @@
+"What strangers to the attack engine met, found by reports about other libraries of attacks"
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from robustnb.attacks.gradient import is_correct, pgd
+from robustnb.attacks.standard import cascade, run_cascade
+from robustnb.attacks.threat_models import L2, Linf
+from robustnb.contract import predict
+from robustnb.evaluation.publishing import save_adversarial
+from robustnb.evaluation.robust_accuracy import evaluate, summarize
+
+from helpers_attacks import make_batch, make_net
+
+threat = Linf(.02)
+
+
+class Raised(nn.Module):
+    "All logits of an image lie far from zero, close together"
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+    def forward(self, x): return self.net(x) + 1e9
+
+
+def test_what_computes_in_double_precision_is_judged_in_it(tmp_path):
+    net = Raised(make_net()).eval()
+    x, y = make_batch(model=net, n=30)
+    assert predict(net, x).dtype == torch.float64
+    x_adv = cascade(net, x, y, threat)
+    rows = evaluate(net, x, y, dict(fixed=lambda model, x, y, threat, *, generator: x_adv), threat)
+    stand = len(is_correct(net, x_adv, y)[0])/30
+    assert 0 < stand < 1 and summarize(rows).accuracy.tolist() == [1, stand, stand]
+    assert rows.margin.dtype == np.float32 and (rows.correct == (rows.margin >= 0)).all()
+    said = save_adversarial(tmp_path/'a.pt', net, x, y, x_adv.float().double(), Linf(.0201))
+    assert said['clean_accuracy'] == 1
