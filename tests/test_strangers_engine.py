@@ -7,7 +7,7 @@ from torch import nn
 from robustnb.attacks.gradient import is_correct, pgd
 from robustnb.attacks.standard import cascade, run_cascade
 from robustnb.attacks.threat_models import L2, Linf
-from robustnb.contract import predict
+from robustnb.contract import answers_at_random, predict
 from robustnb.evaluation.publishing import save_adversarial
 from robustnb.evaluation.robust_accuracy import evaluate, summarize
 
@@ -35,3 +35,22 @@ def test_what_computes_in_double_precision_is_judged_in_it(tmp_path):
     assert rows.margin.dtype == np.float32 and (rows.correct == (rows.margin >= 0)).all()
     said = save_adversarial(tmp_path/'a.pt', net, x, y, x_adv.float().double(), Linf(.0201))
     assert said['clean_accuracy'] == 1
+
+
+class NowAndThen(nn.Module):
+    "Noise for one batch in two, as after Xie et al. 2018 (arXiv:1711.01991)"
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+    def forward(self, x):
+        noisy = bool(torch.rand(()) < .5)
+        return self.net(x + .3*noisy*torch.randn_like(x))
+
+
+def test_a_model_that_draws_now_and_then_is_one_that_draws():
+    found = []
+    x = make_batch()[0]
+    for seed in range(40):
+        torch.manual_seed(seed)
+        found.append(answers_at_random(NowAndThen(make_net()).eval(), x))
+    assert found == 40*[True]
