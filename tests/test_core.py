@@ -126,7 +126,7 @@ def test_predict_keeps_nothing():
     assert (out-net(x)).abs().max() < 1e-6
     for size in (1, 2, 3):
         assert (predict(net, x, size)-out).abs().max() < 1e-6
-    assert predict(net.double(), x.double()).dtype == torch.float32
+    assert predict(net.double(), x.double()).dtype == torch.float64
     assert predict(nn.Flatten().eval(), good).shape == (2, 48), 'a model without parameters'
     with pytest.raises(ValueError, match='Divide by 255'):
         predict(net, good*255)

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from robustnb.attacks.gradient import is_correct, pgd
-from robustnb.attacks.standard import cascade, run_cascade
+from robustnb.attacks.minimum_norm import deepfool, fab
+from robustnb.attacks.standard import cascade
 from robustnb.attacks.threat_models import L2, Linf
 from robustnb.contract import answers_at_random, predict
 from robustnb.evaluation.publishing import save_adversarial
@@ -54,3 +55,21 @@ def test_a_model_that_draws_now_and_then_is_one_that_draws():
         torch.manual_seed(seed)
         found.append(answers_at_random(NowAndThen(make_net()).eval(), x))
     assert found == 40*[True]
+
+
+class Scaled(nn.Module):
+    "Logits that are larger or smaller by a factor, a power of two: the same classes"
+    def __init__(self, net, factor):
+        super().__init__()
+        self.net = net
+        self.factor = factor
+    def forward(self, x): return self.net(x)*self.factor
+
+
+@pytest.mark.parametrize('attack', [fab, deepfool])
+def test_the_size_of_logits_does_not_matter(attack):
+    net = make_net(torch.float32)
+    x, y = make_batch(torch.float32, 30)
+    stand = [len(is_correct(net, attack(Scaled(net, f).eval(), x, y, L2(.3), steps=20), y)[0])
+             for f in (1, 2**-20, 2**-40, 2**-80)]
+    assert 0 < stand[0] < 25 and len({*stand}) == 1

@@ -57,6 +57,10 @@ def _finish(model, x, y, threat, found):
     height = lambda at: _height(is_correct(model, at, y)[1], y)
     return torch.where((height(out) > height(x)).view(-1, 1, 1, 1), out, x).detach()
 
+def _beyond(logits):
+    "How far beyond a border to aim (N,): less where all logits are small, as without a temperature"
+    return 1e-6*logits.abs().amax(1).nan_to_num(1).clamp(1e-30, 1)
+
 def _check_counts(**counts):
     "Raise unless each count is a whole number within its range."
     for name, n in counts.items():
@@ -88,9 +92,10 @@ def deepfool(
         shortest = torch.full_like(far[left], torch.inf)
         step = torch.zeros_like(x[left])
         for other in wrong[left].T:
-            gap, grad, _ = loss_and_grad(model, at, torch.stack([y[left], other], 1), margin_to)
-            change = onto_plane(at, grad, 1e-6-gap, threat)
-            reached = (grad*change).flatten(1).sum(1)/(1e-6-gap)
+            gap, grad, logits = loss_and_grad(model, at, torch.stack([y[left], other], 1), margin_to)
+            gain = _beyond(logits)-gap
+            change = onto_plane(at, grad, gain, threat)
+            reached = (grad*change).flatten(1).sum(1)/gain
             length = threat.distance(at, at+change)/reached
             nearer = length < shortest
             step[nearer] = change[nearer]
@@ -114,10 +119,11 @@ def _draw_near(model, x, y, found, halvings=12):
 
 def _along_border(model, x, now, both, threat):
     "Beyond the border of the classes `both`: a mixture of the ways from `now` and from `x` onto it."
-    gap, grad, _ = loss_and_grad(model, now, both, margin_to)
+    gap, grad, logits = loss_and_grad(model, now, both, margin_to)
     gap = gap.nan_to_num(0, 0, 0)     # where there is no number there is no gradient either
-    step = onto_plane(now, grad, 1e-6-gap, threat)
-    home = onto_plane(x, grad, 1e-6-gap - (grad*(x-now)).flatten(1).sum(1), threat)
+    gain = _beyond(logits)-gap
+    step = onto_plane(now, grad, gain, threat)
+    home = onto_plane(x, grad, gain - (grad*(x-now)).flatten(1).sum(1), threat)
     near = threat.distance(now, now+step)
     away = threat.distance(x, x+home)
     bias = (near/(near+away).clamp_min(1e-30)).clamp_max(.1).view(-1, 1, 1, 1)
