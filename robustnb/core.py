@@ -319,6 +319,7 @@ def fast_bf16(
 def memory_layout(
     model:nn.Module,        # Network to train
 )->torch.memory_format:     # Layout for its weights and images
-    "Channels last, unless a convolution is too narrow for it."
+    "Channels last, unless a convolution is too narrow for it, or weights of five dimensions forbid it."
     narrow = any(isinstance(m, nn.Conv2d) and m.out_channels < 16 for m in model.modules())
-    return torch.contiguous_format if narrow else torch.channels_last
+    five = any(t.ndim == 5 for t in (*model.parameters(), *model.buffers()))
+    return torch.contiguous_format if narrow or five else torch.channels_last

@@ -1,4 +1,6 @@
 "What strangers to the attack engine met, found by reports about other libraries of attacks"
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -6,8 +8,9 @@ from torch import nn
 
 from robustnb.attacks.gradient import is_correct, pgd
 from robustnb.attacks.minimum_norm import deepfool, fab
-from robustnb.attacks.standard import cascade
+from robustnb.attacks.standard import cascade, run_cascade
 from robustnb.attacks.threat_models import L2, Linf
+from robustnb.core import memory_layout
 from robustnb.contract import answers_at_random, predict
 from robustnb.evaluation.publishing import save_adversarial
 from robustnb.evaluation.robust_accuracy import evaluate, summarize
@@ -73,3 +76,42 @@ def test_the_size_of_logits_does_not_matter(attack):
     stand = [len(is_correct(net, attack(Scaled(net, f).eval(), x, y, L2(.3), steps=20), y)[0])
              for f in (1, 2**-20, 2**-40, 2**-80)]
     assert 0 < stand[0] < 25 and len({*stand}) == 1
+
+
+class Locked(nn.Module):
+    "It can be neither copied nor traced"
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.lock = threading.Lock()
+    def forward(self, x):
+        with self.lock:
+            return self.net(x) if x.min() >= 0 else -self.net(x)
+
+
+class Deep(nn.Module):
+    "A convolution of three dimensions in front, which changes nothing"
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.deep = nn.Conv3d(3, 3, 1, bias=False)
+        self.deep.weight.data = torch.eye(3).view(3, 3, 1, 1, 1)
+    def forward(self, x): return self.net(self.deep(x[:, :, None])[:, :, 0])
+
+
+def scripted(net): return nn.Sequential(torch.jit.trace(net, make_batch(torch.float32)[0]))
+
+
+@pytest.mark.parametrize('wrap', [Locked, Deep, scripted])
+def test_the_cascade_needs_no_copy(wrap):
+    net = make_net(torch.float32)
+    odd = wrap(net).eval()
+    x, y = make_batch(torch.float32, 30, odd)
+    survives = run_cascade(odd, x, y, threat).survives
+    assert 0 < survives.sum() < 30
+    rows = evaluate(odd, x, y, dict(cascade=cascade), threat)
+    assert rows.correct.tail(30).tolist() == survives.tolist()
+
+
+def test_networks_with_weights_of_five_dimensions_are_trained():
+    assert memory_layout(nn.Conv3d(3, 16, 1)) == torch.contiguous_format
