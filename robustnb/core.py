@@ -104,7 +104,8 @@ def check_model(
         way = ' Save it with `torch.export.save` and read it with `load_model`.'
         raise TypeError("`model` must be a torch.nn.Module from pixels in [0, 1] to logits; "
                         f"got {type(model).__name__}.{way if hasattr(model, 'graph_module') else ''}")
-    on = [n or 'the model itself' for n,m in model.named_modules() if m.training]
+    on = [n or 'the model itself' for n,m in model.named_modules()
+          if getattr(m, 'training', True)]    # frozen TorchScript does not know
     if on:
         raise ValueError(f"`model` must be in evaluation mode; {on[0]} is in training mode "
                          f"({len(on)} parts). Call `model.eval()`.")

@@ -5,15 +5,18 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from robustnb.attacks.gradient import is_correct, pgd
+from robustnb.attacks.adaptive_pgd import apgd, apgd_targeted
+from robustnb.attacks.gradient import (
+    cross_entropy, dlr_to, is_correct, margin, margin_to, multi_attack, pgd, restarts)
 from robustnb.attacks.minimum_norm import deepfool, fab
-from robustnb.attacks.standard import cascade, run_cascade
+from robustnb.attacks.standard import autoattack, cascade, run_cascade
 from robustnb.attacks.threat_models import L2, Linf
-from robustnb.core import memory_layout
 from robustnb.contract import answers_at_random, predict
+from robustnb.core import memory_layout, round_to_8bit
 from robustnb.evaluation.publishing import save_adversarial
-from robustnb.evaluation.robust_accuracy import evaluate, summarize
+from robustnb.evaluation.robust_accuracy import evaluate, on_8bit_images, summarize, transfer_attack
 
 from helpers_attacks import make_batch, make_net
 
@@ -115,3 +118,63 @@ def test_the_cascade_needs_no_copy(wrap):
 
 def test_networks_with_weights_of_five_dimensions_are_trained():
     assert memory_layout(nn.Conv3d(3, 16, 1)) == torch.contiguous_format
+
+
+doors = dict(several=multi_attack(pgd), restarts=restarts(pgd, 2), rounded=on_8bit_images(pgd),
+             transfer=lambda model, *o, **kw: transfer_attack(model, pgd)(model, *o, **kw))
+
+
+@pytest.mark.parametrize('door', doors)
+def test_attacks_made_of_attacks_check_what_they_are_given(door):
+    net = make_net(torch.float32)
+    x = round_to_8bit(make_batch(torch.float32)[0])
+    y = net(x).argmax(1)
+    odd = [(x, y.int()), (x, y.numpy()), (x, y.tolist()), (x, y[:, None]), (x, y[:0]), (x, y[0]), (x, y-9),
+           (x.numpy(), y), (x.tolist(), y), (x[:0], y[:0]), (x[0], y), (x*torch.nan, y)]
+    for images, labels in odd:
+        with pytest.raises((TypeError, ValueError), match='^`[xy]` must'):
+            doors[door](net, images, labels, threat)
+
+
+@pytest.mark.parametrize('attack', [cascade, autoattack, *doors.values()])
+def test_numbers_are_no_generators(attack):
+    net = make_net(torch.float32)
+    x = round_to_8bit(make_batch(torch.float32)[0])
+    for generator in (0, 5, np.random.default_rng(0)):
+        with pytest.raises(TypeError, match='^`generator` must be a torch.Generator'):
+            attack(net, x, net(x).argmax(1), threat, generator=generator)
+
+
+@pytest.mark.parametrize('attack, loss', [(apgd_targeted, margin), (apgd_targeted, cross_entropy),
+                                          (apgd, margin_to), (pgd, dlr_to)])
+def test_losses_for_other_labels_are_named(attack, loss):
+    with pytest.raises(ValueError, match='`loss` must take logits .* true and wanted labels'):
+        attack(make_net(), *make_batch(), threat, loss=loss)
+
+
+def test_few_classes_are_told_the_loss_that_a_targeted_attack_takes():
+    net = make_net(classes=3)
+    with pytest.raises(ValueError, match='Use `margin_to`'):
+        apgd_targeted(net, *make_batch(model=net), threat)
+
+
+class Saved(nn.Module):
+    "Checkpoints of the kind that gives no gradient to the images alone"
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+    def forward(self, x): return checkpoint(self.net, x, use_reentrant=True)
+
+
+@pytest.mark.parametrize('attack', [pgd, cascade])
+def test_an_error_on_the_way_back_is_named(attack):
+    with pytest.raises(ValueError, match='`model` must let a gradient through; .*use_reentrant=False'):
+        attack(Saved(make_net()).eval(), *make_batch(), threat)
+
+
+def test_frozen_torchscript_is_told_its_way():
+    frozen = torch.jit.freeze(torch.jit.trace(make_net(torch.float32), make_batch(torch.float32)[0]))
+    with pytest.raises(ValueError, match='`model` must be in evaluation mode; .* Call `model.eval'):
+        pgd(frozen, *make_batch(torch.float32), threat)
+    x_adv = pgd(frozen.eval(), *make_batch(torch.float32), threat)
+    assert torch.allclose(x_adv, pgd(make_net(torch.float32), *make_batch(torch.float32), threat), atol=1e-5)

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core import (
-    batches, check_count, check_images, check_labels, images_at_a_time, make_generator, outside_inference)
+    batches, check_count, check_images, check_labels, image_generators, images_at_a_time, make_generator,
+    outside_inference)
 from ..contract import answers_at_random, memory_format, open_model, predict, uncounted
 from .threat_models import check_threat
 
@@ -45,11 +46,11 @@ def _stands(logits, y):
     return (_height(logits, y) <= 0) & (logits.argmax(1) == y)
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #55389836
-def _top(logits, k):
+def _top(logits, k, instead):
     "The `k` largest logits, for losses that need so many classes."
     if logits.shape[1] < k:
         raise ValueError(f"`loss` needs a model with at least {k} classes; "
-                         f"this one has {logits.shape[1]}. Use `margin`.")
+                         f"this one has {logits.shape[1]}. Use `{instead}`.")
     return logits.topk(k, 1).values
 
 def dlr(
@@ -57,7 +58,7 @@ def dlr(
     y:Tensor,       # True labels (N,)
 )->Tensor:          # Loss per image (N,): positive where the image is misclassified, at most 1
     "Difference of logits ratio (Croce and Hein 2020, arXiv:2003.01690)."
-    top = _top(logits, 3)
+    top = _top(logits, 3, 'margin')
     return margin(logits, y)/(top[:, 0] - top[:, 2] + 1e-12)
 
 def margin_to(
@@ -72,7 +73,7 @@ def dlr_to(
     y:Tensor,       # True and wanted labels (N,2)
 )->Tensor:          # Loss per image (N,)
     "Targeted difference of logits ratio (Croce and Hein 2020, arXiv:2003.01690)."
-    top = _top(logits, 4)
+    top = _top(logits, 4, 'margin_to')
     return margin_to(logits, y)/(top[:, 0] - (top[:, 2] + top[:, 3])/2 + 1e-12)
 
 # %% ../../nbs/api/attacks/30_gradient.ipynb #fbeebed5
@@ -81,11 +82,13 @@ def check_attack(
     x:Tensor,          # Clean images (N,C,H,W), float, pixels in [0,1]
     y:Tensor,          # True labels (N,), int64, on the device of `x`
     threat=None,       # Threat model, where there is one to check
+    generator=None,    # Random numbers, where there are some to check
 )->nn.Module:          # The model to attack: from `open_model`
     "Raise unless the model can be attacked on these images and labels."
     if threat is not None:
         check_threat(threat)
     model = open_model(model, check_images(x))
+    if not isinstance(generator, torch.Generator | None): image_generators(generator, x)    # raises
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"`x` must be float32 or float64 for an attack, as the steps between numbers of "
                         f"{x.dtype} are as large as a budget. Use `x.float()`, and `model.float()`.")
@@ -100,6 +103,26 @@ def check_attack(
     check_labels(y, len(x), logits.shape[1])
     return model
 
+# %% ../../nbs/api/attacks/30_gradient.ipynb #5b1d7c30
+def _elsewhere(e):
+    "Is an error told by another, or by torch itself: memory, tensors of inference mode?"
+    return isinstance(e, torch.OutOfMemoryError) or 'nference tensors' in str(e)
+
+def _said(e):
+    "An error on one line"
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:200].rstrip('.')}"
+
+def _followed_back(value, x):
+    "The gradient of the losses with respect to the images; None if they do not depend on them"
+    try:
+        return torch.autograd.grad(value.sum(), x, allow_unused=True)[0]
+    except RuntimeError as e:
+        if _elsewhere(e): raise
+        raise ValueError(f"`model` must let a gradient through; on the way back it raised {_said(e)}. Switch "
+                         "checkpoints off or make them with `use_reentrant=False`; ask cuDNN's recurrent "
+                         "layers inside `torch.backends.cudnn.flags(enabled=False)`. `square` needs no "
+                         "gradient.") from e
+
 # %% ../../nbs/api/attacks/30_gradient.ipynb #b07be755
 class _NotDifferentiable(ValueError):
     "A model whose answers depend on no image through autograd"
@@ -108,7 +131,14 @@ def _image_losses(loss, logits, y):
     "What a loss says of each image; one number for all of them is refused"
     if not callable(loss):
         raise TypeError(f"`loss` must be a function (logits, y) -> loss per image (N,); got {loss!r}.")
-    value = loss(logits, y)
+    try:
+        value = loss(logits, y)
+    except (IndexError, RuntimeError) as e:
+        if _elsewhere(e): raise
+        raise ValueError(f"`loss` must take logits {tuple(logits.shape)} and labels {tuple(y.shape)}; it "
+                         f"raised {_said(e)}. A targeted attack gives true and wanted labels (N,2), for "
+                         "`margin_to` or `dlr_to`; the others (N,), for `cross_entropy`, `margin` or "
+                         "`dlr`.") from e
     if isinstance(value, Tensor) and value.shape == logits.shape[:1]: return value
     got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
     raise ValueError(f"`loss` must give one value for each image (N,); got {got} for {len(logits)} images. "
@@ -145,7 +175,7 @@ def loss_and_grad(
         value = _image_losses(loss, logits, y)
         grad = None
         if value.requires_grad:
-            grad, = torch.autograd.grad(value.sum(), x, allow_unused=True)
+            grad = _followed_back(value, x)
         if grad is None:
             raise _NotDifferentiable("`model` must be differentiable for a gradient attack; its logits do "
                              "not depend on the images through autograd. Use `square`, which "
@@ -300,7 +330,7 @@ def multi_attack(
         raise TypeError("`attacks` must be functions (model, x, y, threat, *, generator) -> x_adv, one after "
                         f"the other, `multi_attack(fgsm, pgd)`; got {attacks}.")
     def all_of_them(model, x, y, threat, generator=None):
-        model = open_model(model, x)
+        model = check_attack(model, x, y, threat, generator)
         out = x.detach().clone()
         left, _ = is_correct(model, x, y)
         for attack in attacks:
@@ -328,7 +358,7 @@ def restarts(
     check_count(n)
     @torch.no_grad()
     def repeated(model, x, y, threat, generator=None):
-        model = open_model(model, x)
+        model = check_attack(model, x, y, threat, generator)
         generator = generator or make_generator(0)
         best = x.detach().clone()
         height = _height(is_correct(model, x, y)[1], y)

@@ -39,7 +39,7 @@ def autoattack(
     if not isinstance(threat, (Linf, L2, L1)):
         raise TypeError(f"`threat` must be Linf, L2 or L1 for the standard evaluation; got {threat}. "
                         "Use `cascade`, which takes any threat model.")
-    model = check_attack(model, x, y)
+    model = check_attack(model, x, y, threat, generator)
     if _classes(model, x) < 4:
         raise ValueError("`model` must have at least 4 classes for the targeted losses of the "
                          "standard evaluation. Use `cascade`.")
@@ -310,7 +310,7 @@ def run_cascade(
     surrogate:nn.Module|None=None, # Model to transfer images from where gradients mislead or there are none
 )->CascadeResult:          # Images, who survives, and what was seen
     "Cheap walks first, survivors only, a faster copy for the search and the model for every verdict."
-    model = check_attack(model, x, y, threat)
+    model = check_attack(model, x, y, threat, generator)
     check_count(targets, 'targets', least=0)
     surrogate = None if surrogate is None else check_attack(surrogate, x, y)
     random = answers_at_random(model, x)

@@ -408,7 +408,7 @@ _harmless = {'not numbers', 'changed state', 'randomness', 'batch dependence', '
 @contextmanager
 def _as_it_was(model):
     "Evaluation mode inside; afterwards flags, weights, buffers and gradients as before."
-    modes = [(m, m.training) for m in model.modules()]
+    modes = [(m, getattr(m, 'training', True)) for m in model.modules()]
     grads = [(p, p.grad) for p in model.parameters()]
     values = [(v, v.detach().clone()) for v in [*model.parameters(), *model.buffers()]]
     try:
@@ -484,7 +484,7 @@ def red_flags(
         raise TypeError("`model` must be a torch.nn.Module from pixels in [0, 1] to logits; "
                         f"got {type(model).__name__}.")
     device = next(model.parameters(), x).device
-    training = [k for k, m in model.named_modules() if m.training]
+    training = [k for k, m in model.named_modules() if getattr(m, 'training', True)]
     with (_as_it_was(model),
           torch.random.fork_rng(devices=[device] if device.type == 'cuda' else [])):
         torch.manual_seed(subseed(seed, 'the model'))

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn, Tensor
-from ..core import batches, images_at_a_time, make_generator, progress, subseed
+from ..core import batches, check_images, images_at_a_time, make_generator, progress, subseed
 from ..contract import answers_at_random, count_passes
 from ..files import atomic_path, check_path, fingerprint, save_json
 from ..questions import cache_key
@@ -50,6 +50,7 @@ class _Transfer:
     def in_batches(self): return in_batches(self.attack)
 
     def __call__(self, model, x, y, threat, *, generator=None):
+        check_attack(self.source, x, y, threat, generator)
         state = lambda: None if generator is None else generator.get_state()
         made = self._made(x, threat, state())
         names = [fingerprint(*o) for o in zip(x.cpu(), y.cpu())]
@@ -75,7 +76,7 @@ def on_8bit_images(
 )->Callable:            # The same contract, its images rounded to 256 grey levels
     "An attack that is judged as an 8-bit file would be."
     def rounded(model, x, y, threat, *, generator=None):
-        off = (255*x - (255*x).round()).abs().flatten(1).amax(1)
+        off = (255*check_images(x) - (255*x).round()).abs().flatten(1).amax(1)
         if off.max() > 1e-3:
             raise ValueError("`x` must hold 8-bit images, every pixel a multiple of 1/255; "
                              f"image {int(off.argmax())} is up to {off.max():.2g} grey levels "

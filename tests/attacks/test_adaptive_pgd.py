@@ -249,7 +249,7 @@ def test_wrong_uses(call, words):
 def test_ratios_need_enough_classes():
     model = make_net(classes=3)
     x, y = make_batch(model=model)
-    with pytest.raises(ValueError, match='at least 4 classes; this one has 3. Use `margin`'):
+    with pytest.raises(ValueError, match='at least 4 classes; this one has 3. Use `margin_to`'):
         apgd_targeted(model, x, y, Linf(.1))
     assert Linf(.1).allows(x, apgd(model, x, y, Linf(.1), loss=dlr, steps=3)).all()
 

@@ -98,7 +98,7 @@ def test_passes_are_those_that_a_counter_in_the_model_saw(size):
     for name, attack in attacks.items():
         watched.forward_passes = watched.backward_passes = 0
         attack(watched, x, y, threat, generator=make_generator(0, name))
-        probes = dict(both=2).get(name, 1)    # `check_attack` asks about an image
+        probes = dict(both=3).get(name, 1)    # `check_attack` asks about an image
         assert cost.forward[name]*40 == pytest.approx(watched.forward_passes-probes), name
         assert cost.backward[name]*40 == pytest.approx(watched.backward_passes), name
     assert cost.loc['clean', ['forward', 'backward']].tolist() == [0, 0]
