@@ -6,17 +6,23 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.models import resnet18
 
 from robustnb.attacks.adaptive_pgd import apgd, apgd_targeted
 from robustnb.attacks.gradient import (
     cross_entropy, dlr_to, is_correct, margin, margin_to, multi_attack, pgd, restarts)
 from robustnb.attacks.minimum_norm import deepfool, fab
+from robustnb.attacks.ssim_rule import SSIM
 from robustnb.attacks.standard import autoattack, cascade, run_cascade
 from robustnb.attacks.threat_models import L2, Linf
 from robustnb.contract import answers_at_random, predict
 from robustnb.core import memory_layout, round_to_8bit
-from robustnb.evaluation.publishing import save_adversarial
+from robustnb.evaluation.auditing import most_still_to_fall
+from robustnb.evaluation.checks import red_flags
+from robustnb.evaluation.publishing import craft_adversarial, save_adversarial
 from robustnb.evaluation.robust_accuracy import evaluate, on_8bit_images, summarize, transfer_attack
+from robustnb.models.loading import load_model
+from robustnb.models.wrapping import wrap_model
 
 from helpers_attacks import make_batch, make_net
 
@@ -178,3 +184,28 @@ def test_frozen_torchscript_is_told_its_way():
         pgd(frozen, *make_batch(torch.float32), threat)
     x_adv = pgd(frozen.eval(), *make_batch(torch.float32), threat)
     assert torch.allclose(x_adv, pgd(make_net(torch.float32), *make_batch(torch.float32), threat), atol=1e-5)
+
+
+@pytest.mark.parametrize('nothing', [Linf(0), L2(1e-9), SSIM(1.)])
+def test_a_budget_of_nothing_is_no_sign_of_a_misleading_gradient(nothing):
+    net = make_net(torch.float32)
+    x, y = make_batch(torch.float32, 30, net)
+    flags = red_flags(net, x, y, nothing).set_index('check').verdict
+    assert flags['misleading gradient'] == 'not judged' and 'doubt' not in set(flags)
+
+
+def test_counts_of_numpy_are_counts_and_others_are_named(tmp_path):
+    net = make_net(torch.float32)
+    x, y = make_batch(torch.float32)
+    assert len(craft_adversarial(net, x, y, pgd, threat, tmp_path/'a', part=np.int64(5))) == 12
+    with pytest.raises(TypeError, match='`seed` must be an integer; got None'):
+        craft_adversarial(net, x, y, pgd, threat, tmp_path/'b', seed=None)
+    assert most_still_to_fall(*np.array([50, 10, 1])) == most_still_to_fall(50, 10, 1)
+    assert wrap_model(make_net().net, 3*[.5], 3*[.2], size=np.int64(8)).image_size == 8
+    path = tmp_path/'net.pt'
+    torch.save(resnet18().state_dict(), path)
+    told = dict(name='torchvision:resnet18', path=path, mean=3*[.5], std=3*[.2])
+    assert load_model(**told, n_classes=np.int64(1000)).n_classes == 1000
+    for n in (0, -1, 10., '10', True):
+        with pytest.raises((TypeError, ValueError), match='^`n_classes` must be a whole number'):
+            load_model(**told, n_classes=n)

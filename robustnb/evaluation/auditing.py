@@ -9,7 +9,7 @@ __all__ = ['most_still_to_fall', 'Audit', 'audit']
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 import torch
 from torch import nn, Tensor
 from ..core import check_count, check_images, make_generator
@@ -23,7 +23,7 @@ from .robust_accuracy import _check_attacks, _check_crafted, _unharmed
 def _check_counts(survivors, sampled, fallen, confidence):
     "Raise unless the counts of a sample fit together."
     counts = (survivors, sampled, fallen)
-    if not all(isinstance(o, int) and not isinstance(o, bool) for o in counts):
+    if not all(isinstance(o, Integral) and not isinstance(o, bool) for o in counts):
         raise TypeError("`survivors`, `sampled` and `fallen` must be whole numbers; got "
                         f"{', '.join(map(repr, counts))}.")
     if not 0 <= fallen <= sampled <= survivors:

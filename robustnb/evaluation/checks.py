@@ -325,7 +325,9 @@ def _misleading(case):
     x = case.x[on]
     own = image_generators(make_generator(case.seed, 'nearby'), x)
     aside = (draw(torch.rand, own, *x.shape[1:], like=x)-.5).sign()
-    told, real = zip(_foretold(case, on, x), _foretold(case, on, case.threat.project(x, x+aside)))
+    nearby = case.threat.project(x, x+aside)
+    if not (nearby-x).abs().amax() > 1e-7: raise _NotJudged('the budget changes no pixel')
+    told, real = zip(_foretold(case, on, x), _foretold(case, on, nearby))
     size = real[0].norm(dim=1, keepdim=True).clamp_min(1e-30)
     missed = [(r-t)/size for t, r in zip(told, real)]
     again = ((real[0]/size)*(real[1]/size)).sum()/len(on)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn, Tensor
-from ..core import batches, make_generator, progress
+from ..core import batches, check_count, make_generator, progress, subseed
 from ..contract import check_repeatable, predict
 from ..files import load_state, save_state
 from ..metrics import wilson
@@ -93,8 +93,8 @@ def craft_adversarial(
     seed:int=0,         # Random starts
 )->Tensor:              # Images like `x`, on the CPU: for `save_adversarial`
     "Attack many images in parts that are kept."
-    if not (isinstance(part, int) and part >= 1):
-        raise ValueError(f"`part` must be a whole number, at least 1; got {part}.")
+    part = check_count(part, 'part')
+    subseed(seed)
     asked = check_attack(model, x, y, threat)
     device = next(model.parameters(), x).device
     question = _question(model, x, y, dict(attack=attack), threat, seed) | dict(part=part)

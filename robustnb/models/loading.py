@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import fx
+from ..core import check_count
 from ..files import check_path, file_kind, load_state, explain_errors, save_state
 from .exchange import read_exported, read_onnx
 from .states import fitting_state, find_parts
@@ -212,8 +213,7 @@ def _check_words(name, path, width, kind):
     "Refuse what cannot be meant together"
     if path is None and name in model_names:
         raise ValueError(f"`path` must be given: {name} has no published weights. "
-                         f"`build_model({name!r})` draws "
-                         "random ones.")
+                         f"`build_model({name!r})` draws random ones.")
     if kind and name is not None:
         raise ValueError(f"`name` must be left out: {path} holds its network itself; got {name!r}.")
     if width is not None and (kind or is_source(name)):
@@ -240,6 +240,7 @@ def load_model(
     file = _split(path) if path is not None else None
     kind = _kind_of(file[0]) if file else None
     _check_words(name, path, width, kind)
+    n_classes = None if n_classes is None else check_count(n_classes, 'n_classes')
     if file is None: return _finished(*build_source(name), n_classes, told)
     if kind: return _finished(*_of_file(file, kind), n_classes, told)
     if is_source(name): return _finished(*_with_weights(name, n_classes, file), None, told)

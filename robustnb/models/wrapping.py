@@ -9,6 +9,7 @@ __all__ = ['Normalize', 'Normalized', 'model_name', 'last_linear', 'batchnorms',
 import io, json, sys
 from contextlib import redirect_stderr
 from itertools import chain
+from numbers import Integral
 from pathlib import Path
 import torch
 from torch import fx, nn, Tensor
@@ -212,7 +213,8 @@ def _side(size):
     "One side in pixels, or None"
     sides = {*size} if isinstance(size, (tuple, list)) else {size}
     side = sides.pop() if len(sides) == 1 else 0
-    if side is None or isinstance(side, int) and not isinstance(side, bool) and side > 0: return side
+    if side is None: return None
+    if isinstance(side, Integral) and not isinstance(side, bool) and side > 0: return int(side)
     raise ValueError(f"`size` must be the side of square images in pixels, a positive integer; got {size!r}.")
 
 def _own_side(net):
