@@ -282,11 +282,15 @@ def _arguments(node):
     given.apply_defaults()
     return given.arguments
 
+def _altered(m):
+    "May a hook or a `forward` of its own make a module compute something else than its class does?"
+    return bool(m._forward_hooks or m._forward_pre_hooks) or 'forward' in vars(m)
+
 def _hands_on(node, graph):
     "Does a call return its input, as dropout does in evaluation mode?"
     if node.op == 'call_module':
         layer = graph.get_submodule(node.target)
-        return type(layer) in _idle and not (layer._forward_hooks or layer._forward_pre_hooks)
+        return type(layer) in _idle and not _altered(layer)
     named = _named(node) in _idle_names and isinstance(node.target, types.FunctionType)
     return named and _arguments(node).get('training') is False
 
@@ -447,8 +451,8 @@ def calls(
 )->bool:                   # Whether `node` calls one of them
     "Does a node call one of these modules, functions or methods?"
     if node.op == 'call_module':
-        return isinstance(model.get_submodule(node.target),
-                          tuple(k for k in kinds if isinstance(k, type)))
+        m = model.get_submodule(node.target)
+        return isinstance(m, tuple(k for k in kinds if isinstance(k, type))) and not _altered(m)
     return node.op in ('call_function', 'call_method') and node.target in kinds
 
 # %% ../../nbs/api/models/50_graph.ipynb #7c9c0310
@@ -459,8 +463,8 @@ def weighted_layers(
     graph:fx.GraphModule,  # From `trace` or `fold_batchnorm`
 )->dict:                   # Name -> convolution or linear layer, in the order of the first calls
     "The plain layers with weights, by name."
-    return {n.target: graph.get_submodule(n.target) for n in graph.graph.nodes
-            if n.op == 'call_module' and type(graph.get_submodule(n.target)) in _plain_kinds}
+    called = {n.target: graph.get_submodule(n.target) for n in graph.graph.nodes if n.op == 'call_module'}
+    return {k: m for k, m in called.items() if type(m) in _plain_kinds and not _altered(m)}
 
 # %% ../../nbs/api/models/50_graph.ipynb #2c025b6c
 @dataclass(frozen=True)

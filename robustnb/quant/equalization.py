@@ -53,12 +53,13 @@ def _reader(node, model):
     return None
 
 def _pairs(model):
-    "(first layer, second layer, ReLU6 nodes) that may share factors: each called once, its weights its own"
+    "(first layer, second layer, ReLU6 nodes) that may share factors: each called once, its tensors its own"
     layers = weighted_layers(model)
     nodes = [n for n in model.graph.nodes if n.target in layers]
-    times = Counter(model.get_submodule(n.target).weight for n in nodes)
+    called = [model.get_submodule(n.target) for n in model.graph.nodes if n.op == 'call_module']
+    times = Counter(p for m in called for p in m.parameters())
     apart = {n.target.rpartition('.')[0] for n in model.graph.nodes if n.op == 'get_attr'}
-    alone = lambda n: times[model.get_submodule(n.target).weight] == 1 and n.target not in apart
+    alone = lambda n: n.target not in apart and all(times[p] == 1 for p in layers[n.target].parameters())
     found = [(n, *(_reader(n, model) or (None, ()))) for n in nodes if alone(n)]
     return [(a.target, b.target, sixes) for a, b, sixes in found
             if b is not None and b.target in layers and alone(b)]
