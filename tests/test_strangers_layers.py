@@ -7,6 +7,7 @@ from torch import nn
 from helpers_quant import images
 from robustnb.contract import predict
 from robustnb.quant.equalization import cross_layer_equalization
+from robustnb.quant.formats import choose_scale
 from robustnb.quant.ptq import quantize
 from robustnb.quant.reconstruction import adaround, correct_bias
 from robustnb.core import make_generator
@@ -61,3 +62,55 @@ def test_layers_with_one_bias_keep_it():
     net[2].bias = net[0].bias
     a, b = (predict(o, images(8)) for o in (net, cross_layer_equalization(net)))
     assert (a-b).abs().max() < 1e-4*a.std()
+
+
+def test_one_bias_of_two_layers_is_in_no_ones_unit():
+    net = chain()
+    net[2].bias = net[0].bias
+    q = quantize(net, 'INT4', images(64))
+    assert torch.equal(q.get_parameter('0.bias'), net[0].bias)
+    assert q.get_submodule('2').bias is q.get_submodule('0').bias
+
+
+class Tied(nn.Module):
+    "A linear layer or convolution, and the same weight the other way round"
+    def __init__(self, layer, back=None, first=False):
+        super().__init__()
+        self.stem, self.layer, self.back, self.first = nn.Conv2d(3, 8, 3), layer, back, first
+        if back is not None: back.weight = layer.weight
+        self.head = nn.Linear(8, 5)
+
+    def turned(self, x):
+        if self.back is not None: return self.back(x)
+        w = self.layer.weight
+        return F.linear(x, w.t()) if isinstance(self.layer, nn.Linear) else F.conv_transpose2d(x, w)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        if isinstance(self.layer, nn.Linear): x = x.mean((2, 3))
+        for step in ((self.turned, self.layer) if self.first else (self.layer, self.turned)):
+            x = step(x).relu()
+        return self.head(x if isinstance(self.layer, nn.Linear) else x.mean((2, 3)))
+
+
+@pytest.mark.parametrize('make', [
+    lambda: Tied(nn.Linear(8, 6)), lambda: Tied(nn.Linear(8, 8)), lambda: Tied(nn.Linear(8, 8), first=True),
+    lambda: Tied(nn.Conv2d(8, 6, 3)), lambda: Tied(nn.Conv2d(8, 6, 3), nn.ConvTranspose2d(6, 8, 3)),
+    lambda: Tied(nn.Conv2d(8, 8, 3), nn.ConvTranspose2d(8, 8, 3), first=True)])
+def test_a_weight_that_is_used_both_ways(make):
+    net = make().eval()
+    for i, p in enumerate(net.parameters()):
+        p.data.normal_(0, .2, generator=make_generator(i))
+    x = images(32, 12)
+    q = quantize(net, 'INT12', x)
+    a, b = predict(net, x), predict(q, x)
+    assert (a-b).abs().max() < .02*a.std()
+    assert not q.left_float
+    for improve in (correct_bias, adaround):
+        assert (predict(improve(net, q, x), x)-a).abs().max() < .05*a.std()
+    q = quantize(net, 'INT8', x)
+    scale = choose_scale(net.layer.weight.detach(), q.spec.weights, per_channel=True)
+    called = next(n for n in q.graph.nodes if n.target == 'layer')
+    unit = scale.flatten()*q.get_submodule(called.args[0].target).scale
+    whole = q.get_parameter('layer.bias')/unit
+    assert (whole-whole.round()).abs().max() < 1e-2

@@ -560,6 +560,7 @@ def stored_tensors(
     functions = _of_functions(graph)
     prepared = {n.target for step in image_preparation(graph)[1:] for n in step.all_input_nodes}
     lent = {n for name in graph.lent for n in (name, f"{name.removesuffix('weight')}bias")}
+    rows = {m.weight for m in weighted_layers(graph).values()}
     found = {}
     seen = set()
     for node in graph.graph.nodes:
@@ -578,7 +579,7 @@ def stored_tensors(
             if id(_held(graph, name)) in seen and (found.get(name) is None
                                                    or facts[0] != 'weight'): continue
             seen.add(id(_held(graph, name)))
-            found[name] = StoredTensor(name, *facts)
+            found[name] = StoredTensor(name, *(facts[:1] if _held(graph, name) in rows else facts))
     return found
 
 # %% ../../nbs/api/models/50_graph.ipynb #4ed1502a

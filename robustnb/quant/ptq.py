@@ -7,11 +7,13 @@ __all__ = ['quantization_points', 'Calibration', 'calibrate', 'FakeQuantize', 'r
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #433e2ef5
 import copy, math
+from collections import Counter
 from dataclasses import dataclass
 from operator import getitem
 import torch
 import torch.nn.functional as F
 from torch import fx, nn, Tensor
+from torch.nn.modules.conv import _ConvTransposeNd
 from ..core import batches, check_images, images_at_a_time
 from ..contract import open_model, smallest_batch
 from ..files import fingerprint
@@ -226,23 +228,30 @@ class FakeQuantize(nn.Module):
     def extra_repr(self): return f'{self.fmt}, scale={self.scale.item():.4g}, signed={self.signed}'
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #b1f0c0b1
+def _tensor(graph, name):
+    "Parameter or buffer of that name"
+    owner, _, last = name.rpartition('.')
+    return getattr(graph.get_submodule(owner), last)
+
 @torch.no_grad()
 def round_biases_(
     q:fx.GraphModule,  # Graph with a `FakeQuantize` wherever a tensor is stored; its biases are changed
     scales:dict,       # Name of a weight -> the scales it was rounded with; other layers are left as they are
 )->None:
     "Biases become whole multiples of input scale times weight scale."
-    called = [n.target for n in q.graph.nodes if n.op == 'call_module']
-    for node in q.graph.nodes:
-        if node.op != 'call_module' or f'{node.target}.weight' not in scales: continue
-        if called.count(node.target) > 1: continue
+    called = [n for n in q.graph.nodes if n.op == 'call_module']
+    read = [_tensor(q, n.target) for n in q.graph.nodes if n.op == 'get_attr']
+    times = Counter([*read, *(p for n in called for p in q.get_submodule(n.target).parameters())])
+    for node in called:
+        layer = q.get_submodule(node.target)
+        if f'{node.target}.weight' not in scales or layer.bias is None or times[layer.bias] > 1: continue
+        turned = isinstance(layer, _ConvTransposeNd) and times[layer.weight] > 1   # rounded as another has it
+        if turned or not calls(node, q, (nn.Module,)): continue
         source = node.all_input_nodes[0]
         while _keeps_levels(source, q):
             source = source.all_input_nodes[0]
-        layer = q.get_submodule(node.target)
         stored = q.get_submodule(source.target) if source.op == 'call_module' else None
-        if layer.bias is None or not isinstance(stored,
-                                                FakeQuantize) or stored.fmt.kind != 'INT': continue
+        if not isinstance(stored, FakeQuantize) or stored.fmt.kind != 'INT': continue
         unit = scales[f'{node.target}.weight'].flatten()*stored.scale
         layer.bias.copy_((layer.bias/unit).round()*unit)
 
@@ -328,11 +337,6 @@ def quantize(
                       opaque=opaque).requires_grad_(False).eval()
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #f68cf10c
-def _tensor(graph, name):
-    "Parameter or buffer of that name"
-    owner, _, last = name.rpartition('.')
-    return getattr(graph.get_submodule(owner), last)
-
 def _numbers(t): return t.numel()*(2 if t.is_complex() else 1)
 
 def _check_bits(bits):
