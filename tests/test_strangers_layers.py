@@ -8,8 +8,9 @@ from helpers_quant import images
 from robustnb.contract import predict
 from robustnb.quant.equalization import cross_layer_equalization
 from robustnb.quant.formats import choose_scale
-from robustnb.quant.ptq import quantize
+from robustnb.quant.ptq import model_bytes, quantize
 from robustnb.quant.reconstruction import adaround, correct_bias
+from robustnb.quant.sensitivity import layer_sensitivity
 from robustnb.core import make_generator
 
 
@@ -114,3 +115,26 @@ def test_a_weight_that_is_used_both_ways(make):
     unit = scale.flatten()*q.get_submodule(called.args[0].target).scale
     whole = q.get_parameter('layer.bias')/unit
     assert (whole-whole.round()).abs().max() < 1e-2
+
+
+class Named(nn.Module):
+    "A linear layer by any name"
+    def __init__(self, name):
+        super().__init__()
+        self.conv, self.name_of_it = nn.Conv2d(3, 8, 3), name
+        setattr(self, name, nn.Linear(8, 5))
+    def forward(self, x): return getattr(self, self.name_of_it)(self.conv(x).relu().mean((2, 3)))
+
+
+names = 'graph', 'code', 'meta', 'spec', 'stored', 'opened', 'name', 'classes', 'round_x'
+
+@pytest.mark.parametrize('name', names)
+def test_parts_may_be_called_anything(name):
+    net = Named(name).eval()
+    x = images(16)
+    q = quantize(net, 'INT12', x)
+    a = predict(net, x)
+    for copy in (q, cross_layer_equalization(net), correct_bias(net, q, x)):
+        assert (predict(copy, x)-a).abs().max() < .05*a.std()
+    assert q.classes is None and str(q.spec) == 'INT12' and len(layer_sensitivity(net, q, x)) == 5
+    assert model_bytes(q, 12) == model_bytes(net, 12) == 436

@@ -413,6 +413,14 @@ def _compute_weights(graph):
 
 # %% ../../nbs/api/models/50_graph.ipynb #4addbfe0
 _facts = ('name', 'n_classes', 'width', 'classes', 'image_size', 'crop_pct', 'title')
+_taken = {*_facts, 'graph', 'code', 'meta', 'stored', 'spec', 'lent', 'opened', 'contiguous_only',
+          'left_float', 'opaque', 'equalized', 'layer_formats'}
+
+def _with_room(model):
+    "A model one level down where it calls a part of its own as a graph calls one of its"
+    own = {*model._modules, *model._parameters, *model._buffers}
+    made = not isinstance(model, fx.GraphModule) and any(k.startswith(('round_', 'clip_')) for k in own)
+    return nn.Sequential(model) if made or own & _taken else model
 
 def _lent(graph, model):
     "Names of weights that a function reads off a layer of `model`, instead of calling it"
@@ -430,8 +438,10 @@ def trace(
     model:nn.Module,   # Takes one batch of images
 )->fx.GraphModule:     # A copy of the model as a graph, in evaluation mode; `Normalize` is one node
     "The layers of a model in the order of their calls (Reed et al. 2021, arXiv:2112.08429)."
+    facts = {k: None if isinstance(v := getattr(model, k, None), (nn.Module, Tensor)) else v for k in _facts}
+    kind = type(model).__name__
     with uncounted():        # layers are asked one by one
-        model = plain_layers(model)
+        model = _with_room(plain_layers(model))
         graph = _follow(model)
     _writes_nothing(graph)
     _norm_layers(graph)
@@ -439,8 +449,7 @@ def trace(
     _drop_unread(graph)
     _compute_weights(graph)
     _drop_unread(graph)
-    graph = fx.GraphModule(graph, graph.graph, type(model).__name__)
-    facts = {k: getattr(model, k, None) for k in _facts}
+    graph = fx.GraphModule(graph, graph.graph, kind)
     return keep_facts(graph.eval(), lent=_lent(graph, model), **facts)
 
 # %% ../../nbs/api/models/50_graph.ipynb #17a51a2c
