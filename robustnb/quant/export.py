@@ -230,18 +230,21 @@ def _linear(w, node, m, x):
 # %% ../../nbs/api/quant/80_export.ipynb #78527f12
 def _clip(w, node, m, x):
     low, high = (0., math.inf) if isinstance(m, nn.ReLU) else (m.min_val, m.max_val)
+    each = [torch.as_tensor(o, dtype=torch.float64) for o in (low, high)]   # one for all, or for each channel
     behind = [_grid(o) if w.integer and isinstance(o, FakeQuantize) and o.on else None
               for o in _readers(w, node)]
     def inside(scale, zero):
         "Do these levels end where the clip does?"
         least, most = (-127*scale, 127*scale) if zero else (0, 255*scale)
-        return least >= low and most <= high + scale/2
+        return least >= each[0].max().item() and most <= each[1].min().item() + scale/2
     if all(grid and inside(*grid) for grid in behind): return w.same(node)
     if all(behind):
         x = w.pair(f'{node.name}.before', x, behind[0])
-    if (low, high) == (0, math.inf): return w.move(node, w.op('Relu', node.name, x))
+    many = each[0].numel() > 1 or each[1].numel() > 1
+    if not many and (low, high) == (0, math.inf): return w.move(node, w.op('Relu', node.name, x))
     ends = w.const(f'{node.name}.low', low), w.const(f'{node.name}.high', high)
-    w.move(node, w.op('Clip', node.name, x, *ends))
+    if not many: return w.move(node, w.op('Clip', node.name, x, *ends))
+    w.move(node, w.op('Min', node.name, w.op('Max', f'{node.name}.least', x, ends[0]), ends[1]))
 
 def _windows(m):
     return dict(kernel_shape=_two(m.kernel_size), strides=_two(m.stride), pads=_two(m.padding)*2,
