@@ -7,7 +7,9 @@ from torch import nn
 from helpers_quant import images
 from robustnb.contract import predict
 from robustnb.quant.equalization import cross_layer_equalization
-from robustnb.quant.formats import choose_scale
+from robustnb.quant.export import export_onnx, run_onnx
+from robustnb.quant.formats import choose_scale, fake_quantize, number_format
+from robustnb.quant.mixed_precision import allocate_bits
 from robustnb.quant.ptq import model_bytes, quantize
 from robustnb.quant.reconstruction import adaround, correct_bias
 from robustnb.quant.sensitivity import layer_sensitivity
@@ -138,3 +140,63 @@ def test_parts_may_be_called_anything(name):
         assert (predict(copy, x)-a).abs().max() < .05*a.std()
     assert q.classes is None and str(q.spec) == 'INT12' and len(layer_sensitivity(net, q, x)) == 5
     assert model_bytes(q, 12) == model_bytes(net, 12) == 436
+
+
+class Clipped(nn.Module):
+    "Limits for each channel"
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 3)
+        self.low, self.high = torch.full((8, 1, 1), -.2), torch.linspace(.1, .9, 8).view(8, 1, 1)
+    def forward(self, x): return self.last(self.conv(x).clamp(self.low, self.high)).mean((2, 3))
+
+
+def sixes():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU6(),
+                         nn.Conv2d(8, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@pytest.mark.parametrize('make', [Clipped, lambda: cross_layer_equalization(sixes().eval())])
+def test_limits_for_each_channel_are_exported(make, tmp_path):
+    pytest.importorskip('onnxruntime')
+    net = make().eval()
+    with torch.no_grad():
+        for p in net.parameters(): p.mul_(2)
+    x = images(16)
+    for model in (net, quantize(net, 'INT8', x), quantize(net, 'FP8', x)):
+        export_onnx(model, tmp_path/'m.onnx')
+        a = predict(model, x)
+        assert (run_onnx(tmp_path/'m.onnx', x)-a).abs().max() < .02*a.std()
+
+
+@pytest.mark.parametrize('name', ['INT8', 'INT16', 'POT4', 'APOT4', 'FLOAT4', 'FP8'])
+@pytest.mark.parametrize('size', [1e-44, 1e-41, 1e-38])
+def test_scales_of_the_smallest_numbers(name, size):
+    w = torch.tensor([[size, -size], [0, size]])
+    scale = choose_scale(w, number_format(name), per_channel=True)
+    off = (fake_quantize(w, number_format(name), scale)-w).abs().max()
+    assert (scale > 0).all() and off <= max(size, 2e-38)
+
+
+def test_layers_of_the_smallest_numbers_answer_with_numbers():
+    net = chain()
+    with torch.no_grad():
+        for p in net[2].parameters(): p.mul_(1e-40)
+    q = quantize(net, 'INT16', images(16))
+    assert predict(q, images(16)).isfinite().all() and all(p.isfinite().all() for p in q.parameters())
+
+
+@pytest.mark.parametrize('size', [1e-18, 1e25])
+def test_noise_is_a_share_at_any_size(size):
+    net = chain()
+    with torch.no_grad():
+        for p in net[2].parameters(): p.mul_(size)
+        net[6].weight.div_(size)
+    table = layer_sensitivity(net, quantize(net, 'INT4', images(16)), images(16)).set_index('layer')
+    assert .001 < table.nsr['2'] < .1 and .001 < table.nsr['6'] < .1
+
+
+def test_a_network_without_layers_has_no_bits_to_allocate():
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    with pytest.raises(ValueError, match='must have a convolution or linear layer'):
+        allocate_bits(net, images(8), budget_kb=1)

@@ -254,6 +254,7 @@ def choose_scale(
     scale = torch.where(most > 0, most, alive.min() if len(alive) else 1.) / fmt.top(signed)
     if rule == 'mse':
         scale = _least_error(rows, scale, fmt, signed)
+    scale = scale.clamp_min(torch.finfo(scale.dtype).tiny)
     return scale.view(-1, *[1]*(x.ndim-1)) if per_channel else scale.reshape([1]*x.ndim)
 
 # %% ../../nbs/api/quant/10_formats.ipynb #fb7bb6d5

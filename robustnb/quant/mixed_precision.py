@@ -71,6 +71,9 @@ def weight_noise(
     clean = check_finite(fold_batchnorm(model, images))
     macs = model_complexity(clean, tuple(images.shape[1:])).groupby('name').macs.sum()
     layers = _weights(clean)
+    if not layers:
+        raise ValueError("`model` must have a convolution or linear layer; this one has no weights to choose "
+                         "bits for. Use `quantize`, which rounds what it computes.")
     x = images.to(next(clean.parameters(), images).device)
     noise = _first_order_noise(clean, layers, formats, quant_spec(spec), x, seed)
     rows = []

@@ -253,6 +253,7 @@ def round_biases_(
         stored = q.get_submodule(source.target) if source.op == 'call_module' else None
         if not isinstance(stored, FakeQuantize) or stored.fmt.kind != 'INT': continue
         unit = scales[f'{node.target}.weight'].flatten()*stored.scale
+        unit = unit.clamp_min(torch.finfo(unit.dtype).tiny)
         layer.bias.copy_((layer.bias/unit).round()*unit)
 
 # %% ../../nbs/api/quant/20_ptq.ipynb #dcb028ef

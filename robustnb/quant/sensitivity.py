@@ -249,7 +249,7 @@ def layer_sensitivity(
     x = x.to(next(model.parameters(), x).device)
     rounded = {n: after for n, (_, after) in changed.items()}
     signal, total, noise = _estimated(partial, {n: (n, w) for n, w in rounded.items()}, x, directions, seed)
-    power = lambda a, b: ((b-a).square().sum()/a.square().sum().clamp_min(1e-30)).item()
+    power = lambda a, b: ((b-a).double().square().sum()/a.double().square().sum().clamp_min(1e-300)).item()
     own = {n: power(*pair) for n, pair in changed.items()} | {n: e.ratio() for n, e in noise.items()}
     rows = []
     for name, nsr in own.items():
