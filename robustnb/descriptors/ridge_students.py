@@ -8,6 +8,7 @@ __all__ = ['GaborFeatures', 'RidgeStudent', 'fit_ridge', 'FileFeatures', 'save_s
 # %% ../../nbs/api/descriptors/37_ridge_students.ipynb #5d1d8eed
 import copy, math, tempfile
 from functools import partial
+from numbers import Real
 from pathlib import Path
 import numpy as np
 import torch
@@ -138,7 +139,7 @@ def fit_ridge(
     """A student of any features, solved in one go (Hoerl and Kennard 1970,
     doi:10.1080/00401706.1970.10488634)."""
     images, d = _described(images, _table(descriptors), 'descriptors')
-    if not 0 < ridge < math.inf:
+    if not (isinstance(ridge, Real) and 0 < ridge < math.inf):
         raise ValueError(f"`ridge` must be positive and finite; got {ridge!r}.")
     if not isinstance(features, nn.Module):
         raise TypeError("`features` must be a network, images (N,3,H,W) -> features (N,F); got "

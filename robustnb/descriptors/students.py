@@ -362,10 +362,13 @@ def train_teacher(
     device=None,             # Where to train; None takes CUDA if there is one
 )->tuple[Descriptor, pd.DataFrame]: # Trained network in eval mode on the CPU; history
     "Train a descriptor network on identities or classes, with `cosface`."
-    images, y = _described(images, np.asarray(y), 'y')
-    if y.dtype.kind not in 'iu' or y.ndim != 1 or y.min() < 0:
-        raise ValueError(
-            f"`y` must be class numbers (N,), not negative; got {y.dtype} of shape {y.shape}.")
+    y = np.asarray(y)
+    if y.dtype.kind not in 'iu' or y.ndim != 1 or y.size and y.min() < 0:
+        raise ValueError(f"`y` must be class numbers (N,), not negative; got {y.dtype} of shape {y.shape}. "
+                         "Names become numbers by `np.unique(names, return_inverse=True)[1]`.")
+    images, y = _described(images, y, 'y')
+    if (y == y[0]).all():
+        raise ValueError(f"`y` must have at least 2 identities, to be told apart; got {y[0]} alone.")
     device = pick_device(device)
     mark = _mark(model, images, y, recipe, seed)
     state = find_checkpoint(checkpoint, resume, device, mark)

@@ -11,6 +11,7 @@ __all__ = ['image_changes', 'pair_distances', 'threshold_at', 'true_accept_rate'
 import importlib.util, io, warnings
 from collections.abc import Callable
 from functools import partial
+from numbers import Real
 from PIL import Image
 import numpy as np
 import pandas as pd
@@ -75,7 +76,8 @@ def threshold_at(
 )->float:            # The largest threshold that keeps it
     "The threshold at a stated false accept rate."
     other = _lengths(other, 'other')
-    if not 0 <= far < 1: raise ValueError(f"`far` must lie in [0, 1), a share; got {far}.")
+    if not (isinstance(far, Real) and 0 <= far < 1):
+        raise ValueError(f"`far` must lie in [0, 1), a share; got {far!r}.")
     most = int(far*len(other) + 1e-9)
     if far and not most:
         raise ValueError(f"`far` must be 0, or at least 1/{len(other)}, as there are {len(other)} pairs "
@@ -112,14 +114,18 @@ def _doubt(rate, threshold, most=.05):
             "little. Align the faces first, as those were that the network learned from, or take the "
             "threshold of `threshold_at(.01, other)`.")
 
+def _check_threshold(threshold):
+    "Raise unless it is one"
+    if not (isinstance(threshold, Real) and threshold > 0):
+        raise ValueError(f"`threshold` must be a distance above 0; got {threshold!r}.")
+
 def false_accept_rate(
     other,             # Distances of pairs of strangers, from `pair_distances`
     threshold:float,   # Distance below which two images match, > 0
     most:float=.05,    # Share of strangers above which a warning is given, in [0,1]
 )->float:              # Share of the strangers that match, in [0,1]
     "How many strangers match at a threshold."
-    if not threshold > 0:
-        raise ValueError(f"`threshold` must be a distance above 0; got {threshold}.")
+    _check_threshold(threshold)
     rate = float((_lengths(other, 'other') < threshold).mean())
     if said := _doubt(rate, threshold, most):
         warnings.warn(said, stacklevel=2)
@@ -176,8 +182,7 @@ def match_shares(
     if a.shape[1] != g.shape[1]:
         raise ValueError("`attacked` and `gallery` must be descriptors of one length; got "
                          f"{a.shape[1]} and {g.shape[1]}.")
-    if not threshold > 0:
-        raise ValueError(f"`threshold` must be a distance above 0; got {threshold}.")
+    _check_threshold(threshold)
     lost = np.setdiff1d(persons, who)
     if len(lost):
         raise ValueError("`gallery` must hold an image of every person; there is none of "
