@@ -7,12 +7,13 @@ __all__ = ['uncounted', 'Passes', 'count_passes', 'unwrap', 'open_model', 'memor
            'check_repeatable', 'MeanAnswer', 'predict']
 
 # %% ../nbs/api/02_contract.ipynb #0ff1f03d
-import copy
+import copy, pickle, random
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import get_ident
 from weakref import WeakKeyDictionary
+import numpy as np
 import torch
 from torch import fx, nn, Tensor
 from torch.optim.swa_utils import AveragedModel
@@ -225,10 +226,20 @@ def _alone(model, two, layout, where, logits):
     far = (alone-logits[:1]).abs().amax() > .03*logits.abs().amax()
     return False, bool(far) and not hasattr(model, 'left_float')
 
-def _draws(ask, first):
-    "Is there another answer than the first? Seven more questions, as some models draw only now and then"
+def _generators(device):
+    "Where the generators that a model may draw from stand: torch's, numpy's and Python's"
+    cuda = torch.cuda.get_rng_state(device).tolist() if device.type == 'cuda' else []
+    return torch.get_rng_state().tolist(), cuda, pickle.dumps(np.random.get_state()), random.getstate()
+
+def _differs(ask, first, times):
+    "Is one of the next answers another than the first?"
     most = 1e-5*first.abs().amax().clamp_min(1e-30)
-    return any(bool((ask()-first).abs().amax() > most) for _ in range(7))
+    return any(bool((ask()-first).abs().amax() > most) for _ in range(times))
+
+def _draws(ask, first, device):
+    "Are answers drawn? What moves a generator may draw only now and then, and is asked more often"
+    stood = _generators(device)
+    return _differs(ask, first, 1) or _generators(device) != stood and _differs(ask, first, 6)
 
 def _check_apart(changes, draws):
     "Refuse a model whose answer to an image changes with the others, unless its answers are drawn"
@@ -254,13 +265,13 @@ def _manner(model, x):
         logits = _check_logits(raw, 2)
         layout = torch.contiguous_format if contiguous else torch.channels_last
         again = lambda: _found(model(two.clone(memory_format=layout)), where).view_as(raw)
-        random = _draws(again, raw)
+        drawn = _draws(again, raw, two.device)
         pairs, changes = _alone(model, two, layout, where, logits)
-        random = random or changes and _draws(again, raw)
-        _check_apart(changes, random)
+        drawn = drawn or changes and _differs(again, raw, 7)
+        _check_apart(changes, drawn)
         _check_not_squashed(model, two, logits, where)
     changed = not torch.equal(given, two)
-    return _Manner(where, contiguous, changed, raw.ndim > 2, raw.dtype != x.dtype, random, pairs)
+    return _Manner(where, contiguous, changed, raw.ndim > 2, raw.dtype != x.dtype, drawn, pairs)
 
 # %% ../nbs/api/02_contract.ipynb #3a3a017b
 def _flags(module):
