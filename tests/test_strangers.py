@@ -409,7 +409,7 @@ def test_other_threads_ask_while_one_is_followed():
 
 def test_precision_is_named_where_torch_computes_in_another():
     with torch.autocast('cpu', torch.bfloat16):
-        with pytest.raises(TypeError, match='`x` must be float32 or float64.*outside `torch.autocast`'):
+        with pytest.raises(TypeError, match='`model` must compute in float32.*outside `torch.autocast`'):
             rn.quantize(deep(), 'INT8', pictures())
 
 @needs('torch', 2, 9)

@@ -200,3 +200,17 @@ def test_a_network_without_layers_has_no_bits_to_allocate():
     net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     with pytest.raises(ValueError, match='must have a convolution or linear layer'):
         allocate_bits(net, images(8), budget_kb=1)
+
+
+class Halved(nn.Module):
+    "Half precision on the way"
+    def __init__(self, dtype):
+        super().__init__()
+        self.conv, self.last, self.dtype = nn.Conv2d(3, 8, 3), nn.Linear(8, 5), dtype
+    def forward(self, x): return self.last(getattr(self.conv(x), self.dtype)().relu().float().mean((2, 3)))
+
+
+@pytest.mark.parametrize('dtype', ['half', 'bfloat16'])
+def test_half_precision_on_the_way_is_named(dtype):
+    with pytest.raises(TypeError, match='`model` must compute in float32 .* after relu are torch.b?float16'):
+        quantize(Halved(dtype).eval(), 'INT8', images(8))

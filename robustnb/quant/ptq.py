@@ -147,6 +147,10 @@ class _Watch(fx.Interpreter):
         out = super().run_node(node)
         if node not in self.points or not isinstance(out,
                                                      Tensor) or not out.is_floating_point(): return out
+        if out.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"`model` must compute in float32 or float64; the values after {node.name} are "
+                            f"{out.dtype}. Use `model.float()`, take `half` and `bfloat16` out of its "
+                            "`forward`, and ask outside `torch.autocast`.")
         sample = _sample(out, max(1, int(_sample_size*self.fraction)))
         if not sample[:2].isfinite().all():
             raise ValueError(f"`model` must be finite on `images`; the values after {node.name} are "
