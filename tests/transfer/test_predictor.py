@@ -143,8 +143,8 @@ def test_each_row_is_predicted_by_what_is_known_of_it():
     survivors none; crops that of the fitted predictor"""
     table = pd.DataFrame(dict(
         n_classes=10, flips=.1, noise=.5, activation_noise=.2, expected_loss=[.1, .2, .3, .4],
-        crops=[0, 0, 1, 1], photographs=[100, 100, 300, 0], presumed_accuracy=[.9, .5, .7, np.nan], expected_robust_loss=[.25, -.1, np.nan, np.nan],
-        survivors=[40, 30, 19, np.nan]))
+        crops=[0, 0, 1, 1], photographs=[100, 100, 300, 0], presumed_accuracy=[.9, .5, .7, np.nan],
+        expected_robust_loss=[.25, -.1, np.nan, np.nan], survivors=[40, 30, 19, np.nan]))
     found = predict_losses(table)
     for row in found.itertuples():
         accuracy = dict(accuracy=row.presumed_accuracy) if row.photographs else {}
