@@ -17,7 +17,7 @@ from .noise import foreseen_answers
 # crops; what is always added
 _law = .2
 _photograph = 3.
-_crops = .09
+_crops = .11
 _always = .005
 
 def _own(photographs, accuracy):

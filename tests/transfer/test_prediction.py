@@ -34,7 +34,7 @@ def test_the_weight_is_that_of_inverse_variances(size):
     apart = (one.loss - other.loss)**2/(middle*(1-middle))
     assert (apart > .12) == (size == 5), 'the case is worth looking at'
     certain = granted(pair(40)[0]).max(1).values.mean()
-    weights = torch.tensor([1/(.2*(1-certain)**2 + 3/40), 1/max(.09, apart)]).double()
+    weights = torch.tensor([1/(.2*(1-certain)**2 + 3/40), 1/max(.11, apart)]).double()
     weights /= weights.sum()
     mixed = predict_loss(pair(40), *crops)
     assert mixed.loss == pytest.approx(weights @ torch.tensor([one.loss, other.loss]).double())
@@ -42,10 +42,10 @@ def test_the_weight_is_that_of_inverse_variances(size):
 
 
 def test_intervals_by_hand():
-    """Half of the width is .005 and the root of p(1-p) times .2(1-A)^2 + 3/n, .09 of crops, or both in
+    """Half of the width is .005 and the root of p(1-p) times .2(1-A)^2 + 3/n, .11 of crops, or both in
     parallel"""
     half = lambda *which: [prediction_interval(.3, *which)[1] - .3, .3 - prediction_interval(.3, *which)[0]]
-    for which, variance in (((100,), .038), ((100, True), 1/(1/.038 + 1/.09)), ((0, True), .09)):
+    for which, variance in (((100,), .038), ((100, True), 1/(1/.038 + 1/.11)), ((0, True), .11)):
         assert half(*which) == pytest.approx(2*[.005 + (variance*.21)**.5])
     lo, hi = prediction_interval(.3, 100, accuracy=.4)
     assert hi - lo == pytest.approx(2*(.005 + (.102*.21)**.5))
