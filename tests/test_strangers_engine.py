@@ -29,16 +29,16 @@ from helpers_attacks import make_batch, make_net
 threat = Linf(.02)
 
 
-class Raised(nn.Module):
-    "All logits of an image lie far from zero, close together"
-    def __init__(self, net):
+class Moved(nn.Module):
+    "Logits by a factor, a power of two, or far from zero and close together: the same classes"
+    def __init__(self, net, factor=1, shift=0):
         super().__init__()
-        self.net = net
-    def forward(self, x): return self.net(x) + 1e9
+        self.net, self.factor, self.shift = net, factor, shift
+    def forward(self, x): return self.net(x)*self.factor + self.shift
 
 
 def test_what_computes_in_double_precision_is_judged_in_it(tmp_path):
-    net = Raised(make_net()).eval()
+    net = Moved(make_net(), shift=1e9).eval()
     x, y = make_batch(model=net, n=30)
     assert predict(net, x).dtype == torch.float64
     x_adv = cascade(net, x, y, threat)
@@ -72,20 +72,11 @@ def test_what_draws_to_no_effect_answers_alike():
     assert not answers_at_random(NowAndThen(make_net(), lambda: 1 + torch.rand(())).eval(), make_batch()[0])
 
 
-class Scaled(nn.Module):
-    "Logits that are larger or smaller by a factor, a power of two: the same classes"
-    def __init__(self, net, factor):
-        super().__init__()
-        self.net = net
-        self.factor = factor
-    def forward(self, x): return self.net(x)*self.factor
-
-
 @pytest.mark.parametrize('attack', [fab, deepfool])
 def test_the_size_of_logits_does_not_matter(attack):
     net = make_net(torch.float32)
     x, y = make_batch(torch.float32, 30)
-    stand = [len(is_correct(net, attack(Scaled(net, f).eval(), x, y, L2(.3), steps=20), y)[0])
+    stand = [len(is_correct(net, attack(Moved(net, f).eval(), x, y, L2(.3), steps=20), y)[0])
              for f in (1, 2**-20, 2**-40, 2**-80)]
     assert 0 < stand[0] < 25 and len({*stand}) == 1
 

@@ -130,8 +130,8 @@ def test_a_damaged_part_is_named(tmp_path):
 
 def test_a_part_has_images(tmp_path):
     net, x, y, _ = case()
-    for part in (0, 2.5):
-        with pytest.raises((TypeError, ValueError), match=f'`part` must be a whole number, .* got {part}'):
+    for part, error in ((0, ValueError), (2.5, TypeError)):
+        with pytest.raises(error, match=f'`part` must be a whole number, at least 1; got {part}'):
             craft_adversarial(net, x, y, pgd, threat, tmp_path/'parts', part=part)
     assert not (tmp_path/'parts').exists()
 
